@@ -1,0 +1,52 @@
+"""Extend the context window of any RoPE language model, as LongRoPE does, and further.
+
+The public names, imported when first used::
+
+    from longrope import Rescale, installed, load_model
+
+    loaded = load_model("bundled")
+    with installed(loaded.model, Rescale.load("out/rescale.json")):
+        loaded.model(**inputs)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoadedModel": "longrope.model",
+    "LongForward": "longrope.forward",
+    "ModelFacts": "longrope.model",
+    "Rescale": "longrope.rope.rescale",
+    "SearchOptions": "longrope.extend",
+    "inspect_model": "longrope.model",
+    "installed": "longrope.rope.install",
+    "load_model": "longrope.model",
+    "search_factors": "longrope.extend",
+}
+__all__ = [
+    "LoadedModel",
+    "LongForward",
+    "ModelFacts",
+    "Rescale",
+    "SearchOptions",
+    "__version__",
+    "inspect_model",
+    "installed",
+    "load_model",
+    "search_factors",
+]
+
+if TYPE_CHECKING:
+    from longrope.extend import SearchOptions, search_factors
+    from longrope.forward import LongForward
+    from longrope.model import LoadedModel, ModelFacts, inspect_model, load_model
+    from longrope.rope.install import installed
+    from longrope.rope.rescale import Rescale
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'longrope' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

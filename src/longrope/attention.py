@@ -1,0 +1,173 @@
+"""Attention of a chunk of a sequence over everything up to it, without a dense mask.
+
+transformers hands every model's attention to one function, found by name. Ours
+gets the queries of a chunk and the keys of all tokens so far, aligned at the end
+(bottom-right; SDPA's ``is_causal`` aligns at the start, which is wrong here), and
+makes two calls of a flash kernel: the past without a mask, the chunk with a causal
+one, merged by their log-sum-exp.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "longrope_chunked"
+
+# Keys at a time where no kernel fits and the scores are made explicitly.
+_BLOCK = 1024
+# Attention arguments that change nothing in a plain causal forward.
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "position_embeddings", "is_causal"}
+
+
+def chunk_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls as attention.
+
+    Shapes: query (B, H, C, D); key and value (B, K, T, D) with T ≥ C, K dividing H.
+    Returns (B, C, H, D).
+
+    Raises:
+        ValueError: the model asks for something this attention does not compute.
+    """
+    for name, given in others.items():
+        if given is not None and name not in _HARMLESS and not name.startswith("output_"):
+            raise ValueError(f"the long forward does not support the attention argument {name!r}")
+    if attention_mask is not None:
+        raise ValueError("the long forward takes unpadded sequences; it got an attention mask")
+    if softcap:
+        output = _blockwise(query, key, value, scaling, softcap, sliding_window)
+    elif sliding_window is not None and sliding_window < key.shape[2]:
+        output = _windowed(query, key, value, scaling, sliding_window)
+    else:
+        output = _causal(query, key, value, scaling)
+    return output.transpose(1, 2), None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    batch, heads, chunk, dim = query.shape
+    kv_heads, past = key.shape[1], key.shape[2] - chunk
+    groups = heads // kv_heads
+    own_key, own_value = key[:, :, past:], value[:, :, past:]
+    own_key, own_value = _repeated(own_key, groups), _repeated(own_value, groups)
+    if past == 0:
+        return F.scaled_dot_product_attention(
+            query, own_key, own_value, is_causal=True, scale=scaling
+        )
+    here, here_lse = _flash(query, own_key, own_value, causal=True, scaling=scaling)
+    # Without a mask the queries of the heads that share a key may stand in one row:
+    # keys and values need no copy per head.
+    folded = query.reshape(batch, kv_heads, groups * chunk, dim)
+    there, there_lse = _flash(
+        folded, key[:, :, :past], value[:, :, :past], causal=False, scaling=scaling
+    )
+    there = there.reshape(batch, heads, chunk, value.shape[-1])
+    there_lse = there_lse.reshape(batch, heads, chunk)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    # exp(here) / (exp(here) + exp(there)), the share of the chunk's own keys
+    share = torch.sigmoid(here_lse.to(exact) - there_lse.to(exact))[..., None]
+    return torch.lerp(there.to(exact), here.to(exact), share).to(query.dtype)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """One kernel call that also gives the log-sum-exp of the scores, shape (B, H, C)."""
+    ops = torch.ops.aten
+    if query.device.type == "cpu":
+        return ops._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scaling
+        )
+    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+        return ops._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scaling
+        )[:2]
+    if query.device.type == "cuda":
+        output, lse, *_ = ops._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scaling
+        )
+        return output, lse[..., : query.shape[2]]  # the kernel pads its rows
+    return _online_softmax(query, key, value, scaling, first=0 if causal else None)
+
+
+def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
+    """Sliding-window attention: only the keys in reach, under a band no larger than they."""
+    chunk, total = query.shape[2], key.shape[2]
+    reach = max(0, total - chunk - window + 1)
+    rows = torch.arange(total - chunk, total, device=query.device)[:, None]
+    columns = torch.arange(reach, total, device=query.device)[None, :]
+    band = (columns <= rows) & (columns > rows - window)
+    groups = query.shape[1] // key.shape[1]
+    near_key, near_value = (_repeated(t[:, :, reach:], groups) for t in (key, value))
+    return F.scaled_dot_product_attention(
+        query, near_key, near_value, attn_mask=band, scale=scaling
+    )
+
+
+def _blockwise(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float, window: int | None
+) -> Tensor:
+    """Attention with soft-capped scores, which no kernel of torch has."""
+    groups = query.shape[1] // key.shape[1]
+    first = key.shape[2] - query.shape[2]
+    reach = 0 if window is None else max(0, first - window + 1)
+    near_key, near_value = (_repeated(t[:, :, reach:], groups) for t in (key, value))
+    return _online_softmax(query, near_key, near_value, scaling, first - reach, softcap, window)[0]
+
+
+def _repeated(heads: Tensor, groups: int) -> Tensor:
+    """Keys or values once for every query head, shape (B, H, T, D)."""
+    return heads.repeat_interleave(groups, dim=1) if groups > 1 else heads
+
+
+def _online_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    first: int | None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over blocks of keys in one pass; scores in float32 or better.
+
+    ``first`` is the position of the first query among the keys; None: no causal mask.
+    Returns the output and the log-sum-exp of the scores.
+    """
+    exact = torch.promote_types(query.dtype, torch.float32)
+    rows = torch.arange(query.shape[2], device=query.device)[:, None] + (first or 0)
+    shape = query.shape[:3]
+    total = query.new_zeros(*shape, value.shape[-1], dtype=exact)
+    weight = query.new_zeros(*shape, dtype=exact)
+    highest = query.new_full(shape, -math.inf, dtype=exact)
+    for start in range(0, key.shape[2], _BLOCK):
+        block = slice(start, min(start + _BLOCK, key.shape[2]))
+        scores = (query @ key[:, :, block].transpose(2, 3)).to(exact) * scaling
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        if first is not None:
+            columns = torch.arange(block.start, block.stop, device=query.device)[None, :]
+            seen = columns <= rows
+            if window is not None:
+                seen &= columns > rows - window
+            scores = scores.masked_fill(~seen, -math.inf)
+        top = torch.maximum(highest, scores.amax(dim=-1))
+        finite = torch.where(top == -math.inf, 0.0, top)  # a row that has seen no key yet
+        shrink = torch.exp(highest - finite)
+        scores = torch.exp(scores - finite[..., None])
+        weight = weight * shrink + scores.sum(dim=-1)
+        total = total * shrink[..., None] + scores @ value[:, :, block].to(exact)
+        highest = top
+    return (total / weight[..., None]).to(query.dtype), highest + weight.log()

@@ -1,0 +1,403 @@
+"""The command line: each verb reads its options, calls one function, prints.
+
+Nothing heavy is imported before a verb runs, so that ``--help`` is instant.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="longrope",
+    help="Extend the context window of any RoPE language model.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+# click's, which some versions of typer carry themselves
+_UsageError: Any = typer.BadParameter.__base__
+
+Model = Annotated[
+    str, typer.Argument(help="A directory, a hub id, a GGUF file, or 'bundled'.", metavar="[MODEL]")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Text, folder, JSONL, Parquet or hub dataset id; repeatable. By default the Python "
+        "library of this machine.",
+    ),
+]
+Field = Annotated[str, typer.Option(help="The text's field in JSONL, Parquet and datasets.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default a GPU if any.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Chunk = Annotated[int, typer.Option(help="Tokens that go through a layer at a time.")]
+HiddenDevice = Annotated[
+    str | None, typer.Option(help="Where hidden states wait: cpu saves GPU memory.")
+]
+ExistingScaling = Annotated[
+    str | None,
+    typer.Option(help="For a model that is scaled already: keep its scaling, or replace it."),
+]
+OriginalLength = Annotated[
+    int | None, typer.Option(help="Tokens the model handles, where its config is wrong.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+Lengths = Annotated[str, typer.Option(help="Such as 512,1024 or 8k,16k.")]
+AttentionFactor = Annotated[
+    float | None, typer.Option(help="One attention factor for every row (not for rescale files).")
+]
+TokensPerDocument = Annotated[
+    int | None, typer.Option(help="Score about so many tokens of each document; by default all.")
+]
+
+
+def main() -> None:
+    """Run the program: a user's mistake is one line on standard error and exit code 2."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("longrope: %(message)s"))
+    logging.getLogger("longrope").addHandler(handler)
+    arguments = sys.argv[1:] or ["--help"]
+    if os.environ.get("LONGROPE_TRACEBACK"):
+        app(arguments)
+    try:
+        app(arguments, standalone_mode=False)
+    except _UsageError as error:
+        _fail(error.format_message(), 2)
+    except ValueError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; a search goes on where it was when the same command runs again", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "RankLost":
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print("longrope: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    # The other ranks of a run may wait in a collective: leave without asking them.
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@app.command()
+def inspect(
+    model: Model = "bundled",
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Show what a model is, and whether its context can be extended. Reads no weights."""
+    from longrope.model import inspect_model
+
+    facts = inspect_model(
+        model,
+        existing_scaling=_existing(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    if json_:
+        _print_json(dataclasses.asdict(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in dataclasses.asdict(facts).items():
+        if name not in ("base_factors", "base_attention_factor"):
+            shown = f"{value:,}" if isinstance(value, int) and name != "extendable" else str(value)
+            table.add_row(name, shown)
+    console.print(table)
+
+
+@app.command()
+def search(
+    model: Model = "bundled",
+    target: Annotated[str, typer.Option(help="Tokens to reach: 131072, 128k or 8x.")] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path, typer.Option(help="Directory for the result; resumes what it holds.")
+    ] = ...,  # type: ignore[assignment]
+    data: Data = None,
+    field: Field = "text",
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Let windows join documents, with BOS and EOS between.")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="Windows that every candidate is scored on.")] = 5,
+    algorithm: Annotated[str, typer.Option(help="paper: LongRoPE's Algorithm 1.")] = "paper",
+    budget: Annotated[
+        int | None, typer.Option(help="Evaluations at most; by default the settings' 1,344.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many generations without a new best.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides windows and candidates.")] = 0,
+    attention_factor: Annotated[
+        float | None, typer.Option(help="For every candidate; by default √(1 + ln s / ln L).")
+    ] = None,
+    start_tokens: Annotated[
+        int | None, typer.Option(help="Fix n̂ instead of searching it; 0 is what engines load.")
+    ] = None,
+    upper: Annotated[
+        float | None, typer.Option(help="Largest factor; by default 1.25 · s, the paper's.")
+    ] = None,
+    population: Annotated[int, typer.Option(help="Size of the first generation (P).")] = 64,
+    mutations: Annotated[int, typer.Option(help="Mutants a generation (N1).")] = 16,
+    crossovers: Annotated[int, typer.Option(help="Crossovers a generation (N2).")] = 16,
+    probability: Annotated[float, typer.Option(help="Of redrawing each factor (p).")] = 0.3,
+    iterations: Annotated[int, typer.Option(help="Generations after the first (T).")] = 40,
+    parents: Annotated[int, typer.Option(help="The best that have children (k).")] = 32,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    hidden_device: HiddenDevice = None,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Search the rescale factors for a longer context. Run again, it resumes."""
+    from longrope.extend import SearchOptions, search_factors, summary
+    from longrope.model import load_model
+    from longrope.parallel import local_device, ranks
+    from longrope.search.evolution import EvolutionSettings
+
+    options = SearchOptions(
+        target=target,
+        out=out,
+        data=tuple(data or ()),
+        field=field,
+        pack=pack,
+        samples=samples,
+        algorithm=algorithm,
+        budget=budget,
+        patience=patience,
+        seed=seed,
+        attention_factor=attention_factor,
+        start_tokens=start_tokens,
+        upper=upper,
+        chunk=chunk,
+        hidden_device=hidden_device,
+        settings=EvolutionSettings(
+            population, mutations, crossovers, probability, iterations, parents
+        ),
+    )
+    loaded = load_model(
+        model,
+        device=local_device(device),
+        dtype=dtype,
+        existing_scaling=_existing(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    with ranks() as these:
+        result = search_factors(loaded, options, these)
+    if not these.first:
+        return
+    if json_:
+        _print_json(summary(result, out))
+        return
+    state = "done" if result.computed else "already done"
+    console.print(f"{state}: {result.evaluations} evaluations; loss in nats per token:")
+    for name, loss in result.starts.items():
+        console.print(f"  {name:9} {loss:.4f}")
+    console.print(f"  best      {result.best_loss:.4f}  (start tokens {result.best.start_tokens})")
+    console.print(f"  portable  {result.portable_loss:.4f}  (start tokens 0)")
+    if result.not_finite:
+        console.print(f"  {result.not_finite} candidates had no finite loss")
+    console.print(f"{out / 'rescale.json'}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Model = "bundled",
+    rescale: Annotated[
+        str, typer.Option(help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file.")
+    ] = "none",
+    lengths: Lengths = ...,  # type: ignore[assignment]
+    target: Annotated[
+        str | None, typer.Option(help="What a method is made for; by default the longest length.")
+    ] = None,
+    data: Data = None,
+    field: Field = "text",
+    pack: Annotated[bool, typer.Option("--pack", help="Join the documents into one.")] = False,
+    stride: Annotated[
+        int | None, typer.Option(help="Slide the window by so many tokens, score only those.")
+    ] = None,
+    tokens_per_document: TokensPerDocument = None,
+    attention_factor: AttentionFactor = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    hidden_device: HiddenDevice = None,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Measure perplexity at one or more lengths under one rescale."""
+    from longrope.evaluate.compare import CompareOptions, run_comparison
+    from longrope.model import load_model
+
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        existing_scaling=_existing(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    options = CompareOptions(
+        methods=(rescale,),
+        lengths=tuple(lengths.split(",")),
+        target=target,
+        data=tuple(data or ()),
+        field=field,
+        pack=pack,
+        stride=stride,
+        tokens_per_document=tokens_per_document,
+        attention_factor=attention_factor,
+        chunk=chunk,
+        hidden_device=hidden_device,
+    )
+    comparison = run_comparison(loaded, options, exclude_searched=False)
+    if json_:
+        _print_json({"perplexity": comparison.rows()})
+    else:
+        _print_rows(comparison.rows())
+
+
+@app.command()
+def compare(
+    model: Model = "bundled",
+    target: Annotated[str, typer.Option(help="Tokens the methods are made for.")] = ...,  # type: ignore[assignment]
+    methods: Annotated[
+        str, typer.Option(help="Methods and rescale files, with commas between.")
+    ] = "none,pi,ntk,dynamic-ntk,yarn",
+    lengths: Annotated[
+        str | None, typer.Option(help="Such as 512,1024; by default the target alone.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for compare.json and the plots; by default the rescale file's."
+        ),
+    ] = None,
+    data: Data = None,
+    field: Field = "text",
+    tokens_per_document: TokensPerDocument = None,
+    attention_factor: AttentionFactor = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    hidden_device: HiddenDevice = None,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Compare methods and searched factors on documents that no search has seen."""
+    from longrope.evaluate.compare import CompareOptions, run_comparison
+    from longrope.model import load_model
+    from longrope.report.run import report as write_report
+
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        existing_scaling=_existing(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    options = CompareOptions(
+        methods=tuple(methods.split(",")),
+        lengths=tuple((lengths or target).split(",")),
+        target=target,
+        data=tuple(data or ()),
+        field=field,
+        tokens_per_document=tokens_per_document,
+        attention_factor=attention_factor,
+        chunk=chunk,
+        hidden_device=hidden_device,
+        own_attention_factors=True,
+    )
+    comparison = run_comparison(loaded, options, exclude_searched=True)
+    directory = out or options.directory
+    comparison.save(directory / "compare.json")
+    figures = write_report(directory)
+    if json_:
+        _print_json(comparison.to_json() | {"figures": [str(path) for path in figures]})
+        return
+    _print_rows(comparison.rows())
+    _print_differences(comparison.differences())
+    for path in figures:
+        console.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="What a search or comparison wrote to.")],
+    json_: Json = False,
+) -> None:
+    """Draw a search's factors and history, and a comparison's perplexities."""
+    from longrope.report.run import report as write_report
+
+    figures = write_report(directory)
+    if json_:
+        _print_json({"figures": [str(path) for path in figures]})
+    else:
+        for path in figures:
+            console.print(str(path), soft_wrap=True)
+
+
+def _existing(choice: str | None) -> Any:
+    if choice not in (None, "keep", "replace"):
+        raise ValueError(f"--existing-scaling {choice}: choose keep or replace")
+    return choice
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    table = Table("length", "method", "perplexity", "± s.e.", "tail", "tokens", "windows")
+    for row in rows:
+        error = row["standard_error"]
+        tail = row.get("tail_perplexity")
+        table.add_row(
+            f"{row['length']:,}",
+            row["method"],
+            f"{row['perplexity']:.3f}",
+            "" if error is None else f"{error:.3f}",
+            "" if tail is None else f"{tail:.3f}",
+            f"{row['tokens']:,}",
+            str(row["windows"]),
+        )
+    console.print(table)
+
+
+def _print_differences(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    title = f"{rows[0]['method']} less each other, nats per token, paired by document"
+    table = Table("length", "against", "difference", "± s.e.", "better", title=title)
+    for row in rows:
+        error = row["standard_error"]
+        table.add_row(
+            f"{row['length']:,}",
+            row["against"],
+            f"{row['mean']:+.4f}",
+            "" if error is None else f"{error:.4f}",
+            "yes" if row["better"] else "no",
+        )
+    console.print(table)

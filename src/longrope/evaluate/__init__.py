@@ -1,0 +1,1 @@
+"""What a rescale is worth: perplexity, and methods side by side."""

@@ -1,0 +1,241 @@
+"""Methods and searched factors side by side, at several lengths, on the same tokens."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope.data import TokenDocument, bos_token, parse_length, unseen
+from longrope.evaluate.perplexity import Scores, paired_difference, score
+from longrope.extend import load_documents, starting_point
+from longrope.files import write_atomically
+from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.model import LoadedModel, ModelFacts
+from longrope.progress import progress
+from longrope.rope.install import check_fits, find_rotary, installed
+from longrope.rope.methods import METHODS
+from longrope.rope.rescale import Rescale
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """What an evaluation may be told; see ``longrope compare --help``.
+
+    With ``own_attention_factors`` every method stands there twice: with the one
+    attention factor that all share, and with its own where that differs.
+    """
+
+    methods: tuple[str, ...]
+    lengths: tuple[str, ...]
+    target: str | None = None
+    data: tuple[str, ...] = ()
+    field: str = "text"
+    pack: bool = False
+    stride: int | None = None
+    tokens_per_document: int | None = None
+    attention_factor: float | None = None
+    own_attention_factors: bool = False
+    chunk: int = DEFAULT_CHUNK
+    hidden_device: str | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where the result goes by itself: beside the first rescale file."""
+        files = [Path(name) for name in self.methods if name not in METHODS]
+        return files[0].parent if files else Path("compare")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a comparison: a name, and the rescale for a sequence of some length."""
+
+    name: str
+    rescale: Callable[[int], Rescale]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Scores by (method, length); every length is scored on the same tokens.
+
+    ``subject`` is the method that the others are compared with: the first rescale
+    file, or the last of the methods.
+    """
+
+    original_length: int
+    target: int
+    subject: str
+    scores: dict[tuple[str, int], Scores]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The ``perplexity`` rows of the JSON output."""
+        rows = []
+        for (method, length), scores in self.scores.items():
+            row = {
+                "length": length,
+                "method": method,
+                "perplexity": scores.perplexity,
+                "standard_error": scores.standard_error,
+                "tokens": scores.tokens,
+                "windows": scores.windows,
+                "documents": len(scores.documents),
+            }
+            if length > self.original_length:
+                row["tail_perplexity"] = scores.tail(self.original_length).perplexity
+            rows.append(row)
+        return rows
+
+    def differences(self) -> list[dict[str, Any]]:
+        """The subject against every other at each length: paired, in nats per token."""
+        rows = []
+        for (other, length), scores in self.scores.items():
+            if other == self.subject:
+                continue
+            difference = paired_difference(self.scores[self.subject, length], scores)
+            rows.append(
+                {
+                    "length": length,
+                    "method": self.subject,
+                    "against": other,
+                    "mean": difference.mean,
+                    "standard_error": difference.standard_error,
+                    "better": difference.better,
+                }
+            )
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "original_length": self.original_length,
+            "target": self.target,
+            "perplexity": self.rows(),
+            "differences": self.differences(),
+            "by_position": [
+                {"method": method, "length": length, "buckets": scores.by_position()}
+                for (method, length), scores in self.scores.items()
+            ],
+        }
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def run_comparison(
+    loaded: LoadedModel, options: CompareOptions, *, exclude_searched: bool
+) -> Comparison:
+    """Score methods and rescale files at several lengths.
+
+    Without ``data`` the documents are the library packages that the bundled model
+    never saw. ``exclude_searched`` leaves out documents that a rescale file was
+    searched on; otherwise their presence is only warned of.
+
+    Raises:
+        ValueError: an unknown method, a rescale of another shape, too few tokens.
+    """
+    facts = loaded.facts
+    original = facts.original_max_position_embeddings
+    assert original is not None
+    lengths = sorted({parse_length(text, original) for text in options.lengths})
+    target = parse_length(options.target, original) if options.target else lengths[-1]
+    entries = _entries(facts, options, max(target, original))
+    documents = load_documents(
+        loaded, options.data, field=options.field, packed=options.pack, held_out=True
+    )
+    documents = _held_out(documents, options.methods, exclude_searched)
+    scores = _score_all(loaded, options, entries, documents, lengths)
+    files = [entry.name for entry in entries if entry.name in options.methods]
+    subject = next((name for name in files if name not in METHODS), files[-1])
+    return Comparison(original, target, subject, scores)
+
+
+def _entries(facts: ModelFacts, options: CompareOptions, target: int) -> list[Entry]:
+    """A line per method, made for ``target``, and per file; raises for what is neither."""
+    shared = options.attention_factor
+    files = {name: _load(name) for name in options.methods if name not in METHODS}
+    if shared is None and options.own_attention_factors:
+        shared = next((file.attention_factor for file in files.values()), None)
+        if shared is None:
+            shared = starting_point(facts, target, None).attention_factor
+    entries = []
+    for name in options.methods:
+        if name in files:
+            entries.append(Entry(name, lambda length, file=files[name]: file))
+            continue
+        own = Entry(name, lambda length, name=name: facts.rescale(name, target, length))
+        factor = own.rescale(target).attention_factor
+        if shared is None or name == "none" or factor == shared:
+            entries.append(own)
+            continue
+        entries.append(
+            Entry(
+                name, lambda length, own=own: own.rescale(length).replace(attention_factor=shared)
+            )
+        )
+        if options.own_attention_factors:
+            entries.append(Entry(f"{name} (attention factor {factor:.4g})", own.rescale))
+    return entries
+
+
+def _load(name: str) -> Rescale:
+    if not Path(name).exists():
+        raise ValueError(f"{name!r} is neither a rescale file nor one of {', '.join(METHODS)}")
+    return Rescale.load(name)
+
+
+def _held_out(
+    documents: list[TokenDocument], methods: Sequence[str], exclude: bool
+) -> list[TokenDocument]:
+    searched = [
+        digest
+        for name in methods
+        if name not in METHODS
+        for digest in Rescale.load(name).provenance.get("documents", ())
+    ]
+    kept = unseen(documents, searched)
+    if len(kept) == len(documents):
+        return documents
+    if not exclude:
+        log.warning("%d documents were searched on", len(documents) - len(kept))
+        return documents
+    if not kept:
+        raise ValueError("every document given was searched on; give others with --data")
+    log.warning("%d documents left out: they were searched on", len(documents) - len(kept))
+    return kept
+
+
+def _score_all(
+    loaded: LoadedModel,
+    options: CompareOptions,
+    entries: Sequence[Entry],
+    documents: Sequence[TokenDocument],
+    lengths: Sequence[int],
+) -> dict[tuple[str, int], Scores]:
+    site = find_rotary(loaded.model)
+    assert site is not None
+    for entry in entries:
+        check_fits(site, entry.rescale(lengths[-1]))
+    bos = bos_token(loaded.tokenizer)
+    forward = LongForward(loaded.model, options.chunk, options.hidden_device)
+    scores: dict[tuple[str, int], Scores] = {}
+    with progress("evaluate", len(entries) * len(lengths)) as advance:
+        for entry in entries:
+            for length in lengths:
+                with installed(loaded.model, entry.rescale(length)):
+                    found = score(
+                        forward,
+                        documents,
+                        length,
+                        bos=bos,
+                        lengths=lengths,
+                        stride=options.stride,
+                        tokens_per_document=options.tokens_per_document,
+                    )
+                scores[entry.name, length] = found
+                advance(len(scores), f"{entry.name} at {length:,}: {found.perplexity:.2f}")
+    return scores

@@ -1,0 +1,230 @@
+"""How a model's context is extended: the file to read first.
+
+A model and documents come in; factors come out. So far the one stage there is is
+the search of the rescale factors::
+
+    model ─ facts ─┐
+                   ├─▶ windows ─▶ search ─▶ rescale.json, portable.json
+    documents ─────┘
+
+Everything a stage computes lands in its directory as it is computed, and running
+the same stage again goes on from there.
+"""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import longrope
+from longrope.data import (
+    Document,
+    TokenDocument,
+    bos_token,
+    library_documents,
+    pack,
+    parse_length,
+    read_documents,
+    search_windows,
+    tokenize,
+)
+from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.model import LoadedModel, ModelFacts
+from longrope.parallel import Ranks
+from longrope.progress import console, duration, progress
+from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.search.evolution import EvolutionSettings
+from longrope.search.objective import Perplexity
+from longrope.search.run import ALGORITHMS, Progress, SearchConfig, SearchResult, search
+from longrope.search.space import START_TOKENS, Space
+
+# The first population of Algorithm 1, beside their mutants.
+STARTS = ("pi", "ntk", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+    """What a search may be told; see ``longrope search --help``."""
+
+    target: str
+    out: Path
+    data: tuple[str, ...] = ()
+    field: str = "text"
+    pack: bool = False
+    samples: int = 5
+    algorithm: str = "paper"
+    budget: int | None = None
+    patience: int | None = None
+    seed: int = 0
+    attention_factor: float | None = None
+    start_tokens: int | None = None
+    upper: float | None = None
+    chunk: int = DEFAULT_CHUNK
+    hidden_device: str | None = None
+    settings: EvolutionSettings = dataclasses.field(default_factory=EvolutionSettings)
+
+
+def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
+    """Search the rescale factors for a target length, or go on where it was interrupted.
+
+    Leaves ``rescale.json`` (the best), ``portable.json`` (the best that engines can
+    load, n̂ = 0), ``history.jsonl`` (every evaluation) and ``state.json`` in
+    ``options.out``.
+
+    Raises:
+        ValueError: an option out of range, too few tokens, or a directory that holds
+            another search; before any long work.
+    """
+    facts = loaded.facts
+    target = extension_target(options.target, facts)
+    if options.algorithm not in ALGORITHMS:
+        raise ValueError(f"--algorithm {options.algorithm}: there is {', '.join(ALGORITHMS)}")
+    start = starting_point(facts, target, options.attention_factor)
+    space = Space(start, options.upper or 1.25 * start.scale, _start_tokens(options.start_tokens))
+    if space.upper < 1:
+        raise ValueError(f"--upper is {options.upper}; the largest factor must be at least 1")
+    starts = {name: space.nearest(facts.rescale(name, target)) for name in STARTS}
+    if options.start_tokens:
+        starts = {
+            name: dataclasses.replace(candidate, start_tokens=options.start_tokens)
+            for name, candidate in starts.items()
+        }
+
+    bos = bos_token(loaded.tokenizer)
+    documents = load_documents(
+        loaded, options.data, field=options.field, packed=options.pack, held_out=False
+    )
+    windows = search_windows(documents, target, options.samples, options.seed, bos)
+    config = SearchConfig(
+        model=loaded.fingerprint(),
+        documents=tuple(h for document in windows.documents for h in document.sha256),
+        windows=len(windows.ids),
+        length=target,
+        algorithm=options.algorithm,
+        settings=options.settings,
+        seed=options.seed,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        start={k: v for k, v in start.to_json().items() if k != "provenance"},
+        upper=space.upper,
+        start_tokens=space.start_tokens,
+    )
+    forward = LongForward(loaded.model, options.chunk, options.hidden_device)
+    names = ", ".join(document.name for document in windows.documents)
+    if ranks.first:
+        console.print(
+            f"{facts.architecture}, {start.original_max_position_embeddings:,} → {target:,} tokens "
+            f"({start.scale:g}×); {len(windows.ids)} windows of {names}",
+            highlight=False,
+        )
+    total = min(options.budget or options.settings.evaluations, options.settings.evaluations)
+    with progress("search", total, show=ranks.first) as advance:
+        return search(
+            config,
+            space,
+            starts,
+            Perplexity(forward, windows.ids),
+            options.out,
+            ranks=ranks,
+            budget=options.budget,
+            patience=options.patience,
+            provenance={
+                "model": facts.source,
+                "document_names": [document.name for document in windows.documents],
+                "longrope": longrope.__version__,
+                "python": platform.python_version(),
+            },
+            report=_Reporter(advance),
+        )
+
+
+class _Reporter:
+    """Say how a search goes: first how long it will take, then the best so far."""
+
+    def __init__(self, advance: Any):
+        self.advance = advance
+        self.estimated = False
+
+    def __call__(self, now: Progress) -> None:
+        if not self.estimated and now.seconds_left is not None:
+            self.estimated = True
+            console.print(
+                f"{now.total - now.evaluations} evaluations to go, about "
+                f"{duration(now.seconds_left)}; it can be stopped and run again at any time",
+                highlight=False,
+            )
+        if now.replayed and now.evaluations < now.total:
+            return
+        starts = " ".join(f"{name} {loss:.4f}" for name, loss in now.starts.items())
+        left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
+        self.advance(now.evaluations, f"best {now.best:.4f} ({starts}){left}")
+
+
+def _start_tokens(fixed: int | None) -> tuple[int, ...]:
+    if fixed is not None and fixed < 0:
+        raise ValueError(f"--start-tokens is {fixed}; it must not be negative")
+    return START_TOKENS if fixed is None else (fixed,)
+
+
+def extension_target(text: str, facts: ModelFacts) -> int:
+    """The target length in tokens.
+
+    Raises:
+        ValueError: not a length, or not beyond the model's original length.
+    """
+    original = facts.original_max_position_embeddings
+    assert original is not None
+    target = parse_length(text, original)
+    if target <= original:
+        raise ValueError(
+            f"--target is {target:,} tokens; this model handles {original:,} already "
+            f"({facts.original_read_from}), so give a larger target such as 8x"
+        )
+    return target
+
+
+def starting_point(facts: ModelFacts, target: int, attention_factor: float | None) -> Rescale:
+    """The rescale that every candidate multiplies; it carries the one attention factor.
+
+    By default that is √(1 + ln s / ln L), on top of what the model has and keeps.
+    """
+    start = facts.rescale("none", target)
+    if attention_factor is None:
+        original = start.original_max_position_embeddings
+        attention_factor = default_attention_factor(original, target) * start.attention_factor
+    return start.replace(attention_factor=attention_factor)
+
+
+def load_documents(
+    loaded: LoadedModel,
+    data: Sequence[str],
+    *,
+    field: str = "text",
+    packed: bool = False,
+    held_out: bool,
+) -> list[TokenDocument]:
+    """Tokens of the documents given, or of the Python library where none are.
+
+    Of the library, ``held_out`` chooses the packages that the bundled model never saw.
+    """
+    documents: list[Document] = read_documents(data, field) if data else library_documents(held_out)
+    tokens = tokenize(documents, loaded.tokenizer)
+    if not packed:
+        return tokens
+    return [pack(tokens, bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id)]
+
+
+def summary(result: SearchResult, out: Path) -> dict[str, Any]:
+    """What ``longrope search --json`` prints."""
+    return {
+        "rescale": str(out / "rescale.json"),
+        "portable": str(out / "portable.json"),
+        "history": str(out / "history.jsonl"),
+        "loss": result.best_loss,
+        "portable_loss": result.portable_loss,
+        "start_tokens": result.best.start_tokens,
+        "starts": result.starts,
+        "evaluations": result.evaluations,
+        "computed": result.computed,
+        "not_finite": result.not_finite,
+    }

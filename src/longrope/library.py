@@ -1,0 +1,60 @@
+"""The text that every Python installation carries, as documents.
+
+With no ``--data``, longrope searches and evaluates on the standard library of
+the Python that runs it: one document per package (its sources, joined), one
+per large module, and one for the language reference in ``pydoc_data``.
+"""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+# Never in the bundled model's training set: what it is evaluated on.
+HELD_OUT = (
+    "argparse",
+    "asyncio",
+    "email",
+    "http",
+    "ipaddress",
+    "logging",
+    "mailbox",
+    "multiprocessing",
+    "statistics",
+    "tarfile",
+    "turtle",
+    "unittest",
+)
+
+# Tables, tests, and packages that not every installation has.
+_SKIPPED = {"encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "turtledemo"}
+_SMALLEST_DOCUMENT = 20_000  # characters; smaller modules say little at any length of interest
+
+
+def library_texts(held_out: bool | None = None) -> dict[str, str]:
+    """Name → text of the library's documents, in alphabetical order.
+
+    ``held_out`` keeps only the packages of :data:`HELD_OUT` (True), all others
+    (False), or everything (None).
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = {}
+    for name in sorted(sys.stdlib_module_names - _SKIPPED):
+        if name.startswith("_sysconfigdata"):
+            continue
+        package, module = root / name, root / f"{name}.py"
+        files = [module] if module.is_file() else sorted(package.rglob("*.py"))
+        # Only part of the installations keep the tests inside the packages.
+        files = [f for f in files if not {"test", "tests"} & set(f.relative_to(root).parts)]
+        text = "\n\n".join(f.read_text(encoding="utf-8", errors="replace") for f in files)
+        if len(text) >= _SMALLEST_DOCUMENT:
+            texts[name] = text
+    texts["pydoc_topics"] = _topics()
+    if held_out is not None:
+        texts = {name: text for name, text in texts.items() if (name in HELD_OUT) == held_out}
+    return dict(sorted(texts.items()))
+
+
+def _topics() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))

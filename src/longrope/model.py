@@ -1,0 +1,388 @@
+"""A model from wherever it is, and the facts about it that an extension needs."""
+
+import contextlib
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from longrope.forward import LongForward, find_layers
+from longrope.rope.install import (
+    RotarySite,
+    column_layout,
+    existing_factors,
+    find_rotary,
+    installed,
+)
+from longrope.rope.methods import METHODS, dynamic_ntk, identity
+from longrope.rope.rescale import Rescale
+
+Existing = Literal["keep", "replace"]
+
+BUNDLED = Path(__file__).parent / "bundled"
+_RESCALABLE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before any weight is read.
+
+    ``reason`` is None where longrope can extend the model. ``base_factors`` and
+    ``base_attention_factor`` are the scaling that an extension starts from: ones,
+    or the model's own where that is kept.
+    """
+
+    source: str
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int | None
+    rope_theta: float | None
+    original_max_position_embeddings: int | None
+    original_read_from: str | None
+    existing_scaling: dict[str, Any] | None
+    dtype: str
+    parameters: int
+    kv_bytes_per_token: int
+    vocabulary: int
+    hidden_size: int
+    extendable: bool
+    reason: str | None
+    base_factors: tuple[float, ...] = ()
+    base_attention_factor: float = 1.0
+
+    def rescale(self, method: str, target: int, length: int | None = None) -> Rescale:
+        """A known method for this model, on top of the scaling that is kept.
+
+        ``length`` is the sequence's, which dynamic NTK depends on.
+
+        Raises:
+            ValueError: no such method, or a target below the original length.
+        """
+        if method not in METHODS:
+            raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+        assert self.rope_theta and self.rotary_dim and self.original_max_position_embeddings
+        original = self.original_max_position_embeddings
+        shape = (self.rope_theta, self.rotary_dim, original, max(target, original))
+        if method == "dynamic-ntk":
+            rescale = dynamic_ntk(*shape, length=length)
+        else:
+            rescale = METHODS[method](*shape)
+        return rescale.replace(
+            factors=tuple(np.multiply(rescale.factors, self.base_factors)),
+            attention_factor=rescale.attention_factor * self.base_attention_factor,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer, and its facts."""
+
+    model: Any
+    tokenizer: Any
+    facts: ModelFacts
+
+    def fingerprint(self) -> str:
+        """A hash of a sample of every weight: tells one model from another."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
+        return digest.hexdigest()
+
+
+def inspect_model(
+    source: str,
+    *,
+    existing_scaling: Existing | None = None,
+    original_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> ModelFacts:
+    """Facts of a model from its config alone; nothing of its weights is read.
+
+    ``source`` is a local directory, a hub id, a GGUF file or ``"bundled"``.
+    ``original_length`` overrides the one read from the config.
+
+    Raises:
+        ValueError: there is no such model, or its config is not one transformers knows.
+    """
+    with _quiet():
+        config = _read(AutoConfig, source, trust_remote_code)
+        text = config.get_text_config()
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=trust_remote_code
+                )
+        except ValueError:
+            raise ValueError(
+                f"{source}: a {config.model_type!r} model is not a causal language model"
+            ) from None
+    site, reason = _rotary_site(model, text)
+    heads = getattr(text, "num_attention_heads", 0)  # state-space models have none
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    facts = ModelFacts(
+        source=source,
+        architecture=type(model).__name__,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=2 * len(site.inv_freq) if site else None,
+        rope_theta=float(site.parameters["rope_theta"]) if site else None,
+        original_max_position_embeddings=None,
+        original_read_from=None,
+        existing_scaling=site.parameters if site and site.rope_type != "default" else None,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(p.numel() for p in model.parameters()),
+        kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
+        vocabulary=text.vocab_size,
+        hidden_size=text.hidden_size,
+        extendable=reason is None,
+        reason=reason,
+    )
+    if site is None:
+        return facts
+    return _with_base(facts, site, text, existing_scaling, original_length)
+
+
+def _with_base(
+    facts: ModelFacts,
+    site: RotarySite,
+    config: Any,
+    existing: Existing | None,
+    original_length: int | None,
+) -> ModelFacts:
+    """Settle what counts as the original length, and the scaling to start from."""
+    original, read_from = config.max_position_embeddings, "max_position_embeddings"
+    factors, attention_factor, reason = np.ones(len(site.inv_freq)), 1.0, facts.reason
+    scaling = facts.existing_scaling
+    if scaling and existing == "keep":
+        factors, attention_factor = existing_factors(site), site.attention_factor
+        if site.rope_type == "dynamic":
+            reason = reason or (
+                "its dynamic scaling changes with the length and cannot be kept; use "
+                "--existing-scaling replace"
+            )
+    elif scaling and "original_max_position_embeddings" in scaling:
+        original = scaling["original_max_position_embeddings"]
+        read_from = "rope_parameters.original_max_position_embeddings"
+    if scaling and existing is None:
+        reason = reason or (
+            f"it already has {site.rope_type!r} scaling: choose --existing-scaling keep (extend "
+            f"from its scaled length, {config.max_position_embeddings:,}, on top of its factors) "
+            f"or --existing-scaling replace (start over from the unscaled {original:,})"
+        )
+    if original_length is not None:
+        original, read_from = original_length, "--original-length"
+    return dataclasses.replace(
+        facts,
+        original_max_position_embeddings=original,
+        original_read_from=read_from,
+        base_factors=tuple(factors.tolist()),
+        base_attention_factor=attention_factor,
+        extendable=reason is None,
+        reason=reason,
+    )
+
+
+def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str | None]:
+    """The rotary site with real frequencies, or why there is none that can be rescaled."""
+    site = find_rotary(model)
+    if site is None:
+        rotary = [
+            k for k in ("rope_parameters", "rotary_dim", "rope_theta") if getattr(config, k, None)
+        ]
+        if rotary:
+            return (
+                None,
+                f"its kind of rotary embedding is not one longrope can rescale ({rotary[0]})",
+            )
+        return None, "it has no rotary position embedding (RoPE)"
+    with torch.device("cpu"):  # the meta model's frequencies have no values
+        module = type(site.module)(config=site.module.config)
+    site = dataclasses.replace(site, module=module)
+    if site.rope_type not in _RESCALABLE:
+        return site, f"its rotary embedding is of type {site.rope_type!r}, which cannot be rescaled"
+    if site.parameters.get("mrope_section"):
+        return site, "its rotary embedding has several position axes (mrope_section)"
+    try:
+        column_layout(site)
+        find_layers(model)
+    except ValueError as error:
+        return site, str(error)
+    return site, None
+
+
+def load_model(
+    source: str = "bundled",
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    existing_scaling: Existing | None = None,
+    original_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model that longrope can extend, and prove on it that it can.
+
+    Args:
+        source: a local directory, a hub id, a GGUF file (it is dequantised), or
+            ``"bundled"`` for the small model in the package.
+        device: such as ``"cuda:1"``; a GPU where there is one by default.
+        dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        existing_scaling: what to do with scaling that the model already has.
+
+    Raises:
+        ValueError: no such model, or one that cannot be extended, with the reason;
+            a model without RoPE is refused before its weights are read.
+    """
+    facts = inspect_model(
+        source,
+        existing_scaling=existing_scaling,
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    if not facts.extendable:
+        raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {facts.reason}")
+    where = _device(device)
+    with _quiet():
+        tokenizer = _read(AutoTokenizer, source, trust_remote_code)
+        model = _read(
+            AutoModelForCausalLM,
+            source,
+            trust_remote_code,
+            dtype=_dtype(dtype, where),
+            use_safetensors=True,
+        )
+    model = model.to(where).eval()
+    _probe(model, facts)
+    return LoadedModel(model, tokenizer, facts)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name}: not on this machine ({str(error).splitlines()[0]})"
+        ) from None
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> Any:
+    if name == "auto":
+        return "auto"
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise ValueError(f"--dtype {name}: choose auto, {', '.join(kinds)}")
+    return kinds[name]
+
+
+def _read(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+    """``auto.from_pretrained`` for every kind of source, its many errors in one line each."""
+    path = BUNDLED if source == "bundled" else Path(source)
+    options["trust_remote_code"] = trust_remote_code
+    if path.is_file() and path.suffix == ".gguf":
+        options["gguf_file"] = path.name
+        if auto is AutoModelForCausalLM:
+            from transformers import GgufConfig
+
+            options.pop("use_safetensors")
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        location = str(path.parent)
+    elif path.is_dir():
+        location = str(path)
+    elif path.exists() or path.suffix == ".gguf" or source.count("/") != 1 or source[0] in "./~":
+        raise ValueError(
+            f"{source}: no such model; give a directory with config.json, a .gguf file, a hub id "
+            "(owner/name) or 'bundled'"
+        )
+    else:
+        location = source
+    try:
+        return auto.from_pretrained(location, **options)
+    except ImportError as error:
+        raise ValueError(f"{source}: reading it needs more: {_first_line(error)}") from None
+    except Exception as error:
+        if "gated" in str(error).lower() or "401" in str(error):
+            raise ValueError(
+                f"{source}: the hub wants a login for it: run 'hf auth login', and accept the "
+                "model's terms on its page"
+            ) from None
+        raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and advice, which do not concern our user."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+@torch.inference_mode()
+def _probe(model: Any, facts: ModelFacts) -> None:
+    """Prove once that a rescale reaches the logits and that the long forward is this model's.
+
+    Raises:
+        ValueError: weights that are not finite, a rescale without effect, or a long
+            forward that gives other losses than the model's own.
+    """
+    assert facts.original_max_position_embeddings and facts.rope_theta and facts.rotary_dim
+    original = facts.original_max_position_embeddings
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 25, device=device)[None] % facts.vocabulary
+    base = identity(facts.rope_theta, facts.rotary_dim, original, original)
+    stretched = base.replace(factors=tuple(3.0 for _ in base.factors))
+    with installed(model, base):
+        before = model(input_ids=ids, use_cache=False).logits
+    if not before.isfinite().all():
+        bad = [n for n, p in model.named_parameters() if not p.isfinite().all()]
+        raise ValueError(
+            f"{facts.source}: its logits are not finite"
+            + (f"; {len(bad)} weights are not, the first is {bad[0]}" if bad else "")
+        )
+    with installed(model, stretched):
+        logits = model(input_ids=ids, use_cache=False).logits
+        losses = LongForward(model, chunk=10).losses(ids)
+    if torch.equal(before, logits):
+        raise ValueError(
+            f"{facts.source} ({facts.architecture}) cannot be extended: a rescale does not change "
+            "its logits"
+        )
+    expected = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
+    if not torch.allclose(losses, expected, rtol=0.1, atol=0.1):
+        raise ValueError(
+            f"{facts.source} ({facts.architecture}) cannot be extended: the long forward "
+            f"gives other losses than the model itself (by up to {(losses - expected).abs().max():.3g} nats)"
+        )

@@ -1,0 +1,97 @@
+"""Several processes on one search: the only file that imports torch.distributed."""
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankLost(RuntimeError):
+    """Another process of the run died."""
+
+
+class Ranks:
+    """This process among those that torchrun started; alone, every call is trivial.
+
+    Exchanges numbers and JSON over gloo, on the CPU, whatever the model runs on.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank = rank
+        self.size = size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def gather(self, value: float) -> list[float]:
+        """The value of every rank, in rank order, on every rank.
+
+        Raises:
+            RankLost: a process is gone.
+        """
+        if self.size == 1:
+            return [value]
+        mine = torch.tensor([value], dtype=torch.float64)
+        values = [torch.empty_like(mine) for _ in range(self.size)]
+        with _losses_named():
+            dist.all_gather(values, mine)
+        return [v.item() for v in values]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON value, on every rank.
+
+        Raises:
+            RankLost: a process is gone.
+        """
+        if self.size == 1:
+            return value
+        content = json.dumps(value).encode() if self.first else b""
+        size = torch.tensor([len(content)])
+        with _losses_named():
+            dist.broadcast(size, src=0)
+            data = torch.zeros(int(size.item()), dtype=torch.uint8)
+            if self.first:
+                data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            dist.broadcast(data, src=0)
+        return json.loads(bytes(data.tolist()))
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[Ranks]:
+    """The ranks that torchrun started, or the one process that there is."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def local_device(name: str | None) -> str | None:
+    """The device of this rank: one GPU each where a run of several names none in particular."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is not None and name in (None, "cuda") and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return name
+
+
+@contextlib.contextmanager
+def _losses_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(
+            "another process of this run died; what is computed is saved, and the same command "
+            f"goes on from there ({str(error).splitlines()[0]})"
+        ) from None

@@ -1,0 +1,127 @@
+"""The plots of a run: factors, perplexity against length and position, the history."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from longrope.files import write_atomically
+from longrope.rope.rescale import Rescale
+
+_SEARCHED = "#c0392b"
+_COLORS = {
+    "none": "#7f8c8d",
+    "pi": "#2980b9",
+    "ntk": "#27ae60",
+    "dynamic-ntk": "#16a085",
+    "yarn": "#8e44ad",
+}
+
+
+def factors_figure(rescales: Mapping[str, Rescale]) -> Figure:
+    """Factors against dimension (the LongRoPE paper's figure 2)."""
+    figure, axes = _figure()
+    for name, rescale in rescales.items():
+        axes.plot(range(len(rescale.factors)), rescale.factors, **_style(name))
+    axes.set(xlabel="pair of rotary dimensions", ylabel="factor λ", yscale="log")
+    axes.set_title("Rescale factors")
+    return _finished(figure, axes)
+
+
+def perplexity_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
+    """Perplexity against length (the paper's figure 1); bars are standard errors."""
+    figure, axes = _figure()
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = sorted((r for r in rows if r["method"] == name), key=lambda r: r["length"])
+        axes.errorbar(
+            [r["length"] for r in own],
+            [r["perplexity"] for r in own],
+            yerr=[r["standard_error"] or 0 for r in own],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            **_style(name),
+        )
+    axes.set(xlabel="tokens in the window", ylabel="perplexity", yscale="log")
+    axes.set_title("Perplexity against length, same tokens")
+    _mark_original(axes, original, [row["length"] for row in rows])
+    return _finished(figure, axes)
+
+
+def position_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
+    """Perplexity by position in the longest window: where each method breaks."""
+    longest = max(row["length"] for row in rows)
+    figure, axes = _figure()
+    for row in rows:
+        if row["length"] == longest:
+            middles = [(first + end) / 2 for first, end, _ in row["buckets"]]
+            axes.plot(middles, [value for *_, value in row["buckets"]], **_style(row["method"]))
+    axes.set(xlabel="position in the window", ylabel="perplexity", yscale="log")
+    axes.set_title(f"Perplexity by position, windows of {longest:,} tokens")
+    axes.axvline(original, color="black", linestyle=":", linewidth=1)
+    return _finished(figure, axes)
+
+
+def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Every loss of a search, the best so far, and the starts as lines."""
+    figure, axes = _figure()
+    finite = [line for line in history if line["loss"] is not None]
+    perplexities = [math.exp(line["loss"]) for line in finite]
+    numbers = [line["evaluation"] + 1 for line in finite]
+    best = [min(perplexities[: i + 1]) for i in range(len(perplexities))]
+    axes.plot(numbers, perplexities, ".", color="#bdc3c7", markersize=3, label="candidates")
+    axes.plot(numbers, best, color=_SEARCHED, label="best so far")
+    for line in finite:
+        if line.get("start"):
+            axes.axhline(
+                math.exp(line["loss"]), linestyle="--", linewidth=1, **_style(line["start"])
+            )
+    # Bad candidates lie far above everything of interest.
+    highest = sorted(perplexities)[int(0.9 * (len(perplexities) - 1))]
+    axes.set_ylim(min(best) * 0.995, max(highest, best[0]) * 1.01)
+    axes.set(xlabel="evaluations", ylabel="perplexity of the search windows")
+    axes.set_title("History of the search")
+    return _finished(figure, axes)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def _figure() -> tuple[Figure, Axes]:
+    return plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+
+
+def _finished(figure: Figure, axes: Axes) -> Figure:
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _style(name: str) -> dict[str, Any]:
+    color = _COLORS.get(name.split(" ")[0])
+    label = name if color else Path(name).stem
+    return {
+        "label": label,
+        "color": color or (_SEARCHED if label == "rescale" else None),
+        "linewidth": 1.4 if color else 2.2,
+    }
+
+
+def _mark_original(axes: Axes, original: int, lengths: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(lengths)), [f"{length:,}" for length in sorted(set(lengths))])
+    axes.axvline(original, color="black", linestyle=":", linewidth=1)

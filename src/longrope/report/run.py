@@ -1,0 +1,62 @@
+"""From what a directory holds to its pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longrope.files import read_lines
+from longrope.report import plots
+from longrope.rope.methods import METHODS
+from longrope.rope.rescale import Rescale
+
+
+def report(directory: Path) -> list[Path]:
+    """Draw all that a search or a comparison left in ``directory``; gives the PNG files.
+
+    Raises:
+        ValueError: neither a search nor a comparison wrote there, or a file is damaged.
+    """
+    figures = {}
+    if (directory / "rescale.json").exists():
+        rescale = Rescale.load(directory / "rescale.json")
+        figures["factors.png"] = plots.factors_figure(_beside_methods(directory, rescale))
+    history = [line for line in read_lines(directory / "history.jsonl") if line.get("loss")]
+    if history:
+        figures["history.png"] = plots.history_figure(history)
+    if (directory / "compare.json").exists():
+        comparison = _read(directory / "compare.json")
+        original = comparison["original_length"]
+        rows = comparison["perplexity"]
+        if len({row["length"] for row in rows}) > 1:
+            figures["perplexity.png"] = plots.perplexity_figure(rows, original)
+        figures["position.png"] = plots.position_figure(comparison["by_position"], original)
+    if not figures:
+        raise ValueError(
+            f"{directory}: nothing to draw; give a directory that 'longrope search' or "
+            "'longrope compare' wrote to"
+        )
+    return [plots.save_figure(figure, directory / name) for name, figure in figures.items()]
+
+
+def _beside_methods(directory: Path, rescale: Rescale) -> dict[str, Rescale]:
+    """The searched factors and the known methods' for the same model and target."""
+    rescales = {
+        name: METHODS[name](
+            rescale.rope_theta,
+            rescale.rotary_dim,
+            rescale.original_max_position_embeddings,
+            rescale.max_position_embeddings,
+        )
+        for name in ("pi", "ntk", "dynamic-ntk", "yarn")
+    }
+    rescales["rescale"] = rescale
+    if rescale.start_tokens and (directory / "portable.json").exists():
+        rescales["portable"] = Rescale.load(directory / "portable.json")
+    return rescales
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); run the comparison again") from None

@@ -1,0 +1,1 @@
+"""Rotary position embedding: the rescale, the known methods, and putting one into a model."""

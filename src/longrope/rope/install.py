@@ -1,0 +1,249 @@
+"""Put a :class:`Rescale` into a live model, and take it out again without a trace.
+
+The rotary module of a transformers model turns positions into the cosines and
+sines that attention multiplies in. Installing swaps that module for one of ours
+that computes the same from other frequencies, with two things that no config can
+say: positions below ``start_tokens`` keep the original angles, and phases are
+exact at any position.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longrope.rope.rescale import Rescale, default_inv_freq
+
+# The layer type whose rotary embedding is scaled where a model has several:
+# a sliding window never sees positions further apart than it was trained on.
+_SCALED_LAYER_TYPE = "full_attention"
+
+
+@dataclass(frozen=True)
+class RotarySite:
+    """Where a model keeps the rotary embedding that a rescale replaces."""
+
+    owner: nn.Module  # the decoder: it calls the rotary module and owns the layers
+    name: str
+    module: Any
+    layer_type: str | None  # the attention kind in models with one embedding per kind
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Frequencies as the model has them now, shape (d/2,), float32."""
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        if self.rope_type == "longrope":  # the module keeps the short set until a long input comes
+            config = self.module.config
+            return _longrope_frequencies(config, self.layer_type)
+        return getattr(self.module, f"{prefix}original_inv_freq")
+
+    @property
+    def attention_factor(self) -> float:
+        """What the model multiplies cosines and sines by now."""
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        return float(getattr(self.module, f"{prefix}attention_scaling"))
+
+    @property
+    def rope_type(self) -> str:
+        kind = self.module.rope_type
+        return kind if self.layer_type is None else kind[self.layer_type]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The ``rope_parameters`` of the config that apply here."""
+        parameters = self.module.config.rope_parameters
+        return dict(parameters if self.layer_type is None else parameters[self.layer_type])
+
+
+def _longrope_frequencies(config: Any, layer_type: str | None) -> Tensor:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = (
+        config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    )
+    beyond = parameters["original_max_position_embeddings"] + 1
+    return ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=beyond, layer_type=layer_type)[0]
+
+
+def find_rotary(model: nn.Module) -> RotarySite | None:
+    """The one rotary site of a model, or None if it has none that longrope knows.
+
+    Works by structure (a child module with an ``inv_freq`` buffer and a config),
+    not by architecture.
+    """
+    for owner in model.modules():
+        for name, module in owner.named_children():
+            if not hasattr(module, "config") or not hasattr(module, "rope_type"):
+                continue
+            if hasattr(module, "inv_freq"):
+                return RotarySite(owner, name, module, None)
+            if hasattr(module, f"{_SCALED_LAYER_TYPE}_inv_freq"):
+                return RotarySite(owner, name, module, _SCALED_LAYER_TYPE)
+    return None
+
+
+def column_layout(site: RotarySite) -> Tensor:
+    """For each column of the module's cosines, the index of the frequency behind it.
+
+    Found by calling the module at position 1, so that any layout (halves repeated,
+    interleaved, not repeated) is handled without a list of architectures.
+
+    Raises:
+        ValueError: the module computes something else than cosines and sines of
+            position · frequency.
+    """
+    kind = type(site.module).__name__
+    module = type(site.module)(config=site.module.config)
+    extra = () if site.layer_type is None else (site.layer_type,)
+    try:
+        cos, sin = module(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), *extra)
+    except Exception as error:
+        raise ValueError(
+            f"{kind} cannot be rescaled: it does not give cosines and sines ({error})"
+        ) from None
+    here = RotarySite(site.owner, site.name, module, site.layer_type)
+    prefix = "" if site.layer_type is None else f"{site.layer_type}_"
+    frequencies = getattr(module, f"{prefix}inv_freq").double()
+    angles = torch.atan2(sin.flatten().double(), cos.flatten().double())
+    layout = (angles[:, None] - frequencies[None, :]).abs().argmin(dim=1)
+    expected = (
+        torch.stack([frequencies.cos(), frequencies.sin()])[:, layout] * here.attention_factor
+    )
+    actual = torch.stack([cos.flatten(), sin.flatten()]).double()
+    if not torch.allclose(actual, expected, atol=1e-5):
+        raise ValueError(
+            f"{kind} cannot be rescaled: it does not compute cosines and sines of position times "
+            "frequency"
+        )
+    return layout
+
+
+class RescaledRotary(nn.Module):
+    """Cosines and sines of a rescaled RoPE; stands in for a model's rotary module.
+
+    Phases are taken in float64 and reduced before the cosine: in float32 they are
+    off by up to 0.06 rad at position 2²¹. Frequencies stay float32, like engines'.
+    Nothing here is a buffer, so casting the model to bf16 cannot touch it.
+    """
+
+    def __init__(self, site: RotarySite, rescale: Rescale):
+        super().__init__()
+        self.config = site.module.config
+        self.rope_type = "longrope"
+        self.layer_type = site.layer_type
+        self.rescale = rescale
+        self.inv_freq = torch.from_numpy(rescale.inv_freq).float()
+        self.attention_scaling = rescale.attention_factor
+        # Held in a tuple so that the original is no submodule of ours.
+        self._original = (site.module,)
+        self._original_inv_freq = site.inv_freq.detach().float().cpu()
+        self._original_attention_scaling = site.attention_factor
+        self._layout = column_layout(site)
+
+    @torch.no_grad()
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, shape (batch, tokens, columns), for position_ids (batch, tokens)."""
+        if layer_type != self.layer_type:
+            return self._original[0](x, position_ids, layer_type)
+        # Apple's GPUs have no float64: there the angles are made on the CPU.
+        where = torch.device("cpu") if x.device.type == "mps" else x.device
+        positions = position_ids.to(where)[..., None].double()
+        inv_freq = self.inv_freq.to(where).double()
+        scaling: Tensor | float = self.attention_scaling
+        if self.rescale.start_tokens:
+            # As published, the first tokens keep angle *and* temperature (eq. 3 with I = 1).
+            first = positions < self.rescale.start_tokens
+            inv_freq = torch.where(first, self._original_inv_freq.to(where).double(), inv_freq)
+            scaling = torch.where(first, self._original_attention_scaling, scaling)
+        phases = positions * inv_freq
+        layout = self._layout.to(where)
+        cos = (phases.cos() * scaling)[..., layout]
+        sin = (phases.sin() * scaling)[..., layout]
+        dtype = x.dtype
+        return cos.to(dtype).to(x.device), sin.to(dtype).to(x.device)
+
+
+def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
+    """Whether a rescale is what the model does already."""
+    return (
+        rescale.rotary_dim == 2 * len(site.inv_freq)
+        and rescale.attention_factor == site.attention_factor
+        and np.array_equal(
+            torch.from_numpy(rescale.inv_freq).float().numpy(), site.inv_freq.float().cpu().numpy()
+        )
+    )
+
+
+@contextlib.contextmanager
+def installed(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
+    """The model with ``rescale`` in place; leaving restores it bit for bit.
+
+    ``None``, and a rescale that is what the model does already, change nothing.
+    Position ids that the caller does not give come from the attention mask, so
+    that a left-padded row equals the unpadded one.
+
+    Raises:
+        ValueError: the model has no rotary embedding that can be rescaled, or the
+            rescale has the wrong number of factors or another ``rope_theta``.
+    """
+    if rescale is None:
+        yield
+        return
+    site = find_rotary(model)
+    if site is None:
+        raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
+    check_fits(site, rescale)
+    if changes_nothing(site, rescale):
+        yield
+        return
+    hook = site.owner.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
+    setattr(site.owner, site.name, RescaledRotary(site, rescale))
+    try:
+        yield
+    finally:
+        setattr(site.owner, site.name, site.module)
+        hook.remove()
+
+
+def check_fits(site: RotarySite, rescale: Rescale) -> None:
+    """Refuse a rescale made for a model of another shape, by name.
+
+    Raises:
+        ValueError: see above.
+    """
+    expected = len(site.inv_freq)
+    if len(rescale.factors) != expected:
+        raise ValueError(
+            f"factors has {len(rescale.factors)} numbers; this model needs {expected} (half its "
+            f"rotary dimension of {2 * expected})"
+        )
+    theta = float(site.parameters["rope_theta"])
+    if not np.allclose(rescale.rope_theta, theta, rtol=1e-6):
+        raise ValueError(f"rope_theta is {rescale.rope_theta:g}; this model's is {theta:g}")
+
+
+def existing_factors(site: RotarySite) -> np.ndarray:
+    """The factors that a model already applies, shape (d/2,): 1 where it is unscaled."""
+    theta = float(site.parameters["rope_theta"])
+    inv_freq = site.inv_freq.double().cpu().numpy()
+    factors = default_inv_freq(theta, 2 * len(inv_freq)) / inv_freq
+    return np.where(np.abs(factors - 1) < 1e-6, 1.0, factors)
+
+
+def _positions_from_mask(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Count positions over real tokens where a mask says which those are."""
+    given = inspect.signature(owner.forward).bind_partial(*args, **kwargs).arguments
+    given = given | given.get("kwargs", {})
+    mask = given.get("attention_mask")
+    if given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return args, kwargs
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    return args, kwargs | {"position_ids": positions}

@@ -1,0 +1,132 @@
+"""The known ways to extend RoPE, each as a function that returns a :class:`Rescale`.
+
+All take the model's ``rope_theta``, its rotary dimension, its original length and
+the target length, and give the attention factor that their authors gave. With
+``transformers``' own type the result is the same ``inv_freq``; the tests hold it so.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from longrope.rope.rescale import Rescale, default_inv_freq
+
+Method = Callable[[float, int, int, int], Rescale]
+
+
+def _rescale(method: str, theta: float, original: int, target: int, factors: np.ndarray, **more):
+    return Rescale(
+        factors=tuple(factors.tolist()),
+        rope_theta=theta,
+        original_max_position_embeddings=original,
+        max_position_embeddings=target,
+        provenance={"method": method},
+        **more,
+    )
+
+
+def identity(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
+    """The model as it is: every factor 1."""
+    return _rescale("none", rope_theta, original, target, np.ones(rotary_dim // 2))
+
+
+def pi(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
+    """Position interpolation (Chen et al. 2023): every dimension by s."""
+    factors = np.full(rotary_dim // 2, target / original)
+    return _rescale("pi", rope_theta, original, target, factors)
+
+
+def base_change(
+    rope_theta: float, rotary_dim: int, original: int, target: int, *, new_theta: float = 1e6
+) -> Rescale:
+    """Another base (Code Llama, section 2.3: θ = 10⁶), written as factors on the old one."""
+    factors = (new_theta / rope_theta) ** (np.arange(0, rotary_dim, 2) / rotary_dim)
+    return _rescale("base-change", rope_theta, original, target, factors)
+
+
+def _ntk_theta(rope_theta: float, rotary_dim: int, scale: float) -> float:
+    return rope_theta * scale ** (rotary_dim / (rotary_dim - 2))
+
+
+def ntk(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
+    """NTK-aware (bloc97 2023): θ · s^(d/(d−2)), so the last dimension is stretched by s."""
+    theta = _ntk_theta(rope_theta, rotary_dim, target / original)
+    rescale = base_change(rope_theta, rotary_dim, original, target, new_theta=theta)
+    return rescale.replace(provenance={"method": "ntk"})
+
+
+def dynamic_ntk(
+    rope_theta: float, rotary_dim: int, original: int, target: int, *, length: int | None = None
+) -> Rescale:
+    """Dynamic NTK as transformers has it, with ``factor`` s, at a sequence of ``length``.
+
+    The scale is s · length / L − (s − 1): s² − s + 1 at the target itself, 1 (no
+    change) up to the original length. ``length`` defaults to the target.
+    """
+    s = target / original
+    scale = s * max(target if length is None else length, original) / original - (s - 1)
+    theta = _ntk_theta(rope_theta, rotary_dim, scale)
+    rescale = base_change(rope_theta, rotary_dim, original, target, new_theta=theta)
+    return rescale.replace(provenance={"method": "dynamic-ntk"})
+
+
+def yarn(
+    rope_theta: float,
+    rotary_dim: int,
+    original: int,
+    target: int,
+    *,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> Rescale:
+    """YaRN (Peng et al. 2023): inverse frequencies blended by a ramp; temperature 0.1 ln s + 1.
+
+    Dimensions that turn more than ``beta_fast`` times within the original length
+    stay, those that turn less than ``beta_slow`` times are interpolated. The ramp's
+    ends are rounded outwards, as every implementation does.
+    """
+    s = target / original
+
+    def dimension(rotations: float) -> float:
+        wavelengths = math.log(original / (rotations * 2 * math.pi))
+        return rotary_dim * wavelengths / (2 * math.log(rope_theta))
+
+    low = max(math.floor(dimension(beta_fast)), 0)
+    high = min(math.ceil(dimension(beta_slow)), rotary_dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(rotary_dim // 2) - low) / width, 0, 1)
+    factors = 1 / (ramp / s + (1 - ramp))
+    attention_factor = 0.1 * math.log(s) + 1 if s > 1 else 1.0
+    return _rescale(
+        "yarn", rope_theta, original, target, factors, attention_factor=attention_factor
+    )
+
+
+def llama3(
+    rope_theta: float,
+    rotary_dim: int,
+    original: int,
+    target: int,
+    *,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+) -> Rescale:
+    """Llama 3.1's scaling: a ramp over the number of turns within the original length."""
+    s = target / original
+    inv_freq = default_inv_freq(rope_theta, rotary_dim)
+    turns = original * inv_freq / (2 * math.pi)
+    ramp = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    factors = 1 / ((1 - ramp) / s + ramp)
+    return _rescale("llama3", rope_theta, original, target, factors)
+
+
+METHODS: dict[str, Method] = {
+    "none": identity,
+    "pi": pi,
+    "ntk": ntk,
+    "dynamic-ntk": dynamic_ntk,
+    "yarn": yarn,
+    "llama3": llama3,
+    "base-change": base_change,
+}

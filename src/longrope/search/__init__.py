@@ -1,0 +1,1 @@
+"""The search for rescale factors: candidates, an algorithm, the loss, and the loop around them."""

@@ -1,0 +1,129 @@
+"""LongRoPE's Algorithm 1: an evolutionary search inside the monotone constraint."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from longrope.search.space import Candidate, Space, distinct
+
+# Draws for one new candidate before the search takes what it has: near the end every
+# neighbour of the parents may be known.
+_TRIES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class EvolutionSettings:
+    """Algorithm 1's settings; the defaults are the paper's for targets up to 256k.
+
+    Raises:
+        ValueError: a count below 1 or a probability outside (0, 1].
+    """
+
+    population: int = 64
+    mutations: int = 16
+    crossovers: int = 16
+    probability: float = 0.3
+    iterations: int = 40
+    parents: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("population", "iterations", "parents"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("mutations", "crossovers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative")
+        if self.mutations + self.crossovers < 1:
+            raise ValueError("--mutations and --crossovers are both 0; one must be positive")
+        if not 0 < self.probability <= 1:
+            raise ValueError(f"--probability is {self.probability}; it must be in (0, 1]")
+
+    @property
+    def evaluations(self) -> int:
+        """The whole budget: 1,344 with the paper's settings."""
+        return self.population + self.iterations * (self.mutations + self.crossovers)
+
+
+class Evolution:
+    """Ask for a generation of candidates, tell their losses, until ``done``.
+
+    Never asks for a candidate twice. The same seed and the same losses give the same
+    candidates, so a search replays from the losses alone.
+
+        >>> algorithm = Evolution(space, starts, EvolutionSettings(), seed=0)
+        >>> while not algorithm.done:
+        ...     generation = algorithm.ask()
+        ...     algorithm.tell(generation, [loss(candidate) for candidate in generation])
+    """
+
+    def __init__(
+        self, space: Space, starts: Sequence[Candidate], settings: EvolutionSettings, seed: int
+    ):
+        self.space = space
+        self.settings = settings
+        self.generation = 0
+        self._starts = distinct(starts)
+        self._rng = random.Random(seed)
+        self._ranked: list[tuple[float, int, Candidate]] = []
+        self._known: set[Candidate] = set()
+
+    @property
+    def done(self) -> bool:
+        return self.generation > self.settings.iterations
+
+    @property
+    def random_state(self) -> list[Any]:
+        """The random generator's state, as JSON holds it."""
+        version, numbers, gauss = self._rng.getstate()
+        return [version, list(numbers), gauss]
+
+    def ask(self) -> list[Candidate]:
+        """The next generation: the starts and mutants of them, then children of the best."""
+        return self._first() if self.generation == 0 else self._children()
+
+    def tell(self, candidates: Sequence[Candidate], losses: Sequence[float]) -> None:
+        """Losses of the candidates asked for; NaN and infinity lose to every number."""
+        for candidate, loss in zip(candidates, losses, strict=True):
+            # Rounded, so that the last bits of a sum cannot decide who is a parent.
+            rank = round(loss, 6) if math.isfinite(loss) else math.inf
+            self._ranked.append((rank, len(self._ranked), candidate))
+            self._known.add(candidate)
+        self._ranked.sort()
+        self.generation += 1
+
+    def _first(self) -> list[Candidate]:
+        generation = list(self._starts)
+        for index in range(len(generation), self.settings.population):
+            parent = self._starts[index % len(self._starts)]
+            self._add(generation, lambda parent=parent: self._mutant(parent))
+        return generation[: self.settings.population]
+
+    def _children(self) -> list[Candidate]:
+        parents = [candidate for _, _, candidate in self._ranked[: self.settings.parents]]
+        generation: list[Candidate] = []
+        for _ in range(self.settings.mutations):
+            self._add(generation, lambda: self._mutant(self._rng.choice(parents)))
+        for _ in range(self.settings.crossovers):
+            self._add(generation, lambda: self._crossed(parents))
+        if not generation:  # every neighbour is known: nothing is left to find
+            self.generation = self.settings.iterations + 1
+        return generation
+
+    def _mutant(self, parent: Candidate) -> Candidate:
+        return self.space.mutate(parent, self.settings.probability, self._rng)
+
+    def _crossed(self, parents: list[Candidate]) -> Candidate:
+        if len(parents) == 1:
+            return self._mutant(parents[0])
+        a, b = self._rng.sample(parents, 2)
+        return self.space.cross(a, b, self._rng)
+
+    def _add(self, generation: list[Candidate], draw: Any) -> None:
+        """Add a candidate that was never asked for, within a bounded number of draws."""
+        for _ in range(_TRIES):
+            candidate = draw()
+            if candidate not in self._known and candidate not in generation:
+                generation.append(candidate)
+                return

@@ -1,0 +1,35 @@
+"""What the search minimises: the mean loss of the search windows under a candidate."""
+
+import math
+
+import numpy as np
+import torch
+
+from longrope.forward import BATCH_TOKENS, LongForward
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+
+
+class Perplexity:
+    """Mean negative log-likelihood in nats per token (the log of perplexity).
+
+    Args:
+        forward: the model's long forward.
+        windows: token ids, shape (windows, tokens), all of one length.
+    """
+
+    def __init__(self, forward: LongForward, windows: np.ndarray):
+        self.forward = forward
+        per_batch = max(1, BATCH_TOKENS // windows.shape[1])
+        ids = torch.from_numpy(windows.astype(np.int64))
+        self.batches = ids.split(per_batch)
+
+    def __call__(self, rescale: Rescale) -> float:
+        """The loss; NaN or infinite where the model's losses are."""
+        total, count = 0.0, 0
+        with installed(self.forward.model, rescale):
+            for batch in self.batches:
+                losses = self.forward.losses(batch)
+                total += losses.sum(dtype=torch.float64).item()
+                count += losses.numel()
+        return total / count if math.isfinite(total) else math.nan

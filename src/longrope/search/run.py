@@ -1,0 +1,336 @@
+"""The loop around a search: budget, history, resume, ranks, and what it leaves behind.
+
+Nothing is lost and nothing is trusted: every loss is a synced line of
+``history.jsonl``, the algorithm is a function of its seed and those losses, so
+resuming is replaying. Every rank runs the same algorithm; only losses travel.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope.files import append_line, read_lines, write_atomically
+from longrope.parallel import Ranks
+from longrope.rope.rescale import Rescale
+from longrope.search.evolution import Evolution, EvolutionSettings
+from longrope.search.space import Candidate, Space
+
+ALGORITHMS = {"paper": Evolution}
+STATE_SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Everything that decides the course of a search; two equal ones are one search.
+
+    ``model`` and ``documents`` hold content hashes. Budget and patience are not here:
+    they say where to stop, and a finished search may go on with more.
+    """
+
+    model: str
+    documents: tuple[str, ...]
+    windows: int
+    length: int
+    algorithm: str
+    settings: EvolutionSettings
+    seed: int
+    dtype: str
+    start: dict[str, Any]
+    upper: float
+    start_tokens: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a search stands; handed to ``report`` after every evaluation."""
+
+    evaluations: int
+    total: int
+    generation: int
+    loss: float
+    best: float
+    starts: dict[str, float]  # loss of each named start, as far as known
+    seconds_left: float | None
+    replayed: bool
+
+
+@dataclasses.dataclass
+class SearchResult:
+    """The two bests; ``finished`` says that neither budget nor patience is left."""
+
+    best: Rescale
+    portable: Rescale
+    best_loss: float
+    portable_loss: float
+    starts: dict[str, float]
+    evaluations: int
+    computed: int  # of which in this run, not read from the history
+    not_finite: int
+
+
+def search(
+    config: SearchConfig,
+    space: Space,
+    starts: dict[str, Candidate],
+    loss: Callable[[Rescale], float],
+    out: Path,
+    *,
+    ranks: Ranks | None = None,
+    budget: int | None = None,
+    patience: int | None = None,
+    provenance: dict[str, Any] | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> SearchResult:
+    """Search, or go on with the search that ``out`` holds.
+
+    Args:
+        starts: the named candidates of the first population; the first is portable.
+        budget: evaluations at most; by default what the algorithm's settings give.
+        patience: stop after this many generations without a new best.
+
+    Raises:
+        ValueError: ``out`` holds another search (the differing fields are named) or a
+            damaged state; no candidate has a finite loss; a file cannot be written.
+        RankLost: another process of the run died.
+    """
+    if budget is not None and budget < 1:
+        raise ValueError(f"--budget is {budget}; it must be at least 1 evaluation")
+    if patience is not None and patience < 1:
+        raise ValueError(f"--patience is {patience}; it must be at least 1 generation")
+    run = _Run(config, space, starts, loss, out, ranks or Ranks(), report)
+    run.total = min(budget or config.settings.evaluations, config.settings.evaluations)
+    algorithm = ALGORITHMS[config.algorithm](
+        space, list(starts.values()), config.settings, config.seed
+    )
+    since_best = 0
+    while not algorithm.done and len(run.losses) < run.total:
+        asked = algorithm.ask()[: run.total - len(run.losses)]
+        if not asked:
+            break
+        best_before = run.best_loss()
+        algorithm.tell(asked, run.evaluate(asked, algorithm.generation))
+        run.save_state(algorithm)
+        run.save_bests(provenance or {})
+        since_best = 0 if run.best_loss() < best_before else since_best + 1
+        if patience is not None and since_best >= patience:
+            break
+    return run.result(provenance or {})
+
+
+class _Run:
+    """The evaluations of one search, known and new."""
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        space: Space,
+        starts: dict[str, Candidate],
+        loss: Callable[[Rescale], float],
+        out: Path,
+        ranks: Ranks,
+        report: Callable[[Progress], None],
+    ):
+        self.config, self.space, self.starts = config, space, starts
+        self.loss, self.out, self.ranks, self.report = loss, out, ranks, report
+        self.losses: dict[Candidate, float] = {}
+        self.total = 0
+        self.computed = 0
+        self._seconds: list[float] = []
+        # Rank 0 alone touches the disk: nodes need not share one. What it refuses, all do.
+        found = ranks.broadcast(self._open() if ranks.first else None)
+        if "error" in found:
+            raise ValueError(found["error"])
+        self.history: list[dict[str, Any]] = found["history"]
+
+    def _open(self) -> dict[str, Any]:
+        try:
+            return {"history": self._resume()}
+        except ValueError as error:
+            return {"error": str(error)}
+
+    def _resume(self) -> list[dict[str, Any]]:
+        """The history of this very search, or an empty one in a new directory."""
+        state = self.out / "state.json"
+        history = self.out / "history.jsonl"
+        if not state.exists():
+            if history.exists():
+                raise ValueError(
+                    f"{history} is there without its state.json; give another --out, or delete it"
+                )
+            self._write_state(generation=0, random_state=None)
+            return []
+        try:
+            saved = json.loads(state.read_text(encoding="utf-8"))
+            before, digest = saved["config"], saved["config_hash"]
+            assert isinstance(before, dict) and saved["schema"] == STATE_SCHEMA
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise ValueError(
+                f"{state} is damaged; give another --out, or delete {self.out} to start over"
+            ) from None
+        now = self.config.to_json()
+        if digest != self.config.sha256:
+            fields = [k for k in now if before.get(k) != now[k]] or ["config_hash"]
+            shown = ", ".join(
+                f"{k} (there {_short(before.get(k))}, now {_short(now.get(k))})" for k in fields
+            )
+            raise ValueError(
+                f"{self.out} holds another search; it differs in {shown}; give another --out"
+            )
+        lines = read_lines(history)
+        # A line that a kill cut short is dropped from the file too, or the next would join it.
+        write_atomically(history, "".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+    def evaluate(self, asked: Sequence[Candidate], generation: int) -> list[float]:
+        """Losses of a generation: first what the history knows, then a candidate per rank."""
+        for candidate in asked:
+            if len(self.losses) >= len(self.history):
+                break
+            self._replay(candidate, generation)
+        fresh = [candidate for candidate in asked if candidate not in self.losses]
+        for first in range(0, len(fresh), self.ranks.size):
+            share = fresh[first : first + self.ranks.size]
+            started = time.monotonic()
+            mine = share[self.ranks.rank] if self.ranks.rank < len(share) else None
+            value = math.nan if mine is None else self.loss(self.space.rescale(mine))
+            values = self.ranks.gather(value)[: len(share)]
+            self._seconds.append((time.monotonic() - started) / len(share))
+            for candidate, found in zip(share, values, strict=True):
+                self._record(candidate, found, generation)
+        return [self.losses[candidate] for candidate in asked]
+
+    def _replay(self, candidate: Candidate, generation: int) -> None:
+        number = len(self.losses)
+        line = self.history[number]
+        rescale = self.space.rescale(candidate)
+        expected = (number, list(rescale.factors), rescale.start_tokens)
+        if (line.get("evaluation"), line.get("factors"), line.get("start_tokens")) != expected:
+            raise ValueError(
+                f"{self.out / 'history.jsonl'} is damaged at evaluation {number}: it is not what "
+                f"this search asked for; delete {self.out} to start over"
+            )
+        self.losses[candidate] = math.nan if line["loss"] is None else float(line["loss"])
+        self._report(candidate, generation, replayed=True)
+
+    def _record(self, candidate: Candidate, loss: float, generation: int) -> None:
+        rescale = self.space.rescale(candidate)
+        if self.ranks.first:
+            line = {
+                "evaluation": len(self.losses),
+                "loss": loss if math.isfinite(loss) else None,
+                "factors": list(rescale.factors),
+                "start_tokens": rescale.start_tokens,
+                "attention_factor": rescale.attention_factor,
+                "generation": generation,
+                "start": next((n for n, c in self.starts.items() if c == candidate), None),
+            }
+            append_line(self.out / "history.jsonl", line)
+        self.losses[candidate] = loss
+        self.computed += 1
+        self._report(candidate, generation, replayed=False)
+
+    def _report(self, candidate: Candidate, generation: int, *, replayed: bool) -> None:
+        left = None
+        if self._seconds:
+            recent = sorted(self._seconds[-15:])
+            left = recent[len(recent) // 2] * (self.total - len(self.losses))
+        self.report(
+            Progress(
+                evaluations=len(self.losses),
+                total=self.total,
+                generation=generation,
+                loss=self.losses[candidate],
+                best=self.best_loss(),
+                starts=self.start_losses(),
+                seconds_left=left,
+                replayed=replayed,
+            )
+        )
+
+    def start_losses(self) -> dict[str, float]:
+        return {n: self.losses[c] for n, c in self.starts.items() if c in self.losses}
+
+    def best(self, portable: bool) -> tuple[float, Candidate] | None:
+        finite = [
+            (round(loss, 6), number, candidate)
+            for number, (candidate, loss) in enumerate(self.losses.items())
+            if math.isfinite(loss) and not (portable and candidate.start_tokens)
+        ]
+        if not finite:
+            return None
+        _, _, candidate = min(finite)
+        return self.losses[candidate], candidate
+
+    def best_loss(self) -> float:
+        found = self.best(portable=False)
+        return math.inf if found is None else round(found[0], 6)
+
+    def save_state(self, algorithm: Evolution) -> None:
+        if self.ranks.first:
+            self._write_state(algorithm.generation, algorithm.random_state)
+
+    def _write_state(self, generation: int, random_state: Any) -> None:
+        state = {
+            "schema": STATE_SCHEMA,
+            "config_hash": self.config.sha256,
+            "config": self.config.to_json(),
+            "generation": generation,
+            "evaluations": len(self.losses),
+            "random_state": random_state,
+        }
+        write_atomically(self.out / "state.json", json.dumps(state, indent=1) + "\n")
+
+    def save_bests(self, provenance: dict[str, Any]) -> None:
+        if not self.ranks.first:
+            return
+        for name, portable in (("rescale.json", False), ("portable.json", True)):
+            found = self.best(portable)
+            if found is not None:
+                self._with_provenance(found, provenance).save(self.out / name)
+
+    def _with_provenance(self, found: tuple[float, Candidate], more: dict[str, Any]) -> Rescale:
+        loss, candidate = found
+        record = {
+            "method": f"search ({self.config.algorithm})",
+            "loss": loss,
+            "evaluations": len(self.losses),
+            "seed": self.config.seed,
+            "documents": list(self.config.documents),
+            "config_hash": self.config.sha256,
+        }
+        return self.space.rescale(candidate).replace(provenance=record | more)
+
+    def result(self, provenance: dict[str, Any]) -> SearchResult:
+        best, portable = self.best(False), self.best(True)
+        if best is None or portable is None:
+            raise ValueError(
+                f"none of {len(self.losses)} candidates has a finite loss; look at the model's "
+                "weights, or try --dtype float32"
+            )
+        return SearchResult(
+            best=self._with_provenance(best, provenance),
+            portable=self._with_provenance(portable, provenance),
+            best_loss=best[0],
+            portable_loss=portable[0],
+            starts=self.start_losses(),
+            evaluations=len(self.losses),
+            computed=self.computed,
+            not_finite=sum(not math.isfinite(loss) for loss in self.losses.values()),
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"
