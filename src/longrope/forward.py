@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from longrope import attention
-from longrope.rope.install import find_rotary
+from longrope.rope.install import column_layout, find_rotary
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
 log = logging.getLogger(__name__)
@@ -85,6 +85,24 @@ class LongForward:
                 self.chunk //= 2
                 log.warning("out of memory: going on with --chunk %d", self.chunk)
             torch.cuda.empty_cache()
+
+    def bytes_per_token(self) -> int:
+        """By how much peak memory grows with each token, beside a constant.
+
+        Hidden states, one layer's keys and values, cosines and sines (one set for each
+        kind of layer), token ids going in and losses coming out.
+        """
+        model, site = self.model, find_rotary(self.model)
+        assert site is not None
+        config, size = self.decoder.config, model.dtype.itemsize
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        kinds = 1 if site.layer_type is None else len(set(config.layer_types))
+        angles = 2 * len(column_layout(site)) * kinds
+        loss = max(size, 4)
+        return (config.hidden_size + 2 * heads * head_dim + angles) * size + 8 + 2 * loss
 
     @torch.inference_mode()
     def _losses(self, ids_BT: Tensor) -> Tensor:

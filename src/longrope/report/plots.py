@@ -81,9 +81,8 @@ def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     axes.plot(numbers, best, color=_SEARCHED, label="best so far")
     for line in finite:
         if line.get("start"):
-            axes.axhline(
-                math.exp(line["loss"]), linestyle="--", linewidth=1, **_style(line["start"])
-            )
+            style = _style(line["start"]) | {"linestyle": "--", "linewidth": 1}
+            axes.axhline(math.exp(line["loss"]), **style)
     # Bad candidates lie far above everything of interest.
     highest = sorted(perplexities)[int(0.9 * (len(perplexities) - 1))]
     axes.set_ylim(min(best) * 0.995, max(highest, best[0]) * 1.01)

@@ -175,9 +175,8 @@ def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
     return (
         rescale.rotary_dim == 2 * len(site.inv_freq)
         and rescale.attention_factor == site.attention_factor
-        and np.array_equal(
-            torch.from_numpy(rescale.inv_freq).float().numpy(), site.inv_freq.float().cpu().numpy()
-        )
+        # transformers computes its frequencies in float32: equal to rounding is equal
+        and np.allclose(rescale.inv_freq, site.inv_freq.double().cpu().numpy(), rtol=1e-6, atol=0)
     )
 
 

@@ -1,0 +1,88 @@
+"""What start tokens (n̂) give: perplexity of PI, NTK and YaRN with each n̂, held out.
+
+The LongRoPE paper's table 2 in miniature.
+
+    python benchmarks/start_tokens.py --lengths 512,1024,2048
+    python benchmarks/start_tokens.py --model smollm2 --dtype bfloat16 --lengths 16384 \
+        --data texts/austen-emma.txt --data texts/austen-persuasion.txt \
+        --start-tokens 0,1,4,16,64 --tokens-per-document 16384
+"""
+
+import argparse
+import json
+import platform
+import time
+
+import torch
+
+import longrope
+from longrope.data import bos_token
+from longrope.evaluate.perplexity import paired_difference, score
+from longrope.extend import load_documents, starting_point
+from longrope.forward import LongForward
+from longrope.model import load_model
+from longrope.rope.install import installed
+from longrope.search.space import START_TOKENS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--data", action="append", default=[])
+    parser.add_argument("--lengths", default="512,1024,2048")
+    parser.add_argument("--methods", default="pi,ntk,yarn")
+    parser.add_argument("--start-tokens", default=",".join(map(str, START_TOKENS)))
+    parser.add_argument("--tokens-per-document", type=int, default=8192)
+    args = parser.parse_args()
+
+    loaded = load_model(args.model, dtype=args.dtype)
+    documents = load_documents(loaded, args.data, held_out=True)
+    bos = bos_token(loaded.tokenizer)
+    forward = LongForward(loaded.model)
+    rows = []
+    for length in map(int, args.lengths.split(",")):
+        shared = starting_point(loaded.facts, length, None).attention_factor
+        for method in args.methods.split(","):
+            base = loaded.facts.rescale(method, length).replace(attention_factor=shared)
+            scores = {}
+            for tokens in map(int, args.start_tokens.split(",")):
+                with installed(loaded.model, base.replace(start_tokens=tokens)):
+                    scores[tokens] = score(
+                        forward,
+                        documents,
+                        length,
+                        bos=bos,
+                        tokens_per_document=args.tokens_per_document,
+                    )
+                difference = paired_difference(scores[tokens], scores[0])
+                rows.append(
+                    {
+                        "length": length,
+                        "method": method,
+                        "start_tokens": tokens,
+                        "perplexity": scores[tokens].perplexity,
+                        "difference_nats": difference.mean,
+                        "standard_error": difference.standard_error,
+                        "better": difference.better,
+                    }
+                )
+            own = [row for row in rows if (row["length"], row["method"]) == (length, method)]
+            best = min(own, key=lambda row: row["perplexity"])
+            line = " ".join(f"{row['start_tokens']}:{row['perplexity']:.2f}" for row in own)
+            print(f"{length} {method} best n̂ {best['start_tokens']} — {line}", flush=True)
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "longrope": longrope.__version__,
+        "config": vars(args),
+        "documents": [document.name for document in documents],
+        "rows": rows,
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Micro-models of every family, on disk and in memory, and text to run them on."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from longrope.model import BUNDLED
+
+torch.set_num_threads(1)
+
+ORIGINAL = 64
+_SHAPE = {
+    "vocab_size": 1536,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": ORIGINAL,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_MHA = {k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"}
+_WINDOW = {"sliding_window": 24}
+
+FAMILIES = {
+    "llama": lambda: transformers.LlamaConfig(**_SHAPE),
+    "mistral": lambda: transformers.MistralConfig(**_SHAPE, **_WINDOW),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **_SHAPE, **_WINDOW, use_sliding_window=True, max_window_layers=2
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, head_dim=32),
+    "phi3": lambda: transformers.Phi3Config(**_SHAPE),
+    "gemma": lambda: transformers.GemmaConfig(**_SHAPE, head_dim=32),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_SHAPE, **_WINDOW, head_dim=32, query_pre_attn_scalar=32
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_SHAPE,
+        **_WINDOW,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_MHA),
+    "olmo2": lambda: transformers.Olmo2Config(**_SHAPE),
+    "granite": lambda: transformers.GraniteConfig(
+        **_SHAPE,
+        embedding_multiplier=2.0,
+        logits_scaling=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.3,
+    ),
+    "smollm3": lambda: transformers.SmolLM3Config(**_SHAPE),
+}
+
+
+def micro_model(config, seed: int = 0):
+    """A model with random weights large enough that attention matters."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def micro_models():
+    """Name → model, made when first asked for; tests leave them as they found them."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = micro_model(FAMILIES[name]())
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def checkpoints(micro_models, tmp_path_factory):
+    """Name → directory of the micro-model with the bundled tokenizer."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            micro_models(name).save_pretrained(made[name])
+            for file in BUNDLED.glob("tokenizer*"):
+                (made[name] / file.name).write_bytes(file.read_bytes())
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LONGROPE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def ids():
+    """Token ids, shape (2, 97)."""
+    return torch.randint(3, 1536, (2, 97), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """A folder of four documents of some thousand tokens."""
+    from longrope.library import library_texts
+
+    folder = tmp_path_factory.mktemp("texts")
+    library = library_texts(held_out=True)
+    for name in ("argparse", "http", "ipaddress", "mailbox"):
+        (folder / f"{name}.txt").write_text(library[name][:12_000])
+    return folder

@@ -1,0 +1,72 @@
+import json
+import math
+
+import pytest
+
+from longrope.report import plots
+from longrope.report.run import report
+from longrope.rope import methods
+
+
+def yarn():
+    return methods.yarn(1e4, 64, 256, 2048)
+
+
+def rows(key, value):
+    return [
+        {"method": m, "length": n, "standard_error": None, key: value(m, n)}
+        for m in ("pi", "out/rescale.json")
+        for n in (256, 2048)
+    ]
+
+
+def test_factors_are_drawn_as_they_are():
+    (axes,) = plots.factors_figure({"yarn": yarn(), "rescale": yarn()}).axes
+    assert [line.get_label() for line in axes.lines] == ["yarn", "rescale"]
+    assert tuple(axes.lines[0].get_ydata()) == yarn().factors
+
+
+def test_perplexities_are_drawn_at_their_lengths():
+    figure = plots.perplexity_figure(rows("perplexity", lambda m, n: n / 2), 256)
+    (axes,) = figure.axes
+    line = axes.lines[0]
+    assert list(line.get_xdata()) == [256, 2048]
+    assert list(line.get_ydata()) == [128, 1024]
+    assert axes.get_legend_handles_labels()[1] == ["pi", "rescale"]
+
+
+def test_positions_are_those_of_the_longest_windows():
+    buckets = rows("buckets", lambda m, n: [(0, n // 2, 5.0), (n // 2, n, 7.0)])
+    (axes,) = plots.position_figure(buckets, 256).axes
+    assert list(axes.lines[0].get_xdata()) == [512, 1536]
+
+
+def test_history_shows_the_best_so_far():
+    losses = [4.0, 4.5, None, 3.9]
+    history = [
+        {"evaluation": i, "loss": loss, "start": "pi" if i == 0 else None}
+        for i, loss in enumerate(losses)
+    ]
+    (axes,) = plots.history_figure(history).axes
+    best = axes.lines[1]
+    assert list(best.get_xdata()) == [1, 2, 4]
+    assert list(best.get_ydata()) == [math.exp(4.0), math.exp(4.0), math.exp(3.9)]
+
+
+def test_report_draws_what_is_there(tmp_path):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        report(tmp_path)
+    yarn().save(tmp_path / "rescale.json")
+    assert [path.name for path in report(tmp_path)] == ["factors.png"]
+    (tmp_path / "compare.json").write_text("{")
+    with pytest.raises(ValueError, match=r"compare\.json is damaged"):
+        report(tmp_path)
+    comparison = {
+        "original_length": 256,
+        "perplexity": rows("perplexity", lambda m, n: 5.0),
+        "by_position": rows("buckets", lambda m, n: [(0, n, 5.0)]),
+    }
+    (tmp_path / "compare.json").write_text(json.dumps(comparison))
+    names = [path.name for path in report(tmp_path)]
+    assert names == ["factors.png", "perplexity.png", "position.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in report(tmp_path))

@@ -1,0 +1,268 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from conftest import FAMILIES, ORIGINAL, micro_model
+from longrope.rope import methods
+from longrope.rope.install import RescaledRotary, find_rotary, installed
+from longrope.rope.rescale import Rescale
+
+EXPECTED_ROTARY_DIM = {
+    "qwen3": 32,
+    "gemma": 32,
+    "gemma2": 32,
+    "gemma3": 32,
+    "gpt_neox": 4,
+}
+
+
+def a_rescale(model, target=256, **changes) -> Rescale:
+    site = find_rotary(model)
+    theta = float(site.parameters["rope_theta"])
+    rescale = methods.yarn(theta, 2 * len(site.inv_freq), ORIGINAL, target)
+    return rescale.replace(**changes)
+
+
+@torch.no_grad()
+def logits(model, ids, **more):
+    return model(input_ids=ids, use_cache=False, **more).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changes_the_logits_and_leaves_no_trace(micro_models, ids, family):
+    model = micro_models(family)
+    before = logits(model, ids)
+    with installed(model, a_rescale(model)):
+        during = logits(model, ids)
+    assert (during - before).abs().max() > 1e-2
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restores_after_an_error(micro_models, ids, family):
+    model = micro_models(family)
+    before = logits(model, ids)
+    with pytest.raises(KeyError), installed(model, a_rescale(model)):
+        raise KeyError
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inv_freq_is_the_float64_formula(micro_models, family):
+    model = micro_models(family)
+    config = model.config
+    theta = {"gemma3": 1e6, "smollm3": 2e6}.get(family, 1e4)
+    rescale = a_rescale(model)
+    d = EXPECTED_ROTARY_DIM.get(family, config.hidden_size // config.num_attention_heads)
+    expected = [theta ** (-2 * i / d) / rescale.factors[i] for i in range(d // 2)]
+    with installed(model, rescale):
+        rotary = find_rotary(model).module
+        assert isinstance(rotary, RescaledRotary)
+        assert rotary.inv_freq.dtype == torch.float32
+        np.testing.assert_allclose(rotary.inv_freq.numpy(), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers_own_longrope(micro_models, ids, family):
+    """What a search scores is what an exported config computes."""
+    model = micro_models(family)
+    rescale = a_rescale(model, attention_factor=1.1)
+    config = copy.deepcopy(model.config)
+    entry = {
+        "rope_type": "longrope",
+        "rope_theta": rescale.rope_theta,
+        "long_factor": list(rescale.factors),
+        "short_factor": list(rescale.factors),
+        "attention_factor": rescale.attention_factor,
+        "factor": rescale.scale,
+        "original_max_position_embeddings": ORIGINAL,
+    }
+    site = find_rotary(model)
+    if "partial_rotary_factor" in site.parameters:
+        entry["partial_rotary_factor"] = site.parameters["partial_rotary_factor"]
+    if site.layer_type is None:
+        config.rope_parameters = entry
+    else:
+        config.rope_parameters[site.layer_type] = entry
+    config.max_position_embeddings = 256
+    config.original_max_position_embeddings = ORIGINAL
+    exported = type(model)(config).eval()
+    exported.load_state_dict(model.state_dict())
+    with installed(model, rescale):
+        assert_close(logits(model, ids), logits(exported, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_only_full_attention_of_gemma3_is_scaled(micro_models):
+    model = micro_models("gemma3")
+    rotary = find_rotary(model).module
+    x, positions = torch.zeros(1, 1, 1), torch.arange(40)[None]
+    with installed(model, a_rescale(model)):
+        ours = find_rotary(model).module
+        assert torch.equal(
+            ours(x, positions, "sliding_attention")[0], rotary(x, positions, "sliding_attention")[0]
+        )
+        assert not torch.equal(
+            ours(x, positions, "full_attention")[0], rotary(x, positions, "full_attention")[0]
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_identity_changes_nothing(micro_models, ids, family):
+    model = micro_models(family)
+    site = find_rotary(model)
+    identity = methods.identity(
+        float(site.parameters["rope_theta"]), 2 * len(site.inv_freq), ORIGINAL, 256
+    )
+    before = logits(model, ids)
+    with installed(model, identity):
+        assert torch.equal(logits(model, ids), before)
+    with installed(model, None):
+        assert torch.equal(logits(model, ids), before)
+
+
+def rotary_angles(model, rescale, positions):
+    with installed(model, rescale):
+        cos, sin = find_rotary(model).module(torch.zeros(1, 1, 1, dtype=torch.float64), positions)
+    return cos, sin
+
+
+@given(
+    start_tokens=st.sampled_from([0, 1, 4, 28, 256]),
+    positions=st.lists(st.integers(0, 2**21), min_size=1, max_size=8),
+)
+def test_angles_are_equation_3(micro_models, start_tokens, positions):
+    model = micro_models("llama")
+    rescale = a_rescale(model, start_tokens=start_tokens, attention_factor=1.2)
+    original = find_rotary(model).inv_freq.numpy()
+    cos, sin = rotary_angles(model, rescale, torch.tensor([positions]))
+    for row, n in enumerate(positions):
+        first = n < start_tokens
+        for column in range(cos.shape[-1]):
+            i = column % len(rescale.factors)
+            # Frequencies are float32, as in every engine; the phase is exact for them.
+            frequency = float(original[i] if first else np.float32(rescale.inv_freq[i]))
+            assert frequency * (1 if first else rescale.factors[i]) == pytest.approx(
+                10000 ** (-2 * i / 16), rel=2e-7
+            )
+            scaling = 1.0 if first else 1.2
+            assert cos[0, row, column] == pytest.approx(scaling * math.cos(n * frequency), abs=1e-7)
+            assert sin[0, row, column] == pytest.approx(scaling * math.sin(n * frequency), abs=1e-7)
+
+
+def test_float32_phases_would_be_off_where_ours_are_not(micro_models):
+    positions = torch.arange(2**21 - 4096, 2**21)[None]
+    model = micro_models("llama")
+    rescale = methods.pi(1e4, 16, ORIGINAL, 83)
+    cos, sin = rotary_angles(model, rescale, positions)
+    inv_freq = torch.from_numpy(rescale.inv_freq).float()
+    exact = positions[0, :, None].double() * inv_freq.double()
+    plain = (positions[0, :, None].float() * inv_freq).double()
+    half = len(inv_freq)
+    ours = torch.atan2(sin[0, :, :half], cos[0, :, :half])
+    ours_off = torch.remainder(ours - exact + math.pi, 2 * math.pi) - math.pi
+    assert (plain - exact).abs().max() > 0.03
+    assert ours_off.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("start_tokens", [0, 8])
+def test_left_padding_does_not_matter(micro_models, ids, family, start_tokens):
+    model = micro_models(family)
+    pad = 7
+    short = ids[:1, : 97 - pad]
+    batch = torch.stack([ids[0], torch.cat([torch.full((pad,), 2), short[0]])])
+    mask = torch.ones_like(batch)
+    mask[1, :pad] = 0
+    with installed(model, a_rescale(model, start_tokens=start_tokens)):
+        alone = logits(model, short)
+        whole = logits(model, ids[:1])
+        padded = logits(model, batch, attention_mask=mask)
+        inner = model.base_model(batch, mask, use_cache=False).last_hidden_state
+        inner_alone = model.base_model(short, use_cache=False).last_hidden_state
+    assert_close(padded[1:, pad:], alone, rtol=1e-4, atol=1e-4)
+    assert_close(padded[:1], whole, rtol=1e-4, atol=1e-4)
+    assert_close(inner[1:, pad:], inner_alone, rtol=1e-4, atol=1e-4)
+
+
+def test_position_ids_of_the_caller_count(micro_models, ids):
+    model = micro_models("llama")
+    with installed(model, a_rescale(model, start_tokens=8)):
+        positions = torch.arange(97)[None].expand(2, -1)
+        given = logits(model, ids, position_ids=positions)
+        assert_close(given, logits(model, ids))
+        shifted = logits(model, ids, position_ids=positions + 3)
+        mask = torch.ones_like(ids)
+        with_mask = logits(model, ids, position_ids=positions + 3, attention_mask=mask)
+    assert (shifted - given).abs().max() > 1e-2  # n̂ sees other tokens
+    assert_close(with_mask, shifted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_equals_uncached(micro_models, ids, family):
+    model = micro_models(family)
+    prompt = ids[:, :40]
+    with installed(model, a_rescale(model, start_tokens=4)):
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        mask = torch.ones_like(prompt)
+        cached = model.generate(prompt, attention_mask=mask, use_cache=True, **options)
+        tokens = prompt
+        for _ in range(12):
+            tokens = torch.cat([tokens, logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached, tokens)
+
+
+def test_bf16_keeps_float32_frequencies(ids):
+    model = micro_model(FAMILIES["llama"]())
+    rescale = a_rescale(model)
+    with installed(model, rescale):
+        exact = logits(model, ids)
+        model.to(torch.bfloat16)
+        rotary = find_rotary(model).module
+        assert rotary.inv_freq.dtype == torch.float32
+        cos, _ = rotary(torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.tensor([[9999]]))
+        assert cos.dtype == torch.bfloat16
+        rounded = logits(model, ids).float()
+    assert (rounded - exact).std() / exact.std() < 0.05
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(ids):
+    gradients = []
+    for checkpointing in (False, True):
+        model = micro_model(FAMILIES["llama"]()).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        with installed(model, a_rescale(model, start_tokens=4)):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert_close(gradients[0], gradients[1])
+    assert gradients[0].abs().max() > 0
+
+
+def test_wrong_shapes_are_refused_by_name(micro_models):
+    model = micro_models("llama")
+    with (
+        pytest.raises(ValueError, match="factors has 3 numbers; this model needs 8"),
+        installed(model, Rescale((1.0, 2.0, 3.0), 1e4, 64, 128)),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="rope_theta is 500; this model's is 10000"),
+        installed(model, a_rescale(model, rope_theta=500.0)),
+    ):
+        pass
+
+
+def test_no_rope_is_refused(ids):
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config)
+    rescale = methods.pi(1e4, 16, 64, 128)
+    with pytest.raises(ValueError, match="no rotary"), installed(model, rescale):
+        pass

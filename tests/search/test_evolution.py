@@ -1,0 +1,104 @@
+import math
+
+import pytest
+from test_space import space
+
+from longrope.rope import methods
+from longrope.search.evolution import Evolution, EvolutionSettings
+
+SMALL = EvolutionSettings(population=12, mutations=4, crossovers=4, iterations=5, parents=4)
+
+
+def starts(of):
+    return [of.nearest(methods.METHODS[n](1e4, 64, 256, 2048)) for n in ("pi", "ntk", "yarn")]
+
+
+def bowl(candidate):
+    """Least at λ = 3 everywhere with n̂ = 4."""
+    distance = sum((h / 100 - 3) ** 2 for h in candidate.hundredths)
+    return distance + abs(candidate.start_tokens - 4)
+
+
+def run(settings, seed, loss=bowl):
+    here = space()
+    algorithm = Evolution(here, starts(here), settings, seed)
+    asked, losses = [], []
+    while not algorithm.done:
+        generation = algorithm.ask()
+        assert all(here.contains(candidate) for candidate in generation)
+        found = [loss(candidate) for candidate in generation]
+        algorithm.tell(generation, found)
+        asked += generation
+        losses += found
+    return asked, losses
+
+
+def test_the_papers_budget():
+    settings = EvolutionSettings()
+    assert settings.evaluations == 1344
+    assert (settings.population, settings.mutations, settings.crossovers) == (64, 16, 16)
+    assert (settings.probability, settings.iterations, settings.parents) == (0.3, 40, 32)
+
+
+def test_asks_what_it_should_and_nothing_twice():
+    asked, _ = run(SMALL, seed=0)
+    assert len(asked) == SMALL.evaluations == 12 + 5 * 8
+    assert len(set(asked)) == len(asked)
+    here = space()
+    assert asked[:3] == starts(here)
+
+
+def test_finds_a_minimum():
+    _, losses = run(EvolutionSettings(), seed=1)
+    assert min(losses) < 0.5 * min(losses[:64])
+
+
+def test_a_seed_is_a_course():
+    assert run(SMALL, 3) == run(SMALL, 3)
+    assert run(SMALL, 3) != run(SMALL, 4)
+
+
+def test_differences_below_rounding_decide_nothing():
+    tiny = iter(range(10**6))
+    assert run(SMALL, 0, lambda c: bowl(c) + 1e-9 * next(tiny))[0] == run(SMALL, 0)[0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_has_no_children(bad):
+    here = space()
+    algorithm = Evolution(here, starts(here), SMALL, 0)
+    first = algorithm.ask()
+    good = first[7]
+    algorithm.tell(first, [1.0 if c in first[4:8] else bad for c in first])
+    assert {c for _, _, c in algorithm._ranked[:4]} == set(first[4:8])
+    assert good in first[4:8]
+
+
+def test_a_space_that_is_used_up_ends_the_search():
+    from longrope.search.space import Candidate, Space
+
+    tiny = Space(methods.identity(1e4, 4, 256, 512), 1.02, start_tokens=(0,))
+    algorithm = Evolution(tiny, [Candidate((100, 100))], EvolutionSettings(population=8), 0)
+    seen = []
+    while not algorithm.done:
+        generation = algorithm.ask()
+        seen += generation
+        algorithm.tell(generation, [0.0] * len(generation))
+    assert len(set(seen)) == len(seen) <= 6  # all pairs a ≤ b of 100, 101, 102
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"population": 0},
+        {"parents": 0},
+        {"iterations": 0},
+        {"mutations": -1},
+        {"mutations": 0, "crossovers": 0},
+        {"probability": 0.0},
+        {"probability": 1.5},
+    ],
+)
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong))}"):
+        EvolutionSettings(**wrong)

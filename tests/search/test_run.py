@@ -1,0 +1,189 @@
+import dataclasses
+import json
+import math
+
+import pytest
+from test_evolution import SMALL, bowl, starts
+from test_space import space
+
+from longrope.rope.rescale import Rescale
+from longrope.search.run import SearchConfig, search
+
+SPACE = space()
+
+
+def config(**changes) -> SearchConfig:
+    fields = {
+        "model": "m",
+        "documents": ("d",),
+        "windows": 1,
+        "length": 2048,
+        "algorithm": "paper",
+        "settings": SMALL,
+        "seed": 0,
+        "dtype": "float32",
+        "start": {},
+        "upper": 10.0,
+        "start_tokens": SPACE.start_tokens,
+    }
+    return SearchConfig(**fields | changes)
+
+
+class Loss:
+    """A loss that counts its calls and can fail at one of them."""
+
+    def __init__(self, fail_at: int | None = None, of=bowl):
+        self.calls, self.fail_at, self.of = 0, fail_at, of
+
+    def __call__(self, rescale):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        return self.of(SPACE.nearest(rescale))
+
+
+def go(out, loss=None, seed=0, **more):
+    names = dict(zip(("pi", "ntk", "yarn"), starts(SPACE), strict=True))
+    changes = more.pop("config", config(seed=seed))
+    return search(changes, SPACE, names, loss or Loss(), out, **more)
+
+
+def contents(out):
+    return {p.name: p.read_text() for p in out.iterdir()}
+
+
+def test_leaves_the_files_of_the_contract(tmp_path):
+    result = go(tmp_path, provenance={"model": "bundled"})
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["evaluation"] for line in history] == list(range(SMALL.evaluations))
+    best = min(history, key=lambda line: line["loss"])
+    portable = min((x for x in history if not x["start_tokens"]), key=lambda line: line["loss"])
+    for name, line in (("rescale.json", best), ("portable.json", portable)):
+        rescale = Rescale.load(tmp_path / name)
+        assert list(rescale.factors) == line["factors"]
+        assert rescale.start_tokens == line["start_tokens"]
+        assert rescale.attention_factor == line["attention_factor"] == 1.17
+        assert rescale.provenance["loss"] == line["loss"]
+        assert rescale.provenance["documents"] == ["d"]
+    assert result.best_loss == best["loss"]
+    assert result.starts.keys() == {"pi", "ntk", "yarn"}
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 12, 13, 25, 52])
+def test_an_interrupted_search_ends_as_if_it_was_not(tmp_path, fail_at):
+    whole = Loss()
+    go(tmp_path / "whole", whole)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", Loss(fail_at))
+    rest = Loss()
+    go(tmp_path / "cut", rest)
+    assert rest.calls == whole.calls - (fail_at - 1)  # only the one under way is lost
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_line_cut_short_by_a_kill_is_computed_again(tmp_path):
+    go(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", Loss(20))
+    history = tmp_path / "cut" / "history.jsonl"
+    history.write_bytes(history.read_bytes()[:-30])
+    rest = Loss()
+    go(tmp_path / "cut", rest)
+    assert rest.calls == SMALL.evaluations - 18
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_finished_search_computes_nothing(tmp_path):
+    go(tmp_path)
+    before, again = contents(tmp_path), Loss()
+    result = go(tmp_path, again)
+    assert (again.calls, result.computed, result.evaluations) == (0, 0, SMALL.evaluations)
+    assert contents(tmp_path) == before
+
+
+def test_a_budget_can_be_raised(tmp_path):
+    go(tmp_path / "whole", budget=30)
+    assert go(tmp_path / "steps", budget=15).evaluations == 15
+    go(tmp_path / "steps", budget=30)
+    assert contents(tmp_path / "steps") == contents(tmp_path / "whole")
+
+
+def test_patience(tmp_path):
+    result = go(tmp_path, Loss(of=lambda candidate: 1.0), patience=2)
+    assert result.evaluations == 12 + 2 * 8
+
+
+def test_nan_loses_and_is_reported(tmp_path):
+    def sometimes(candidate):
+        return math.nan if candidate.start_tokens else bowl(candidate)
+
+    result = go(tmp_path, Loss(of=sometimes))
+    assert result.not_finite > 0
+    assert result.best.start_tokens == 0
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert sum(line["loss"] is None for line in lines) == result.not_finite
+    again = Loss()
+    go(tmp_path, again)
+    assert again.calls == 0
+
+
+def test_nothing_finite_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="none of 52 candidates has a finite loss"):
+        go(tmp_path, Loss(of=lambda candidate: math.inf))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"model": "other"}, "model"),
+        ({"length": 4096}, "length"),
+        ({"settings": dataclasses.replace(SMALL, parents=5)}, "settings"),
+    ],
+)
+def test_another_search_is_refused_by_field(tmp_path, changes, field):
+    go(tmp_path, budget=5)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"differs in {field} "):
+        go(tmp_path, config=config(**changes))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"schema": 9, "config": {}, "config_hash": ""}']
+)
+def test_a_damaged_state_is_refused(tmp_path, content):
+    go(tmp_path, budget=5)
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+        go(tmp_path)
+
+
+def test_a_history_of_something_else_is_refused(tmp_path):
+    go(tmp_path, budget=5)
+    history = tmp_path / "history.jsonl"
+    lines = history.read_text().splitlines()
+    history.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    with pytest.raises(ValueError, match="damaged at evaluation 0"):
+        go(tmp_path)
+
+
+def test_a_history_without_state_is_refused(tmp_path):
+    (tmp_path / "history.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"without its state\.json"):
+        go(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["budget", "patience"])
+def test_wrong_options_are_named(tmp_path, option):
+    with pytest.raises(ValueError, match=f"--{option} is 0"):
+        go(tmp_path, **{option: 0})
+
+
+def test_progress_is_reported(tmp_path):
+    seen = []
+    go(tmp_path, report=seen.append)
+    assert [p.evaluations for p in seen] == list(range(1, 53))
+    assert all(p.total == 52 for p in seen)
+    assert seen[0].seconds_left is not None
+    assert [p.best for p in seen] == sorted((p.best for p in seen), reverse=True)

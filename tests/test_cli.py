@@ -1,0 +1,280 @@
+"""The program as a user runs it: a process of its own, real files, real kills."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longrope.rope.rescale import Rescale
+
+ROOT = Path(__file__).parents[1]
+LONGROPE = [sys.executable, "-m", "longrope"]
+
+
+def run(*arguments, launcher=LONGROPE, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*launcher, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def succeeds(*arguments, **options) -> str:
+    done = run(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(*arguments, **options) -> str:
+    """The one line that a user's mistake prints."""
+    done = run(*arguments, **options)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("longrope: error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def small(texts):
+    """A search of seconds: options that every search below shares."""
+    return ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['longrope', '--help']\n"
+        "from longrope.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    out = succeeds("-c", code, launcher=[sys.executable])
+    assert "search" in out
+    assert out.strip().endswith("[]")
+
+
+def test_inspect(checkpoints):
+    facts = json.loads(succeeds("inspect", checkpoints("gpt_neox"), "--json"))
+    assert (facts["rotary_dim"], facts["head_dim"], facts["extendable"]) == (4, 16, True)
+    out = succeeds("inspect")
+    assert re.search(r"rope_theta +10000", out)
+    assert re.search(r"original_read_from +max_position_embeddings", out)
+
+
+def test_inspect_tells_why_not(tmp_path):
+    import transformers
+
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    facts = json.loads(succeeds("inspect", tmp_path, "--json"))
+    assert facts["extendable"] is False
+    assert "no rotary" in facts["reason"]
+    assert "GPT2LMHeadModel" in refused("search", tmp_path, "--target", "8x", "--out", tmp_path)
+
+
+def test_search_evaluate_compare_report(small, texts, tmp_path):
+    out = tmp_path / "search"
+    summary = json.loads(succeeds(*small, "--out", out, "--budget", 6, "--json"))
+    assert (summary["evaluations"], summary["computed"]) == (6, 6)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert len(history) == 6
+    keys = {"evaluation", "loss", "factors", "start_tokens", "attention_factor"}
+    assert all(keys <= line.keys() for line in history)
+    best = Rescale.load(out / "rescale.json")
+    assert min(line["loss"] for line in history) == best.provenance["loss"] == summary["loss"]
+    assert Rescale.load(out / "portable.json").start_tokens == 0
+
+    again = json.loads(succeeds(*small, "--out", out, "--budget", 6, "--json"))
+    assert (again["evaluations"], again["computed"]) == (6, 0)
+    assert "already done" in succeeds(*small, "--out", out, "--budget", 6)
+
+    data = ["--data", texts, "--lengths", "256,512"]
+    rows = {}
+    for method in ("none", "pi", "ntk", "dynamic-ntk", "yarn", out / "rescale.json"):
+        found = json.loads(succeeds("evaluate", "--rescale", method, *data, "--json"))
+        rows[str(method)] = found["perplexity"]
+        assert [row["length"] for row in found["perplexity"]] == [256, 512]
+        assert {"method", "perplexity", "standard_error", "tokens", "windows"} <= found[
+            "perplexity"
+        ][0].keys()
+    assert len({row[1]["perplexity"] for row in rows.values()}) == 6
+
+    methods = f"none,pi,yarn,{out / 'rescale.json'}"
+    comparison = ["compare", "--target", "2x", "--methods", methods, *data]
+    found = json.loads(succeeds(*comparison, "--json"))
+    names = {row["method"] for row in found["perplexity"]}
+    assert {"none", "pi", "yarn", str(out / "rescale.json")} <= names
+    assert any(name.startswith("yarn (attention factor 1.0") for name in names)
+    assert {row["documents"] for row in found["perplexity"]} == {2}  # four, less the two searched
+    assert all(row["method"] == str(out / "rescale.json") for row in found["differences"])
+    assert (out / "compare.json").exists()
+    assert "perplexity" in succeeds(*comparison)
+
+    for figure in ("factors.png", "history.png", "perplexity.png", "position.png"):
+        (out / figure).unlink()
+    succeeds("report", out)
+    for figure in ("factors.png", "history.png", "perplexity.png", "position.png"):
+        assert (out / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def losses(out: Path) -> list:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_kill_9_costs_one_evaluation(small, tmp_path, after):
+    options = ["--budget", 9, "--population", 4, "--mutations", 2, "--crossovers", 1]
+    succeeds(*small, *options, "--out", tmp_path / "whole")
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [*LONGROPE, *map(str, small), *map(str, options), "--out", cut], stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (cut / "history.jsonl").exists() and len(losses(cut)) >= after:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    known = len((cut / "history.jsonl").read_text().splitlines())
+    summary = json.loads(succeeds(*small, *options, "--out", cut, "--json"))
+    assert summary["computed"] == 9 - known
+    for name in ("history.jsonl", "rescale.json", "portable.json", "state.json"):
+        assert (cut / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_ranks_agree_candidate_for_candidate(small, tmp_path, processes):
+    options = ["--budget", 8, "--population", 4, "--mutations", 2, "--crossovers", 2]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    succeeds(*small, *options, "--out", tmp_path / "one", env=env)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes), "-m", "longrope",
+    ]  # fmt: skip
+    succeeds(*small, *options, "--out", tmp_path / "many", launcher=torchrun, env=env)
+    assert losses(tmp_path / "many") == losses(tmp_path / "one")
+    for name in ("rescale.json", "portable.json", "state.json"):
+        assert (tmp_path / "many" / name).read_text() == (tmp_path / "one" / name).read_text()
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small, tmp_path):
+    options = ["--budget", 40, "--out", tmp_path / "out"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = (
+        "import os, signal, sys, longrope.search.objective as o\n"
+        "original, calls = o.Perplexity.__call__, []\n"
+        "def dying(self, rescale):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, rescale)\n"
+        "o.Perplexity.__call__ = dying\n"
+        "from longrope.cli import main\nmain()\n"
+    )
+    script = tmp_path / "dying.py"
+    script.write_text(code)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", "2", str(script),
+    ]  # fmt: skip
+    done = run(*small, *options, launcher=torchrun, env=env)
+    assert done.returncode != 0
+    known = losses(tmp_path / "out")
+    assert len(known) == 4
+    options[1] = 6
+    summary = json.loads(succeeds(*small, *options, "--json", env=env))
+    assert (summary["evaluations"], summary["computed"]) == (6, 2)
+    assert losses(tmp_path / "out")[:4] == known
+
+
+class TestMistakes:
+    """Each is one line that names the field, its value and the remedy."""
+
+    def test_usage(self, tmp_path):
+        assert "--target" in refused("search", "--out", tmp_path)
+        assert "No such command" in refused("serch")
+        assert "No such option" in refused("inspect", "--jsn")
+
+    def test_target(self, tmp_path):
+        line = refused("search", "--target", "256", "--out", tmp_path)
+        assert "--target is 256" in line
+        assert "give a larger target" in line
+        assert "'much'" in refused("search", "--target", "much", "--out", tmp_path)
+
+    def test_model(self, tmp_path):
+        assert "./nowhere" in refused("search", "./nowhere", "--target", "8x", "--out", tmp_path)
+
+    def test_data(self, small, tmp_path):
+        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "binary").write_bytes(bytes(range(256)))
+        (tmp_path / "short.txt").write_text("too short")
+        for name, message in (
+            ("empty.txt", "is empty"),
+            ("binary", "not UTF-8"),
+            ("short.txt", "too few tokens"),
+            ("missing", "no such file"),
+        ):
+            arguments = ["search", "--target", "2x", "--data", tmp_path / name]
+            assert message in refused(*arguments, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_settings(self, small, tmp_path):
+        for option, value in (
+            ("--samples", 0),
+            ("--budget", 0),
+            ("--population", 0),
+            ("--probability", 2),
+            ("--chunk", 0),
+            ("--start-tokens", -1),
+            ("--upper", 0.5),
+            ("--attention-factor", 0),
+            ("--algorithm", "magic"),
+            ("--dtype", "int4"),
+            ("--device", "cuda:9"),
+            ("--existing-scaling", "perhaps"),
+        ):
+            line = refused(*small, "--out", tmp_path, option, value)
+            assert option.lstrip("-").replace("-", "_") in line.replace("-", "_"), line
+            assert str(value) in line
+
+    def test_rescale_files(self, texts, tmp_path):
+        data = ["--lengths", 512, "--data", texts]
+        assert "neither" in refused("evaluate", "--rescale", "nothing", *data)
+        wrong = tmp_path / "wrong.json"
+        Rescale((1.0,) * 16, 1e4, 256, 512).save(wrong)
+        assert "factors has 16 numbers; this model needs 32" in refused(
+            "evaluate", "--rescale", wrong, *data
+        )
+        wrong.write_text(wrong.read_text().replace('"factors"', '"factor"'))
+        assert "wrong.json: a rescale needs the key 'factors'" in refused(
+            "evaluate", "--rescale", wrong, *data
+        )
+
+    def test_directories(self, small, tmp_path):
+        succeeds(*small, "--budget", 2, "--out", tmp_path / "a")
+        line = refused(*small, "--budget", 2, "--out", tmp_path / "a", "--seed", 5)
+        assert "differs in" in line
+        assert "seed (there 0, now 5)" in line
+        (tmp_path / "a" / "state.json").write_text("{")
+        assert "state.json is damaged" in refused(*small, "--out", tmp_path / "a")
+        assert "nothing to draw" in refused("report", tmp_path)
+
+    @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
+    def test_full_disk(self, small, tmp_path):
+        """A file-size limit stands in for a full disk: the writes fail the same way."""
+        code = (
+            "import signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+            "from longrope.cli import main; main()"
+        )
+        launcher = [sys.executable, "-c", code]
+        done = run(*small, "--budget", 9, "--out", tmp_path / "a", launcher=launcher)
+        assert done.returncode == 2
+        assert "cannot be written" in done.stderr.splitlines()[-1]
+        assert "run the same command again" in done.stderr.splitlines()[-1]
+        summary = json.loads(succeeds(*small, "--budget", 9, "--out", tmp_path / "a", "--json"))
+        assert summary["evaluations"] == 9

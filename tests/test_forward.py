@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from transformers import AttentionInterface
+
+from conftest import FAMILIES, ORIGINAL, micro_model
+from longrope.forward import LongForward
+from longrope.rope import methods
+from longrope.rope.install import find_rotary, installed
+from test_attention import dense
+
+
+def yarn(model, **changes):
+    site = find_rotary(model)
+    theta = float(site.parameters["rope_theta"])
+    return methods.yarn(theta, 2 * len(site.inv_freq), ORIGINAL, 256).replace(**changes)
+
+
+def dense_attention(
+    module, query, key, value, mask, scaling, sliding_window=None, softcap=None, **_
+):
+    return dense(query, key, value, scaling, sliding_window, softcap).to(query.dtype), None
+
+
+AttentionInterface.register("dense64", dense_attention)
+
+
+@torch.no_grad()
+def plain_losses(model, ids):
+    logits = model(input_ids=ids, use_cache=False).logits
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(
+        logits[:, :-1].to(exact).flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(len(ids), -1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [1, 13, 32, 96, 4096])
+def test_as_exact_as_the_plain_forward(ids, family, chunk):
+    """No further from float64 than twice the plain float32 forward is."""
+    model = micro_model(FAMILIES[family]())
+    if family == "gemma2":
+        model.config._attn_implementation = "eager"  # SDPA has no soft-cap
+    with installed(model, yarn(model, start_tokens=4)):
+        plain = plain_losses(model, ids)
+        ours = LongForward(model, chunk).losses(ids)
+        model.double()
+        model.config._attn_implementation = "dense64"
+        exact = plain_losses(model, ids)
+    assert ours.shape == (2, 96)
+    plain_error, our_error = (plain - exact).abs(), (ours - exact).abs()
+    assert plain_error.max() < 1e-3
+    assert our_error.max() <= 2 * plain_error.max()
+    assert our_error.mean() <= 2 * plain_error.mean()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    chunk=st.integers(1, 120),
+    tokens=st.integers(2, 97),
+    family=st.sampled_from(["llama", "gemma3"]),
+)
+def test_any_chunk_and_length(micro_models, ids, chunk, tokens, family):
+    model = micro_models(family)
+    with installed(model, yarn(model)):
+        expected = plain_losses(model, ids[:, :tokens])
+        assert_close(
+            LongForward(model, chunk).losses(ids[:, :tokens]), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_rows_of_a_batch_are_independent(micro_models, ids):
+    forward = LongForward(micro_models("llama"), 40)
+    together = forward.losses(ids)
+    assert_close(together[1:], forward.losses(ids[1:]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_factors_reach_the_losses(micro_models, ids):
+    model = micro_models("llama")
+    unscaled = LongForward(model).losses(ids)
+    with installed(model, yarn(model)):
+        assert (LongForward(model).losses(ids) - unscaled).abs().max() > 1e-2
+
+
+def test_the_model_is_left_as_it_was(micro_models, ids):
+    model = micro_models("gemma2")
+    before, layers = plain_losses(model, ids), model.model.layers
+    implementation = model.config._attn_implementation
+    LongForward(model, 20).losses(ids)
+    assert model.model.layers is layers
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(plain_losses(model, ids), before)
+
+
+def test_the_chunk_halves_when_memory_runs_out(micro_models, ids, monkeypatch, caplog):
+    forward = LongForward(micro_models("llama"), 64)
+    expected = forward.losses(ids)
+    original = type(forward.layers[0]).forward
+
+    def short_of_memory(self, hidden_states, *args, **kwargs):
+        if hidden_states.shape[1] > 16:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return original(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(type(forward.layers[0]), "forward", short_of_memory)
+    assert_close(forward.losses(ids), expected, rtol=1e-4, atol=1e-4)
+    assert forward.chunk == 16
+    assert "--chunk 32" in caplog.text
+    assert "--chunk 16" in caplog.text
+
+
+def test_keys_and_values_are_allocated_once(micro_models, ids, monkeypatch):
+    allocated = []
+    from longrope.forward import _LayerCache
+
+    update = _LayerCache.update
+
+    def counted(self, key, value, *args, **kwargs):
+        result = update(self, key, value, *args, **kwargs)
+        allocated.append(tuple(k.data_ptr() for k, _ in self._buffers.values()))
+        return result
+
+    monkeypatch.setattr(_LayerCache, "update", counted)
+    LongForward(micro_models("llama"), 10).losses(ids)
+    assert len(allocated) == 4 * 10
+    assert len(set(allocated)) == 1
+
+
+def test_refusals(micro_models):
+    with pytest.raises(ValueError, match="chunk is 0"):
+        LongForward(micro_models("llama"), 0)
+    with pytest.raises(ValueError, match="no list of decoder layers"):
+        LongForward(torch.nn.Linear(2, 2))
+
+
+def test_losses_are_nats(micro_models, ids):
+    model = micro_models("llama")
+    with torch.no_grad():
+        probabilities = model(input_ids=ids[:1], use_cache=False).logits[0, 0].softmax(-1)
+    expected = -math.log(probabilities[ids[0, 1]].item())
+    assert LongForward(model).losses(ids)[0, 0].item() == pytest.approx(expected, rel=1e-4)

