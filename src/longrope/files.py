@@ -1,8 +1,8 @@
 """Files that are either whole or not there."""
 
+import contextlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         ValueError: the file could not be written (disk full, no permission); what
             stood at ``path`` before still stands.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ValueError(
             f"{path}: cannot be written ({error.strerror}); free space there or give another "
             "directory, then run the same command again"

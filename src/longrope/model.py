@@ -392,16 +392,18 @@ def _probe(model: Any, facts: ModelFacts) -> None:
         )
     with installed(model, stretched):
         logits = model(input_ids=ids, use_cache=False).logits
-        losses = LongForward(model, chunk=10).losses(ids)
+        whole, chunked = (LongForward(model, chunk).losses(ids) for chunk in (24, 10))
     if torch.equal(before, logits):
         raise ValueError(
             f"{facts.source} ({facts.architecture}) cannot be extended: a rescale does not change "
             "its logits"
         )
     expected = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
-    if not torch.allclose(losses, expected, rtol=0.1, atol=0.1):
+    # One chunk is the model's own arithmetic; several round otherwise, and in bf16 single tokens
+    # of some models then differ by more than a nat, so there the median must do.
+    off = (whole - expected).abs().max(), (chunked - expected).abs().median()
+    if off[0] > 0.05 or off[1] > 0.05 * expected.median():
         raise ValueError(
             f"{facts.source} ({facts.architecture}) cannot be extended: the long forward gives "
-            "other losses than the model itself (by up to "
-            f"{(losses - expected).abs().max():.3g} nats)"
+            f"other losses than the model itself (by {off[0]:.3g} nats; in chunks {off[1]:.3g})"
         )

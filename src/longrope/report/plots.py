@@ -17,6 +17,7 @@ from longrope.files import write_atomically
 from longrope.rope.rescale import Rescale
 
 _SEARCHED = "#c0392b"
+_SEARCHED_COLORS = {"rescale": _SEARCHED, "portable": "#e67e22"}
 _COLORS = {
     "none": "#7f8c8d",
     "pi": "#2980b9",
@@ -83,9 +84,11 @@ def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
         if line.get("start"):
             style = _style(line["start"]) | {"linestyle": "--", "linewidth": 1}
             axes.axhline(math.exp(line["loss"]), **style)
-    # Bad candidates lie far above everything of interest.
-    highest = sorted(perplexities)[int(0.9 * (len(perplexities) - 1))]
-    axes.set_ylim(min(best) * 0.995, max(highest, best[0]) * 1.01)
+    # Bad candidates and starts lie far above everything of interest.
+    starts = [math.exp(line["loss"]) for line in finite if line.get("start")]
+    middle = sorted(perplexities)[len(perplexities) // 2]
+    top, low = max(middle, min(starts, default=middle)), min(best)
+    axes.set_ylim(low - 0.1 * (top - low + 1e-3), top + 0.4 * (top - low + 1e-3))
     axes.set(xlabel="evaluations", ylabel="perplexity of the search windows")
     axes.set_title("History of the search")
     return _finished(figure, axes)
@@ -101,22 +104,27 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def _figure() -> tuple[Figure, Axes]:
-    return plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    return plt.subplots(figsize=(7.6, 4.2), layout="constrained")
 
 
 def _finished(figure: Figure, axes: Axes) -> Figure:
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
 def _style(name: str) -> dict[str, Any]:
-    color = _COLORS.get(name.split(" ")[0])
-    label = name if color else Path(name).stem
+    """A method keeps its colour in every plot; dashed is with its own attention factor."""
+    method, _, own_factor = name.partition(" ")
+    color = _COLORS.get(method)
+    label = (
+        (f"{method}, {own_factor[1:-1]}" if own_factor else method) if color else Path(name).stem
+    )
     return {
-        "label": label,
-        "color": color or (_SEARCHED if label == "rescale" else None),
+        "label": label.replace("attention factor", "a.f."),
+        "color": color or _SEARCHED_COLORS.get(label),
         "linewidth": 1.4 if color else 2.2,
+        "linestyle": "--" if own_factor and color else "-",
     }
 
 
