@@ -198,6 +198,7 @@ def search(
         existing_scaling=_existing(existing_scaling),
         original_length=original_length,
         trust_remote_code=trust_remote_code,
+        check=options.check,
     )
     with ranks() as these:
         result = search_factors(loaded, options, these)
@@ -248,14 +249,6 @@ def evaluate(
     from longrope.evaluate.compare import CompareOptions, run_comparison
     from longrope.model import load_model
 
-    loaded = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        existing_scaling=_existing(existing_scaling),
-        original_length=original_length,
-        trust_remote_code=trust_remote_code,
-    )
     options = CompareOptions(
         methods=(rescale,),
         lengths=tuple(lengths.split(",")),
@@ -268,6 +261,15 @@ def evaluate(
         attention_factor=attention_factor,
         chunk=chunk,
         hidden_device=hidden_device,
+    )
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        existing_scaling=_existing(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+        check=options.check,
     )
     comparison = run_comparison(loaded, options, exclude_searched=False)
     if json_:
@@ -310,14 +312,6 @@ def compare(
     from longrope.model import load_model
     from longrope.report.run import report as write_report
 
-    loaded = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        existing_scaling=_existing(existing_scaling),
-        original_length=original_length,
-        trust_remote_code=trust_remote_code,
-    )
     options = CompareOptions(
         methods=tuple(methods.split(",")),
         lengths=tuple((lengths or target).split(",")),
@@ -329,6 +323,15 @@ def compare(
         chunk=chunk,
         hidden_device=hidden_device,
         own_attention_factors=True,
+    )
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        existing_scaling=_existing(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+        check=options.check,
     )
     comparison = run_comparison(loaded, options, exclude_searched=True)
     directory = out or options.directory

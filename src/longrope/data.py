@@ -68,6 +68,21 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     return list(documents.values())
 
 
+def check_sources(sources: Sequence[str]) -> None:
+    """Refuse data that is not there, without reading any.
+
+    Raises:
+        ValueError: neither a file nor a folder, nor what a hub id looks like.
+    """
+    for source in sources:
+        if not Path(source).exists() and not _is_hub_dataset(source):
+            raise ValueError(f"--data {source}: no such file or folder")
+
+
+def _is_hub_dataset(source: str) -> bool:
+    return bool(_HUB_DATASET.fullmatch(source)) and not Path(source).suffix
+
+
 def library_documents(held_out: bool | None = None) -> list[Document]:
     """The standard library of this Python; see :mod:`longrope.library`."""
     return [Document(name, text) for name, text in library_texts(held_out).items()]
@@ -86,10 +101,9 @@ def _read(source: str, field: str) -> Iterable[Document]:
                 log.warning("left out: %s", error)
     elif path.is_file():
         yield from _read_file(path, field)
-    elif _HUB_DATASET.fullmatch(source) and not path.suffix:
-        yield from _read_hub_dataset(source, field)
     else:
-        raise ValueError(f"--data {source}: no such file or folder")
+        check_sources([source])
+        yield from _read_hub_dataset(source, field)
 
 
 def _read_file(path: Path, field: str) -> Iterable[Document]:
@@ -266,10 +280,8 @@ def search_windows(
     the texts, not on their order.
 
     Raises:
-        ValueError: no document is long enough, or ``samples`` is not positive.
+        ValueError: no document is long enough.
     """
-    if samples < 1:
-        raise ValueError(f"--samples is {samples}; at least 1 window is needed")
     usable = sorted(require_length(documents, length), key=lambda document: document.sha256)
     rng = random.Random(seed)
     rng.shuffle(usable)

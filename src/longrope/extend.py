@@ -22,6 +22,7 @@ from longrope.data import (
     Document,
     TokenDocument,
     bos_token,
+    check_sources,
     library_documents,
     pack,
     parse_length,
@@ -32,7 +33,7 @@ from longrope.data import (
 from longrope.forward import DEFAULT_CHUNK, LongForward
 from longrope.model import LoadedModel, ModelFacts
 from longrope.parallel import Ranks
-from longrope.progress import console, duration, progress
+from longrope.progress import Advance, console, duration, progress
 from longrope.rope.rescale import Rescale, default_attention_factor
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.objective import Perplexity
@@ -64,6 +65,27 @@ class SearchOptions:
     hidden_device: str | None = None
     settings: EvolutionSettings = dataclasses.field(default_factory=EvolutionSettings)
 
+    def __post_init__(self) -> None:
+        for name in ("samples", "budget", "patience", "upper", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ValueError(f"--attention-factor is {self.attention_factor}; it must be positive")
+        if self.start_tokens is not None and self.start_tokens < 0:
+            raise ValueError(f"--start-tokens is {self.start_tokens}; it must not be negative")
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"--algorithm {self.algorithm}: there is {', '.join(ALGORITHMS)}")
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuse what cannot work on a model, before its weights are read.
+
+        Raises:
+            ValueError: a target that is no extension, or data that is not there.
+        """
+        extension_target(self.target, facts)
+        check_sources(self.data)
+
 
 def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
     """Search the rescale factors for a target length, or go on where it was interrupted.
@@ -78,18 +100,13 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
     """
     facts = loaded.facts
     target = extension_target(options.target, facts)
-    if options.algorithm not in ALGORITHMS:
-        raise ValueError(f"--algorithm {options.algorithm}: there is {', '.join(ALGORITHMS)}")
     start = starting_point(facts, target, options.attention_factor)
-    space = Space(start, options.upper or 1.25 * start.scale, _start_tokens(options.start_tokens))
-    if space.upper < 1:
-        raise ValueError(f"--upper is {options.upper}; the largest factor must be at least 1")
-    starts = {name: space.nearest(facts.rescale(name, target)) for name in STARTS}
-    if options.start_tokens:
-        starts = {
-            name: dataclasses.replace(candidate, start_tokens=options.start_tokens)
-            for name, candidate in starts.items()
-        }
+    start_tokens = START_TOKENS if options.start_tokens is None else (options.start_tokens,)
+    space = Space(start, options.upper or 1.25 * start.scale, start_tokens)
+    starts = {
+        name: space.nearest(facts.rescale(name, target).replace(start_tokens=start_tokens[0]))
+        for name in STARTS
+    }
 
     bos = bos_token(loaded.tokenizer)
     documents = load_documents(
@@ -111,12 +128,10 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
     )
     forward = LongForward(loaded.model, options.chunk, options.hidden_device)
     names = ", ".join(document.name for document in windows.documents)
-    if ranks.first:
-        console.print(
-            f"{facts.architecture}, {start.original_max_position_embeddings:,} → {target:,} tokens "
-            f"({start.scale:g}×); {len(windows.ids)} windows of {names}",
-            highlight=False,
-        )
+    headline = (
+        f"{facts.architecture}, {start.original_max_position_embeddings:,} → {target:,} tokens "
+        f"({start.scale:g}×); {len(windows.ids)} windows of {names}"
+    )
     total = min(options.budget or options.settings.evaluations, options.settings.evaluations)
     with progress("search", total, show=ranks.first) as advance:
         return search(
@@ -134,18 +149,22 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
                 "longrope": longrope.__version__,
                 "python": platform.python_version(),
             },
-            report=_Reporter(advance),
+            report=_Reporter(headline, advance) if ranks.first else lambda now: None,
         )
 
 
 class _Reporter:
-    """Say how a search goes: first how long it will take, then the best so far."""
+    """Say how a search goes: what it is, how long it will take, then the best so far."""
 
-    def __init__(self, advance: Any):
+    def __init__(self, headline: str, advance: Advance):
+        self.headline = headline
         self.advance = advance
         self.estimated = False
 
     def __call__(self, now: Progress) -> None:
+        if now.evaluations == 0:
+            console.print(self.headline, highlight=False)
+            return
         if not self.estimated and now.seconds_left is not None:
             self.estimated = True
             console.print(
@@ -158,12 +177,6 @@ class _Reporter:
         starts = " ".join(f"{name} {loss:.4f}" for name, loss in now.starts.items())
         left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
         self.advance(now.evaluations, f"best {now.best:.4f} ({starts}){left}")
-
-
-def _start_tokens(fixed: int | None) -> tuple[int, ...]:
-    if fixed is not None and fixed < 0:
-        raise ValueError(f"--start-tokens is {fixed}; it must not be negative")
-    return START_TOKENS if fixed is None else (fixed,)
 
 
 def extension_target(text: str, facts: ModelFacts) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,6 +237,7 @@ def load_model(
     existing_scaling: Existing | None = None,
     original_length: int | None = None,
     trust_remote_code: bool = False,
+    check: Callable[[ModelFacts], None] = lambda facts: None,
 ) -> LoadedModel:
     """Load a model that longrope can extend, and prove on it that it can.
 
@@ -246,6 +247,7 @@ def load_model(
         device: such as ``"cuda:1"``; a GPU where there is one by default.
         dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         existing_scaling: what to do with scaling that the model already has.
+        check: called with the facts before any weight is read; may refuse.
 
     Raises:
         ValueError: no such model, or one that cannot be extended, with the reason;
@@ -259,6 +261,7 @@ def load_model(
     )
     if not facts.extendable:
         raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {facts.reason}")
+    check(facts)
     where = _device(device)
     with _quiet():
         tokenizer = _read(AutoTokenizer, source, trust_remote_code)

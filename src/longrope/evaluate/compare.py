@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.data import TokenDocument, bos_token, parse_length, unseen
+from longrope.data import TokenDocument, bos_token, check_sources, parse_length, unseen
 from longrope.evaluate.perplexity import Scores, paired_difference, score
 from longrope.extend import load_documents, starting_point
 from longrope.files import write_atomically
 from longrope.forward import DEFAULT_CHUNK, LongForward
 from longrope.model import LoadedModel, ModelFacts
 from longrope.progress import progress
-from longrope.rope.install import check_fits, find_rotary, installed
+from longrope.rope.install import check_fits, installed
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale
 
@@ -43,6 +43,27 @@ class CompareOptions:
     own_attention_factors: bool = False
     chunk: int = DEFAULT_CHUNK
     hidden_device: str | None = None
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuse what cannot work on a model, before its weights are read.
+
+        Raises:
+            ValueError: an unknown method, a rescale file of another shape, no length, or
+                data that is not there.
+        """
+        lengths, target = self.resolve(facts)
+        assert facts.rotary_dim and facts.rope_theta
+        for entry in _entries(facts, self, target):
+            check_fits(entry.rescale(lengths[-1]), facts.rotary_dim // 2, facts.rope_theta)
+        check_sources(self.data)
+
+    def resolve(self, facts: ModelFacts) -> tuple[list[int], int]:
+        """Lengths in tokens, ascending, and the length that methods are made for."""
+        original = facts.original_max_position_embeddings
+        assert original is not None
+        lengths = sorted({parse_length(text, original) for text in self.lengths})
+        target = parse_length(self.target, original) if self.target else lengths[-1]
+        return lengths, max(target, original)
 
     @property
     def directory(self) -> Path:
@@ -139,11 +160,8 @@ def run_comparison(
         ValueError: an unknown method, a rescale of another shape, too few tokens.
     """
     facts = loaded.facts
-    original = facts.original_max_position_embeddings
-    assert original is not None
-    lengths = sorted({parse_length(text, original) for text in options.lengths})
-    target = parse_length(options.target, original) if options.target else lengths[-1]
-    entries = _entries(facts, options, max(target, original))
+    lengths, target = options.resolve(facts)
+    entries = _entries(facts, options, target)
     documents = load_documents(
         loaded, options.data, field=options.field, packed=options.pack, held_out=True
     )
@@ -151,7 +169,8 @@ def run_comparison(
     scores = _score_all(loaded, options, entries, documents, lengths)
     files = [entry.name for entry in entries if entry.name in options.methods]
     subject = next((name for name in files if name not in METHODS), files[-1])
-    return Comparison(original, target, subject, scores)
+    assert facts.original_max_position_embeddings
+    return Comparison(facts.original_max_position_embeddings, target, subject, scores)
 
 
 def _entries(facts: ModelFacts, options: CompareOptions, target: int) -> list[Entry]:
@@ -216,10 +235,6 @@ def _score_all(
     documents: Sequence[TokenDocument],
     lengths: Sequence[int],
 ) -> dict[tuple[str, int], Scores]:
-    site = find_rotary(loaded.model)
-    assert site is not None
-    for entry in entries:
-        check_fits(site, entry.rescale(lengths[-1]))
     bos = bos_token(loaded.tokenizer)
     forward = LongForward(loaded.model, options.chunk, options.hidden_device)
     scores: dict[tuple[str, int], Scores] = {}

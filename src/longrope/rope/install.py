@@ -198,7 +198,7 @@ def installed(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
     site = find_rotary(model)
     if site is None:
         raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
-    check_fits(site, rescale)
+    check_fits(rescale, len(site.inv_freq), float(site.parameters["rope_theta"]))
     if changes_nothing(site, rescale):
         yield
         return
@@ -211,21 +211,19 @@ def installed(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
         hook.remove()
 
 
-def check_fits(site: RotarySite, rescale: Rescale) -> None:
-    """Refuse a rescale made for a model of another shape, by name.
+def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:
+    """Refuse a rescale that was made for a model of another shape.
 
     Raises:
-        ValueError: see above.
+        ValueError: another number of factors, or another ``rope_theta``.
     """
-    expected = len(site.inv_freq)
-    if len(rescale.factors) != expected:
+    if len(rescale.factors) != factors:
         raise ValueError(
-            f"factors has {len(rescale.factors)} numbers; this model needs {expected} (half its "
-            f"rotary dimension of {2 * expected})"
+            f"factors has {len(rescale.factors)} numbers; this model needs {factors} (half its "
+            f"rotary dimension of {2 * factors})"
         )
-    theta = float(site.parameters["rope_theta"])
-    if not np.allclose(rescale.rope_theta, theta, rtol=1e-6):
-        raise ValueError(f"rope_theta is {rescale.rope_theta:g}; this model's is {theta:g}")
+    if not np.allclose(rescale.rope_theta, rope_theta, rtol=1e-6):
+        raise ValueError(f"rope_theta is {rescale.rope_theta:g}; this model's is {rope_theta:g}")
 
 
 def existing_factors(site: RotarySite) -> np.ndarray:

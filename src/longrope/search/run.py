@@ -54,7 +54,7 @@ class SearchConfig:
 
 @dataclasses.dataclass
 class Progress:
-    """Where a search stands; handed to ``report`` after every evaluation."""
+    """Where a search stands; handed to ``report`` at its start and after every evaluation."""
 
     evaluations: int
     total: int
@@ -105,15 +105,12 @@ def search(
             damaged state; no candidate has a finite loss; a file cannot be written.
         RankLost: another process of the run died.
     """
-    if budget is not None and budget < 1:
-        raise ValueError(f"--budget is {budget}; it must be at least 1 evaluation")
-    if patience is not None and patience < 1:
-        raise ValueError(f"--patience is {patience}; it must be at least 1 generation")
     run = _Run(config, space, starts, loss, out, ranks or Ranks(), report)
     run.total = min(budget or config.settings.evaluations, config.settings.evaluations)
     algorithm = ALGORITHMS[config.algorithm](
         space, list(starts.values()), config.settings, config.seed
     )
+    run.report_start()
     since_best = 0
     while not algorithm.done and len(run.losses) < run.total:
         asked = algorithm.ask()[: run.total - len(run.losses)]
@@ -222,7 +219,7 @@ class _Run:
                 f"this search asked for; delete {self.out} to start over"
             )
         self.losses[candidate] = math.nan if line["loss"] is None else float(line["loss"])
-        self._report(candidate, generation, replayed=True)
+        self._report(self.losses[candidate], generation, replayed=True)
 
     def _record(self, candidate: Candidate, loss: float, generation: int) -> None:
         rescale = self.space.rescale(candidate)
@@ -239,9 +236,13 @@ class _Run:
             append_line(self.out / "history.jsonl", line)
         self.losses[candidate] = loss
         self.computed += 1
-        self._report(candidate, generation, replayed=False)
+        self._report(loss, generation, replayed=False)
 
-    def _report(self, candidate: Candidate, generation: int, *, replayed: bool) -> None:
+    def report_start(self) -> None:
+        """Say that the search begins: nothing stands against it any more."""
+        self._report(math.nan, 0, replayed=False)
+
+    def _report(self, loss: float, generation: int, *, replayed: bool) -> None:
         left = None
         if self._seconds:
             recent = sorted(self._seconds[-15:])
@@ -251,7 +252,7 @@ class _Run:
                 evaluations=len(self.losses),
                 total=self.total,
                 generation=generation,
-                loss=self.losses[candidate],
+                loss=loss,
                 best=self.best_loss(),
                 starts=self.start_losses(),
                 seconds_left=left,
