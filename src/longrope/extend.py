@@ -18,18 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import longrope
-from longrope.data import (
-    Document,
-    TokenDocument,
-    bos_token,
-    check_sources,
-    library_documents,
-    pack,
-    parse_length,
-    read_documents,
-    search_windows,
-    tokenize,
-)
+from longrope.data import Document, check_sources, library_documents, read_documents
 from longrope.forward import DEFAULT_CHUNK, LongForward
 from longrope.model import LoadedModel, ModelFacts
 from longrope.parallel import Ranks
@@ -37,8 +26,17 @@ from longrope.progress import Advance, console, duration, progress
 from longrope.rope.rescale import Rescale, default_attention_factor
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.objective import Perplexity
-from longrope.search.run import ALGORITHMS, Progress, SearchConfig, SearchResult, search
+from longrope.search.record import SearchConfig
+from longrope.search.run import ALGORITHMS, Progress, SearchResult, search
 from longrope.search.space import START_TOKENS, Space
+from longrope.windows import (
+    TokenDocument,
+    bos_token,
+    pack,
+    parse_length,
+    search_windows,
+    tokenize,
+)
 
 # The first population of Algorithm 1, beside their mutants.
 STARTS = ("pi", "ntk", "yarn")
@@ -231,7 +229,7 @@ def summary(result: SearchResult, out: Path) -> dict[str, Any]:
     """What ``longrope search --json`` prints."""
     return {
         "rescale": str(out / "rescale.json"),
-        "portable": str(out / "portable.json"),
+        "portable": str(out / "portable.json") if result.portable else None,
         "history": str(out / "history.jsonl"),
         "loss": result.best_loss,
         "portable_loss": result.portable_loss,

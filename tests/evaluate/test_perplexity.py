@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from conftest import FAMILIES, micro_model
-from longrope.data import TokenDocument
 from longrope.evaluate.perplexity import Scores, paired_difference, ratio_standard_error, score
 from longrope.forward import LongForward
+from longrope.windows import TokenDocument
 
 
 def documents(*sizes):

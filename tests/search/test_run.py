@@ -7,7 +7,8 @@ from test_evolution import SMALL, bowl, starts
 from test_space import space
 
 from longrope.rope.rescale import Rescale
-from longrope.search.run import SearchConfig, search
+from longrope.search.record import SearchConfig
+from longrope.search.run import search
 
 SPACE = space()
 
@@ -99,6 +100,15 @@ def test_a_finished_search_computes_nothing(tmp_path):
     result = go(tmp_path, again)
     assert (again.calls, result.computed, result.evaluations) == (0, 0, SMALL.evaluations)
     assert contents(tmp_path) == before
+
+
+def test_fixed_start_tokens_leave_nothing_portable(tmp_path):
+    fixed = dataclasses.replace(SPACE, start_tokens=(8,))
+    begin = {"pi": dataclasses.replace(starts(SPACE)[0], start_tokens=8)}
+    result = search(config(), fixed, begin, Loss(), tmp_path, budget=5)
+    assert result.best.start_tokens == 8
+    assert result.portable is None
+    assert not (tmp_path / "portable.json").exists()
 
 
 def test_a_budget_can_be_raised(tmp_path):

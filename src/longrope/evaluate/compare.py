@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.data import TokenDocument, bos_token, check_sources, parse_length, unseen
+from longrope.data import check_sources
 from longrope.evaluate.perplexity import Scores, paired_difference, score
 from longrope.extend import load_documents, starting_point
 from longrope.files import write_atomically
@@ -17,6 +17,7 @@ from longrope.progress import progress
 from longrope.rope.install import check_fits, installed
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale
+from longrope.windows import TokenDocument, bos_token, parse_length, unseen
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from longrope.data import TokenDocument, require_length, with_bos
 from longrope.forward import BATCH_TOKENS, LongForward
+from longrope.windows import TokenDocument, require_length, with_bos
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,50 +6,20 @@ resuming is replaying. Every rank runs the same algorithm; only losses travel.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.files import append_line, read_lines, write_atomically
+from longrope.files import append_line
 from longrope.parallel import Ranks
 from longrope.rope.rescale import Rescale
-from longrope.search.evolution import Evolution, EvolutionSettings
+from longrope.search.evolution import Evolution
+from longrope.search.record import Record, SearchConfig
 from longrope.search.space import Candidate, Space
 
 ALGORITHMS = {"paper": Evolution}
-STATE_SCHEMA = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchConfig:
-    """Everything that decides the course of a search; two equal ones are one search.
-
-    ``model`` and ``documents`` hold content hashes. Budget and patience are not here:
-    they say where to stop, and a finished search may go on with more.
-    """
-
-    model: str
-    documents: tuple[str, ...]
-    windows: int
-    length: int
-    algorithm: str
-    settings: EvolutionSettings
-    seed: int
-    dtype: str
-    start: dict[str, Any]
-    upper: float
-    start_tokens: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclasses.dataclass
@@ -68,12 +38,12 @@ class Progress:
 
 @dataclasses.dataclass
 class SearchResult:
-    """The two bests; ``finished`` says that neither budget nor patience is left."""
+    """The two bests, and what it took to find them."""
 
     best: Rescale
-    portable: Rescale
     best_loss: float
-    portable_loss: float
+    portable: Rescale | None  # None where start tokens are fixed above 0
+    portable_loss: float | None
     starts: dict[str, float]
     evaluations: int
     computed: int  # of which in this run, not read from the history
@@ -96,7 +66,7 @@ def search(
     """Search, or go on with the search that ``out`` holds.
 
     Args:
-        starts: the named candidates of the first population; the first is portable.
+        starts: the named candidates of the first population.
         budget: evaluations at most; by default what the algorithm's settings give.
         patience: stop after this many generations without a new best.
 
@@ -118,8 +88,9 @@ def search(
             break
         best_before = run.best_loss()
         algorithm.tell(asked, run.evaluate(asked, algorithm.generation))
-        run.save_state(algorithm)
-        run.save_bests(provenance or {})
+        if run.ranks.first:
+            run.record.save_state(len(run.losses), algorithm.generation, algorithm.random_state)
+            run.save_bests(provenance or {})
         since_best = 0 if run.best_loss() < best_before else since_best + 1
         if patience is not None and since_best >= patience:
             break
@@ -146,6 +117,7 @@ class _Run:
         self.computed = 0
         self._seconds: list[float] = []
         # Rank 0 alone touches the disk: nodes need not share one. What it refuses, all do.
+        self.record = Record(out, config)
         found = ranks.broadcast(self._open() if ranks.first else None)
         if "error" in found:
             raise ValueError(found["error"])
@@ -153,42 +125,9 @@ class _Run:
 
     def _open(self) -> dict[str, Any]:
         try:
-            return {"history": self._resume()}
+            return {"history": self.record.open()}
         except ValueError as error:
             return {"error": str(error)}
-
-    def _resume(self) -> list[dict[str, Any]]:
-        """The history of this very search, or an empty one in a new directory."""
-        state = self.out / "state.json"
-        history = self.out / "history.jsonl"
-        if not state.exists():
-            if history.exists():
-                raise ValueError(
-                    f"{history} is there without its state.json; give another --out, or delete it"
-                )
-            self._write_state(generation=0, random_state=None)
-            return []
-        try:
-            saved = json.loads(state.read_text(encoding="utf-8"))
-            before, digest = saved["config"], saved["config_hash"]
-            assert isinstance(before, dict) and saved["schema"] == STATE_SCHEMA
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise ValueError(
-                f"{state} is damaged; give another --out, or delete {self.out} to start over"
-            ) from None
-        now = self.config.to_json()
-        if digest != self.config.sha256:
-            fields = [k for k in now if before.get(k) != now[k]] or ["config_hash"]
-            shown = ", ".join(
-                f"{k} (there {_short(before.get(k))}, now {_short(now.get(k))})" for k in fields
-            )
-            raise ValueError(
-                f"{self.out} holds another search; it differs in {shown}; give another --out"
-            )
-        lines = read_lines(history)
-        # A line that a kill cut short is dropped from the file too, or the next would join it.
-        write_atomically(history, "".join(json.dumps(line) + "\n" for line in lines))
-        return lines
 
     def evaluate(self, asked: Sequence[Candidate], generation: int) -> list[float]:
         """Losses of a generation: first what the history knows, then a candidate per rank."""
@@ -215,8 +154,8 @@ class _Run:
         expected = (number, list(rescale.factors), rescale.start_tokens)
         if (line.get("evaluation"), line.get("factors"), line.get("start_tokens")) != expected:
             raise ValueError(
-                f"{self.out / 'history.jsonl'} is damaged at evaluation {number}: it is not what "
-                f"this search asked for; delete {self.out} to start over"
+                f"{self.record.history} is damaged at evaluation {number}: it is not what this "
+                f"search asked for; delete {self.out} to start over"
             )
         self.losses[candidate] = math.nan if line["loss"] is None else float(line["loss"])
         self._report(self.losses[candidate], generation, replayed=True)
@@ -233,7 +172,7 @@ class _Run:
                 "generation": generation,
                 "start": next((n for n, c in self.starts.items() if c == candidate), None),
             }
-            append_line(self.out / "history.jsonl", line)
+            append_line(self.record.history, line)
         self.losses[candidate] = loss
         self.computed += 1
         self._report(loss, generation, replayed=False)
@@ -278,24 +217,7 @@ class _Run:
         found = self.best(portable=False)
         return math.inf if found is None else round(found[0], 6)
 
-    def save_state(self, algorithm: Evolution) -> None:
-        if self.ranks.first:
-            self._write_state(algorithm.generation, algorithm.random_state)
-
-    def _write_state(self, generation: int, random_state: Any) -> None:
-        state = {
-            "schema": STATE_SCHEMA,
-            "config_hash": self.config.sha256,
-            "config": self.config.to_json(),
-            "generation": generation,
-            "evaluations": len(self.losses),
-            "random_state": random_state,
-        }
-        write_atomically(self.out / "state.json", json.dumps(state, indent=1) + "\n")
-
     def save_bests(self, provenance: dict[str, Any]) -> None:
-        if not self.ranks.first:
-            return
         for name, portable in (("rescale.json", False), ("portable.json", True)):
             found = self.best(portable)
             if found is not None:
@@ -315,23 +237,18 @@ class _Run:
 
     def result(self, provenance: dict[str, Any]) -> SearchResult:
         best, portable = self.best(False), self.best(True)
-        if best is None or portable is None:
+        if best is None:
             raise ValueError(
                 f"none of {len(self.losses)} candidates has a finite loss; look at the model's "
                 "weights, or try --dtype float32"
             )
         return SearchResult(
             best=self._with_provenance(best, provenance),
-            portable=self._with_provenance(portable, provenance),
             best_loss=best[0],
-            portable_loss=portable[0],
+            portable=self._with_provenance(portable, provenance) if portable else None,
+            portable_loss=portable[0] if portable else None,
             starts=self.start_losses(),
             evaluations=len(self.losses),
             computed=self.computed,
             not_finite=sum(not math.isfinite(loss) for loss in self.losses.values()),
         )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "…"

