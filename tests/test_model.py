@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conftest import FAMILIES, ORIGINAL
+from conftest import FAMILIES, ORIGINAL, micro_model
 from longrope.model import inspect_model, load_model
 from longrope.rope.install import find_rotary, installed
 from longrope.rope.rescale import default_inv_freq
@@ -188,6 +188,25 @@ def test_a_rescale_without_effect_is_refused(checkpoints, tmp_path):
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="a rescale does not change its logits"):
         load_model(str(tmp_path / "m"))
+
+
+def test_layers_of_another_kind_are_refused_by_name(checkpoints, tmp_path):
+    config = transformers.GptOssConfig(
+        vocab_size=1536,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    micro_model(config).save_pretrained(tmp_path)
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    with pytest.raises(ValueError, match=r"GptOssForCausalLM.*'s_aux'"):
+        load_model(str(tmp_path))
 
 
 def test_pickles_are_not_read(checkpoints, tmp_path):

@@ -376,18 +376,20 @@ def _print_json(value: Any) -> None:
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     table = Table("length", "method", "perplexity", "± s.e.", "tail", "tokens", "windows")
     for row in rows:
-        error = row["standard_error"]
-        tail = row.get("tail_perplexity")
         table.add_row(
             f"{row['length']:,}",
             row["method"],
-            f"{row['perplexity']:.3f}",
-            "" if error is None else f"{error:.3f}",
-            "" if tail is None else f"{tail:.3f}",
+            _shown(row["perplexity"], ".3f"),
+            _shown(row["standard_error"], ".3f"),
+            _shown(row.get("tail_perplexity"), ".3f"),
             f"{row['tokens']:,}",
             str(row["windows"]),
         )
     console.print(table)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _print_differences(rows: list[dict[str, Any]]) -> None:
@@ -396,12 +398,11 @@ def _print_differences(rows: list[dict[str, Any]]) -> None:
     title = f"{rows[0]['method']} less each other, nats per token, paired by document"
     table = Table("length", "against", "difference", "± s.e.", "better", title=title)
     for row in rows:
-        error = row["standard_error"]
         table.add_row(
             f"{row['length']:,}",
             row["against"],
-            f"{row['mean']:+.4f}",
-            "" if error is None else f"{error:.4f}",
+            _shown(row["mean"], "+.4f"),
+            _shown(row["standard_error"], ".4f"),
             "yes" if row["better"] else "no",
         )
     console.print(table)

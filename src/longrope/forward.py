@@ -78,7 +78,8 @@ class LongForward:
         """
         while True:
             try:
-                return self._losses(input_ids.to(self.device))
+                # A copy made out here is an ordinary tensor, that callers may change.
+                return self._losses(input_ids.to(self.device)).clone()
             except torch.cuda.OutOfMemoryError:
                 if self.chunk == 1:
                     raise

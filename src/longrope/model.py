@@ -317,7 +317,13 @@ def _probe(model: Any, facts: ModelFacts) -> None:
         )
     with installed(model, stretched):
         logits = model(input_ids=ids, use_cache=False).logits
-        whole, chunked = (LongForward(model, chunk).losses(ids) for chunk in (24, 10))
+        try:
+            whole, chunked = (LongForward(model, chunk).losses(ids) for chunk in (24, 10))
+        except Exception as error:  # whatever a layer of another kind may raise
+            raise ValueError(
+                f"{facts.source} ({facts.architecture}) cannot be extended: its layers do not "
+                f"run in the long forward ({type(error).__name__}: {error})"
+            ) from error
     if torch.equal(before, logits):
         raise ValueError(
             f"{facts.source} ({facts.architecture}) cannot be extended: a rescale does not change "

@@ -93,6 +93,23 @@ def test_tokens_per_document(model64):
     assert found.windows == 4
 
 
+def test_a_loss_that_is_nan_is_not_left_out(monkeypatch, model64):
+    forward = LongForward(model64)
+    original = forward.losses
+
+    def broken(ids):
+        losses = original(ids)
+        losses[0, 5] = torch.nan
+        return losses
+
+    monkeypatch.setattr(forward, "losses", broken)
+    found = score(forward, documents(100, 64), 64, bos=0)
+    assert found.tokens == 2 * 64
+    assert found.mean == found.perplexity == math.inf
+    assert found.standard_error is None
+    assert not paired_difference(found, found).better
+
+
 def test_by_position():
     losses = np.log(np.array([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]]))
     assert Scores(4, (losses,)).by_position(2) == [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,15 @@ class Comparison:
             row = {
                 "length": length,
                 "method": method,
-                "perplexity": scores.perplexity,
+                "perplexity": finite_or_none(scores.perplexity),
                 "standard_error": scores.standard_error,
                 "tokens": scores.tokens,
                 "windows": scores.windows,
                 "documents": len(scores.documents),
             }
             if length > self.original_length:
-                row["tail_perplexity"] = scores.tail(self.original_length).perplexity
+                tail = scores.tail(self.original_length)
+                row["tail_perplexity"] = finite_or_none(tail.perplexity)
             rows.append(row)
         return rows
 
@@ -124,7 +126,7 @@ class Comparison:
                     "length": length,
                     "method": self.subject,
                     "against": other,
-                    "mean": difference.mean,
+                    "mean": finite_or_none(difference.mean),
                     "standard_error": difference.standard_error,
                     "better": difference.better,
                 }
@@ -146,6 +148,11 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def run_comparison(

@@ -14,7 +14,10 @@ from longrope.windows import TokenDocument, require_length, with_bos
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Loss of every token, in nats: per document, shape (windows, length); NaN is unscored."""
+    """Loss of every token, in nats: per document, shape (windows, length); NaN is unscored.
+
+    A loss that is NaN in the model counts as infinite: it must not look unscored.
+    """
 
     length: int
     documents: tuple[np.ndarray, ...]
@@ -38,7 +41,8 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.mean)
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.mean))
 
     @property
     def standard_error(self) -> float | None:
@@ -67,7 +71,7 @@ class Scores:
 def ratio_standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
     """Standard error of Σ sums / Σ counts when documents are what was sampled."""
     n = len(sums)
-    if n < 2:
+    if n < 2 or not np.isfinite(sums).all():
         return None
     residuals = sums - sums.sum() / counts.sum() * counts
     return float(math.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())
@@ -136,7 +140,8 @@ def score(
         windows = np.stack([with_bos(ids[start : start + length], bos) for start in starts])
         losses = []
         for batch in np.split(windows, range(_per_batch(length), len(windows), _per_batch(length))):
-            losses.append(forward.losses(torch.from_numpy(batch.astype(np.int64))).double().numpy())
+            found = forward.losses(torch.from_numpy(batch.astype(np.int64))).double().numpy()
+            losses.append(np.nan_to_num(found, nan=np.inf, posinf=np.inf))
             progress(len(batch))
         # Without a BOS nothing predicts the first token of a window.
         first = np.full((len(windows), 1 if bos is None else 0), np.nan)

@@ -44,7 +44,7 @@ def perplexity_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figur
         own = sorted((r for r in rows if r["method"] == name), key=lambda r: r["length"])
         axes.errorbar(
             [r["length"] for r in own],
-            [r["perplexity"] for r in own],
+            [math.nan if r["perplexity"] is None else r["perplexity"] for r in own],
             yerr=[r["standard_error"] or 0 for r in own],
             marker="o",
             markersize=4,
