@@ -94,7 +94,8 @@ def paired_difference(a: Scores, b: Scores) -> Difference:
     """How much lower (negative) ``a`` is than ``b``, paired by document."""
     counts = a._counts()
     assert np.array_equal(counts, b._counts()), "scores of different tokens cannot be paired"
-    sums = a._sums() - b._sums()
+    with np.errstate(invalid="ignore"):  # infinite less infinite: neither is better
+        sums = a._sums() - b._sums()
     return Difference(float(sums.sum() / counts.sum()), ratio_standard_error(sums, counts))
 
 
