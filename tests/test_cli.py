@@ -120,6 +120,39 @@ def test_search_evaluate_compare_report(small, texts, tmp_path):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):
+    (tmp_path / "pi.csv").write_text(",".join(["2.0"] * 32))
+    options = ["--lengths", 512, "--data", texts, "--json"]
+    ours = json.loads(succeeds("evaluate", "--rescale", tmp_path / "pi.csv", *options))
+    theirs = json.loads(
+        succeeds("evaluate", "--rescale", "pi", *options, "--attention-factor", (1 + 1 / 8) ** 0.5)
+    )
+    assert ours["perplexity"][0]["perplexity"] == theirs["perplexity"][0]["perplexity"]
+
+
+def test_documents_may_be_packed(texts, tmp_path):
+    out = tmp_path / "packed"
+    arguments = ["--target", "16x", "--data", texts, "--pack"]
+    summary = json.loads(succeeds("search", *arguments, "--budget", 2, "--out", out, "--json"))
+    assert summary["evaluations"] == 2
+    methods = f"yarn,{out / 'rescale.json'}"
+    rows = json.loads(succeeds("compare", *arguments, "--methods", methods, "--json"))["perplexity"]
+    assert {(row["length"], row["documents"]) for row in rows} == {(4096, 1)}
+
+
+def test_ctrl_c_is_no_success(small, tmp_path):
+    process = subprocess.Popen(
+        [*LONGROPE, *map(str, small), "--out", tmp_path], stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "history.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1].startswith("longrope: error: stopped; a search goes on")
+
+
 def losses(out: Path) -> list:
     return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
@@ -183,6 +216,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small, tmp_path):
     ]  # fmt: skip
     done = run(*small, *options, launcher=torchrun, env=env)
     assert done.returncode != 0
+    assert "longrope: error: another process of this run died; what is computed" in done.stderr
     known = losses(tmp_path / "out")
     assert len(known) == 4
     options[1] = 6
@@ -235,6 +269,7 @@ class TestMistakes:
             ("--algorithm", "magic"),
             ("--dtype", "int4"),
             ("--device", "cuda:9"),
+            ("--hidden-device", "moon"),
             ("--existing-scaling", "perhaps"),
         ):
             line = refused(*small, "--out", tmp_path, option, value)

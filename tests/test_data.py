@@ -52,11 +52,18 @@ def test_a_folder_leaves_out_what_it_cannot_read(tmp_path, caplog):
     assert "picture.png" in caplog.text
 
 
+def test_jsonl_as_others_write_it(tmp_path):
+    line = '{"text": "one\u2028two\x85three"}'
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b'\r\n{"text": null}\r\n{"text": "b"}')
+    assert [d.text for d in read_documents([str(path)])] == ["one\u2028two\x85three", "b"]
+
+
 def test_missing_data_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         read_documents([str(tmp_path / "nowhere.txt")])
     with pytest.raises(ValueError, match=r"longrope\[datasets\]"):
-        read_documents(["owner/name"])
+        read_documents(["owner/name-1.0"])
 
 
 def test_the_library_is_there_and_split():

@@ -74,6 +74,59 @@ def test_any_chunk_and_length(micro_models, ids, chunk, tokens, family):
         )
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_neox"])
+def test_bf16_is_as_exact_as_the_plain_forward_in_bf16(ids, family):
+    model = micro_model(FAMILIES[family]())
+    if family == "gemma2":
+        model.config._attn_implementation = "eager"
+    with installed(model, yarn(model)):
+        exact = plain_losses(model.double(), ids)
+        plain = plain_losses(model.to(torch.bfloat16), ids)
+        ours = LongForward(model, 13).losses(ids)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
+
+
+def test_hidden_states_may_wait_elsewhere(micro_models, ids):
+    model = micro_models("llama")
+    expected = LongForward(model, 20).losses(ids)
+    forward = LongForward(model, 20, hidden_device=torch.device("cpu"))
+    assert torch.equal(forward.losses(ids), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_bytes_per_token_are_what_is_held(micro_models, family):
+    """Every tensor as long as the sequence, counted while the last layer runs."""
+    import gc
+
+    model = micro_models(family)
+    tokens, held = 3001, {}
+    ids = torch.zeros(1, tokens + 1, dtype=torch.long)
+    forward = LongForward(model, 500)
+    last = forward.layers[-1]
+
+    def count(*_):
+        held.clear()
+        for thing in gc.get_objects():
+            if issubclass(type(thing), torch.Tensor):  # isinstance wakes deprecated things
+                storage = thing.untyped_storage()
+                if storage.nbytes() > 400 * 4 and storage.data_ptr() not in weights:
+                    held[storage.data_ptr()] = storage.nbytes()
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with installed(model, yarn(model)):
+        gc.collect()
+        count()
+        before = set(held)
+        hook = last.register_forward_pre_hook(count)
+        forward.losses(ids)
+        hook.remove()
+    found = sum(size for pointer, size in held.items() if pointer not in before)
+    # Losses come after; one chunk comes on top.
+    predicted = (forward.bytes_per_token() - 8) * tokens
+    assert found == pytest.approx(predicted, rel=0.12)
+
+
 def test_rows_of_a_batch_are_independent(micro_models, ids):
     forward = LongForward(micro_models("llama"), 40)
     together = forward.losses(ids)

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from conftest import FAMILIES, ORIGINAL, micro_model
+from longrope.forward import LongForward
 from longrope.model import inspect_model, load_model
 from longrope.rope.install import find_rotary, installed
 from longrope.rope.rescale import default_inv_freq
@@ -130,13 +131,35 @@ def test_scaling_must_be_kept_or_replaced(scaled, kind):
         load_model(source)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "llama3", "longrope"])
-def test_replaced_scaling_starts_over(scaled, kind):
-    facts = inspect_model(scaled(kind), existing_scaling="replace")
-    assert facts.original_max_position_embeddings == 16
-    assert facts.original_read_from == "rope_parameters.original_max_position_embeddings"
-    assert set(facts.rescale("none", 64).factors) == {1.0}
-    assert facts.rescale("none", 64).attention_factor == 1
+@pytest.mark.parametrize("kind", SCALED)
+def test_replaced_scaling_starts_over(scaled, micro_models, ids, kind):
+    """The model is the unscaled one, also below n̂, and in chunks."""
+    told = 16 if kind == "linear" else None
+    loaded = load_model(scaled(kind), existing_scaling="replace", original_length=told)
+    facts = loaded.facts
+    assert facts.original_max_position_embeddings == (ORIGINAL if kind == "dynamic" else 16)
+    if kind in ("yarn", "llama3", "longrope"):
+        assert facts.original_read_from == "rope_parameters.original_max_position_embeddings"
+    assert facts.existing_scaling["rope_type"] == kind
+    none = facts.rescale("none", 128)
+    assert set(none.factors) == {1.0}
+    assert none.attention_factor == 1
+    unscaled = micro_models("llama")
+    with torch.no_grad():
+        for rescale in (none, facts.rescale("yarn", 128).replace(start_tokens=8)):
+            with installed(loaded.model, rescale), installed(unscaled, rescale):
+                ours = loaded.model(input_ids=ids, use_cache=False).logits
+                expected = unscaled(input_ids=ids, use_cache=False).logits
+                chunked = LongForward(loaded.model, 20).losses(ids)
+                whole = LongForward(unscaled).losses(ids)
+            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_scaling_does_not_say_what_it_was(scaled):
+    facts = inspect_model(scaled("linear"), existing_scaling="replace")
+    assert not facts.extendable
+    assert "give --original-length" in facts.reason
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3", "longrope", "linear"])
@@ -153,6 +176,10 @@ def test_kept_scaling_is_the_start(scaled, kind, ids):
             kept = loaded.model(input_ids=ids, use_cache=False).logits
         with installed(loaded.model, unscaled):
             plain = loaded.model(input_ids=ids, use_cache=False).logits
+        with installed(loaded.model, base):  # one factor set, whatever the chunk
+            chunked = LongForward(loaded.model, 7).losses(ids)
+            whole = LongForward(loaded.model).losses(ids)
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(kept, own, rtol=1e-4, atol=1e-4)
     assert (plain - own).abs().max() > 1e-2
     doubled = facts.rescale("pi", 2 * ORIGINAL)
@@ -206,6 +233,25 @@ def test_layers_of_another_kind_are_refused_by_name(checkpoints, tmp_path):
     for file in BUNDLED.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
     with pytest.raises(ValueError, match=r"GptOssForCausalLM.*'s_aux'"):
+        load_model(str(tmp_path))
+
+
+def test_a_sliding_window_that_only_a_mask_knows_is_refused(tmp_path):
+    config = transformers.PhimoeConfig(
+        vocab_size=1536,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        sliding_window=24,
+    )
+    micro_model(config).save_pretrained(tmp_path)
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    with pytest.raises(ValueError, match="sliding window of 24 tokens is in a mask"):
         load_model(str(tmp_path))
 
 
@@ -265,7 +311,7 @@ def test_bundled_is_what_its_card_says():
     assert json.loads((BUNDLED / "training.json").read_text())["held_out"] == list(HELD_OUT)
 
 
-def write_gguf(model, path):
+def write_gguf(model, path, scaling=None):
     """The micro-Llama as llama.cpp's converter writes it, in float32."""
     import gguf
 
@@ -281,6 +327,8 @@ def write_gguf(model, path):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(1e4)
     writer.add_vocab_size(config.vocab_size)
+    if scaling is not None:
+        writer.add_rope_scaling_type(scaling)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
@@ -311,6 +359,17 @@ def test_a_gguf_file_is_the_model_it_was_made_from(micro_models, ids, tmp_path):
         expected = micro_models("llama")(input_ids=ids).logits
         torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected)
     assert loaded.tokenizer("x = 1")["input_ids"]
+
+
+def test_a_gguf_file_with_scaling_is_refused(micro_models, tmp_path):
+    import gguf
+
+    write_gguf(micro_models("llama"), tmp_path / "yarn.gguf", gguf.RopeScalingType.YARN)
+    with pytest.raises(ValueError, match=r"scaled already \(yarn\), which transformers drops"):
+        inspect_model(str(tmp_path / "yarn.gguf"))
+    (tmp_path / "no.gguf").write_bytes(b"GGUF????")
+    with pytest.raises(ValueError, match=r"no\.gguf: not a GGUF file"):
+        inspect_model(str(tmp_path / "no.gguf"))
 
 
 @pytest.mark.skipif(

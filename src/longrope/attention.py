@@ -86,20 +86,25 @@ def _flash(
 ) -> tuple[Tensor, Tensor]:
     """One kernel call that also gives the log-sum-exp of the scores, shape (B, H, C)."""
     ops = torch.ops.aten
-    if query.device.type == "cpu":
+    kind, dtype, dim = query.device.type, query.dtype, query.shape[-1]
+    half = dtype in (torch.bfloat16, torch.float16)
+    if dim != value.shape[-1]:
+        pass  # no kernel takes keys and values of different sizes
+    elif kind == "cpu":
         return ops._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scaling
         )
-    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+    elif kind == "cuda" and half and dim <= 256 and torch.cuda.get_device_capability()[0] >= 8:
         return ops._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scaling
         )[:2]
-    if query.device.type == "cuda":
+    elif kind == "cuda" and dtype in (torch.float32, torch.float16):
         output, lse, *_ = ops._scaled_dot_product_efficient_attention(
             query, key, value, None, True, 0.0, causal, scale=scaling
         )
         return output, lse[..., : query.shape[2]]  # the kernel pads its rows
-    return _online_softmax(query, key, value, scaling, first=0 if causal else None)
+    rows = torch.arange(query.shape[2], device=query.device) if causal else None
+    return _online_softmax(query, key, value, scaling, rows)
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
@@ -120,11 +125,22 @@ def _blockwise(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float, window: int | None
 ) -> Tensor:
     """Attention with soft-capped scores, which no kernel of torch has."""
-    groups = query.shape[1] // key.shape[1]
-    first = key.shape[2] - query.shape[2]
+    batch, heads, chunk, dim = query.shape
+    groups = heads // key.shape[1]
+    first = key.shape[2] - chunk
     reach = 0 if window is None else max(0, first - window + 1)
-    near_key, near_value = (_repeated(t[:, :, reach:], groups) for t in (key, value))
-    return _online_softmax(query, near_key, near_value, scaling, first - reach, softcap, window)[0]
+    rows = torch.arange(first - reach, key.shape[2] - reach, device=query.device)
+    folded = query.reshape(batch, key.shape[1], groups * chunk, dim)
+    output, _ = _online_softmax(
+        folded,
+        key[:, :, reach:],
+        value[:, :, reach:],
+        scaling,
+        rows.repeat(groups),
+        softcap,
+        window,
+    )
+    return output.reshape(batch, heads, chunk, value.shape[-1])
 
 
 def _repeated(heads: Tensor, groups: int) -> Tensor:
@@ -137,17 +153,16 @@ def _online_softmax(
     key: Tensor,
     value: Tensor,
     scaling: float,
-    first: int | None,
+    rows: Tensor | None,
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over blocks of keys in one pass; scores in float32 or better.
 
-    ``first`` is the position of the first query among the keys; None: no causal mask.
+    ``rows`` are the positions of the queries among the keys, shape (C,); None: no causal mask.
     Returns the output and the log-sum-exp of the scores.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
-    rows = torch.arange(query.shape[2], device=query.device)[:, None] + (first or 0)
     shape = query.shape[:3]
     total = query.new_zeros(*shape, value.shape[-1], dtype=exact)
     weight = query.new_zeros(*shape, dtype=exact)
@@ -157,11 +172,11 @@ def _online_softmax(
         scores = (query @ key[:, :, block].transpose(2, 3)).to(exact) * scaling
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        if first is not None:
+        if rows is not None:
             columns = torch.arange(block.start, block.stop, device=query.device)[None, :]
-            seen = columns <= rows
+            seen = columns <= rows[:, None]
             if window is not None:
-                seen &= columns > rows - window
+                seen &= columns > rows[:, None] - window
             scores = scores.masked_fill(~seen, -math.inf)
         top = torch.maximum(highest, scores.amax(dim=-1))
         finite = torch.where(top == -math.inf, 0.0, top)  # a row that has seen no key yet

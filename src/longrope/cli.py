@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+_STOPPED = "stopped; a search goes on where it was when the same command runs again"
 # click's, which some versions of typer carry themselves
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -37,6 +38,9 @@ Data = Annotated[
     ),
 ]
 Field = Annotated[str, typer.Option(help="The text's field in JSONL, Parquet and datasets.")]
+Pack = Annotated[
+    bool, typer.Option("--pack", help="Let windows join documents, with BOS and EOS between.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default a GPU if any.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
@@ -71,18 +75,24 @@ def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     if os.environ.get("LONGROPE_TRACEBACK"):
         app(arguments)
+    code = 0
     try:
-        app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
     except _UsageError as error:
         _fail(error.format_message(), 2)
     except ValueError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("stopped; a search goes on where it was when the same command runs again", 130)
+        _fail(_STOPPED, 130)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail("the GPU is out of memory; try --hidden-device cpu, or a smaller --chunk", 1)
         if type(error).__name__ != "RankLost":
             raise
         _fail(str(error), 1)
+    if code == 130:  # typer's word for Ctrl-C
+        _fail(_STOPPED, code)
+    sys.exit(code)
 
 
 def _fail(message: str, code: int) -> None:
@@ -129,9 +139,7 @@ def search(
     ] = ...,  # type: ignore[assignment]
     data: Data = None,
     field: Field = "text",
-    pack: Annotated[
-        bool, typer.Option("--pack", help="Let windows join documents, with BOS and EOS between.")
-    ] = False,
+    pack: Pack = False,
     samples: Annotated[int, typer.Option(help="Windows that every candidate is scored on.")] = 5,
     algorithm: Annotated[str, typer.Option(help="paper: LongRoPE's Algorithm 1.")] = "paper",
     budget: Annotated[
@@ -231,7 +239,7 @@ def evaluate(
     ] = None,
     data: Data = None,
     field: Field = "text",
-    pack: Annotated[bool, typer.Option("--pack", help="Join the documents into one.")] = False,
+    pack: Pack = False,
     stride: Annotated[
         int | None, typer.Option(help="Slide the window by so many tokens, score only those.")
     ] = None,
@@ -297,6 +305,7 @@ def compare(
     ] = None,
     data: Data = None,
     field: Field = "text",
+    pack: Pack = False,
     tokens_per_document: TokensPerDocument = None,
     attention_factor: AttentionFactor = None,
     device: Device = None,
@@ -319,6 +328,7 @@ def compare(
         target=target,
         data=tuple(data or ()),
         field=field,
+        pack=pack,
         tokens_per_document=tokens_per_document,
         attention_factor=attention_factor,
         chunk=chunk,

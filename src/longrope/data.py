@@ -13,6 +13,7 @@ from longrope.library import library_texts
 
 log = logging.getLogger(__name__)
 
+_FILES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -59,7 +60,7 @@ def check_sources(sources: Sequence[str]) -> None:
 
 
 def _is_hub_dataset(source: str) -> bool:
-    return bool(_HUB_DATASET.fullmatch(source)) and not Path(source).suffix
+    return bool(_HUB_DATASET.fullmatch(source)) and Path(source).suffix not in _FILES
 
 
 def library_documents(held_out: bool | None = None) -> list[Document]:
@@ -98,9 +99,12 @@ def _read_file(path: Path, field: str) -> Iterable[Document]:
 
 
 def _text(path: Path) -> str:
-    content = path.read_bytes()
     try:
-        text = content.decode("utf-8")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
@@ -109,7 +113,7 @@ def _text(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterable[Any]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -151,6 +155,8 @@ def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
 
 def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
     for number, row in enumerate(rows, 1):
+        if isinstance(row, dict) and field in row and row[field] is None:
+            continue
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise _no_field(f"{where}: row {number}", field, row if isinstance(row, dict) else ())
         if row[field].strip():

@@ -12,6 +12,7 @@ the same stage again goes on from there.
 """
 
 import dataclasses
+import hashlib
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import longrope
 from longrope.data import Document, check_sources, library_documents, read_documents
 from longrope.forward import DEFAULT_CHUNK, LongForward
-from longrope.model import LoadedModel, ModelFacts
+from longrope.model import LoadedModel, ModelFacts, find_device
 from longrope.parallel import Ranks
 from longrope.progress import Advance, console, duration, progress
 from longrope.rope.rescale import Rescale, default_attention_factor
@@ -32,6 +33,7 @@ from longrope.search.space import START_TOKENS, Space
 from longrope.windows import (
     TokenDocument,
     bos_token,
+    half,
     pack,
     parse_length,
     search_windows,
@@ -107,24 +109,27 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
     }
 
     bos = bos_token(loaded.tokenizer)
-    documents = load_documents(
-        loaded, options.data, field=options.field, packed=options.pack, held_out=False
-    )
+    documents = load_documents(loaded, options.data, field=options.field, held_out=False)
+    if options.pack:
+        documents = [pack(half(documents, options.seed), bos, loaded.tokenizer.eos_token_id)]
     windows = search_windows(documents, target, options.samples, options.seed, bos)
     config = SearchConfig(
         model=loaded.fingerprint(),
         documents=tuple(h for document in windows.documents for h in document.sha256),
-        windows=len(windows.ids),
+        windows=hashlib.sha256(windows.ids.tobytes()).hexdigest(),
         length=target,
         algorithm=options.algorithm,
         settings=options.settings,
         seed=options.seed,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=loaded.model.device.type,
+        chunk=options.chunk,
         start={k: v for k, v in start.to_json().items() if k != "provenance"},
         upper=space.upper,
         start_tokens=space.start_tokens,
     )
-    forward = LongForward(loaded.model, options.chunk, options.hidden_device)
+    hidden = options.hidden_device and find_device("--hidden-device", options.hidden_device)
+    forward = LongForward(loaded.model, options.chunk, hidden or None)
     names = ", ".join(document.name for document in windows.documents)
     headline = (
         f"{facts.architecture}, {start.original_max_position_embeddings:,} → {target:,} tokens "
@@ -143,6 +148,7 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
             patience=options.patience,
             provenance={
                 "model": facts.source,
+                "base_factors": list(facts.base_factors),
                 "document_names": [document.name for document in windows.documents],
                 "longrope": longrope.__version__,
                 "python": platform.python_version(),
@@ -211,7 +217,6 @@ def load_documents(
     data: Sequence[str],
     *,
     field: str = "text",
-    packed: bool = False,
     held_out: bool,
 ) -> list[TokenDocument]:
     """Tokens of the documents given, or of the Python library where none are.
@@ -219,10 +224,7 @@ def load_documents(
     Of the library, ``held_out`` chooses the packages that the bundled model never saw.
     """
     documents: list[Document] = read_documents(data, field) if data else library_documents(held_out)
-    tokens = tokenize(documents, loaded.tokenizer)
-    if not packed:
-        return tokens
-    return [pack(tokens, bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id)]
+    return tokenize(documents, loaded.tokenizer)
 
 
 def summary(result: SearchResult, out: Path) -> dict[str, Any]:

@@ -3,8 +3,14 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -25,10 +31,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror}); free space there or give another "
-            "directory, then run the same command again"
-        ) from None
+        raise _cannot_write(path, error) from None
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -43,20 +46,52 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror}); free space there, then run the same "
-            "command again: it resumes"
-        ) from None
+        raise _cannot_write(path, error) from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last line that a kill cut short is left out."""
+    """The JSON objects of a file of lines, up to one that a kill cut short."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            continue
+            break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
+
+
+@contextlib.contextmanager
+def only_process(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a directory; a process that dies lets go of it.
+
+    Raises:
+        ValueError: another process is at work there.
+    """
+    if fcntl is None:  # Windows
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("a")
+    except OSError as error:
+        raise _cannot_write(directory, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"{directory}: another process is at work there; wait for it or give another --out"
+            ) from None
+        yield
+
+
+def _cannot_write(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{path}: cannot be written ({error.strerror}); free space there or give another "
+        "directory, then run the same command again: what was finished is kept"
+    )

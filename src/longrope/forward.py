@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class LongForward:
         chunk: tokens that go through a layer at a time. Halved when a GPU runs out
             of memory, and left there.
         hidden_device: where the hidden states of the sequence wait; the model's
-            device by default, ``"cpu"`` to save GPU memory.
+            device by default, the CPU to save GPU memory.
+        attention_name: what all attention goes through; ours by default.
 
     Raises:
         ValueError: the model's layers are not where a decoder keeps them.
@@ -53,7 +55,8 @@ class LongForward:
         self,
         model: Any,
         chunk: int = DEFAULT_CHUNK,
-        hidden_device: str | torch.device | None = None,
+        hidden_device: torch.device | None = None,
+        attention_name: str = attention.NAME,
     ):
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
@@ -61,7 +64,14 @@ class LongForward:
         self.chunk = chunk
         self.decoder, self._layers_name = find_layers(model)
         self.device = next(model.parameters()).device
-        self.hidden_device = torch.device(hidden_device) if hidden_device else self.device
+        self.hidden_device = hidden_device or self.device
+        self.attention_name = attention_name
+
+    def batches(self, windows: np.ndarray) -> Iterator[Tensor]:
+        """Losses of windows of one length, shape (windows, tokens): short ones go together."""
+        ids = torch.from_numpy(windows.astype(np.int64))
+        for batch in ids.split(max(1, BATCH_TOKENS // (ids.shape[1] - 1))):
+            yield self.losses(batch)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -91,7 +101,7 @@ class LongForward:
         """By how much peak memory grows with each token, beside a constant.
 
         Hidden states, one layer's keys and values, cosines and sines (one set for each
-        kind of layer), token ids going in and losses coming out.
+        kind of layer), token ids and positions going in and losses coming out.
         """
         model, site = self.model, find_rotary(self.model)
         assert site is not None
@@ -102,8 +112,9 @@ class LongForward:
         )
         kinds = 1 if site.layer_type is None else len(set(config.layer_types))
         angles = 2 * len(column_layout(site)) * kinds
-        loss = max(size, 4)
-        return (config.hidden_size + 2 * heads * head_dim + angles) * size + 8 + 2 * loss
+        ids, positions, losses = 8, 8, 2 * max(size, 4)
+        numbers = config.hidden_size + 2 * heads * head_dim + angles
+        return numbers * size + ids + positions + losses
 
     @torch.inference_mode()
     def _losses(self, ids_BT: Tensor) -> Tensor:
@@ -183,7 +194,7 @@ class LongForward:
         """All of the model's attention through ours; without a mask, which ours implies."""
         config = self.decoder.config
         before = config._attn_implementation
-        config._attn_implementation = attention.NAME
+        config._attn_implementation = self.attention_name
         try:
             yield
         finally:

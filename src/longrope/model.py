@@ -1,5 +1,6 @@
 """A model from wherever it is, and the facts about it that an extension needs."""
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable
@@ -10,15 +11,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from longrope.forward import LongForward, find_layers
+from longrope.forward import find_layers
+from longrope.probe import why_not
 from longrope.rope.install import (
     RotarySite,
     column_layout,
     existing_factors,
     find_rotary,
-    installed,
 )
-from longrope.rope.methods import METHODS, dynamic_ntk, identity
+from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
 from longrope.source import quiet, read_pretrained
 
@@ -115,17 +116,12 @@ def inspect_model(
     """
     with quiet():
         config = read_pretrained(AutoConfig, source, trust_remote_code)
-        text = config.get_text_config()
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code
-                )
-        except ValueError:
-            raise ValueError(
-                f"{source}: a {config.model_type!r} model is not a causal language model"
-            ) from None
-    site, reason = _rotary_site(model, text)
+        model, site, reason = _skeleton(source, config, trust_remote_code)
+        scaling = site.parameters if site and site.rope_type != "default" else None
+        if scaling and existing_scaling == "replace":
+            config = unscaled(config, site.layer_type if site else None)
+            model, site, reason = _skeleton(source, config, trust_remote_code)
+    text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # state-space models have none
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
@@ -141,7 +137,7 @@ def inspect_model(
         rope_theta=float(site.parameters["rope_theta"]) if site else None,
         original_max_position_embeddings=None,
         original_read_from=None,
-        existing_scaling=site.parameters if site and site.rope_type != "default" else None,
+        existing_scaling=scaling,
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(p.numel() for p in model.parameters()),
         kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
@@ -166,9 +162,10 @@ def _with_base(
     original, read_from = config.max_position_embeddings, "max_position_embeddings"
     factors, attention_factor, reason = np.ones(len(site.inv_freq)), 1.0, facts.reason
     scaling = facts.existing_scaling
+    kind = scaling and scaling["rope_type"]
     if scaling and existing == "keep":
         factors, attention_factor = existing_factors(site), site.attention_factor
-        if site.rope_type == "dynamic":
+        if kind == "dynamic":
             reason = reason or (
                 "its dynamic scaling changes with the length and cannot be kept; use "
                 "--existing-scaling replace"
@@ -176,14 +173,19 @@ def _with_base(
     elif scaling and "original_max_position_embeddings" in scaling:
         original = scaling["original_max_position_embeddings"]
         read_from = "rope_parameters.original_max_position_embeddings"
-    if scaling and existing is None:
-        reason = reason or (
-            f"it already has {site.rope_type!r} scaling: choose --existing-scaling keep (extend "
-            f"from its scaled length, {config.max_position_embeddings:,}, on top of its factors) "
-            f"or --existing-scaling replace (start over from the unscaled {original:,})"
-        )
     if original_length is not None:
         original, read_from = original_length, "--original-length"
+    elif kind == "linear" and existing == "replace":
+        reason = reason or (
+            "its config does not say how long it was before its linear scaling by "
+            f"{scaling['factor']:g}; give --original-length"  # type: ignore[index]
+        )
+    if scaling and existing is None:
+        reason = reason or (
+            f"it already has {kind!r} scaling: choose --existing-scaling keep (extend from its "
+            f"scaled length, {config.max_position_embeddings:,}, on top of its factors) or "
+            f"--existing-scaling replace (start over, unscaled)"
+        )
     return dataclasses.replace(
         facts,
         original_max_position_embeddings=original,
@@ -193,6 +195,39 @@ def _with_base(
         extendable=reason is None,
         reason=reason,
     )
+
+
+def unscaled(config: Any, layer_type: str | None) -> Any:
+    """A copy of a config whose (full-attention) rotary embedding is not scaled."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    scaled = text.rope_parameters if layer_type is None else text.rope_parameters[layer_type]
+    kept = {k: scaled[k] for k in ("rope_theta", "partial_rotary_factor") if k in scaled}
+    plain = {"rope_type": "default"} | kept
+    if layer_type is None:
+        text.rope_parameters = plain
+    else:
+        text.rope_parameters = text.rope_parameters | {layer_type: plain}
+    return config
+
+
+def _skeleton(
+    source: str, config: Any, trust_remote_code: bool
+) -> tuple[nn.Module, RotarySite | None, str | None]:
+    """The model without weights, and its rotary site or why it has none to rescale."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError:
+        raise ValueError(
+            f"{source}: a {config.model_type!r} model is not a causal language model"
+        ) from None
+    except Exception as error:  # configs of dozens of kinds fail in ways of their own
+        raise ValueError(
+            f"{source}: transformers cannot build a {config.model_type!r} model from its config "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return model, *_rotary_site(model, config.get_text_config())
 
 
 def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str | None]:
@@ -208,8 +243,12 @@ def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str 
                 f"its kind of rotary embedding is not one longrope can rescale ({rotary[0]})",
             )
         return None, "it has no rotary position embedding (RoPE)"
-    with torch.device("cpu"):  # the meta model's frequencies have no values
-        module = type(site.module)(config=site.module.config)
+    try:
+        with torch.device("cpu"):  # the meta model's frequencies have no values
+            module = type(site.module)(config=site.module.config)
+    except Exception as error:
+        kind = type(site.module).__name__
+        return None, f"{kind} cannot be rescaled: it is not made from a config alone ({error})"
     site = dataclasses.replace(site, module=module)
     if site.rope_type not in _RESCALABLE:
         return site, f"its rotary embedding is of type {site.rope_type!r}, which cannot be rescaled"
@@ -256,85 +295,44 @@ def load_model(
     if not facts.extendable:
         raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {facts.reason}")
     check(facts)
-    where = _device(device)
+    where = find_device("--device", device)
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "use_safetensors": True}
     with quiet():
         tokenizer = read_pretrained(AutoTokenizer, source, trust_remote_code)
-        model = read_pretrained(
-            AutoModelForCausalLM,
-            source,
-            trust_remote_code,
-            dtype=_dtype(dtype, where),
-            use_safetensors=True,
-        )
+        if facts.existing_scaling and existing_scaling == "replace":
+            config = read_pretrained(AutoConfig, source, trust_remote_code)
+            site = find_rotary(_skeleton(source, config, trust_remote_code)[0])
+            options["config"] = unscaled(config, site.layer_type if site else None)
+        model = read_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options)
     model = model.to(where).eval()
-    _probe(model, facts)
+    assert facts.original_max_position_embeddings
+    reason = why_not(model, facts.rescale("none", facts.original_max_position_embeddings))
+    if reason is not None:
+        raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {reason}")
     return LoadedModel(model, tokenizer, facts)
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(option: str, name: str | None) -> torch.device:
+    """A device by name; a GPU where there is one if no name is given.
+
+    Raises:
+        ValueError: no such device on this machine; names ``option``.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name}: not on this machine ({str(error).splitlines()[0]})"
-        ) from None
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{option} {name}: not on this machine ({first})") from None
     return device
 
 
-def _dtype(name: str, device: torch.device) -> Any:
+def _dtype(name: str) -> Any:
     if name == "auto":
         return "auto"
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in kinds:
         raise ValueError(f"--dtype {name}: choose auto, {', '.join(kinds)}")
     return kinds[name]
-
-
-@torch.inference_mode()
-def _probe(model: Any, facts: ModelFacts) -> None:
-    """Prove once that a rescale reaches the logits and that the long forward is this model's.
-
-    Raises:
-        ValueError: weights that are not finite, a rescale without effect, or a long
-            forward that gives other losses than the model's own.
-    """
-    assert facts.original_max_position_embeddings and facts.rope_theta and facts.rotary_dim
-    original = facts.original_max_position_embeddings
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 25, device=device)[None] % facts.vocabulary
-    base = identity(facts.rope_theta, facts.rotary_dim, original, original)
-    stretched = base.replace(factors=tuple(3.0 for _ in base.factors))
-    with installed(model, base):
-        before = model(input_ids=ids, use_cache=False).logits
-    if not before.isfinite().all():
-        bad = [n for n, p in model.named_parameters() if not p.isfinite().all()]
-        raise ValueError(
-            f"{facts.source}: its logits are not finite"
-            + (f"; {len(bad)} weights are not, the first is {bad[0]}" if bad else "")
-        )
-    with installed(model, stretched):
-        logits = model(input_ids=ids, use_cache=False).logits
-        try:
-            whole, chunked = (LongForward(model, chunk).losses(ids) for chunk in (24, 10))
-        except Exception as error:  # whatever a layer of another kind may raise
-            raise ValueError(
-                f"{facts.source} ({facts.architecture}) cannot be extended: its layers do not "
-                f"run in the long forward ({type(error).__name__}: {error})"
-            ) from error
-    if torch.equal(before, logits):
-        raise ValueError(
-            f"{facts.source} ({facts.architecture}) cannot be extended: a rescale does not change "
-            "its logits"
-        )
-    expected = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
-    # One chunk is the model's own arithmetic; several round otherwise, and in bf16 single tokens
-    # of some models then differ by more than a nat, so there the median must do.
-    off = (whole - expected).abs().max(), (chunked - expected).abs().median()
-    if off[0] > 0.05 or off[1] > 0.05 * expected.median():
-        raise ValueError(
-            f"{facts.source} ({facts.architecture}) cannot be extended: the long forward gives "
-            f"other losses than the model itself (by {off[0]:.3g} nats; in chunks {off[1]:.3g})"
-        )

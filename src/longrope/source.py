@@ -26,6 +26,7 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             options.pop("use_safetensors")
             options["quantization_config"] = GgufConfig(dequantize=True)
         location = str(path.parent)
+        _refuse_scaled_gguf(path)
     elif path.is_dir():
         location = str(path)
     elif path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
@@ -40,12 +41,31 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
     except ImportError as error:
         raise ValueError(f"{source}: reading it needs more: {_first_line(error)}") from None
     except Exception as error:
-        if "gated" in str(error).lower() or "401" in str(error):
+        if "gated repo" in str(error).lower() or "401 client" in str(error).lower():
             raise ValueError(
                 f"{source}: the hub wants a login for it: run 'hf auth login', and accept the "
                 "model's terms on its page"
             ) from None
         raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _refuse_scaled_gguf(path: Path) -> None:
+    """transformers drops the RoPE scaling of a GGUF file without a word: do not let it."""
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(f"{path}: GGUF files need: pip install 'longrope[gguf]'") from None
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not a GGUF file ({_first_line(error)})") from None
+    kinds = [f.contents() for key, f in reader.fields.items() if key.endswith("rope.scaling.type")]
+    factors = [t.name for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
+    if factors or any(kind != "none" for kind in kinds):
+        raise ValueError(
+            f"{path}: its RoPE is scaled already ({(kinds or factors)[0]}), which transformers "
+            "drops when it reads GGUF; give the Hugging Face checkpoint"
+        )
 
 
 def _smollm2() -> Path:

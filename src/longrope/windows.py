@@ -120,6 +120,13 @@ class Windows:
     documents: tuple[TokenDocument, ...]
 
 
+def half(documents: Sequence[TokenDocument], seed: int) -> list[TokenDocument]:
+    """Half of the documents (one of one), chosen by the seed and the texts, not their order."""
+    shuffled = sorted(documents, key=lambda document: document.sha256)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[: (len(shuffled) + 1) // 2]
+
+
 def search_windows(
     documents: Sequence[TokenDocument], length: int, samples: int, seed: int, bos: int | None
 ) -> Windows:
@@ -131,10 +138,13 @@ def search_windows(
     Raises:
         ValueError: no document is long enough.
     """
-    usable = sorted(require_length(documents, length), key=lambda document: document.sha256)
+    usable = require_length(documents, length)
+    chosen = half(usable, seed)[:samples]
+    if len(usable) == 1 and len(chosen[0].sha256) == 1:
+        log.warning(
+            "%s is searched on, and no other document is left to evaluate on", usable[0].name
+        )
     rng = random.Random(seed)
-    rng.shuffle(usable)
-    chosen = usable[: min(samples, (len(usable) + 1) // 2)]
     starts = {}
     for document in chosen:
         starts[document.sha256] = [i * length for i in range(len(document) // length)]

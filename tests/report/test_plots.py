@@ -32,7 +32,7 @@ def test_perplexities_are_drawn_at_their_lengths():
     line = axes.lines[0]
     assert list(line.get_xdata()) == [256, 2048]
     assert list(line.get_ydata()) == [128, 1024]
-    assert axes.get_legend_handles_labels()[1] == ["pi", "rescale"]
+    assert axes.get_legend_handles_labels()[1] == ["pi", "out/rescale"]
 
 
 def test_positions_are_those_of_the_longest_windows():

@@ -29,6 +29,12 @@ def a_rescale(model, target=256, **changes) -> Rescale:
     return rescale.replace(**changes)
 
 
+def live(model):
+    """The rotary module that the model calls now."""
+    site = find_rotary(model)
+    return getattr(site.owner, site.name)
+
+
 @torch.no_grad()
 def logits(model, ids, **more):
     return model(input_ids=ids, use_cache=False, **more).logits
@@ -62,7 +68,7 @@ def test_inv_freq_is_the_float64_formula(micro_models, family):
     d = EXPECTED_ROTARY_DIM.get(family, config.hidden_size // config.num_attention_heads)
     expected = [theta ** (-2 * i / d) / rescale.factors[i] for i in range(d // 2)]
     with installed(model, rescale):
-        rotary = find_rotary(model).module
+        rotary = live(model)
         assert isinstance(rotary, RescaledRotary)
         assert rotary.inv_freq.dtype == torch.float32
         np.testing.assert_allclose(rotary.inv_freq.numpy(), expected, rtol=1e-7)
@@ -103,7 +109,7 @@ def test_only_full_attention_of_gemma3_is_scaled(micro_models):
     rotary = find_rotary(model).module
     x, positions = torch.zeros(1, 1, 1), torch.arange(40)[None]
     with installed(model, a_rescale(model)):
-        ours = find_rotary(model).module
+        ours = live(model)
         assert torch.equal(
             ours(x, positions, "sliding_attention")[0], rotary(x, positions, "sliding_attention")[0]
         )
@@ -126,9 +132,26 @@ def test_identity_changes_nothing(micro_models, ids, family):
         assert torch.equal(logits(model, ids), before)
 
 
+def test_a_rescale_inside_another(micro_models, ids):
+    model = micro_models("llama")
+    before = logits(model, ids)
+    outer, inner = a_rescale(model), a_rescale(model, target=512)
+    identity = methods.identity(1e4, 16, ORIGINAL, 256)
+    with installed(model, inner):
+        alone = logits(model, ids)
+    with installed(model, outer):
+        around = logits(model, ids)
+        with installed(model, inner):
+            assert torch.equal(logits(model, ids), alone)
+        assert torch.equal(logits(model, ids), around)
+        with installed(model, identity):  # here the identity does change something
+            assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model, ids), before)
+
+
 def rotary_angles(model, rescale, positions):
     with installed(model, rescale):
-        cos, sin = find_rotary(model).module(torch.zeros(1, 1, 1, dtype=torch.float64), positions)
+        cos, sin = live(model)(torch.zeros(1, 1, 1, dtype=torch.float64), positions)
     return cos, sin
 
 
@@ -223,7 +246,7 @@ def test_bf16_keeps_float32_frequencies(ids):
     with installed(model, rescale):
         exact = logits(model, ids)
         model.to(torch.bfloat16)
-        rotary = find_rotary(model).module
+        rotary = live(model)
         assert rotary.inv_freq.dtype == torch.float32
         cos, _ = rotary(torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.tensor([[9999]]))
         assert cos.dtype == torch.bfloat16

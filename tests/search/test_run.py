@@ -6,6 +6,7 @@ import pytest
 from test_evolution import SMALL, bowl, starts
 from test_space import space
 
+from longrope.files import only_process
 from longrope.rope.rescale import Rescale
 from longrope.search.record import SearchConfig
 from longrope.search.run import search
@@ -17,12 +18,14 @@ def config(**changes) -> SearchConfig:
     fields = {
         "model": "m",
         "documents": ("d",),
-        "windows": 1,
+        "windows": "w",
         "length": 2048,
         "algorithm": "paper",
         "settings": SMALL,
         "seed": 0,
         "dtype": "float32",
+        "device": "cpu",
+        "chunk": 2048,
         "start": {},
         "upper": 10.0,
         "start_tokens": SPACE.start_tokens,
@@ -116,6 +119,34 @@ def test_a_budget_can_be_raised(tmp_path):
     assert go(tmp_path / "steps", budget=15).evaluations == 15
     go(tmp_path / "steps", budget=30)
     assert contents(tmp_path / "steps") == contents(tmp_path / "whole")
+
+
+def test_a_smaller_budget_forgets_nothing(tmp_path):
+    go(tmp_path)
+    before, loss = contents(tmp_path), Loss()
+    result = go(tmp_path, loss, budget=5)
+    assert (loss.calls, result.evaluations) == (0, SMALL.evaluations)
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_line_costs_what_follows_it(tmp_path, caplog):
+    go(tmp_path / "whole")
+    go(tmp_path / "hurt")
+    history = tmp_path / "hurt" / "history.jsonl"
+    lines = history.read_text().splitlines()
+    lines[30] = lines[30][:40]
+    history.write_text("\n".join(lines) + "\n")
+    loss = Loss()
+    go(tmp_path / "hurt", loss)
+    assert loss.calls == SMALL.evaluations - 30
+    assert "line 31 is damaged" in caplog.text
+    assert contents(tmp_path / "hurt") == contents(tmp_path / "whole")
+
+
+def test_two_processes_cannot_share_a_directory(tmp_path):
+    with only_process(tmp_path), pytest.raises(ValueError, match="another process is at work"):
+        go(tmp_path)
+    go(tmp_path, budget=3)
 
 
 def test_patience(tmp_path):

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from longrope.data import check_sources
-from longrope.evaluate.perplexity import Scores, paired_difference, score
+from longrope.evaluate.perplexity import Scores, check_lengths, paired_difference, score
 from longrope.extend import load_documents, starting_point
 from longrope.files import write_atomically
 from longrope.forward import DEFAULT_CHUNK, LongForward
-from longrope.model import LoadedModel, ModelFacts
+from longrope.model import LoadedModel, ModelFacts, find_device
 from longrope.progress import progress
 from longrope.rope.install import check_fits, installed
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale
-from longrope.windows import TokenDocument, bos_token, parse_length, unseen
+from longrope.windows import TokenDocument, bos_token, pack, parse_length, unseen
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,11 @@ class CompareOptions:
                 data that is not there.
         """
         lengths, target = self.resolve(facts)
+        check_lengths(lengths, self.stride)
+        for name in ("tokens_per_document", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         assert facts.rotary_dim and facts.rope_theta
         for entry in _entries(facts, self, target):
             check_fits(entry.rescale(lengths[-1]), facts.rotary_dim // 2, facts.rope_theta)
@@ -141,7 +146,11 @@ class Comparison:
             "perplexity": self.rows(),
             "differences": self.differences(),
             "by_position": [
-                {"method": method, "length": length, "buckets": scores.by_position()}
+                {
+                    "method": method,
+                    "length": length,
+                    "buckets": [(a, b, finite_or_none(p)) for a, b, p in scores.by_position()],
+                }
                 for (method, length), scores in self.scores.items()
             ],
         }
@@ -170,10 +179,10 @@ def run_comparison(
     facts = loaded.facts
     lengths, target = options.resolve(facts)
     entries = _entries(facts, options, target)
-    documents = load_documents(
-        loaded, options.data, field=options.field, packed=options.pack, held_out=True
-    )
+    documents = load_documents(loaded, options.data, field=options.field, held_out=True)
     documents = _held_out(documents, options.methods, exclude_searched)
+    if options.pack:
+        documents = [pack(documents, bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id)]
     scores = _score_all(loaded, options, entries, documents, lengths)
     files = [entry.name for entry in entries if entry.name in options.methods]
     subject = next((name for name in files if name not in METHODS), files[-1])
@@ -184,7 +193,7 @@ def run_comparison(
 def _entries(facts: ModelFacts, options: CompareOptions, target: int) -> list[Entry]:
     """A line per method, made for ``target``, and per file; raises for what is neither."""
     shared = options.attention_factor
-    files = {name: _load(name) for name in options.methods if name not in METHODS}
+    files = {name: _load(name, facts, target) for name in options.methods if name not in METHODS}
     if shared is None and options.own_attention_factors:
         shared = next((file.attention_factor for file in files.values()), None)
         if shared is None:
@@ -209,10 +218,19 @@ def _entries(facts: ModelFacts, options: CompareOptions, target: int) -> list[En
     return entries
 
 
-def _load(name: str) -> Rescale:
+def _load(name: str, facts: ModelFacts, target: int) -> Rescale:
+    """A rescale from its JSON, or from the LongRoPE authors' CSV, which holds factors alone."""
     if not Path(name).exists():
         raise ValueError(f"{name!r} is neither a rescale file nor one of {', '.join(METHODS)}")
-    return Rescale.load(name)
+    if Path(name).suffix != ".csv":
+        return Rescale.load(name)
+    start = facts.rescale("none", target)
+    return Rescale.from_csv(
+        name,
+        rope_theta=start.rope_theta,
+        original_max_position_embeddings=start.original_max_position_embeddings,
+        max_position_embeddings=start.max_position_embeddings,
+    )
 
 
 def _held_out(
@@ -221,7 +239,7 @@ def _held_out(
     searched = [
         digest
         for name in methods
-        if name not in METHODS
+        if Path(name).suffix == ".json"
         for digest in Rescale.load(name).provenance.get("documents", ())
     ]
     kept = unseen(documents, searched)
@@ -244,7 +262,8 @@ def _score_all(
     lengths: Sequence[int],
 ) -> dict[tuple[str, int], Scores]:
     bos = bos_token(loaded.tokenizer)
-    forward = LongForward(loaded.model, options.chunk, options.hidden_device)
+    hidden = options.hidden_device and find_device("--hidden-device", options.hidden_device)
+    forward = LongForward(loaded.model, options.chunk, hidden or None)
     scores: dict[tuple[str, int], Scores] = {}
     with progress("evaluate", len(entries) * len(lengths)) as advance:
         for entry in entries:

@@ -3,12 +3,11 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from longrope.forward import BATCH_TOKENS, LongForward
+from longrope.forward import LongForward
 from longrope.windows import TokenDocument, require_length, with_bos
 
 
@@ -108,7 +107,6 @@ def score(
     lengths: Sequence[int] = (),
     stride: int | None = None,
     tokens_per_document: int | None = None,
-    progress: Callable[[int], None] = lambda windows: None,
 ) -> Scores:
     """Score documents in windows of ``length`` tokens, under the rescale that is installed.
 
@@ -124,15 +122,8 @@ def score(
     Raises:
         ValueError: no document is long enough; lengths that do not tile the longest.
     """
-    if stride is not None and not 1 <= stride <= length:
-        raise ValueError(f"--stride is {stride}; it must be from 1 to the length, {length}")
     longest = max(length, *lengths) if lengths else length
-    for other in lengths:
-        if longest % other:
-            raise ValueError(
-                f"--lengths: {other} does not divide {longest}; lengths are compared on the same "
-                "tokens, so each must divide the longest"
-            )
+    check_lengths([length, *lengths], stride)
     scored = []
     for document in require_length(documents, longest):
         tokens = min(len(document), tokens_per_document or len(document))
@@ -140,10 +131,8 @@ def score(
         starts = range(0, len(ids) - length + 1, stride or length)
         windows = np.stack([with_bos(ids[start : start + length], bos) for start in starts])
         losses = []
-        for batch in np.split(windows, range(_per_batch(length), len(windows), _per_batch(length))):
-            found = forward.losses(torch.from_numpy(batch.astype(np.int64))).double().numpy()
-            losses.append(np.nan_to_num(found, nan=np.inf, posinf=np.inf))
-            progress(len(batch))
+        for batch in forward.batches(windows):
+            losses.append(np.nan_to_num(batch.double().numpy(), nan=np.inf, posinf=np.inf))
         # Without a BOS nothing predicts the first token of a window.
         first = np.full((len(windows), 1 if bos is None else 0), np.nan)
         scores = np.concatenate([first, np.concatenate(losses)], axis=1)
@@ -156,6 +145,21 @@ def score(
     return Scores(length, tuple(scored))
 
 
-def _per_batch(length: int) -> int:
-    """Windows to a forward: short ones together, up to a few thousand tokens."""
-    return max(1, BATCH_TOKENS // length)
+def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:
+    """Refuse lengths that cannot be scored together.
+
+    Raises:
+        ValueError: a length that does not divide the longest; a stride with several
+            lengths (they would score other tokens), or out of range.
+    """
+    longest = max(lengths)
+    for length in lengths:
+        if longest % length:
+            raise ValueError(
+                f"--lengths: {length} does not divide {longest}; lengths are compared on the same "
+                "tokens, so each must divide the longest"
+            )
+    if stride is not None and len(set(lengths)) > 1:
+        raise ValueError(f"--stride {stride} goes with one length, not {len(set(lengths))}")
+    if stride is not None and not 1 <= stride <= longest:
+        raise ValueError(f"--stride is {stride}; it must be from 1 to the length, {longest}")

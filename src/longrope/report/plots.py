@@ -17,7 +17,8 @@ from longrope.files import write_atomically
 from longrope.rope.rescale import Rescale
 
 _SEARCHED = "#c0392b"
-_SEARCHED_COLORS = {"rescale": _SEARCHED, "portable": "#e67e22"}
+# Files take these in turn; methods have colours of their own.
+_FILE_COLORS = [_SEARCHED, "#e67e22", "#c71585", "#8b4513", "#000000"]
 _COLORS = {
     "none": "#7f8c8d",
     "pi": "#2980b9",
@@ -64,7 +65,11 @@ def position_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
     for row in rows:
         if row["length"] == longest:
             middles = [(first + end) / 2 for first, end, _ in row["buckets"]]
-            axes.plot(middles, [value for *_, value in row["buckets"]], **_style(row["method"]))
+            axes.plot(
+                middles,
+                [math.nan if value is None else value for *_, value in row["buckets"]],
+                **_style(row["method"]),
+            )
     axes.set(xlabel="position in the window", ylabel="perplexity", yscale="log")
     axes.set_title(f"Perplexity by position, windows of {longest:,} tokens")
     axes.axvline(original, color="black", linestyle=":", linewidth=1)
@@ -104,7 +109,9 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def _figure() -> tuple[Figure, Axes]:
-    return plt.subplots(figsize=(7.6, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
+    axes.set_prop_cycle(color=_FILE_COLORS)
+    return figure, axes
 
 
 def _finished(figure: Figure, axes: Axes) -> Figure:
@@ -117,14 +124,16 @@ def _style(name: str) -> dict[str, Any]:
     """A method keeps its colour in every plot; dashed is with its own attention factor."""
     method, _, own_factor = name.partition(" ")
     color = _COLORS.get(method)
-    label = (
-        (f"{method}, {own_factor[1:-1]}" if own_factor else method) if color else Path(name).stem
-    )
+    if not color:  # a file: known by its folder too, since every search writes a rescale.json
+        path = Path(name)
+        label = path.stem if path.parent.name == "" else f"{path.parent.name}/{path.stem}"
+        return {"label": label, "linewidth": 2.2}
+    label = f"{method}, {own_factor[1:-1]}" if own_factor else method
     return {
         "label": label.replace("attention factor", "a.f."),
-        "color": color or _SEARCHED_COLORS.get(label),
-        "linewidth": 1.4 if color else 2.2,
-        "linestyle": "--" if own_factor and color else "-",
+        "color": color,
+        "linewidth": 1.4,
+        "linestyle": "--" if own_factor else "-",
     }
 
 

@@ -1,6 +1,7 @@
 """From what a directory holds to its pictures."""
 
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ def _beside_methods(directory: Path, rescale: Rescale) -> dict[str, Rescale]:
         )
         for name in ("pi", "ntk", "dynamic-ntk", "yarn")
     }
+    base = rescale.provenance.get("base_factors")
+    if base:  # the model's own scaling, kept
+        rescales = {
+            name: known.replace(factors=tuple(map(operator.mul, known.factors, base)))
+            for name, known in rescales.items()
+        }
     rescales["rescale"] = rescale
     if rescale.start_tokens and (directory / "portable.json").exists():
         rescales["portable"] = Rescale.load(directory / "portable.json")

@@ -22,6 +22,8 @@ from longrope.rope.rescale import Rescale, default_inv_freq
 # The layer type whose rotary embedding is scaled where a model has several:
 # a sliding window never sees positions further apart than it was trained on.
 _SCALED_LAYER_TYPE = "full_attention"
+# Kinds whose frequencies do not depend on the sequence: what they are is what they do.
+_STATIC = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def find_rotary(model: nn.Module) -> RotarySite | None:
         for name, module in owner.named_children():
             if not hasattr(module, "config") or not hasattr(module, "rope_type"):
                 continue
+            if isinstance(module, RescaledRotary):  # the model's own is what counts
+                module = module.original
             if hasattr(module, "inv_freq"):
                 return RotarySite(owner, name, module, None)
             if hasattr(module, f"{_SCALED_LAYER_TYPE}_inv_freq"):
@@ -140,10 +144,15 @@ class RescaledRotary(nn.Module):
         self.inv_freq = torch.from_numpy(rescale.inv_freq).float()
         self.attention_scaling = rescale.attention_factor
         # Held in a tuple so that the original is no submodule of ours.
-        self._original = (site.module,)
+        self._held = (site.module,)
         self._original_inv_freq = site.inv_freq.detach().float().cpu()
         self._original_attention_scaling = site.attention_factor
         self._layout = column_layout(site)
+
+    @property
+    def original(self) -> Any:
+        """The model's own rotary module."""
+        return self._held[0]
 
     @torch.no_grad()
     def forward(
@@ -151,7 +160,7 @@ class RescaledRotary(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines, shape (batch, tokens, columns), for position_ids (batch, tokens)."""
         if layer_type != self.layer_type:
-            return self._original[0](x, position_ids, layer_type)
+            return self.original(x, position_ids, layer_type)
         # Apple's GPUs have no float64: there the angles are made on the CPU.
         where = torch.device("cpu") if x.device.type == "mps" else x.device
         positions = position_ids.to(where)[..., None].double()
@@ -173,7 +182,7 @@ class RescaledRotary(nn.Module):
 def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
     """Whether a rescale is what the model does already."""
     return (
-        rescale.rotary_dim == 2 * len(site.inv_freq)
+        site.rope_type in _STATIC
         and rescale.attention_factor == site.attention_factor
         # transformers computes its frequencies in float32: equal to rounding is equal
         and np.allclose(rescale.inv_freq, site.inv_freq.double().cpu().numpy(), rtol=1e-6, atol=0)
@@ -199,7 +208,8 @@ def installed(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
     if site is None:
         raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
     check_fits(rescale, len(site.inv_freq), float(site.parameters["rope_theta"]))
-    if changes_nothing(site, rescale):
+    before = getattr(site.owner, site.name)  # an outer rescale, perhaps
+    if before is site.module and changes_nothing(site, rescale):
         yield
         return
     hook = site.owner.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
@@ -207,7 +217,7 @@ def installed(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
     try:
         yield
     finally:
-        setattr(site.owner, site.name, site.module)
+        setattr(site.owner, site.name, before)
         hook.remove()
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from longrope.forward import BATCH_TOKENS, LongForward
+from longrope.forward import LongForward
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 
@@ -20,16 +20,13 @@ class Perplexity:
 
     def __init__(self, forward: LongForward, windows: np.ndarray):
         self.forward = forward
-        per_batch = max(1, BATCH_TOKENS // windows.shape[1])
-        ids = torch.from_numpy(windows.astype(np.int64))
-        self.batches = ids.split(per_batch)
+        self.windows = windows
 
     def __call__(self, rescale: Rescale) -> float:
         """The loss; NaN or infinite where the model's losses are."""
         total, count = 0.0, 0
         with installed(self.forward.model, rescale):
-            for batch in self.batches:
-                losses = self.forward.losses(batch)
+            for losses in self.forward.batches(self.windows):
                 total += losses.sum(dtype=torch.float64).item()
                 count += losses.numel()
         return total / count if math.isfinite(total) else math.nan

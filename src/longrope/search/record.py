@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from longrope.files import read_lines, write_atomically
 from longrope.search.evolution import EvolutionSettings
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 
@@ -16,18 +19,21 @@ SCHEMA = 1
 class SearchConfig:
     """Everything that decides the course of a search; two equal ones are one search.
 
-    ``model`` and ``documents`` hold content hashes. Budget and patience are not here:
-    they say where to stop, and a finished search may go on with more.
+    ``model``, ``documents`` and ``windows`` (the token ids) are content hashes. ``chunk``
+    and ``device`` are here because they decide the last bits of a loss. Budget and
+    patience are not: they say where to stop, and a finished search may go on with more.
     """
 
     model: str
     documents: tuple[str, ...]
-    windows: int
+    windows: str
     length: int
     algorithm: str
     settings: EvolutionSettings
     seed: int
     dtype: str
+    device: str
+    chunk: int
     start: dict[str, Any]
     upper: float
     start_tokens: tuple[int, ...]
@@ -79,6 +85,13 @@ class Record:
                 f"{self.directory} holds another search; it differs in {shown}; give another --out"
             )
         lines = read_lines(self.history)
+        there = self.history.read_bytes().count(b"\n") if self.history.exists() else 0
+        if there > len(lines):
+            log.warning(
+                "%s: line %d is damaged; what follows it is computed again",
+                self.history,
+                len(lines) + 1,
+            )
         # A line that a kill cut short is dropped from the file too, or the next would join it.
         write_atomically(self.history, "".join(json.dumps(line) + "\n" for line in lines))
         return lines

@@ -5,6 +5,7 @@ Nothing is lost and nothing is trusted: every loss is a synced line of
 resuming is replaying. Every rank runs the same algorithm; only losses travel.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.files import append_line
+from longrope.files import append_line, only_process
 from longrope.parallel import Ranks
 from longrope.rope.rescale import Rescale
 from longrope.search.evolution import Evolution
@@ -75,10 +76,20 @@ def search(
             damaged state; no candidate has a finite loss; a file cannot be written.
         RankLost: another process of the run died.
     """
-    run = _Run(config, space, starts, loss, out, ranks or Ranks(), report)
-    run.total = min(budget or config.settings.evaluations, config.settings.evaluations)
+    ranks = ranks or Ranks()
+    with only_process(out) if ranks.first else contextlib.nullcontext():
+        run = _Run(config, space, starts, loss, out, ranks, report)
+        return _loop(run, budget, patience, provenance or {})
+
+
+def _loop(
+    run: "_Run", budget: int | None, patience: int | None, provenance: dict[str, Any]
+) -> SearchResult:
+    config, known = run.config, len(run.history)
+    # A smaller budget than what is known is no reason to forget any of it.
+    run.total = min(max(budget or config.settings.evaluations, known), config.settings.evaluations)
     algorithm = ALGORITHMS[config.algorithm](
-        space, list(starts.values()), config.settings, config.seed
+        run.space, list(run.starts.values()), config.settings, config.seed
     )
     run.report_start()
     since_best = 0
@@ -88,13 +99,15 @@ def search(
             break
         best_before = run.best_loss()
         algorithm.tell(asked, run.evaluate(asked, algorithm.generation))
+        since_best = 0 if run.best_loss() < best_before else since_best + 1
+        if len(run.losses) < known:  # still replaying: what is on disk is further
+            continue
         if run.ranks.first:
             run.record.save_state(len(run.losses), algorithm.generation, algorithm.random_state)
-            run.save_bests(provenance or {})
-        since_best = 0 if run.best_loss() < best_before else since_best + 1
+            run.save_bests(provenance)
         if patience is not None and since_best >= patience:
             break
-    return run.result(provenance or {})
+    return run.result(provenance)
 
 
 class _Run:
@@ -122,6 +135,12 @@ class _Run:
         if "error" in found:
             raise ValueError(found["error"])
         self.history: list[dict[str, Any]] = found["history"]
+        same = float(ranks.broadcast(config.sha256) == config.sha256)
+        if not all(ranks.gather(same)):
+            raise ValueError(
+                "the processes of this run do not search the same: model, documents, library and "
+                "options must be equal on every node"
+            )
 
     def _open(self) -> dict[str, Any]:
         try:
@@ -152,12 +171,14 @@ class _Run:
         line = self.history[number]
         rescale = self.space.rescale(candidate)
         expected = (number, list(rescale.factors), rescale.start_tokens)
-        if (line.get("evaluation"), line.get("factors"), line.get("start_tokens")) != expected:
+        found = (line.get("evaluation"), line.get("factors"), line.get("start_tokens"))
+        loss = line.get("loss", "none")
+        if found != expected or not (loss is None or isinstance(loss, float)):
             raise ValueError(
                 f"{self.record.history} is damaged at evaluation {number}: it is not what this "
                 f"search asked for; delete {self.out} to start over"
             )
-        self.losses[candidate] = math.nan if line["loss"] is None else float(line["loss"])
+        self.losses[candidate] = math.nan if loss is None else loss
         self._report(self.losses[candidate], generation, replayed=True)
 
     def _record(self, candidate: Candidate, loss: float, generation: int) -> None:

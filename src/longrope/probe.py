@@ -1,0 +1,81 @@
+"""The proof, on a loaded model, that longrope computes what the model does."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from longrope import attention
+from longrope.forward import LongForward
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+
+_TOKENS = 24
+_NOTING = "longrope_noting"
+
+
+@torch.inference_mode()
+def why_not(model: Any, base: Rescale) -> str | None:
+    """Why a model cannot be extended, or None if it can; a few tokens' forwards.
+
+    Three things are proved: that a rescale reaches the logits (in the authors' code it does
+    nothing on current models, silently), that the long forward gives the model's own losses,
+    and that the sliding windows of the config reach the attention.
+
+    Args:
+        base: the rescale that is no extension: what the model starts from.
+    """
+    config = model.config.get_text_config()
+    device = next(model.parameters()).device
+    ids = torch.arange(1, _TOKENS + 1, device=device)[None] % config.vocab_size
+    stretched = base.replace(factors=tuple(3.0 * factor for factor in base.factors))
+    with installed(model, base):
+        before = model(input_ids=ids, use_cache=False).logits
+    if not before.isfinite().all():
+        bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+        which = f"; {len(bad)} weights are not, the first is {bad[0]}" if bad else ""
+        return f"its logits are not finite{which}"
+    with installed(model, stretched):
+        logits = model(input_ids=ids, use_cache=False).logits
+        if torch.equal(before, logits):
+            return "a rescale does not change its logits"
+        try:
+            whole, chunked = (LongForward(model, chunk).losses(ids) for chunk in (_TOKENS, 10))
+            windows = _windows_seen(model, ids)
+        except Exception as error:  # whatever a layer of another kind may raise
+            return f"its layers do not run in the long forward ({type(error).__name__}: {error})"
+    expected = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
+    # Medians: in bf16 single tokens of some models move by a nat with any other rounding.
+    off = max(_median_off(found, expected) for found in (whole, chunked))
+    if off > 0.05 * max(1.0, expected.median().item()):
+        return f"the long forward gives other losses than the model itself (by {off:.3g} nats)"
+    window = _sliding_window(config)
+    if window is not None and window not in windows:
+        return f"its sliding window of {window:,} tokens is in a mask, not in its attention's call"
+    return None
+
+
+def _median_off(found: Tensor, expected: Tensor) -> float:
+    return (found - expected).abs().median().item()
+
+
+def _sliding_window(config: Any) -> int | None:
+    """The sliding window that some layer of a model has, as far as its config says."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    used = getattr(config, "use_sliding_window", True)
+    windowed = used and any("sliding" in kind for kind in kinds)
+    return getattr(config, "sliding_window", None) if windowed else None
+
+
+def _windows_seen(model: Any, ids: Tensor) -> set[int | None]:
+    """The sliding windows that the model's layers hand to their attention."""
+    seen: set[int | None] = set()
+
+    def noting(*args: Any, sliding_window: int | None = None, **options: Any) -> Any:
+        seen.add(sliding_window)
+        return attention.chunk_attention(*args, sliding_window=sliding_window, **options)
+
+    AttentionInterface.register(_NOTING, noting)
+    LongForward(model, _TOKENS, attention_name=_NOTING).losses(ids)
+    return seen

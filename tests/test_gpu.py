@@ -1,0 +1,39 @@
+"""What only a CUDA device can show: pytest -m gpu."""
+
+import pytest
+import torch
+
+from conftest import FAMILIES, micro_model
+from longrope.forward import LongForward
+from longrope.rope.install import installed
+from test_forward import plain_losses, yarn
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_as_exact_as_the_plain_forward(ids, family, dtype):
+    model = micro_model(FAMILIES[family]()).cuda()
+    if family == "gemma2":
+        model.config._attn_implementation = "eager"
+    with installed(model, yarn(model, start_tokens=4)):
+        exact = plain_losses(model.double(), ids.cuda()).cpu()
+        plain = plain_losses(model.to(dtype), ids.cuda()).cpu()
+        for hidden in (None, torch.device("cpu")):
+            ours = LongForward(model, 40, hidden).losses(ids)
+            error, expected = (ours - exact).abs().mean(), (plain - exact).abs().mean()
+            assert error <= 2 * expected + 1e-6
+
+
+def test_the_chunk_halves_until_it_fits():
+    model = micro_model(FAMILIES["llama"]()).cuda()
+    ids = torch.randint(3, 1536, (1, 65_537))
+    expected = LongForward(model, 512).losses(ids)
+    room = torch.cuda.mem_get_info()[0] - 2**28
+    hog = torch.empty(room, dtype=torch.uint8, device="cuda")
+    forward = LongForward(model, 65_536)
+    losses = forward.losses(ids)
+    del hog
+    assert forward.chunk < 65_536
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
