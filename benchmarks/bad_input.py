@@ -1,0 +1,116 @@
+"""Every kind of bad input, tried on the program, with the line that it printed (Markdown).
+
+python benchmarks/bad_input.py
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from longrope.rope.rescale import Rescale
+from longrope.source import BUNDLED
+
+
+def cases(folder: Path) -> list[tuple[str, str]]:
+    """(what is wrong, the command's arguments), with the files they need."""
+    transformers.GPT2Config().save_pretrained(folder / "gpt2")
+    shutil.copytree(BUNDLED, folder / "nan")
+    tensors = load_file(folder / "nan/model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "nan/model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(BUNDLED, folder / "yarn")
+    config = json.loads((folder / "yarn/config.json").read_text())
+    config["rope_parameters"] |= {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    (folder / "yarn/config.json").write_text(json.dumps(config))
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.bin").write_bytes(bytes(range(256)))
+    (folder / "short.txt").write_text("import os\n" * 50)
+    (folder / "rows.jsonl").write_text('{"body": "a text"}\n')
+    Rescale((1.0,) * 16, 1e4, 256, 512).save(folder / "wrong.json")
+    text = Rescale((1.0,) * 32, 1e4, 256, 512).to_json()
+    (folder / "unknown.json").write_text(json.dumps(text | {"lambda": 1}))
+    (folder / "layers.csv").write_text("1,2\n1,3\n")
+    done = folder / "done"
+    run(["search", "--target", "2x", "--samples", "1", "--budget", "2", "--out", str(done)])
+    shutil.copytree(done, folder / "corrupt")
+    (folder / "corrupt/state.json").write_text("{")
+    search, evaluate = "search --target 2x --out out", "evaluate --lengths 512"
+    again = "search --target 2x --samples 1 --budget 3 --out done"
+    return [
+        ("no RoPE", "search gpt2 --target 2x --out out"),
+        ("no such model", "search ./nowhere --target 2x --out out"),
+        ("a hub id, offline", "search owner/name --target 2x --out out"),
+        ("NaN weights", "search nan --target 2x --out out"),
+        ("scaled already", "search yarn --target 2x --out out"),
+        ("target ≤ original", "search --target 256 --out out"),
+        ("target unreadable", "search --target much --out out"),
+        ("missing file", f"{search} --data missing.txt"),
+        ("empty document", f"{search} --data empty.txt"),
+        ("binary document", f"{search} --data binary.bin"),
+        ("too short", f"{search} --data short.txt"),
+        ("field missing", f"{search} --data rows.jsonl"),
+        ("dataset without its extra", f"{search} --data owner/name"),
+        ("budget of nothing", f"{search} --budget 0"),
+        ("probability", f"{search} --probability 2"),
+        ("no such device", f"{search} --device cuda:9"),
+        ("wrong factor length", f"{evaluate} --rescale wrong.json"),
+        ("unknown key", f"{evaluate} --rescale unknown.json"),
+        ("rows differ per layer", f"{evaluate} --rescale layers.csv"),
+        ("neither method nor file", f"{evaluate} --rescale magic"),
+        ("lengths do not tile", "evaluate --lengths 512,768"),
+        ("corrupt state", "search --target 2x --samples 1 --budget 2 --out corrupt"),
+        ("state of another search", f"{again} --seed 1"),
+        ("state of another model", again.replace("search", "search smaller", 1)),
+        ("disk full on the state file", "FULL search --target 2x --samples 1 --out full"),
+        ("nothing to draw", "report nan"),
+        ("no such option", "search --trget 2x"),
+    ]
+
+
+FULL = (
+    "import signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+    "from longrope.cli import main; main()"
+)
+
+
+def run(arguments: list[str], folder: Path | None = None) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "longrope"]
+    if arguments[0] == "FULL":  # a limit on file size fails as a full disk does
+        launcher, arguments = [sys.executable, "-c", FULL], arguments[1:]
+    return subprocess.run(
+        [*launcher, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        table = cases(folder)
+        shutil.copytree(BUNDLED, folder / "smaller")
+        tensors = load_file(folder / "smaller/model.safetensors")
+        tensors["model.norm.weight"] *= 1.5
+        save_file(tensors, folder / "smaller/model.safetensors", metadata={"format": "pt"})
+        print("| what is wrong | exit | the line |\n|---|---|---|")
+        for what, command in table:
+            done = run(command.split(), folder)
+            lines = done.stderr.strip().splitlines()
+            shown = lines[-1].replace(scratch, "").replace("|", "\\|") if lines else ""
+            extra = f" (+{len(lines) - 1} lines)" if len(lines) > 1 else ""
+            shown = shown.removeprefix("longrope: error: ")
+            print(f"| {what} | {done.returncode} | {shown}{extra} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
