@@ -202,7 +202,7 @@ def test_nan_weights_are_named(checkpoints, tmp_path):
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"not finite; 1 weights.*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"not finite; 1 weight tensors.*layers\.1\.mlp\.up_proj"):
         load_model(str(tmp_path / "m"))
 
 

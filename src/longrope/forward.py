@@ -113,7 +113,10 @@ class LongForward:
         kinds = 1 if site.layer_type is None else len(set(config.layer_types))
         angles = 2 * len(column_layout(site)) * kinds
         ids, positions, losses = 8, 8, 2 * max(size, 4)
-        numbers = config.hidden_size + 2 * heads * head_dim + angles
+        kv = 2 * heads * head_dim
+        if self.device.type == "cpu" and size == 2:
+            kv *= 2  # torch's flash kernel repacks keys and values for the bf16 matrix units
+        numbers = config.hidden_size + kv + angles
         return numbers * size + ids + positions + losses
 
     @torch.inference_mode()

@@ -34,7 +34,7 @@ def why_not(model: Any, base: Rescale) -> str | None:
         before = model(input_ids=ids, use_cache=False).logits
     if not before.isfinite().all():
         bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-        which = f"; {len(bad)} weights are not, the first is {bad[0]}" if bad else ""
+        which = f"; {len(bad)} weight tensors are not, the first is {bad[0]}" if bad else ""
         return f"its logits are not finite{which}"
     with installed(model, stretched):
         logits = model(input_ids=ids, use_cache=False).logits
