@@ -61,7 +61,18 @@ FAMILIES = {
         attention_multiplier=0.3,
     ),
     "smollm3": lambda: transformers.SmolLM3Config(**_SHAPE),
+    "cohere": lambda: transformers.CohereConfig(**_SHAPE),  # interleaved columns
+    "glm": lambda: transformers.GlmConfig(**_SHAPE, head_dim=16),  # interleaved and partial
+    "phi": lambda: transformers.PhiConfig(**_SHAPE),
+    "stablelm": lambda: transformers.StableLmConfig(**_SHAPE),
+    "starcoder2": lambda: transformers.Starcoder2Config(**_SHAPE),
 }
+
+
+# Where they are not 16 and 10,000.
+ROTARY_DIM = {"qwen3": 32, "gemma": 32, "gemma2": 32, "gemma3": 32}
+ROTARY_DIM |= {"gpt_neox": 4, "glm": 8, "phi": 8, "stablelm": 4}
+THETA = {"gemma3": 1e6, "smollm3": 2e6, "cohere": 5e5}
 
 
 def micro_model(config, seed: int = 0):

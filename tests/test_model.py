@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conftest import FAMILIES, ORIGINAL, micro_model
+from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.forward import LongForward
 from longrope.model import inspect_model, load_model
 from longrope.rope.install import find_rotary, installed
@@ -61,8 +61,8 @@ def test_facts_of_every_family(checkpoints, family):
     assert (facts.layers, facts.heads) == (4, 4)
     assert facts.kv_heads == (4 if family == "gpt_neox" else 2)
     assert facts.head_dim == head_dim
-    assert facts.rotary_dim == (4 if family == "gpt_neox" else head_dim)
-    assert facts.rope_theta == {"gemma3": 1e6, "smollm3": 2e6}.get(family, 1e4)
+    assert facts.rotary_dim == ROTARY_DIM.get(family, 16)
+    assert facts.rope_theta == THETA.get(family, 1e4)
     assert facts.existing_scaling is None
     assert facts.dtype == "float32"
     assert facts.kv_bytes_per_token == 2 * 4 * facts.kv_heads * head_dim * 4

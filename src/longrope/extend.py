@@ -14,6 +14,7 @@ the same stage again goes on from there.
 import dataclasses
 import hashlib
 import platform
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
     bos = bos_token(loaded.tokenizer)
     documents = load_documents(loaded, options.data, field=options.field, held_out=False)
     if options.pack:
-        documents = [pack(half(documents, options.seed), bos, loaded.tokenizer.eos_token_id)]
+        documents = half(documents, random.Random(options.seed))
+        documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
     windows = search_windows(documents, target, options.samples, options.seed, bos)
     config = SearchConfig(
         model=loaded.fingerprint(),

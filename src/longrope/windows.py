@@ -120,10 +120,10 @@ class Windows:
     documents: tuple[TokenDocument, ...]
 
 
-def half(documents: Sequence[TokenDocument], seed: int) -> list[TokenDocument]:
-    """Half of the documents (one of one), chosen by the seed and the texts, not their order."""
+def half(documents: Sequence[TokenDocument], rng: random.Random) -> list[TokenDocument]:
+    """Half of the documents (one of one), chosen by chance and the texts, not their order."""
     shuffled = sorted(documents, key=lambda document: document.sha256)
-    random.Random(seed).shuffle(shuffled)
+    rng.shuffle(shuffled)
     return shuffled[: (len(shuffled) + 1) // 2]
 
 
@@ -139,12 +139,12 @@ def search_windows(
         ValueError: no document is long enough.
     """
     usable = require_length(documents, length)
-    chosen = half(usable, seed)[:samples]
+    rng = random.Random(seed)
+    chosen = half(usable, rng)[:samples]
     if len(usable) == 1 and len(chosen[0].sha256) == 1:
         log.warning(
             "%s is searched on, and no other document is left to evaluate on", usable[0].name
         )
-    rng = random.Random(seed)
     starts = {}
     for document in chosen:
         starts[document.sha256] = [i * length for i in range(len(document) // length)]

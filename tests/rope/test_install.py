@@ -8,18 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from conftest import FAMILIES, ORIGINAL, micro_model
+from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.rope import methods
 from longrope.rope.install import RescaledRotary, find_rotary, installed
 from longrope.rope.rescale import Rescale
-
-EXPECTED_ROTARY_DIM = {
-    "qwen3": 32,
-    "gemma": 32,
-    "gemma2": 32,
-    "gemma3": 32,
-    "gpt_neox": 4,
-}
 
 
 def a_rescale(model, target=256, **changes) -> Rescale:
@@ -62,10 +54,8 @@ def test_restores_after_an_error(micro_models, ids, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inv_freq_is_the_float64_formula(micro_models, family):
     model = micro_models(family)
-    config = model.config
-    theta = {"gemma3": 1e6, "smollm3": 2e6}.get(family, 1e4)
+    theta, d = THETA.get(family, 1e4), ROTARY_DIM.get(family, 16)
     rescale = a_rescale(model)
-    d = EXPECTED_ROTARY_DIM.get(family, config.hidden_size // config.num_attention_heads)
     expected = [theta ** (-2 * i / d) / rescale.factors[i] for i in range(d // 2)]
     with installed(model, rescale):
         rotary = live(model)
