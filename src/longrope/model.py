@@ -121,12 +121,31 @@ def inspect_model(
         if scaling and existing_scaling == "replace":
             config = unscaled(config, site.layer_type if site else None)
             model, site, reason = _skeleton(source, config, trust_remote_code)
+    try:
+        facts = _facts(source, model, config, site, scaling, reason)
+        return (
+            facts
+            if site is None
+            else _with_base(facts, site, config, existing_scaling, original_length)
+        )
+    except AttributeError as error:  # configs that give each layer its own
+        raise ValueError(f"{source}: its config has not what longrope reads ({error})") from None
+
+
+def _facts(
+    source: str,
+    model: nn.Module,
+    config: Any,
+    site: RotarySite | None,
+    scaling: dict[str, Any] | None,
+    reason: str | None,
+) -> ModelFacts:
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # state-space models have none
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     dtype = getattr(config, "dtype", None) or torch.float32
-    facts = ModelFacts(
+    return ModelFacts(
         source=source,
         architecture=type(model).__name__,
         layers=text.num_hidden_layers,
@@ -146,9 +165,6 @@ def inspect_model(
         extendable=reason is None,
         reason=reason,
     )
-    if site is None:
-        return facts
-    return _with_base(facts, site, text, existing_scaling, original_length)
 
 
 def _with_base(
@@ -159,7 +175,8 @@ def _with_base(
     original_length: int | None,
 ) -> ModelFacts:
     """Settle what counts as the original length, and the scaling to start from."""
-    original, read_from = config.max_position_embeddings, "max_position_embeddings"
+    original = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest, read_from = original, "max_position_embeddings"
     factors, attention_factor, reason = np.ones(len(site.inv_freq)), 1.0, facts.reason
     scaling = facts.existing_scaling
     kind = scaling and scaling["rope_type"]
@@ -180,10 +197,14 @@ def _with_base(
             "its config does not say how long it was before its linear scaling by "
             f"{scaling['factor']:g}; give --original-length"  # type: ignore[index]
         )
+    if original is None:
+        reason = (
+            reason or "its config does not say how many tokens it handles; give --original-length"
+        )
     if scaling and existing is None:
         reason = reason or (
             f"it already has {kind!r} scaling: choose --existing-scaling keep (extend from its "
-            f"scaled length, {config.max_position_embeddings:,}, on top of its factors) or "
+            f"scaled length, {longest:,}, on top of its factors) or "
             f"--existing-scaling replace (start over, unscaled)"
         )
     return dataclasses.replace(
@@ -218,16 +239,16 @@ def _skeleton(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return model, *_rotary_site(model, config.get_text_config())
     except ValueError:
         raise ValueError(
             f"{source}: a {config.model_type!r} model is not a causal language model"
         ) from None
     except Exception as error:  # configs of dozens of kinds fail in ways of their own
         raise ValueError(
-            f"{source}: transformers cannot build a {config.model_type!r} model from its config "
+            f"{source}: a {config.model_type!r} model cannot be made from its config "
             f"({type(error).__name__}: {error})"
         ) from error
-    return model, *_rotary_site(model, config.get_text_config())
 
 
 def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str | None]:
