@@ -123,13 +123,13 @@ def inspect_model(
             model, site, reason = _skeleton(source, config, trust_remote_code)
     try:
         facts = _facts(source, model, config, site, scaling, reason)
-        return (
-            facts
-            if site is None
-            else _with_base(facts, site, config, existing_scaling, original_length)
-        )
-    except AttributeError as error:  # configs that give each layer its own
-        raise ValueError(f"{source}: its config has not what longrope reads ({error})") from None
+    except Exception as error:  # a kind of its own: layers of different shapes
+        raise ValueError(
+            f"{source}: its config is of a kind that cannot be read ({error})"
+        ) from error
+    if site is None:
+        return facts
+    return _with_base(facts, site, config, existing_scaling, original_length)
 
 
 def _facts(
