@@ -26,7 +26,7 @@ def dense(query, key, value, scaling, window=None, softcap=None):
     return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ value).transpose(1, 2)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     chunk=st.integers(1, 40),
     past=st.integers(0, 70),

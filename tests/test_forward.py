@@ -59,7 +59,7 @@ def test_as_exact_as_the_plain_forward(ids, family, chunk):
     assert our_error.mean() <= 2 * plain_error.mean()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     chunk=st.integers(1, 120),
     tokens=st.integers(2, 97),

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -61,7 +61,6 @@ def test_bos_is_what_the_tokenizer_adds(tokenizer):
     assert bos_token(tokenizer) == tokenizer.bos_token_id == tokenizer("x")["input_ids"][0]
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 400), min_size=1, max_size=8),
     length=st.integers(2, 120),
