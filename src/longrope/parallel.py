@@ -4,11 +4,18 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+_LOST = (
+    "another process of this run died; what is computed is saved, and the same command goes on "
+    "from there"
+)
 
 
 class RankLost(RuntimeError):
@@ -71,9 +78,12 @@ def ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))
+    # torchrun ends the others when one dies: say the same, whichever word comes first.
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
+        signal.signal(signal.SIGTERM, before)
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -91,7 +101,8 @@ def _losses_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(
-            "another process of this run died; what is computed is saved, and the same command "
-            f"goes on from there ({str(error).splitlines()[0]})"
-        ) from None
+        raise RankLost(f"{_LOST} ({str(error).splitlines()[0]})") from None
+
+
+def _terminated(*_: Any) -> None:
+    raise RankLost(f"{_LOST} (ended by the launcher)")
