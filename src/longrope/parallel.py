@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 _LOST = (
     "another process of this run died; what is computed is saved, and the same command goes on "
     "from there"
@@ -79,11 +78,10 @@ def ranks() -> Iterator[Ranks]:
         return
     dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))
     # torchrun ends the others when one dies: say the same, whichever word comes first.
-    before = signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
-        signal.signal(signal.SIGTERM, before)
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
