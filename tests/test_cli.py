@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -298,7 +297,6 @@ class TestMistakes:
         assert "state.json is damaged" in refused(*small, "--out", tmp_path / "a")
         assert "nothing to draw" in refused("report", tmp_path)
 
-    @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
     def test_full_disk(self, small, tmp_path):
         """A file-size limit stands in for a full disk: the writes fail the same way."""
         code = (
