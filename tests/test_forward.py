@@ -169,16 +169,16 @@ def test_the_chunk_halves_when_memory_runs_out(micro_models, ids, monkeypatch, c
 
 def test_keys_and_values_are_allocated_once(micro_models, ids, monkeypatch):
     allocated = []
-    from longrope.forward import _LayerCache
+    from longrope.layers import LayerCache
 
-    update = _LayerCache.update
+    update = LayerCache.update
 
     def counted(self, key, value, *args, **kwargs):
         result = update(self, key, value, *args, **kwargs)
         allocated.append(tuple(k.data_ptr() for k, _ in self._buffers.values()))
         return result
 
-    monkeypatch.setattr(_LayerCache, "update", counted)
+    monkeypatch.setattr(LayerCache, "update", counted)
     LongForward(micro_models("llama"), 10).losses(ids)
     assert len(allocated) == 4 * 10
     assert len(set(allocated)) == 1

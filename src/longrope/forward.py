@@ -13,16 +13,17 @@ final hidden states, to let it apply its own norm, head and soft-cap.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 
 from longrope import attention
+from longrope.layers import Injector, LayerCache, Passing, Recorder, Recording, find_layers
 from longrope.rope.install import column_layout, find_rotary
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
@@ -86,10 +87,39 @@ class LongForward:
         Returns:
             Shape (batch, tokens − 1), float32 (float64 in a float64 model), on the CPU.
         """
+        ids_BT = input_ids.to(self.device)
+        return self._within_memory(lambda: self._losses(ids_BT))
+
+    def predictions(self, input_ids: Tensor, last: int) -> Tensor:
+        """The likeliest next token after each of the ``last`` tokens of a sequence.
+
+        Args:
+            input_ids: shape (batch, tokens), unpadded.
+
+        Returns:
+            Token ids, shape (batch, last), on the CPU.
+        """
+        ids_BT = input_ids.to(self.device)
+        return self._within_memory(lambda: self._predictions(ids_BT, last))
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor) -> tuple[Tensor, DynamicCache]:
+        """The logits after the last token, shape (batch, vocabulary), and the cache to go on with.
+
+        The cache holds the keys and values of every layer, as the model's own forward
+        would have left it.
+        """
+        ids_BT = input_ids.to(self.device)
+        cache = DynamicCache()
+        with self._attention():
+            hidden_BTD = self._hidden(ids_BT, cache)
+            return self._logits(ids_BT, hidden_BTD, slice(-1, None))[:, -1], cache
+
+    def _within_memory(self, compute: Callable[[], Tensor]) -> Tensor:
         while True:
             try:
                 # A copy made out here is an ordinary tensor, that callers may change.
-                return self._losses(input_ids.to(self.device)).clone()
+                return compute().clone()
             except torch.cuda.OutOfMemoryError:
                 if self.chunk == 1:
                     raise
@@ -123,25 +153,47 @@ class LongForward:
     def _losses(self, ids_BT: Tensor) -> Tensor:
         inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
         with self._attention():
-            spans = self._spans(inputs_BT.shape[1], self.chunk)
-            hidden_BTD, recordings = self._embed(inputs_BT, spans)
-            for index, layer in enumerate(self.layers):
-                # One layer's keys and values at a time: the next layer writes over them.
-                for span, recording in zip(spans, recordings, strict=True):
-                    recording.cache.start = span.start
-                    chunk = hidden_BTD[:, span].to(self.device)
-                    output = layer(chunk, **recording.arguments[index])
-                    hidden_BTD[:, span] = output if isinstance(output, Tensor) else output[0]
-            del recordings
-            return self._head(inputs_BT, targets_BT, hidden_BTD)
+            hidden_BTD = self._hidden(inputs_BT)
+            losses = []
+            for span in self._spans(inputs_BT.shape[1], min(self.chunk, _HEAD_ROWS)):
+                logits = self._logits(inputs_BT, hidden_BTD, span)
+                exact = torch.promote_types(logits.dtype, torch.float32)
+                targets = targets_BT[:, span]
+                loss = F.cross_entropy(
+                    logits.to(exact).flatten(0, 1), targets.flatten(), reduction="none"
+                )
+                losses.append(loss.view_as(targets).cpu())
+            return torch.cat(losses, dim=1)
 
-    def _embed(self, ids_BT: Tensor, spans: list[slice]) -> tuple[Tensor, list["_Recording"]]:
+    @torch.inference_mode()
+    def _predictions(self, ids_BT: Tensor, last: int) -> Tensor:
+        with self._attention():
+            hidden_BTD = self._hidden(ids_BT)
+            logits = self._logits(ids_BT, hidden_BTD, slice(ids_BT.shape[1] - last, None))
+            return logits.argmax(dim=-1).cpu()
+
+    def _hidden(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """The last layer's output for a whole sequence; keys and values go to ``cache``."""
+        spans = self._spans(ids_BT.shape[1], self.chunk)
+        hidden_BTD, recordings = self._embed(ids_BT, spans)
+        for index, layer in enumerate(self.layers):
+            # One layer's keys and values at a time: the next layer writes over them.
+            for span, recording in zip(spans, recordings, strict=True):
+                recording.cache.start = span.start
+                chunk = hidden_BTD[:, span].to(self.device)
+                output = layer(chunk, **recording.arguments[index])
+                hidden_BTD[:, span] = output if isinstance(output, Tensor) else output[0]
+            if cache is not None:
+                cache.update(*recordings[0].cache.contents(), index)
+        return hidden_BTD
+
+    def _embed(self, ids_BT: Tensor, spans: list[slice]) -> tuple[Tensor, list["Recording"]]:
         """The input of the first layer, and what else every layer gets, chunk by chunk."""
-        cache = _LayerCache(ids_BT.shape[1])
+        cache = LayerCache(ids_BT.shape[1])
         hidden, recordings = None, []
         for span in spans:
-            recording = _Recording(cache)
-            stand_ins = [_Recorder(layer, recording) for layer in self.layers]
+            recording = Recording(cache)
+            stand_ins = [Recorder(layer, recording) for layer in self.layers]
             with self._exchanged(stand_ins):
                 self.decoder(
                     input_ids=ids_BT[:, span],
@@ -160,24 +212,13 @@ class LongForward:
         assert hidden is not None
         return hidden, recordings
 
-    def _head(self, ids_BT: Tensor, targets_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
-        """Losses from the last layer's output, by the model's own norm and head."""
-        losses = []
-        for span in self._spans(ids_BT.shape[1], min(self.chunk, _HEAD_ROWS)):
-            final = _Injector(hidden_BTD[:, span].to(self.device))
-            with self._exchanged([final, *[_Passing() for _ in self.layers[1:]]]):
-                logits = self.model(
-                    input_ids=ids_BT[:, span],
-                    position_ids=_positions(ids_BT, span),
-                    use_cache=False,
-                ).logits
-            targets = targets_BT[:, span]
-            exact = torch.promote_types(logits.dtype, torch.float32)
-            loss = F.cross_entropy(
-                logits.to(exact).flatten(0, 1), targets.flatten(), reduction="none"
-            )
-            losses.append(loss.view_as(targets).cpu())
-        return torch.cat(losses, dim=1)
+    def _logits(self, ids_BT: Tensor, hidden_BTD: Tensor, span: slice) -> Tensor:
+        """Logits of a span from the last layer's output, by the model's own norm and head."""
+        final = Injector(hidden_BTD[:, span].to(self.device))
+        with self._exchanged([final, *[Passing() for _ in self.layers[1:]]]):
+            return self.model(
+                input_ids=ids_BT[:, span], position_ids=_positions(ids_BT, span), use_cache=False
+            ).logits
 
     @staticmethod
     def _spans(tokens: int, chunk: int) -> list[slice]:
@@ -204,95 +245,6 @@ class LongForward:
             config._attn_implementation = before
 
 
-def find_layers(model: nn.Module) -> tuple[Any, str]:
-    """The decoder of a model and the name under which it keeps its layers.
-
-    Raises:
-        ValueError: there is no list of as many layers as the config says.
-    """
-    site = find_rotary(model)
-    if site is not None:
-        expected = site.owner.config.num_hidden_layers  # type: ignore[union-attr]
-        for name, child in site.owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == expected:
-                return site.owner, name
-    raise ValueError(f"{type(model).__name__} has no list of decoder layers beside a rotary module")
-
-
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:
-    positions = torch.arange(span.start, span.stop, device=ids_BT.device)
+    positions = torch.arange(*span.indices(ids_BT.shape[1]), device=ids_BT.device)
     return positions[None].expand(ids_BT.shape[0], -1)
-
-
-class _LayerCache:
-    """Keys and values of the layer at work, for the whole sequence; allocated once.
-
-    Passed to the model as its cache. Every layer writes the chunk at ``start`` and
-    reads all up to its end.
-    """
-
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-        self.start = 0
-        self._buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        end = self.start + key.shape[2]
-        shapes = tuple((*t.shape[:2], self.tokens, t.shape[3]) for t in (key, value))
-        if shapes not in self._buffers:  # layers of one shape share a pair
-            self._buffers[shapes] = (key.new_empty(shapes[0]), value.new_empty(shapes[1]))
-        keys, values = self._buffers[shapes]
-        keys[:, :, self.start : end] = key
-        values[:, :, self.start : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def get_seq_length(self, *_: Any) -> int:
-        return self.start
-
-
-class _Recording:
-    """What one chunk's forward gave its layers."""
-
-    def __init__(self, cache: _LayerCache):
-        self.cache = cache
-        self.hidden: Tensor | None = None
-        self.arguments: list[dict[str, Any]] = []
-
-
-class _Recorder(nn.Module):
-    """Stands in for a layer: notes its arguments and passes the hidden states on."""
-
-    def __init__(self, layer: nn.Module, recording: _Recording):
-        super().__init__()
-        self._held = (layer, recording)  # in a tuple: no submodule of ours
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_held":
-            return super().__getattr__(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._held[0], name)  # some models ask a layer for its kind
-
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        _, recording = self._held
-        if not recording.arguments:
-            recording.hidden = hidden_states
-        recording.arguments.append(arguments)
-        return hidden_states
-
-
-class _Injector(nn.Module):
-    """Stands in for a layer: whatever comes in, the given hidden states go out."""
-
-    def __init__(self, hidden: Tensor):
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        return self.hidden
-
-
-class _Passing(nn.Module):
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        return hidden_states

@@ -1,0 +1,105 @@
+"""A model's decoder layers, and what stands in for them while the long forward is at work."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from longrope.rope.install import find_rotary
+
+
+def find_layers(model: nn.Module) -> tuple[Any, str]:
+    """The decoder of a model and the name under which it keeps its layers.
+
+    Raises:
+        ValueError: there is no list of as many layers as the config says.
+    """
+    site = find_rotary(model)
+    if site is not None:
+        expected = site.owner.config.num_hidden_layers  # type: ignore[union-attr]
+        for name, child in site.owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == expected:
+                return site.owner, name
+    raise ValueError(f"{type(model).__name__} has no list of decoder layers beside a rotary module")
+
+
+class LayerCache:
+    """Keys and values of the layer at work, for the whole sequence; allocated once.
+
+    Passed to the model as its cache. Every layer writes the chunk at ``start`` and
+    reads all up to its end.
+    """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.start = 0
+        self._buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._latest: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        end = self.start + key.shape[2]
+        shapes = tuple((*t.shape[:2], self.tokens, t.shape[3]) for t in (key, value))
+        if shapes not in self._buffers:  # layers of one shape share a pair
+            self._buffers[shapes] = (key.new_empty(shapes[0]), value.new_empty(shapes[1]))
+        keys, values = self._latest = self._buffers[shapes]
+        keys[:, :, self.start : end] = key
+        values[:, :, self.start : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """A copy of the keys and values of the layer that ran last."""
+        assert self._latest is not None
+        keys, values = self._latest
+        return keys.clone(), values.clone()
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.start
+
+
+class Recording:
+    """What one chunk's forward gave its layers."""
+
+    def __init__(self, cache: LayerCache):
+        self.cache = cache
+        self.hidden: Tensor | None = None
+        self.arguments: list[dict[str, Any]] = []
+
+
+class Recorder(nn.Module):
+    """Stands in for a layer: notes its arguments and passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module, recording: Recording):
+        super().__init__()
+        self._held = (layer, recording)  # in a tuple: no submodule of ours
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_held":
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._held[0], name)  # some models ask a layer for its kind
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        _, recording = self._held
+        if not recording.arguments:
+            recording.hidden = hidden_states
+        recording.arguments.append(arguments)
+        return hidden_states
+
+
+class Injector(nn.Module):
+    """Stands in for a layer: whatever comes in, the given hidden states go out."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
+
+
+class Passing(nn.Module):
+    """Stands in for a layer that does nothing."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
