@@ -82,8 +82,8 @@ def find_rotary(model: nn.Module) -> RotarySite | None:
         for name, module in owner.named_children():
             if not hasattr(module, "config") or not hasattr(module, "rope_type"):
                 continue
-            if isinstance(module, RescaledRotary):  # the model's own is what counts
-                module = module.original
+            # the model's own is what counts
+            module = getattr(module, "original", module)
             if hasattr(module, "inv_freq"):
                 return RotarySite(owner, name, module, None)
             if hasattr(module, f"{_SCALED_LAYER_TYPE}_inv_freq"):
@@ -252,5 +252,12 @@ def _positions_from_mask(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[t
     if given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return args, kwargs
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    return args, kwargs | {"position_ids": positions}
+    return args, kwargs | {"position_ids": positions_of(tokens, mask)}
+
+
+def positions_of(tokens: Tensor, mask: Tensor | None, cached: int = 0) -> Tensor:
+    """Position of each token (batch, tokens, …), counted over real ones where a mask says which."""
+    if mask is None:
+        row = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)
+        return row[None].expand(tokens.shape[0], -1)
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]

@@ -1,0 +1,246 @@
+"""Short factors for short sequences and long ones beyond, row by row, also while generating.
+
+transformers' own ``longrope`` picks one set for a whole batch at each call and keeps
+cached keys as they were, so a generation that crosses the boundary goes wrong. Here
+each row is judged by its own length, and a cache that a crossing makes wrong is filled
+once again from the token ids that went into it: exact, and paid for once a row.
+"""
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longrope.rope.install import (
+    RescaledRotary,
+    RotarySite,
+    check_fits,
+    find_rotary,
+    positions_of,
+)
+from longrope.rope.rescale import Rescale, default_attention_factor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two rescales of an extended model: ``short`` up to its length, ``long`` beyond."""
+
+    short: Rescale
+    long: Rescale
+
+    @property
+    def recovery_length(self) -> int:
+        """The longest sequence in tokens, generated ones included, that ``short`` is for."""
+        return self.short.max_position_embeddings
+
+    def choose(self, tokens: int) -> Rescale:
+        """The rescale for a sequence of so many tokens."""
+        return self.short if tokens <= self.recovery_length else self.long
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Pair | None":
+        """The pair that a ``longrope`` checkpoint's config holds; None for any other config."""
+        text = config.get_text_config()
+        scaling = getattr(text, "rope_parameters", None) or {}
+        scaling = scaling.get("full_attention", scaling)
+        if scaling.get("rope_type") != "longrope":
+            return None
+        recovery = scaling["original_max_position_embeddings"]
+        longest = max(text.max_position_embeddings, recovery)
+        factor = scaling.get("attention_factor") or default_attention_factor(
+            recovery, round(recovery * scaling.get("factor", longest / recovery))
+        )
+        shared = {
+            "rope_theta": float(scaling["rope_theta"]),
+            "original_max_position_embeddings": recovery,
+            "attention_factor": factor,
+        }
+        return cls(
+            Rescale(
+                tuple(scaling["short_factor"]),
+                max_position_embeddings=recovery,
+                **shared,
+            ),
+            Rescale(tuple(scaling["long_factor"]), max_position_embeddings=longest, **shared),
+        )
+
+
+@contextlib.contextmanager
+def switched(model: nn.Module, pair: Pair) -> Iterator[None]:
+    """The model with both rescales in place, chosen per row; leaving restores it.
+
+    Raises:
+        ValueError: the model has no rotary embedding that can be rescaled, or a rescale
+            is of another shape; later, from ``generate``, for ways of generating that
+            cannot be made exact.
+    """
+    site = find_rotary(model)
+    if site is None:
+        raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
+    theta = float(site.parameters["rope_theta"])
+    for rescale in (pair.short, pair.long):
+        check_fits(rescale, len(site.inv_freq), theta)
+    before, generate = getattr(site.owner, site.name), getattr(model, "generate", None)
+    switch = _Switch(pair, site)
+    hooks = (
+        site.owner.register_forward_pre_hook(switch.before, with_kwargs=True),
+        site.owner.register_forward_hook(switch.after, with_kwargs=True),
+    )
+    setattr(site.owner, site.name, switch.rotary)
+    if generate is not None:
+        model.generate = lambda *a, **k: switch.generate(generate, *a, **k)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        setattr(site.owner, site.name, before)
+        for hook in hooks:
+            hook.remove()
+        if generate is not None:
+            del model.generate
+
+
+class _SwitchedRotary(nn.Module):
+    """Cosines and sines of either rescale, as ``long_rows`` says; stands in for the model's."""
+
+    def __init__(self, pair: Pair, site: RotarySite):
+        super().__init__()
+        self.config, self.rope_type = site.module.config, "longrope"
+        self.short, self.long = (RescaledRotary(site, r) for r in (pair.short, pair.long))
+        self._held = (site.module,)
+        self.long_rows = torch.zeros(1, dtype=torch.bool)
+
+    @property
+    def original(self) -> Any:
+        return self._held[0]
+
+    def forward(self, x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
+        rows = self.long_rows
+        if rows.all() or not rows.any():
+            return (self.long if rows.all() else self.short)(x, position_ids, *kind, **named)
+        positions = position_ids.expand(len(rows), -1)
+        chosen = rows.to(x.device)[:, None, None]
+        short, long = (rope(x, positions, *kind, **named) for rope in (self.short, self.long))
+        return tuple(torch.where(chosen, b, a) for a, b in zip(short, long, strict=True))
+
+
+@dataclass
+class _Filled:
+    """What a cache was filled from: token ids (batch, tokens), and each row's choice."""
+
+    ids: Tensor
+    long_rows: Tensor
+
+
+class _Switch:
+    """The hooks around a decoder that judge every row and refill a cache at a crossing."""
+
+    def __init__(self, pair: Pair, site: RotarySite):
+        self.recovery_length = pair.recovery_length
+        self.rotary = _SwitchedRotary(pair, site)
+        self.announced: Tensor | None = None  # lengths of the prompts that generate() is given
+        self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
+        self._call: tuple[Tensor, int] | None = None  # all ids, and how many are new
+
+    def before(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Judge the rows; where one crosses with keys of the other set cached, start over."""
+        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        given = given | given.pop("kwargs", {})
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        if ids is None:
+            raise ValueError(
+                "inputs_embeds: the short/long switch needs token ids, to fill a cache again when "
+                "a sequence crosses the boundary; give input_ids"
+            )
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise ValueError(
+                "attention_mask: the short/long switch reads each row's length from a mask of "
+                "shape (batch, tokens); static caches and masks of other shapes hide it"
+            )
+        cached = cache.get_seq_length() if cache is not None else 0
+        new = ids.shape[1]
+        long_rows = self._judge(ids, mask, cached)
+        if cached:
+            filled = self._filled.get(cache)
+            if filled is None or filled.ids.shape[1] != cached:
+                raise ValueError(
+                    f"past_key_values: its {cached} tokens were not all cached under this switch; "
+                    "start from an empty cache"
+                )
+            ids = torch.cat([filled.ids, ids], dim=1)
+            if not torch.equal(filled.long_rows, long_rows):
+                cache.reset()  # type: ignore[union-attr]
+                given = given | {"position_ids": None, "input_ids": ids}
+                given.pop("cache_position", None)
+        if given.get("position_ids") is None:
+            start = cached if given["input_ids"].shape[1] == new else 0
+            given["position_ids"] = positions_of(given["input_ids"], mask, start)
+        self.rotary.long_rows = long_rows
+        self._call = ids, new
+        return (), given
+
+    def after(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Note what the cache holds now; give only the states of the tokens that are new."""
+        assert self._call is not None
+        ids, new = self._call
+        self._call = None
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self._filled[cache] = _Filled(ids, self.rotary.long_rows)
+        output.last_hidden_state = output.last_hidden_state[:, -new:]
+        return output
+
+    def _judge(self, ids: Tensor, mask: Tensor | None, cached: int) -> Tensor:
+        """Which rows are longer than the recovery length, padding not counted, shape (batch,)."""
+        if mask is None:
+            lengths = torch.full((ids.shape[0],), cached + ids.shape[1])
+        else:
+            lengths = mask.long().sum(dim=1).cpu()
+        if self.announced is not None and len(lengths) % len(self.announced) == 0:
+            told = self.announced.repeat_interleave(len(lengths) // len(self.announced))
+            lengths = torch.maximum(lengths, told)  # a prompt that comes in chunks
+        return lengths > self.recovery_length
+
+    def generate(self, original: Any, inputs: Any = None, *args: Any, **options: Any) -> Any:
+        """The model's own ``generate``, without the ways of it that cannot be exact."""
+        settings = options.get("generation_config")
+
+        def asked(name: str) -> Any:
+            return options.get(name, getattr(settings, name, None))
+
+        refused = {
+            "assistant_model": "assisted generation crops the cache",
+            "prompt_lookup_num_tokens": "assisted generation crops the cache",
+            "assistant_early_exit": "assisted generation crops the cache",
+        }
+        for name, why in refused.items():
+            if asked(name):
+                raise ValueError(f"{name}: {why}, which the short/long switch cannot follow")
+        if (asked("num_beams") or 1) > 1:
+            raise ValueError(
+                f"num_beams is {asked('num_beams')}: beam search reorders the cache, which the "
+                "short/long switch cannot follow; use num_beams=1"
+            )
+        kind = asked("cache_implementation")
+        cache = options.get("past_key_values")
+        static = kind not in (None, "dynamic", "dynamic_full")
+        if static or getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"cache_implementation is {kind or type(cache).__name__!r}: only dynamic caches "
+                "can be filled again at the boundary"
+            )
+        ids = inputs if inputs is not None else options.get("input_ids")
+        mask = options.get("attention_mask")
+        if mask is not None:
+            self.announced = mask.long().sum(dim=1).cpu()
+        elif ids is not None:
+            self.announced = torch.full((ids.shape[0],), ids.shape[1])
+        try:
+            return original(inputs, *args, **options)
+        finally:
+            self.announced = None

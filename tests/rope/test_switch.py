@@ -1,0 +1,174 @@
+"""The short/long switch: each row by its own length, and exact across the boundary."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from longrope.rope.install import find_rotary, installed
+from longrope.rope.rescale import Rescale
+from longrope.rope.switch import Pair, switched
+
+FAMILIES = ["llama", "mistral", "qwen2", "phi3", "gemma3", "gpt_neox", "cohere"]
+RECOVERY = 80
+
+
+def pair(model, recovery=RECOVERY) -> Pair:
+    site = find_rotary(model)
+    half, theta = len(site.inv_freq), float(site.parameters["rope_theta"])
+    shared = {"rope_theta": theta, "original_max_position_embeddings": 64, "attention_factor": 1.1}
+    short = Rescale(tuple(np.linspace(1, 2, half)), max_position_embeddings=recovery, **shared)
+    long = Rescale(tuple(np.linspace(1, 9, half)), max_position_embeddings=512, **shared)
+    return Pair(short, long)
+
+
+def logits(model, rescale, ids):
+    with torch.no_grad(), installed(model, rescale):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_set_up_to_the_recovery_length_and_the_other_beyond(micro_models, ids, family):
+    model = micro_models(family)
+    both = pair(model)
+    plain = logits(model, None, ids)
+    with torch.no_grad(), switched(model, both):
+        at = model(input_ids=ids[:, :RECOVERY], use_cache=False).logits
+        above = model(input_ids=ids[:, : RECOVERY + 1], use_cache=False).logits
+    assert torch.equal(at, logits(model, both.short, ids[:, :RECOVERY]))
+    assert torch.equal(above, logits(model, both.long, ids[:, : RECOVERY + 1]))
+    assert (at - above[:, :RECOVERY]).abs().max() > 1e-3
+    assert torch.equal(logits(model, None, ids), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_crossing_with_a_cache_equals_no_cache(micro_models, ids, family):
+    """Tokens and logits of a generation over the boundary, cached and not."""
+    model, prompt = micro_models(family), ids[:1, : RECOVERY - 5]
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "output_logits": True,
+        "eos_token_id": None,
+    }
+    options |= {"return_dict_in_generate": True, "pad_token_id": 2}
+    with switched(model, pair(model)):
+        cached = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        plain = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **options
+        )
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert cached.sequences.shape[1] > RECOVERY + 3
+    torch.testing.assert_close(
+        torch.stack(cached.logits), torch.stack(plain.logits), atol=2e-4, rtol=1e-4
+    )
+    # The long set's own logits after the crossing, and not those of a cache of short keys.
+    expected = logits(model, pair(model).long, cached.sequences[:, :-1])[:, -1]
+    torch.testing.assert_close(cached.logits[-1], expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_each_row_of_a_batch_by_its_own_length(micro_models, ids, family):
+    model, both = micro_models(family), pair(micro_models(family))
+    short, long = ids[:1, :60], ids[1:, :90]
+    padded = torch.cat([torch.full((1, 30), 2), short], dim=1)
+    batch = torch.cat([padded, long])
+    mask = torch.ones_like(batch)
+    mask[0, :30] = 0
+    with torch.no_grad(), switched(model, both):
+        found = model(input_ids=batch, attention_mask=mask, use_cache=False).logits
+    close = {"atol": 2e-4, "rtol": 1e-4}
+    torch.testing.assert_close(found[:1, 30:], logits(model, both.short, short), **close)
+    torch.testing.assert_close(found[1:], logits(model, both.long, long), **close)
+
+
+def test_rows_cross_one_after_the_other(micro_models, ids):
+    model, both = micro_models("llama"), pair(micro_models("llama"))
+    batch = ids[:, :79].clone()
+    mask = torch.ones_like(batch)
+    batch[0, :4], mask[0, :4] = 2, 0
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    with switched(model, both):
+        together = model.generate(batch, attention_mask=mask, **options)
+        alone = [
+            model.generate(row[None], attention_mask=torch.ones_like(row)[None], **options)[0]
+            for row in (batch[0, 4:], batch[1])
+        ]
+    assert torch.equal(together[0, 4:], alone[0])
+    assert torch.equal(together[1], alone[1])
+
+
+def test_prefill_in_chunks_chooses_by_the_whole_prompt(micro_models, ids):
+    model, both = micro_models("llama"), pair(micro_models("llama"))
+    prompt = ids[:1]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    options |= {"attention_mask": torch.ones_like(prompt)}
+    with switched(model, both):
+        whole = model.generate(prompt, **options)
+        chunked = model.generate(prompt, prefill_chunk_size=30, **options)
+        cache = DynamicCache(config=model.config)
+        with (
+            torch.no_grad()
+        ):  # by hand, where nothing tells the total: filled again at the boundary
+            for start in range(0, 97, 25):
+                part = model(input_ids=prompt[:, start : start + 25], past_key_values=cache).logits
+    assert torch.equal(whole, chunked)
+    expected = logits(model, both.long, prompt)[:, 75:]
+    torch.testing.assert_close(part, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_beams": 2}, "num_beams is 2"),
+        ({"assistant_model": "itself"}, "assistant_model"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
+        ({"cache_implementation": "static"}, "'static'"),
+        ({"past_key_values": "static"}, "'StaticCache'"),
+    ],
+)
+def test_ways_of_generating_that_cannot_be_exact_are_refused(micro_models, ids, options, named):
+    model = micro_models("llama")
+    if options.get("assistant_model"):
+        options = {"assistant_model": model}
+    if options.get("past_key_values"):
+        options = {"past_key_values": StaticCache(config=model.config, max_cache_len=128)}
+    with switched(model, pair(model)), pytest.raises(ValueError, match=named):
+        model.generate(ids, max_new_tokens=2, **options)
+
+
+def test_what_hides_the_tokens_is_refused(micro_models, ids):
+    model = micro_models("llama")
+    with torch.no_grad(), switched(model, pair(model)):
+        with pytest.raises(ValueError, match="inputs_embeds"):
+            model(inputs_embeds=torch.zeros(1, 3, 64))
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(input_ids=ids, attention_mask=torch.zeros(2, 1, 97, 97))
+        stranger = DynamicCache()
+        stranger.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
+        with pytest.raises(ValueError, match="past_key_values"):
+            model(input_ids=ids, past_key_values=stranger)
+
+
+def test_pair_from_a_config(micro_models):
+    import copy
+
+    model = micro_models("llama")
+    both, config = pair(model), copy.deepcopy(model.config)
+    assert Pair.from_config(config) is None
+    config.max_position_embeddings = 512
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": list(both.short.factors),
+        "long_factor": list(both.long.factors),
+        "original_max_position_embeddings": RECOVERY,
+        "attention_factor": 1.1,
+    }
+    found = Pair.from_config(config)
+    assert found.short.factors == both.short.factors
+    assert found.long.factors == both.long.factors
+    assert (found.recovery_length, found.long.max_position_embeddings) == (RECOVERY, 512)
+    assert found.long.attention_factor == 1.1
+    assert found.choose(RECOVERY) is found.short
+    assert found.choose(RECOVERY + 1) is found.long
