@@ -1,0 +1,1 @@
+"""Fine-tuning at the searched length."""

@@ -1,0 +1,311 @@
+"""Fine-tuning at the searched length, with transformers' Trainer under accelerate.
+
+One rescale for every length while training (short = long), so that processes cannot
+come to different ones. The Trainer's checkpoints carry a marker written last: one that a
+kill or a full disk cut short is not resumed from.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from longrope.files import append_line, read_lines, whole_directory, write_atomically
+from longrope.model import LoadedModel
+from longrope.parallel import Ranks
+from longrope.progress import Advance, duration, progress
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+from longrope.source import quiet
+from longrope.train.loss import chunked_loss
+from longrope.train.pieces import Pieces
+
+_MARKER = "complete.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings:
+    """How to train; the defaults are the paper's for LLaMA2 (section 4.1 and its code).
+
+    ``batch`` counts pieces a step over all processes; ``micro_batch`` of them go through
+    a device at a time. ``precision``: bf16 is float32 weights under bf16 autocast,
+    pure-bf16 keeps the weights in bf16 too. ``passkey_share``, ``answer_weight`` and
+    ``short_share`` (tokens of short windows per token of a long piece) are not the
+    paper's; see :class:`longrope.train.pieces.Pieces`.
+
+    Raises:
+        ValueError: a field out of range; names it and its value.
+    """
+
+    steps: int = 400
+    batch: int = 32
+    micro_batch: int = 1
+    learning_rate: float = 2e-5
+    schedule: str = "linear"
+    warmup: int = 20
+    clip: float = 1.0
+    beta2: float = 0.999
+    precision: str = "bf16"
+    gradient_checkpointing: bool = True
+    passkey_share: float = 0.0
+    answer_weight: float = 1.0
+    short_share: float = 0.0
+    save_every: int = 50
+    lora: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"finetune.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, kinds in (
+            ("schedule", ("linear", "constant", "cosine")),
+            ("precision", ("bf16", "pure-bf16", "float32")),
+        ):
+            if getattr(self, name) not in kinds:
+                raise ValueError(
+                    f"finetune.{name} is {getattr(self, name)!r}; choose {', '.join(kinds)}"
+                )
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"finetune.{name} is {value}; it must be positive")
+        for name in ("passkey_share", "short_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"finetune.{name} is {getattr(self, name)}; it must be from 0 to 1"
+                )
+        if self.answer_weight <= 0:
+            raise ValueError(f"finetune.answer_weight is {self.answer_weight}; it must be positive")
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"finetune.lora is {self.lora}; it is a rank, of at least 1")
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-batches a step on each process.
+
+        Raises:
+            ValueError: the batch is not shared out evenly.
+        """
+        together = self.micro_batch * processes
+        if self.batch % together:
+            raise ValueError(
+                f"finetune.batch is {self.batch}; it must be a multiple of micro_batch × "
+                f"processes, {self.micro_batch} × {processes}"
+            )
+        return self.batch // together
+
+
+def finetune(
+    loaded: LoadedModel,
+    rescale: Rescale,
+    short: Rescale | None,
+    pieces: Pieces,
+    settings: FinetuneSettings,
+    out: Path,
+    ranks: Ranks,
+    *,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Train under a rescale, or go on from the last whole checkpoint.
+
+    ``short`` is for the short windows that pieces may bring.
+
+    Leaves ``out/model`` (a checkpoint in the dtype that the model came in, unscaled config),
+    and ``out/loss.jsonl``, a line per step, which is returned.
+
+    Raises:
+        ValueError: the loss is not finite, the disk is full, or a batch that does not divide.
+    """
+    work = out / "checkpoints"
+    resume = _last_whole(work)
+    log = out / "loss.jsonl"
+    step = int(resume.name.rpartition("-")[2]) if resume else 0
+    if ranks.first:  # what came after the checkpoint is computed again
+        lines = [line for line in read_lines(log) if line["step"] <= step]
+        write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
+    model = loaded.model
+    if settings.precision != "pure-bf16":
+        model.float()
+    if settings.lora is not None:
+        model = _with_lora(model, settings.lora)
+    arguments = _arguments(settings, work, model.device, ranks, seed)
+    try:
+        with (
+            installed(loaded.model, rescale),
+            chunked_loss(model, short),
+            progress("fine-tune", settings.steps, show=ranks.first) as advance,
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", module="(accelerate|torch)\\.")
+            with quiet():
+                trainer = _Trainer(
+                    model=model,
+                    args=arguments,
+                    train_dataset=pieces,
+                    callbacks=[_Keeper(log, settings.steps, advance, ranks.first)],
+                )
+                trainer.remove_callback(PrinterCallback)
+                trainer.model_accepts_loss_kwargs = False
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    except OSError as error:
+        raise ValueError(
+            f"{work}: cannot be written ({error.strerror}); free space there, then run the same "
+            "command again: it goes on from the last whole checkpoint"
+        ) from None
+    model = _unwrapped(trainer)
+    if settings.lora is not None:
+        model, state = model.merge_and_unload(), None
+    if ranks.first:
+        _save(model, state, loaded, out / "model")
+        shutil.rmtree(work, ignore_errors=True)
+    return read_lines(log)
+
+
+def _unwrapped(trainer: Trainer) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+
+
+def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: Path) -> None:
+    dtype = getattr(torch, loaded.facts.dtype)
+    state = {
+        name: tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu()
+        for name, tensor in (state or model.state_dict()).items()
+    }
+    before = model.config.dtype
+    model.config.dtype = dtype
+    with whole_directory(path) as directory, quiet():
+        model.save_pretrained(directory, state_dict=state)
+        loaded.tokenizer.save_pretrained(directory)
+    model.config.dtype = before
+
+
+def _arguments(
+    settings: FinetuneSettings, work: Path, device: torch.device, ranks: Ranks, seed: int
+) -> TrainingArguments:
+    # Trained in whole steps, however many: the data has no epochs that the Trainer knows of.
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.accumulation(ranks.size),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            settings.schedule, settings.schedule
+        ),
+        warmup_steps=min(settings.warmup, settings.steps // 2),
+        optim="adamw_torch",
+        weight_decay=0.0,
+        adam_beta2=settings.beta2,
+        adam_epsilon=1e-8,
+        max_grad_norm=settings.clip,
+        bf16=settings.precision == "bf16",
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to=[],
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device.type == "cpu",
+    )
+
+
+class _Trainer(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise _not_finite("loss", loss.item(), self.state.global_step + 1)
+        return loss
+
+
+def _not_finite(what: str, value: float, step: int) -> ValueError:
+    return ValueError(
+        f"the {what} is {value} at step {step}; the checkpoint before it stands: lower "
+        "finetune.learning_rate, or finetune.precision float32, and run again with another --out"
+    )
+
+
+class _Keeper(TrainerCallback):
+    """Notes the loss of every step, shows how it goes, and marks whole checkpoints."""
+
+    def __init__(self, log: Path, steps: int, advance: Advance, first: bool):
+        self.log, self.steps, self.advance, self.first = log, steps, advance, first
+        self.started, self.begun_at = time.monotonic(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.begun_at = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        norm = float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(norm):
+            raise _not_finite("gradient", norm, state.global_step)
+        if not self.first:
+            return
+        line = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": norm,
+        }
+        append_line(self.log, line)
+        done = state.global_step - self.begun_at
+        left = (time.monotonic() - self.started) / done * (self.steps - state.global_step)
+        self.advance(state.global_step, f"loss {line['loss']:.4f}, {duration(left)} left")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.first:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in checkpoint.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        write_atomically(checkpoint / _MARKER, json.dumps({"step": state.global_step}) + "\n")
+
+
+def _last_whole(work: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; what was not is deleted."""
+    whole = []
+    for directory in work.glob("checkpoint-*"):
+        if (directory / _MARKER).exists():
+            whole.append(directory)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    return max(whole, key=lambda d: int(d.name.rpartition("-")[2]), default=None)
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    """LoRA on every linear layer, and embeddings and norms in full, as LongLoRA found needed."""
+    try:
+        from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError(f"finetune.lora {rank} needs: pip install 'longrope[lora]'") from None
+    whole = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) or "norm" in type(module).__name__.lower()
+    }
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        modules_to_save=sorted(whole),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,104 @@
+"""The training loss without the logits of a whole sequence in memory."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from longrope.layers import find_layers
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+
+# Rows of logits in memory at a time; a row is vocabulary × 4 bytes, and its gradient.
+ROWS = 1024
+
+
+@contextlib.contextmanager
+def chunked_loss(model: Any, short: Rescale | None = None, rows: int = ROWS) -> Iterator[None]:
+    """Within, ``model(input_ids=…, weights=…)`` gives ``{"loss": …}`` and no logits.
+
+    The loss is the mean over tokens of weight × negative log-likelihood in nats. With
+    ``short_ids``, shape (batch, windows, tokens), their losses under the rescale ``short``
+    count too: each window on its own, whatever is installed for the rest. The
+    model's own head makes the logits of ``rows`` tokens at a time, and again in the
+    backward pass, from the decoder's output; so scalings and soft-caps of the logits are the
+    model's, and memory does not grow with vocabulary × tokens.
+    """
+    decoder, _ = find_layers(model)
+    owner, name = _place(model, decoder)
+    own_forward = model.forward
+
+    def chunk(hidden: Tensor, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        setattr(owner, name, _Given(hidden))
+        try:
+            logits = own_forward(input_ids=ids, use_cache=False).logits
+        finally:
+            setattr(owner, name, decoder)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        losses = F.cross_entropy(
+            logits.to(exact).flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return (losses * weights.flatten()).sum()
+
+    def total_loss(input_ids: Tensor, weights: Tensor) -> Tensor:
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for first in range(0, input_ids.shape[1] - 1, rows):
+            here = slice(first, min(first + rows, input_ids.shape[1] - 1))
+            following = slice(here.start + 1, here.stop + 1)
+            total = total + checkpoint(
+                chunk,
+                hidden[:, here],
+                input_ids[:, here],
+                input_ids[:, following],
+                weights[:, following],
+                use_reentrant=False,
+            )
+        return total
+
+    def forward(
+        input_ids: Tensor,
+        weights: Tensor | None = None,
+        short_ids: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        if weights is None:
+            weights = torch.ones_like(input_ids, dtype=torch.float32)
+        total, tokens = total_loss(input_ids, weights), input_ids[:, 1:].numel()
+        if short_ids is not None:
+            windows = short_ids.flatten(0, 1)
+            with installed(model, short):
+                total = total + total_loss(windows, torch.ones_like(windows, dtype=torch.float32))
+            tokens += windows[:, 1:].numel()
+        return {"loss": total / tokens}
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
+    """The module that owns another, and the name it has there."""
+    for owner in model.modules():
+        for name, child in owner.named_children():
+            if child is module:
+                return owner, name
+    raise ValueError(f"{type(model).__name__} is its own decoder: it has no language-model head")
+
+
+class _Given(nn.Module):
+    """Stands in for the decoder: gives hidden states that are there already."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self._hidden = (hidden,)
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden[0])  # type: ignore[arg-type]

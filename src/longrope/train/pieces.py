@@ -1,0 +1,111 @@
+"""What a model is fine-tuned on: pieces of one length, each a function of its number."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from longrope.evaluate.retrieval import passkey_prompt
+from longrope.windows import TokenDocument, bos_token, pack
+
+
+class Pieces(Dataset):
+    """Pieces of ``length`` tokens, cut from documents joined in an order by chance.
+
+    Each stands between BOS and EOS, as in the paper (section 4.1), where the tokenizer
+    has them. Number i is the same whoever asks and whenever, so that training resumes, and
+    is shared out over processes, without a state. When the text is used up it begins anew,
+    in another order.
+
+    A share of the pieces may be passkey prompts of a length by chance (ours: a model of a
+    few million parameters forgets what it is not shown), followed by text; the tokens of
+    the answer then weigh ``answer_weight`` in the loss. With ``short`` windows a piece brings
+    so many of ``short_length`` tokens, which are trained under the original RoPE
+    (LongRoPE2's mixed-context training, so that the short context is not lost).
+
+    Args:
+        count: pieces in all: steps × batch.
+
+    Raises:
+        ValueError: the documents hold not even one piece.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[TokenDocument],
+        tokenizer: Any,
+        length: int,
+        count: int,
+        *,
+        seed: int = 0,
+        passkey_share: float = 0.0,
+        answer_weight: float = 1.0,
+        short: int = 0,
+        short_length: int = 0,
+    ):
+        self.tokenizer, self.length, self.count, self.seed = tokenizer, length, count, seed
+        self.passkey_share, self.answer_weight = passkey_share, answer_weight
+        self.short, self.short_length = short, short_length
+        bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
+        self._start = [] if bos is None else [bos]
+        self._end = [] if eos is None else [eos]
+        self._room = length - len(self._start) - len(self._end)
+        ordered = sorted(documents, key=lambda document: document.sha256)
+        random.Random(seed).shuffle(ordered)
+        self._stream = pack(ordered, bos, eos).ids if ordered else np.zeros(0, np.int32)
+        self.distinct = len(self._stream) // self._room
+        if not self.distinct:
+            raise ValueError(
+                f"too few tokens to train on: {len(self._stream):,}, and one piece needs "
+                f"{length:,}; give more text with --data"
+            )
+
+    @property
+    def epochs(self) -> float:
+        """How many times the text is used."""
+        return self.count * (1 - self.passkey_share) / self.distinct
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """``input_ids`` and ``weights`` (of predicting each token), shape (length,).
+
+        With short windows also ``short_ids``, shape (short, short_length).
+        """
+        rng = random.Random(f"{self.seed} {number}")
+        text = self._text(number)
+        weights = np.ones(self.length, dtype=np.float32)
+        if rng.random() < self.passkey_share:
+            longest = rng.randint(min(128, self.length), self.length)
+            prompt = passkey_prompt(self.tokenizer, longest, rng.random(), rng)
+            answer = slice(len(prompt.ids) - prompt.answer_tokens, len(prompt.ids))
+            weights[answer] = self.answer_weight
+            text = np.concatenate([prompt.ids, text[len(self._start) :]])[: self.length]
+        piece = {
+            "input_ids": torch.from_numpy(text.astype(np.int64)),
+            "weights": torch.from_numpy(weights),
+        }
+        if self.short:
+            windows = np.stack([self._window(rng) for _ in range(self.short)])
+            piece["short_ids"] = torch.from_numpy(windows.astype(np.int64))
+        return piece
+
+    def _window(self, rng: random.Random) -> np.ndarray:
+        tokens = self.short_length - len(self._start)
+        first = rng.randrange(len(self._stream) - tokens + 1)
+        return np.concatenate([self._start, self._stream[first : first + tokens]])
+
+    def _text(self, number: int) -> np.ndarray:
+        epoch, index = divmod(number, self.distinct)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.distinct)
+        # Another cut in every epoch, where the text leaves room for it.
+        spare = len(self._stream) - self.distinct * self._room
+        shift = random.Random(f"{self.seed} {epoch}").randint(0, spare)
+        start = shift + int(order[index]) * self._room
+        piece = self._stream[start : start + self._room]
+        return np.concatenate([self._start, piece, self._end]).astype(np.int32)

@@ -1,0 +1,243 @@
+"""Fine-tuning: the loss it minimises, resume, processes, and what must not be lost."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from longrope.model import load_model
+from longrope.parallel import Ranks
+from longrope.rope.install import installed
+from longrope.train.finetune import FinetuneSettings, finetune
+from longrope.train.pieces import Pieces
+from longrope.windows import load_documents
+
+LENGTH = 128
+FAST = FinetuneSettings(
+    steps=6, batch=2, learning_rate=1e-3, warmup=2, precision="float32", save_every=2
+)
+
+PROGRAM = """
+import sys, json
+from longrope.model import load_model
+from longrope.parallel import ranks
+from longrope.train.finetune import FinetuneSettings, finetune
+from longrope.train.pieces import Pieces
+from longrope.windows import load_documents
+from pathlib import Path
+model, data, out, changes = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
+loaded = load_model(model, dtype="float32")
+settings = FinetuneSettings(**changes)
+documents = load_documents(loaded, [data], held_out=False)
+pieces = Pieces(documents, loaded.tokenizer, 128, settings.steps * settings.batch)
+with ranks() as these:
+    finetune(loaded, loaded.facts.rescale("yarn", 256), None, pieces, settings, out, these)
+"""
+
+
+def train(checkpoint, texts, out, settings=FAST, **changes):
+    loaded = load_model(str(checkpoint), dtype="float32")
+    documents = load_documents(loaded, [str(texts)], held_out=False)
+    pieces = Pieces(documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch)
+    rescale = loaded.facts.rescale("yarn", 256)
+    return (
+        finetune(loaded, rescale, None, pieces, settings, out, Ranks(), **changes),
+        loaded,
+        pieces,
+    )
+
+
+def weights(out):
+    return AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoints, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    lines, _, pieces = train(checkpoints("llama"), texts, out)
+    return out, lines, pieces
+
+
+def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
+    """Adam, clip and warm-up written out, on the same pieces, under the same rescale."""
+    _, lines, pieces = trained
+    loaded = load_model(str(checkpoints("llama")), dtype="float32")
+    model = loaded.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8, weight_decay=0.0)
+    expected = []
+    with installed(model, loaded.facts.rescale("yarn", 256)):
+        for step in range(6):
+            rate = 1e-3 * (step / 2 if step < 2 else (6 - step) / 4)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            ids = torch.stack([pieces[2 * step + i]["input_ids"] for i in range(2)])
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            expected.append(loss.item())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(
+        torch.tensor([line["loss"] for line in lines]), torch.tensor(expected), atol=2e-3, rtol=0
+    )
+
+
+def test_leaves_a_plain_checkpoint(trained, checkpoints):
+    out, _, _ = trained
+    loaded = load_model(str(out / "model"))
+    assert loaded.facts.existing_scaling is None
+    before = AutoModelForCausalLM.from_pretrained(checkpoints("llama")).state_dict()
+    assert any(not torch.equal(before[name], new) for name, new in weights(out).items())
+    assert not (out / "checkpoints").exists()
+    assert loaded.tokenizer("import os")["input_ids"][0] == 0
+
+
+@pytest.mark.parametrize("fail_at", [0, 3, 8])
+def test_an_interrupted_training_ends_as_if_it_was_not(
+    trained, checkpoints, texts, tmp_path, monkeypatch, fail_at
+):
+    asked = Pieces.__getitem__
+
+    def failing(self, number):
+        if number == fail_at:
+            raise KeyboardInterrupt
+        return asked(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pieces, "__getitem__", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(checkpoints("llama"), texts, tmp_path)
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    out, expected, _ = trained
+    assert lines == expected
+    for name, weight in weights(out).items():
+        assert torch.equal(weight, weights(tmp_path)[name]), name
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(checkpoints, texts, tmp_path, trained):
+    broken = tmp_path / "checkpoints" / "checkpoint-4"
+    broken.mkdir(parents=True)
+    (broken / "model.safetensors").write_bytes(b"half of it")
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+
+
+def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stands(
+    checkpoints, texts, tmp_path, monkeypatch
+):
+    asked = Pieces.__getitem__
+
+    def poisoned(self, number):
+        piece = asked(self, number)
+        return piece | {"weights": piece["weights"] * math.nan} if number == 7 else piece
+
+    monkeypatch.setattr(Pieces, "__getitem__", poisoned)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 4.*learning_rate"):
+        train(checkpoints("llama"), texts, tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()
+    monkeypatch.undo()
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_stands(
+    checkpoints, texts, tmp_path, monkeypatch
+):
+    from transformers import Trainer
+
+    saved = Trainer._save_checkpoint
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        return saved(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    with pytest.raises(ValueError, match=r"No space left on device.*last whole checkpoint"):
+        train(checkpoints("llama"), texts, tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()
+
+
+def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monkeypatch):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    asked = Pieces.__getitem__
+
+    def failing(self, number):
+        if number == 10:
+            raise KeyboardInterrupt
+        return asked(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pieces, "__getitem__", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(checkpoints("llama"), texts, tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert (checkpoint / name).exists()
+        torch.save(Evil(), checkpoint / name)
+        with pytest.raises(pickle.UnpicklingError):
+            train(checkpoints("llama"), texts, tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def launched(*command, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_train_as_one(checkpoints, texts, tmp_path, trained, sharded):
+    changes = {
+        "steps": 6,
+        "batch": 2,
+        "learning_rate": 1e-3,
+        "warmup": 2,
+        "precision": "float32",
+        "save_every": 2,
+    }
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = {}
+    if sharded:
+        environment = {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        }
+    out = tmp_path / "out"
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program)
+    launched(*command, checkpoints("llama"), texts, out, json.dumps(changes), **environment)
+    lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+    expected = trained[1]
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    torch.testing.assert_close(
+        torch.tensor([line["loss"] for line in lines]),
+        torch.tensor([line["loss"] for line in expected]),
+        atol=2e-3,
+        rtol=0,
+    )
+    for name, weight in weights(trained[0]).items():
+        torch.testing.assert_close(weights(out)[name], weight, atol=1e-3, rtol=1e-2)

@@ -1,0 +1,63 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longrope.rope.install import installed
+from longrope.rope.methods import identity, yarn
+from longrope.train.loss import chunked_loss
+
+FAMILIES = ["llama", "gemma2", "granite", "cohere", "phi3", "gpt_neox"]  # soft-caps and scalings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_loss_and_gradients_equal_those_of_full_logits(micro_models, ids, family, rows):
+    model = micro_models(family)
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    expected = (losses * weights[:, 1:].flatten()).mean()
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with chunked_loss(model, rows=rows):
+        found = model(input_ids=ids, weights=weights)["loss"]
+        found.backward()
+    torch.testing.assert_close(found, expected)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-3)
+    model.zero_grad()
+    assert model(input_ids=ids, use_cache=False).logits.shape == (2, 97, 1536)
+
+
+def test_the_logits_of_the_whole_sequence_are_never_made(micro_models, ids):
+    model, largest = micro_models("llama"), []
+    hook = model.lm_head.register_forward_hook(lambda m, a, out: largest.append(out.shape[1]))
+    with chunked_loss(model, rows=10):
+        model(input_ids=ids)["loss"].backward()
+    hook.remove()
+    model.zero_grad()
+    assert max(largest) == 10
+    assert len(largest) == 2 * 10  # once forward, once again in the backward pass
+
+
+def test_short_windows_count_under_a_rescale_of_their_own(micro_models, ids):
+    model = micro_models("llama")
+    long = yarn(10_000.0, 16, 64, 256)
+    short = identity(10_000.0, 16, 64, 64).replace(attention_factor=1.2)
+    windows = ids[:, :60].reshape(2, 3, 20)
+    with installed(model, long):
+        one = losses(model, ids)
+    with installed(model, short):
+        other = losses(model, windows.flatten(0, 1))
+    with installed(model, long), chunked_loss(model, short):
+        found = model(input_ids=ids, short_ids=windows)["loss"]
+        without = model(input_ids=ids)["loss"]
+    torch.testing.assert_close(found, torch.cat([one, other]).mean())
+    torch.testing.assert_close(without, one.mean())
+
+
+def losses(model, ids):
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+
+from longrope.train.pieces import Pieces
+from longrope.windows import TokenDocument
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    from longrope.source import BUNDLED
+
+    return AutoTokenizer.from_pretrained(BUNDLED)
+
+
+def documents(*lengths):
+    return [
+        TokenDocument(str(i), (str(i),), np.arange(1000 * i, 1000 * i + n, dtype=np.int32) + 10)
+        for i, n in enumerate(lengths, 1)
+    ]
+
+
+def test_every_piece_stands_between_bos_and_eos(tokenizer):
+    pieces = Pieces(documents(300, 200), tokenizer, 64, 20, seed=3)
+    assert len(pieces) == 20
+    for i in range(20):
+        ids = pieces[i]["input_ids"]
+        assert ids.shape == (64,)
+        assert ids.dtype == torch.int64
+        assert (ids[0], ids[-1]) == (0, 1)
+        assert (pieces[i]["weights"] == 1).all()
+
+
+def test_an_epoch_uses_the_text_once(tokenizer):
+    pieces = Pieces(documents(600, 402), tokenizer, 64, 100)
+    assert pieces.distinct == (600 + 402 + 4) // 62
+    assert pieces.epochs == pytest.approx(100 / pieces.distinct)
+    for epoch in (0, 1, 2):
+        rows = [
+            pieces[epoch * pieces.distinct + i]["input_ids"][1:-1] for i in range(pieces.distinct)
+        ]
+        text = torch.cat(rows)
+        text = text[text > 2]
+        assert len(text) == len(set(text.tolist()))
+    first = [pieces[i]["input_ids"].tolist() for i in range(pieces.distinct)]
+    second = [pieces[pieces.distinct + i]["input_ids"].tolist() for i in range(pieces.distinct)]
+    assert first != second
+
+
+def test_a_piece_is_a_function_of_its_number(tokenizer):
+    options = {"seed": 5, "passkey_share": 0.5, "answer_weight": 10.0}
+    docs = documents(3000, 2000)
+    one = Pieces(docs, tokenizer, 256, 10, **options)
+    other = Pieces(docs[::-1], tokenizer, 256, 50, **options)
+    for i in (7, 0, 3):
+        for name in ("input_ids", "weights"):
+            assert torch.equal(one[i][name], other[i][name])
+    assert not torch.equal(one[0]["input_ids"], one[1]["input_ids"])
+
+
+def test_a_share_of_passkey_prompts_with_the_answer_weighted(tokenizer):
+    pieces = Pieces(documents(5000), tokenizer, 256, 200, passkey_share=0.25, answer_weight=10.0)
+    asked = [p for p in (pieces[i] for i in range(200)) if (p["weights"] > 1).any()]
+    assert 30 <= len(asked) <= 70
+    for piece in asked:
+        answer = tokenizer.decode(piece["input_ids"][piece["weights"] > 1]).strip()
+        text = tokenizer.decode(piece["input_ids"])
+        assert len(answer) == 5
+        assert answer.isdigit()
+        assert f"The pass key is {answer}. Remember it." in text
+        assert f"What is the pass key? The pass key is {answer}" in text
+
+
+def test_too_little_text_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"too few tokens to train on: 42, and one piece needs 64"):
+        Pieces(documents(40), tokenizer, 64, 1)
