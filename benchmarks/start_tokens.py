@@ -17,7 +17,8 @@ import torch
 
 import longrope
 from longrope.evaluate.perplexity import paired_difference, score
-from longrope.extend import load_documents, starting_point
+from longrope.search.problem import starting_point
+from longrope.windows import load_documents
 from longrope.forward import LongForward
 from longrope.model import load_model
 from longrope.rope.install import installed

@@ -149,7 +149,7 @@ def test_ctrl_c_is_no_success(small, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.splitlines()[-1].startswith("longrope: error: stopped; a search goes on")
+    assert stderr.splitlines()[-1].startswith("longrope: error: stopped; it goes on")
 
 
 def losses(out: Path) -> list:

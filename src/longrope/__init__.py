@@ -19,11 +19,11 @@ _HOMES = {
     "LongForward": "longrope.forward",
     "ModelFacts": "longrope.model",
     "Rescale": "longrope.rope.rescale",
-    "SearchOptions": "longrope.extend",
+    "SearchOptions": "longrope.search.stage",
     "inspect_model": "longrope.model",
     "installed": "longrope.rope.install",
     "load_model": "longrope.model",
-    "search_factors": "longrope.extend",
+    "search_factors": "longrope.search.stage",
 }
 __all__ = [
     "LoadedModel",
@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from longrope.extend import SearchOptions, search_factors
     from longrope.forward import LongForward
     from longrope.model import LoadedModel, ModelFacts, inspect_model, load_model
     from longrope.rope.install import installed
     from longrope.rope.rescale import Rescale
+    from longrope.search.stage import SearchOptions, search_factors
 
 
 def __getattr__(name: str) -> Any:

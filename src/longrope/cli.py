@@ -15,6 +15,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from longrope.options import (
+    AttentionFactor,
+    Chunk,
+    Data,
+    Device,
+    Dtype,
+    ExistingScaling,
+    Field,
+    HiddenDevice,
+    Json,
+    Lengths,
+    Model,
+    OriginalLength,
+    Pack,
+    TokensPerDocument,
+    TrustRemoteCode,
+)
+
 app = typer.Typer(
     name="longrope",
     help="Extend the context window of any RoPE language model.",
@@ -22,49 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-_STOPPED = "stopped; a search goes on where it was when the same command runs again"
+_STOPPED = "stopped; it goes on where it was when the same command runs again"
 # click's, which some versions of typer carry themselves
 _UsageError: Any = typer.BadParameter.__base__
-
-Model = Annotated[
-    str, typer.Argument(help="A directory, a hub id, a GGUF file, or 'bundled'.", metavar="[MODEL]")
-]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        help="Text, folder, JSONL, Parquet or hub dataset id; repeatable. By default the Python "
-        "library of this machine.",
-    ),
-]
-Field = Annotated[str, typer.Option(help="The text's field in JSONL, Parquet and datasets.")]
-Pack = Annotated[
-    bool, typer.Option("--pack", help="Let windows join documents, with BOS and EOS between.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default a GPU if any.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
-Chunk = Annotated[int, typer.Option(help="Tokens that go through a layer at a time.")]
-HiddenDevice = Annotated[
-    str | None, typer.Option(help="Where hidden states wait: cpu saves GPU memory.")
-]
-ExistingScaling = Annotated[
-    str | None,
-    typer.Option(help="For a model that is scaled already: keep its scaling, or replace it."),
-]
-OriginalLength = Annotated[
-    int | None, typer.Option(help="Tokens the model handles, where its config is wrong.")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-]
-Lengths = Annotated[str, typer.Option(help="Such as 512,1024 or 8k,16k.")]
-AttentionFactor = Annotated[
-    float | None, typer.Option(help="One attention factor for every row (not for rescale files).")
-]
-TokensPerDocument = Annotated[
-    int | None, typer.Option(help="Score about so many tokens of each document; by default all.")
-]
 
 
 def main() -> None:
@@ -174,10 +152,10 @@ def search(
     json_: Json = False,
 ) -> None:
     """Search the rescale factors for a longer context. Run again, it resumes."""
-    from longrope.extend import SearchOptions, search_factors, summary
     from longrope.model import load_model
     from longrope.parallel import local_device, ranks
     from longrope.search.evolution import EvolutionSettings
+    from longrope.search.stage import SearchOptions, SearchSettings, search_factors, summary
 
     options = SearchOptions(
         target=target,
@@ -185,18 +163,20 @@ def search(
         data=tuple(data or ()),
         field=field,
         pack=pack,
-        samples=samples,
-        algorithm=algorithm,
-        budget=budget,
-        patience=patience,
-        seed=seed,
         attention_factor=attention_factor,
         start_tokens=start_tokens,
         upper=upper,
-        chunk=chunk,
-        hidden_device=hidden_device,
-        settings=EvolutionSettings(
-            population, mutations, crossovers, probability, iterations, parents
+        how=SearchSettings(
+            samples=samples,
+            algorithm=algorithm,
+            budget=budget,
+            patience=patience,
+            seed=seed,
+            chunk=chunk,
+            hidden_device=hidden_device,
+            settings=EvolutionSettings(
+                population, mutations, crossovers, probability, iterations, parents
+            ),
         ),
     )
     loaded = load_model(
@@ -231,8 +211,22 @@ def search(
 def evaluate(
     model: Model = "bundled",
     rescale: Annotated[
-        str, typer.Option(help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default none, or what "
+            "the model was extended with."
+        ),
+    ] = None,
+    passkey: Annotated[
+        bool, typer.Option("--passkey", help="Retrieval of a pass key in place of perplexity.")
+    ] = False,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Retrieval of a sentence among lines of --data.")
+    ] = False,
+    trials: Annotated[int, typer.Option(help="Questions a length, depths stratified.")] = 20,
+    digits: Annotated[int, typer.Option(help="Of the number that is asked for.")] = 5,
+    seed: Annotated[int, typer.Option(help="Decides keys and depths.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory for the heat map.")] = None,
     lengths: Lengths = ...,  # type: ignore[assignment]
     target: Annotated[
         str | None, typer.Option(help="What a method is made for; by default the longest length.")
@@ -254,12 +248,17 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Measure perplexity at one or more lengths under one rescale."""
-    from longrope.evaluate.compare import CompareOptions, run_comparison
+    """Measure perplexity or retrieval at one or more lengths under one rescale."""
+    from longrope.evaluate.ask import AskOptions, ask, save_heat_map
+    from longrope.evaluate.compare import CompareOptions, Entry, run_comparison
+    from longrope.generate import load_extended
     from longrope.model import load_model
 
+    if passkey and needle:
+        raise ValueError("--passkey and --needle: ask for one at a time")
+    kind = "passkey" if passkey else "needle" if needle else "perplexity"
     options = CompareOptions(
-        methods=(rescale,),
+        methods=(rescale or "none",),
         lengths=tuple(lengths.split(",")),
         target=target,
         data=tuple(data or ()),
@@ -271,20 +270,46 @@ def evaluate(
         chunk=chunk,
         hidden_device=hidden_device,
     )
-    loaded = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        existing_scaling=_existing(existing_scaling),
-        original_length=original_length,
-        trust_remote_code=trust_remote_code,
-        check=options.check,
+    asked = AskOptions(
+        kind=kind,
+        lengths=options.lengths,
+        trials=trials,
+        digits=digits,
+        seed=seed,
+        data=options.data,
+        field=field,
+        chunk=chunk,
+        hidden_device=hidden_device,
     )
-    comparison = run_comparison(loaded, options, exclude_searched=False)
-    if json_:
-        _print_json({"perplexity": comparison.rows()})
+    loading: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "original_length": original_length,
+        "trust_remote_code": trust_remote_code,
+        "check": options.check if kind == "perplexity" else asked.check,
+    }
+    pair = None
+    if rescale is None and existing_scaling is None:
+        loaded, pair = load_extended(model, **loading)
     else:
-        _print_rows(comparison.rows())
+        scaling = _existing(existing_scaling)
+        loaded = load_model(model, existing_scaling=scaling, **loading)
+    entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
+    if kind == "perplexity":
+        rows = run_comparison(loaded, options, exclude_searched=False, entries=[entry]).rows()
+        if json_:
+            _print_json({"perplexity": rows})
+        else:
+            _print_rows(rows)
+        return
+    answers = ask(loaded, asked, entry.rescale)
+    figure = save_heat_map(answers, kind, out) if out else None
+    if json_:
+        _print_json({kind: [dataclasses.asdict(row) for row in answers]})
+    else:
+        _print_answers(answers)
+    if figure and not json_:
+        console.print(str(figure), soft_wrap=True)
 
 
 @app.command()
@@ -358,18 +383,127 @@ def compare(
 
 
 @app.command()
-def report(
-    directory: Annotated[Path, typer.Argument(help="What a search or comparison wrote to.")],
+def extend(
+    model: Annotated[
+        str | None, typer.Argument(help="As for search; by default the recipe's, or 'bundled'.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Tokens to reach: 131072, 128k, 64x.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A YAML file, or the name of one that longrope carries.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; resumes it.")] = None,
+    data: Data = None,
+    evaluation_data: Annotated[
+        list[str] | None, typer.Option(help="Documents to evaluate on; by default some of --data.")
+    ] = None,
+    finetune: Annotated[
+        bool | None, typer.Option(help="Train, or not, whatever the target needs.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything that is by chance.")] = None,
+    device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what each stage would cost, and stop.")
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="With --dry-run: plan for so many GB, such as 8x80.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Draw a search's factors and history, and a comparison's perplexities."""
-    from longrope.report.run import report as write_report
+    """Extend a model: search, fine-tune, search again, recover, export, prove, report."""
+    from longrope.cost import dry_run as estimate
+    from longrope.extend import extend as run_extension
+    from longrope.extend import open_run
+    from longrope.parallel import ranks
+    from longrope.recipe import resolve_recipe
 
-    figures = write_report(directory)
+    chosen = resolve_recipe(
+        recipe,
+        model,
+        target=target,
+        data=data,
+        evaluation_data=evaluation_data,
+        seed=seed,
+        device=device,
+        finetune=finetune,
+    )
+    directory = out or Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
+    with ranks() as these:
+        run = open_run(chosen, directory, these)
+        estimated = estimate(run.plan, run.facts, chosen, memory if dry_run else None)
+        if these.first:
+            console.print(estimated.table())
+        if dry_run:
+            estimated.check()
+            return
+        page = run_extension(chosen, directory, these)
+    if not these.first:
+        return
+    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     if json_:
-        _print_json({"figures": [str(path) for path in figures]})
+        _print_json(results)
+        return
+    from longrope.report.page import headline
+
+    for line in headline(results):
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+    console.print(str(page), soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="What extend wrote, or any model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from, after the file's.")] = "",
+    prompt_file: Annotated[Path | None, typer.Option(help="A long text to read first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Go on from a text of any length, tokens as they come."""
+    from longrope.data import read_text
+    from longrope.generate import load_extended, stream, text_of
+
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"--max-new-tokens is {max_new_tokens} and --temperature {temperature}; the first must "
+            "be at least 1, the second not negative"
+        )
+    text = (read_text(prompt_file) if prompt_file else "") + prompt
+    loaded, pair = load_extended(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    ids = loaded.tokenizer(text, verbose=False)["input_ids"]
+    tokens = stream(
+        loaded,
+        pair,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chunk=chunk,
+    )
+    for part in text_of(loaded, tokens):
+        print(part, end="", flush=True)
+    print()
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="What extend, search or compare wrote to.")],
+    json_: Json = False,
+) -> None:
+    """Write a run's page again, or draw a search's and a comparison's pictures."""
+    from longrope.report.page import write_page
+    from longrope.report.run import report as draw
+
+    written = write_page(directory) if (directory / "results.json").exists() else draw(directory)
+    if json_:
+        _print_json({"figures": [str(path) for path in written]})
     else:
-        for path in figures:
+        for path in written:
             console.print(str(path), soft_wrap=True)
 
 
@@ -395,6 +529,17 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
             f"{row['tokens']:,}",
             str(row["windows"]),
         )
+    console.print(table)
+
+
+def _print_answers(rows: Any) -> None:
+    from longrope.evaluate.retrieval import totals, wilson
+
+    table = Table("length", "right", "of", "share", "95% interval")
+    for length, (right, trials) in totals(rows).items():
+        low, high = wilson(right, trials)
+        shares = f"{right / trials:.0%}", f"{low:.0%} – {high:.0%}"
+        table.add_row(f"{length:,}", str(right), str(trials), *shares)
     console.print(table)
 
 

@@ -92,13 +92,18 @@ def _read_file(path: Path, field: str) -> Iterable[Document]:
     elif path.suffix in (".jsonl", ".ndjson"):
         yield from _rows(_json_rows(path), str(path), field)
     else:
-        text = _text(path)
+        text = read_text(path)
         if not text.strip():
             raise ValueError(f"{path}: the document is empty")
         yield Document(path.name, text)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        ValueError: no such file, or not text.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -113,7 +118,7 @@ def _text(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterable[Any]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)

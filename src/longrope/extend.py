@@ -1,245 +1,223 @@
 """How a model's context is extended: the file to read first.
 
-A model and documents come in; factors come out. So far the one stage there is is
-the search of the rescale factors::
+A recipe names a model and a target length; the plan has the stages, each a directory of the
+run that is read by the next::
 
-    model ─ facts ─┐
-                   ├─▶ windows ─▶ search ─▶ rescale.json, portable.json
-    documents ─────┘
+    search ─▶ finetune ─▶ second-search ─▶ recovery ─▶ export ─▶ evaluate ─▶ report
+    factors   weights      factors for      factors     model/    results.json
+    for L₁    at L₁        8 · L₁           for short             report.html
 
-Everything a stage computes lands in its directory as it is computed, and running
-the same stage again goes on from there.
+A stage that is done says so in a file written last, and is not run again; one that was
+interrupted goes on from what it had. So the same command goes on, whatever ended it.
 """
 
-import dataclasses
-import hashlib
-import platform
-import random
-from collections.abc import Sequence
+import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
-import longrope
-from longrope.data import Document, check_sources, library_documents, read_documents
-from longrope.forward import DEFAULT_CHUNK, LongForward
-from longrope.model import LoadedModel, ModelFacts, find_device
+from longrope.cost import check_memory
+from longrope.evaluate.run import evaluate_run
+from longrope.export.huggingface import export_model
+from longrope.files import only_process
+from longrope.forward import LongForward
+from longrope.model import inspect_model
 from longrope.parallel import Ranks
-from longrope.progress import Advance, console, duration, progress
-from longrope.rope.rescale import Rescale, default_attention_factor
-from longrope.search.evolution import EvolutionSettings
-from longrope.search.objective import Perplexity
-from longrope.search.record import SearchConfig
-from longrope.search.run import ALGORITHMS, Progress, SearchResult, search
-from longrope.search.space import START_TOKENS, Space
-from longrope.windows import (
-    TokenDocument,
-    bos_token,
-    half,
-    pack,
-    parse_length,
-    search_windows,
-    tokenize,
+from longrope.plan import ContextPlan, Stage, make_plan
+from longrope.progress import console
+from longrope.recipe import Recipe, Search
+from longrope.recovery import choose
+from longrope.report.page import write_page
+from longrope.rope.rescale import Rescale
+from longrope.search.problem import (
+    Problem,
+    first_search,
+    multiplied,
+    recovery_search,
+    second_search,
+    step_factors,
 )
-
-# The first population of Algorithm 1, beside their mutants.
-STARTS = ("pi", "ntk", "yarn")
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchOptions:
-    """What a search may be told; see ``longrope search --help``."""
-
-    target: str
-    out: Path
-    data: tuple[str, ...] = ()
-    field: str = "text"
-    pack: bool = False
-    samples: int = 5
-    algorithm: str = "paper"
-    budget: int | None = None
-    patience: int | None = None
-    seed: int = 0
-    attention_factor: float | None = None
-    start_tokens: int | None = None
-    upper: float | None = None
-    chunk: int = DEFAULT_CHUNK
-    hidden_device: str | None = None
-    settings: EvolutionSettings = dataclasses.field(default_factory=EvolutionSettings)
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "budget", "patience", "upper", "chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
-        if self.attention_factor is not None and not self.attention_factor > 0:
-            raise ValueError(f"--attention-factor is {self.attention_factor}; it must be positive")
-        if self.start_tokens is not None and self.start_tokens < 0:
-            raise ValueError(f"--start-tokens is {self.start_tokens}; it must not be negative")
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"--algorithm {self.algorithm}: there is {', '.join(ALGORITHMS)}")
-
-    def check(self, facts: ModelFacts) -> None:
-        """Refuse what cannot work on a model, before its weights are read.
-
-        Raises:
-            ValueError: a target that is no extension, or data that is not there.
-        """
-        extension_target(self.target, facts)
-        check_sources(self.data)
+from longrope.search.stage import search_stage
+from longrope.train.finetune import finetune
+from longrope.train.pieces import Pieces
+from longrope.workspace import Run
 
 
-def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
-    """Search the rescale factors for a target length, or go on where it was interrupted.
+def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
+    """Run every stage of a recipe that is not done yet; gives the report's path.
 
-    Leaves ``rescale.json`` (the best), ``portable.json`` (the best that engines can
-    load, n̂ = 0), ``history.jsonl`` (every evaluation) and ``state.json`` in
-    ``options.out``.
+    Leaves in ``out``: ``model/``, ``rescale.json`` (long) and ``short.json``, ``report.html``
+    and ``report.md``, ``results.json``, ``recipe.yaml`` (resolved), and a directory per stage.
 
     Raises:
-        ValueError: an option out of range, too few tokens, or a directory that holds
-            another search; before any long work.
+        ValueError: a recipe that cannot work, too little memory or text, or a directory that
+            holds another run; before any long work.
     """
-    facts = loaded.facts
-    target = extension_target(options.target, facts)
-    start = starting_point(facts, target, options.attention_factor)
-    start_tokens = START_TOKENS if options.start_tokens is None else (options.start_tokens,)
-    space = Space(start, options.upper or 1.25 * start.scale, start_tokens)
-    starts = {
-        name: space.nearest(facts.rescale(name, target).replace(start_tokens=start_tokens[0]))
-        for name in STARTS
-    }
-
-    bos = bos_token(loaded.tokenizer)
-    documents = load_documents(loaded, options.data, field=options.field, held_out=False)
-    if options.pack:
-        documents = half(documents, random.Random(options.seed))
-        documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
-    windows = search_windows(documents, target, options.samples, options.seed, bos)
-    config = SearchConfig(
-        model=loaded.fingerprint(),
-        documents=tuple(h for document in windows.documents for h in document.sha256),
-        windows=hashlib.sha256(windows.ids.tobytes()).hexdigest(),
-        length=target,
-        algorithm=options.algorithm,
-        settings=options.settings,
-        seed=options.seed,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        device=loaded.model.device.type,
-        chunk=options.chunk,
-        start={k: v for k, v in start.to_json().items() if k != "provenance"},
-        upper=space.upper,
-        start_tokens=space.start_tokens,
-    )
-    hidden = options.hidden_device and find_device("--hidden-device", options.hidden_device)
-    forward = LongForward(loaded.model, options.chunk, hidden or None)
-    names = ", ".join(document.name for document in windows.documents)
-    headline = (
-        f"{facts.architecture}, {start.original_max_position_embeddings:,} → {target:,} tokens "
-        f"({start.scale:g}×); {len(windows.ids)} windows of {names}"
-    )
-    total = min(options.budget or options.settings.evaluations, options.settings.evaluations)
-    with progress("search", total, show=ranks.first) as advance:
-        return search(
-            config,
-            space,
-            starts,
-            Perplexity(forward, windows.ids),
-            options.out,
-            ranks=ranks,
-            budget=options.budget,
-            patience=options.patience,
-            provenance={
-                "model": facts.source,
-                "base_factors": list(facts.base_factors),
-                "document_names": [document.name for document in windows.documents],
-                "longrope": longrope.__version__,
-                "python": platform.python_version(),
-            },
-            report=_Reporter(headline, advance) if ranks.first else lambda now: None,
-        )
+    ranks = ranks or Ranks()
+    run = open_run(recipe, out, ranks)
+    with only_process(out) if ranks.first else contextlib.nullcontext():
+        if ranks.first:
+            run.claim()
+        check_memory(run.plan)
+        if not all(run.done(stage.name) for stage in run.plan.stages):
+            _ = run.pools  # too little text is said now, not after the search
+        for stage in run.plan.stages:
+            if run.done(stage.name):
+                continue
+            if ranks.first:
+                console.rule(stage.name, align="left")
+            started = time.monotonic()
+            found = _WORK[stage.kind](run, stage)
+            seconds = round(time.monotonic() - started, 1)
+            counted = {"forwards": stage.forwards, "tokens": stage.tokens}
+            run.finish(stage, counted | found | {"seconds": seconds})
+    return out / "report.html"
 
 
-class _Reporter:
-    """Say how a search goes: what it is, how long it will take, then the best so far."""
-
-    def __init__(self, headline: str, advance: Advance):
-        self.headline = headline
-        self.advance = advance
-        self.estimated = False
-
-    def __call__(self, now: Progress) -> None:
-        if now.evaluations == 0:
-            console.print(self.headline, highlight=False)
-            return
-        if not self.estimated and now.seconds_left is not None:
-            self.estimated = True
-            console.print(
-                f"{now.total - now.evaluations} evaluations to go, about "
-                f"{duration(now.seconds_left)}; it can be stopped and run again at any time",
-                highlight=False,
-            )
-        if now.replayed and now.evaluations < now.total:
-            return
-        starts = " ".join(f"{name} {loss:.4f}" for name, loss in now.starts.items())
-        left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
-        self.advance(now.evaluations, f"best {now.best:.4f} ({starts}){left}")
-
-
-def extension_target(text: str, facts: ModelFacts) -> int:
-    """The target length in tokens.
+def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
+    """The run of a recipe, planned; nothing of it is read or written yet.
 
     Raises:
-        ValueError: not a length, or not beyond the model's original length.
+        ValueError: the model cannot be extended, or not to this target.
     """
-    original = facts.original_max_position_embeddings
-    assert original is not None
-    target = parse_length(text, original)
-    if target <= original:
-        raise ValueError(
-            f"--target is {target:,} tokens; this model handles {original:,} already "
-            f"({facts.original_read_from}), so give a larger target such as 8x"
-        )
-    return target
+    facts = inspect_model(
+        recipe.model,
+        existing_scaling=recipe.existing_scaling,
+        original_length=recipe.original_length,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    if not facts.extendable:
+        raise ValueError(f"{recipe.model} cannot be extended: {facts.reason}")
+    return Run(recipe, facts, make_plan(facts, recipe), out, ranks)
 
 
-def starting_point(facts: ModelFacts, target: int, attention_factor: float | None) -> Rescale:
-    """The rescale that every candidate multiplies; it carries the one attention factor.
-
-    By default that is √(1 + ln s / ln L), on top of what the model has and keeps.
-    """
-    start = facts.rescale("none", target)
-    if attention_factor is None:
-        original = start.original_max_position_embeddings
-        attention_factor = default_attention_factor(original, target) * start.attention_factor
-    return start.replace(attention_factor=attention_factor)
-
-
-def load_documents(
-    loaded: LoadedModel,
-    data: Sequence[str],
-    *,
-    field: str = "text",
-    held_out: bool,
-) -> list[TokenDocument]:
-    """Tokens of the documents given, or of the Python library where none are.
-
-    Of the library, ``held_out`` chooses the packages that the bundled model never saw.
-    """
-    documents: list[Document] = read_documents(data, field) if data else library_documents(held_out)
-    return tokenize(documents, loaded.tokenizer)
-
-
-def summary(result: SearchResult, out: Path) -> dict[str, Any]:
-    """What ``longrope search --json`` prints."""
+def _search(run: Run, stage: Stage) -> dict[str, Any]:
+    """Any of the searches: for the length to train at, for the target, for short sequences."""
+    section, problem = _problem(run, stage)
+    directory = run.directory(stage.name)
+    if section.method != "search":
+        _known_factors(run, stage, section.method, problem).save(directory / "rescale.json")
+        return {"forwards": 0, "tokens": 0}
+    loaded = run.original() if stage.name in ("half-search", "search") else run.trained()
+    windows = run.pools.search_windows(stage.length, section.samples, run.recipe.seed)
+    settings = section.settings(run.recipe)
+    result = search_stage(loaded, problem, windows, settings, directory, run.ranks, stage.name)
+    won = min(result.starts, key=lambda name: result.starts[name])
+    forwards = result.evaluations * len(windows.ids)
     return {
-        "rescale": str(out / "rescale.json"),
-        "portable": str(out / "portable.json") if result.portable else None,
-        "history": str(out / "history.jsonl"),
         "loss": result.best_loss,
-        "portable_loss": result.portable_loss,
-        "start_tokens": result.best.start_tokens,
         "starts": result.starts,
+        "best_start": won,
         "evaluations": result.evaluations,
-        "computed": result.computed,
-        "not_finite": result.not_finite,
+        "forwards": forwards,
+        "tokens": forwards * stage.length,
     }
+
+
+def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
+    recipe, factor = run.recipe, run.attention_factor(stage.length)
+    if stage.name in ("half-search", "search"):
+        return recipe.search, first_search(
+            run.facts,
+            stage.length,
+            attention_factor=factor,
+            start_tokens=(recipe.start_tokens,),
+            upper=recipe.search.upper,
+        )
+    searched = run.rescale("search")
+    if stage.name == "second-search":
+        upper = recipe.second_search.upper
+        return recipe.second_search, second_search(
+            run.facts, searched, stage.length, attention_factor=factor, upper=upper
+        )
+    exported = run.attention_factor(run.plan.target)
+    return recipe.recovery, recovery_search(run.facts, searched, stage.length, exported)
+
+
+def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Rescale:
+    """A known method's factors in place of searched ones, under the same attention factor."""
+    if stage.name == "second-search":
+        factors = step_factors(run.facts, run.rescale("search"), method, stage.length)
+        return multiplied(problem.space.start, factors)
+    known = run.facts.rescale(method, stage.length)
+    return known.replace(attention_factor=problem.space.start.attention_factor)
+
+
+def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
+    half = stage.name == "half-finetune"
+    loaded = run.half_trained() if "half-finetune" in run.plan and not half else run.original()
+    tuning, original = run.recipe.finetune, run.plan.original
+    settings = tuning.settings(stage.steps)
+    pieces = Pieces(
+        run.pools.training,
+        loaded.tokenizer,
+        stage.length,
+        stage.steps * tuning.batch,
+        seed=run.recipe.seed,
+        passkey_share=tuning.passkey_share,
+        answer_weight=tuning.answer_weight,
+        short=round(tuning.short_share * stage.length / original),
+        short_length=original,
+    )
+    rescale = run.rescale("half-search" if half else "search")
+    # Short windows are trained as they will be used: under the factor that is exported.
+    short = run.facts.rescale("none", original)
+    short = short.replace(attention_factor=run.attention_factor(run.plan.target))
+    directory, seed = run.directory(stage.name), run.recipe.seed
+    lines = finetune(loaded, rescale, short, pieces, settings, directory, run.ranks, seed=seed)
+    run.forget()
+    return {"first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"], "epochs": pieces.epochs}
+
+
+def _choose(run: Run, stage: Stage) -> dict[str, Any]:
+    """Of the two sets for short sequences, the one that serves both lengths better."""
+    names = [name for name in ("recovery-1", "recovery-2") if name in run.plan]
+    loaded, recipe = run.trained(), run.recipe
+    hidden = recipe.hidden_device
+    forward = LongForward(loaded.model, recipe.chunk, loaded.model.device if hidden else None)
+    lengths = [run.plan[name].length for name in names]
+    windows = {
+        length: run.pools.search_windows(length, recipe.recovery.samples, recipe.seed + 1).ids
+        for length in lengths
+    }
+    choice = choose(
+        forward,
+        windows,
+        [run.rescale(name) for name in names],
+        run.long,
+        free_attention_factor=run.facts.base_attention_factor,
+    )
+    if run.ranks.first:
+        choice.short.save(run.directory(stage.name) / "rescale.json")
+    return choice.to_json() | {"starts": [run.record(name)["starts"] for name in names]}
+
+
+def _export(run: Run, stage: Stage) -> dict[str, Any]:
+    pair, loaded = run.pair, run.trained()
+    if run.ranks.first:
+        export_model(loaded, pair, run.out / "model")
+        pair.long.save(run.out / "rescale.json")
+        pair.short.save(run.out / "short.json")
+    return {}
+
+
+def _evaluate(run: Run, stage: Stage) -> dict[str, Any]:
+    return evaluate_run(run, stage) if run.ranks.first else {}
+
+
+def _report(run: Run, stage: Stage) -> dict[str, Any]:
+    if run.ranks.first:
+        write_page(run.out)
+    return {}
+
+
+_WORK = {
+    "search": _search,
+    "finetune": _finetune,
+    "choose": _choose,
+    "export": _export,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+
+__all__ = ["ContextPlan", "Run", "extend", "make_plan", "open_run"]

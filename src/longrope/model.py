@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from longrope.forward import find_layers
+from longrope.layers import find_layers
 from longrope.probe import why_not
 from longrope.rope.install import (
     RotarySite,
@@ -53,6 +53,7 @@ class ModelFacts:
     kv_bytes_per_token: int
     vocabulary: int
     hidden_size: int
+    tied: bool
     extendable: bool
     reason: str | None
     base_factors: tuple[float, ...] = ()
@@ -162,6 +163,7 @@ def _facts(
         kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
         vocabulary=text.vocab_size,
         hidden_size=text.hidden_size,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
         extendable=reason is None,
         reason=reason,
     )

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from longrope.data import Document
+from longrope.data import Document, library_documents, read_documents
 from longrope.files import write_atomically
+from longrope.model import LoadedModel, ModelFacts
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,21 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
     return result
 
 
+def load_documents(
+    loaded: LoadedModel,
+    data: Sequence[str],
+    *,
+    field: str = "text",
+    held_out: bool,
+) -> list[TokenDocument]:
+    """Tokens of the documents given, or of the Python library where none are.
+
+    Of the library, ``held_out`` chooses the packages that the bundled model never saw.
+    """
+    documents = read_documents(data, field) if data else library_documents(held_out)
+    return tokenize(documents, loaded.tokenizer)
+
+
 def _load_ids(file: Path) -> np.ndarray | None:
     try:
         return np.load(file, allow_pickle=False)
@@ -88,7 +104,28 @@ def pack(documents: Sequence[TokenDocument], bos: int | None, eos: int | None) -
         end = [] if eos is None else [eos]
         pieces.append(np.concatenate([start, document.ids, end]).astype(np.int32))
     hashes = tuple(h for document in documents for h in document.sha256)
-    return TokenDocument("packed", hashes, np.concatenate(pieces))
+    name = "+".join(document.name for document in documents[:3])
+    more = f" and {len(documents) - 3} more" if len(documents) > 3 else ""
+    return TokenDocument(name + more, hashes, np.concatenate(pieces))
+
+
+def joined(
+    documents: Sequence[TokenDocument], length: int, bos: int | None, eos: int | None
+) -> list[TokenDocument]:
+    """Documents of at least ``length`` tokens: long ones alone, short ones packed together.
+
+    What is left over at the end and too short goes to none.
+    """
+    result = [document for document in documents if len(document) >= length]
+    waiting: list[TokenDocument] = []
+    for document in documents:
+        if len(document) < length:
+            waiting.append(document)
+            together = pack(waiting, bos, eos)
+            if len(together) >= length:
+                result.append(together)
+                waiting = []
+    return result
 
 
 def require_length(documents: Sequence[TokenDocument], length: int) -> list[TokenDocument]:
@@ -188,3 +225,20 @@ def parse_length(text: str, original: int | None = None) -> int:
     if not 0 < length < 1e12 or length != int(length):
         raise ValueError(f"length {text!r} is not one; write 131072, 128k or 8x")
     return int(length)
+
+
+def parse_extension(text: str, facts: ModelFacts) -> int:
+    """The target length in tokens of an extension of a model.
+
+    Raises:
+        ValueError: not a length, or not beyond the model's original length.
+    """
+    original = facts.original_max_position_embeddings
+    assert original is not None
+    target = parse_length(text, original)
+    if target <= original:
+        raise ValueError(
+            f"--target is {target:,} tokens; this model handles {original:,} already "
+            f"({facts.original_read_from}), so give a larger target such as 8x"
+        )
+    return target

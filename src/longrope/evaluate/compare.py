@@ -10,7 +10,6 @@ from typing import Any
 
 from longrope.data import check_sources
 from longrope.evaluate.perplexity import Scores, check_lengths, paired_difference, score
-from longrope.extend import load_documents, starting_point
 from longrope.files import write_atomically
 from longrope.forward import DEFAULT_CHUNK, LongForward
 from longrope.model import LoadedModel, ModelFacts, find_device
@@ -18,7 +17,15 @@ from longrope.progress import progress
 from longrope.rope.install import check_fits, installed
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale
-from longrope.windows import TokenDocument, bos_token, pack, parse_length, unseen
+from longrope.search.problem import starting_point
+from longrope.windows import (
+    TokenDocument,
+    bos_token,
+    load_documents,
+    pack,
+    parse_length,
+    unseen,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,16 +60,20 @@ class CompareOptions:
             ValueError: an unknown method, a rescale file of another shape, no length, or
                 data that is not there.
         """
-        lengths, target = self.resolve(facts)
+        lengths, _ = self.resolve(facts)
         check_lengths(lengths, self.stride)
         for name in ("tokens_per_document", "chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         assert facts.rotary_dim and facts.rope_theta
-        for entry in _entries(facts, self, target):
+        for entry in self.entries(facts):
             check_fits(entry.rescale(lengths[-1]), facts.rotary_dim // 2, facts.rope_theta)
         check_sources(self.data)
+
+    def entries(self, facts: ModelFacts) -> list["Entry"]:
+        """What is scored: a line per method and file."""
+        return _entries(facts, self, self.resolve(facts)[1])
 
     def resolve(self, facts: ModelFacts) -> tuple[list[int], int]:
         """Lengths in tokens, ascending, and the length that methods are made for."""
@@ -165,27 +176,33 @@ def finite_or_none(value: float) -> float | None:
 
 
 def run_comparison(
-    loaded: LoadedModel, options: CompareOptions, *, exclude_searched: bool
+    loaded: LoadedModel,
+    options: CompareOptions,
+    *,
+    exclude_searched: bool,
+    entries: Sequence[Entry] | None = None,
 ) -> Comparison:
     """Score methods and rescale files at several lengths.
 
     Without ``data`` the documents are the library packages that the bundled model
     never saw. ``exclude_searched`` leaves out documents that a rescale file was
-    searched on; otherwise their presence is only warned of.
+    searched on; otherwise their presence is only warned of. ``entries`` are scored instead
+    of the options' methods.
 
     Raises:
         ValueError: an unknown method, a rescale of another shape, too few tokens.
     """
     facts = loaded.facts
     lengths, target = options.resolve(facts)
-    entries = _entries(facts, options, target)
+    entries = entries or options.entries(facts)
     documents = load_documents(loaded, options.data, field=options.field, held_out=True)
     documents = _held_out(documents, options.methods, exclude_searched)
     if options.pack:
         documents = [pack(documents, bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id)]
     scores = _score_all(loaded, options, entries, documents, lengths)
-    files = [entry.name for entry in entries if entry.name in options.methods]
-    subject = next((name for name in files if name not in METHODS), files[-1])
+    named = [entry.name for entry in entries if entry.name in options.methods]
+    named = named or [entry.name for entry in entries]
+    subject = next((name for name in named if name not in METHODS), named[-1])
     assert facts.original_max_position_embeddings
     return Comparison(facts.original_max_position_embeddings, target, subject, scores)
 

@@ -99,6 +99,45 @@ def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     return _finished(figure, axes)
 
 
+def loss_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
+    """The loss of every training step, and its running mean."""
+    figure, axes = _figure()
+    losses = [line["loss"] for line in lines]
+    steps = [line["step"] for line in lines]
+    width = max(1, len(losses) // 10)
+    means = [
+        sum(losses[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(losses))
+    ]
+    axes.plot(steps, losses, color="#bdc3c7", linewidth=1, label="each step")
+    axes.plot(steps, means, color=_SEARCHED, label=f"mean of {width}")
+    axes.set(xlabel="steps", ylabel="loss, nats per token")
+    axes.set_title("Fine-tuning")
+    return _finished(figure, axes)
+
+
+def retrieval_figure(rows: Sequence[Mapping[str, Any]], kind: str) -> Figure:
+    """Share of right answers by length and depth; grey where nothing was asked."""
+    lengths = sorted({row["length"] for row in rows})
+    bins = max(sum(row["length"] == length for row in rows) for length in lengths)
+    shares = [[math.nan] * len(lengths) for _ in range(bins)]
+    for row in rows:
+        # A length with fewer trials has fewer, wider ranges of depths: each fills its share.
+        own = sum(other["length"] == row["length"] for other in rows)
+        low, high = row["depth"] - 0.5 / own, row["depth"] + 0.5 / own
+        for bin_ in range(round(low * bins), round(high * bins)):
+            if row["trials"]:
+                shares[bin_][lengths.index(row["length"])] = row["correct"] / row["trials"]
+    figure, axes = _figure()
+    colors = plt.get_cmap("RdYlGn").with_extremes(bad="#d0d3d6")
+    image = axes.imshow(shares, cmap=colors, vmin=0, vmax=1, aspect="auto", origin="upper")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+    axes.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["start", "middle", "end"])
+    axes.set(xlabel="tokens", ylabel="where it stands in the text")
+    axes.set_title(f"{kind.capitalize()}: share of right answers")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG, atomically."""
     buffer = io.BytesIO()

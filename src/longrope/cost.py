@@ -1,0 +1,160 @@
+"""What a plan costs on this machine: its rates from a second of work, and its memory."""
+
+import dataclasses
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from longrope.model import ModelFacts, find_device
+from longrope.plan import ContextPlan, Stage
+from longrope.progress import duration
+from longrope.recipe import Recipe
+
+_SECONDS = 0.4  # of each kind of work
+# Norms, activations, copies: what a forward does beside the products that are counted.
+# Measured on the bundled model and on SmolLM2; see docs/results.md.
+_OVERHEAD = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """FLOPs per second: of matrix products with weights, and of causal attention."""
+
+    linear: float
+    attention: float
+
+    def seconds(self, stage: Stage) -> float:
+        return _OVERHEAD * (stage.linear / self.linear + stage.attention / self.attention)
+
+
+def calibrate(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates of a model's own shapes on a device, each kind of work measured alone."""
+    width = min(facts.hidden_size, 4096)
+    left = torch.randn(2048, width, device=device, dtype=dtype)
+    right = torch.randn(width, 4 * width, device=device, dtype=dtype)
+    linear = _rate(lambda: left @ right, 2.0 * 2048 * width * 4 * width, device)
+    tokens = 4096
+    query = torch.randn(1, facts.heads, tokens, facts.head_dim, device=device, dtype=dtype)
+    flops = 4.0 * facts.heads * facts.head_dim * tokens * tokens / 2
+    attention = _rate(
+        lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True), flops, device
+    )
+    return Rates(linear, attention)
+
+
+def _rate(work, flops: float, device: torch.device) -> float:
+    times = []
+    started = time.monotonic()
+    while len(times) < 2 or time.monotonic() - started < _SECONDS:
+        before = time.monotonic()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.monotonic() - before)
+    return flops / sorted(times)[len(times) // 2]
+
+
+def memory(device: torch.device | None = None) -> int:
+    """Bytes that are free for a model on a device, or in this machine's memory."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(plan: ContextPlan, free: int | None = None) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        ValueError: names the stage, what it needs, what is there, and what helps.
+    """
+    if free is None:
+        free = available()
+    for stage in plan.stages:
+        if stage.memory > free:
+            helps = "--hidden-device cpu, a smaller --target, or another machine (--memory)"
+            if stage.kind == "finetune":
+                helps = "finetune.lora, precision pure-bf16, FSDP over more GPUs, or --memory"
+            raise ValueError(
+                f"{stage.name} at {stage.length:,} tokens needs about {gigabytes(stage.memory)} "
+                f"and {gigabytes(free)} are free; try {helps}"
+            )
+
+
+def available() -> int:
+    """Bytes free for a model: on all GPUs, or in memory where there is none."""
+    if not torch.cuda.is_available():
+        return memory()
+    return memory(torch.device("cuda")) * torch.cuda.device_count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A plan with its times on this machine, and the memory that is there."""
+
+    plan: ContextPlan
+    rates: Rates
+    free: int
+
+    def table(self) -> Table:
+        """Stage, length, tokens, FLOPs, memory, time."""
+        table = Table("stage", "length", "tokens", "FLOPs", "memory", "time here, about")
+        total = 0.0
+        for stage in self.plan.stages:
+            seconds = self.rates.seconds(stage)
+            total += seconds
+            flops = stage.linear + stage.attention
+            table.add_row(
+                stage.name,
+                f"{stage.length:,}",
+                f"{stage.tokens:,}",
+                f"{flops:.2g}" if flops else "",
+                gigabytes(stage.memory) if stage.memory else "",
+                duration(seconds) if flops else "",
+            )
+        table.add_row("all", "", "", "", "", duration(total))
+        return table
+
+    def check(self) -> None:
+        """Refuse a plan that does not fit into the memory planned for."""
+        check_memory(self.plan, self.free)
+
+
+def dry_run(
+    plan: ContextPlan, facts: ModelFacts, recipe: Recipe, memory_given: str | None = None
+) -> Estimate:
+    """Calibrate this machine and price a plan.
+
+    Args:
+        memory_given: gigabytes to plan for, such as ``80`` or ``8x80``, instead of what is free.
+
+    Raises:
+        ValueError: not an amount of memory.
+    """
+    device = find_device("--device", recipe.device)
+    name = facts.dtype if recipe.dtype == "auto" else recipe.dtype
+    rates = calibrate(facts, device, getattr(torch, name))
+    free = available()
+    if memory_given is not None:
+        count, _, size = memory_given.lower().rpartition("x")
+        try:
+            free = int(float(count or 1) * float(size) * 1e9)
+        except ValueError:
+            raise ValueError(
+                f"--memory {memory_given}: give gigabytes, such as 80 or 8x80"
+            ) from None
+    return Estimate(plan, rates, free)
+
+
+def gigabytes(size: float) -> str:
+    """Such as ``1.4 GB``."""
+    return f"{size / 1e9:,.1f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"

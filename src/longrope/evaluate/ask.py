@@ -1,0 +1,102 @@
+"""Retrieval from the command line: lengths × depths, under a rescale or an extended pair."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longrope.data import check_sources
+from longrope.evaluate.retrieval import (
+    Prompt,
+    Row,
+    haystack_lines,
+    needle_prompt,
+    passkey_prompt,
+    retrieve,
+)
+from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.model import LoadedModel, ModelFacts, find_device
+from longrope.progress import progress
+from longrope.rope.rescale import Rescale
+from longrope.windows import load_documents, parse_length
+
+
+@dataclasses.dataclass(frozen=True)
+class AskOptions:
+    """What ``longrope evaluate --passkey`` and ``--needle`` may be told.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    kind: str
+    lengths: tuple[str, ...]
+    trials: int = 20
+    digits: int = 5
+    seed: int = 0
+    data: tuple[str, ...] = ()
+    field: str = "text"
+    chunk: int = DEFAULT_CHUNK
+    hidden_device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "digits", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuse lengths and data that cannot be, before any weight is read."""
+        self.resolve(facts)
+        check_sources(self.data)
+
+    def resolve(self, facts: ModelFacts) -> list[int]:
+        """The lengths in tokens, ascending."""
+        original = facts.original_max_position_embeddings
+        return sorted({parse_length(text, original) for text in self.lengths})
+
+
+def ask(
+    loaded: LoadedModel, options: AskOptions, choose: Callable[[int], Rescale | None]
+) -> list[Row]:
+    """Ask every question; ``choose`` gives the rescale for a length.
+
+    Raises:
+        ValueError: a length that holds not even the question, or a haystack that is too short.
+    """
+    lengths = options.resolve(loaded.facts)
+    tokenizer = loaded.tokenizer
+    lines = []
+    if options.kind == "needle":
+        documents = load_documents(loaded, options.data, field=options.field, held_out=True)
+        lines = haystack_lines(documents, tokenizer)
+
+    def make(length: int, depth: float, rng: Any) -> Prompt:
+        if options.kind == "needle":
+            return needle_prompt(tokenizer, lines, length, depth, rng, options.digits)
+        return passkey_prompt(tokenizer, length, depth, rng, options.digits)
+
+    hidden = options.hidden_device and find_device("--hidden-device", options.hidden_device)
+    forward = LongForward(loaded.model, options.chunk, hidden or None)
+    rows: list[Row] = []
+    with progress(options.kind, len(lengths)) as advance:
+        for number, length in enumerate(lengths, 1):
+            found = retrieve(
+                forward,
+                make,
+                length,
+                choose(length),
+                trials=options.trials,
+                seed=options.seed,
+            )
+            rows += found
+            right, trials = sum(r.correct for r in found), sum(r.trials for r in found)
+            advance(number, f"{right} of {trials} at {length:,}")
+    return rows
+
+
+def save_heat_map(rows: list[Row], kind: str, directory: Path) -> Path:
+    """The picture of length × depth."""
+    from longrope.report import plots
+
+    figure = plots.retrieval_figure([dataclasses.asdict(row) for row in rows], kind)
+    return plots.save_figure(figure, directory / f"{kind}.png")

@@ -1,0 +1,219 @@
+"""Retrieval: is a number that stands somewhere in a long text found again?
+
+The passkey prompt is that of the LongRoPE paper (section 4.2); the needle hides a
+sentence between the lines of real documents. Lengths are tokens of the model's own
+tokenizer, the answer included. An answer counts when greedy decoding gives every
+digit of it; that is read off one long forward over prompt and answer, which is the same
+and needs no cache.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, repeat
+from typing import Any
+
+import numpy as np
+import torch
+
+from longrope.forward import BATCH_TOKENS, LongForward
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
+    "them. I will quiz you about the important information there.\n"
+)
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+)
+_CITIES = ("London", "Paris", "Tokyo", "Berlin", "Madrid", "Rome", "Cairo", "Lima", "Oslo", "Delhi")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One question: token ids of prompt and answer together, shape (tokens,)."""
+
+    ids: np.ndarray
+    answer_tokens: int
+    depth: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How often the answer was right at a length and a range of depths around ``depth``."""
+
+    length: int
+    depth: float
+    correct: int
+    trials: int
+
+
+def passkey_prompt(
+    tokenizer: Any, length: int, depth: float, rng: random.Random, digits: int = 5
+) -> Prompt:
+    """The paper's passkey prompt, as long as fits into ``length`` tokens.
+
+    Args:
+        depth: where the key stands among the filler lines, 0 (start) to 1 (end).
+
+    Raises:
+        ValueError: ``length`` holds not even the question.
+    """
+    key = "".join(rng.choice("0123456789") for _ in range(digits))
+    needle = f"The pass key is {key}. Remember it. {key} is the pass key.\n"
+    question = "What is the pass key? The pass key is"
+    return _prompt(tokenizer, repeat(FILLER), needle, question, key, length, depth)
+
+
+def needle_prompt(
+    tokenizer: Any,
+    haystack: Sequence[str],
+    length: int,
+    depth: float,
+    rng: random.Random,
+    digits: int = 5,
+) -> Prompt:
+    """A sentence between the lines of a text (``haystack``), as long as fits.
+
+    Raises:
+        ValueError: the text is shorter than ``length`` tokens, or that is too short.
+    """
+    key = "".join(rng.choice("0123456789") for _ in range(digits))
+    city = rng.choice(_CITIES)
+    needle = f"The magic number of {city} is {key}.\n"
+    question = f"What is the magic number of {city}? The magic number of {city} is"
+    prompt = _prompt(tokenizer, iter(haystack), needle, question, key, length, depth)
+    if len(prompt.ids) < 0.9 * length:
+        raise ValueError(
+            f"a haystack of {len(prompt.ids):,} tokens is shorter than the {length:,} asked for; "
+            "give longer documents with --data, or shorter --lengths"
+        )
+    return prompt
+
+
+def _prompt(
+    tokenizer: Any,
+    lines: Iterator[str],
+    needle: str,
+    question: str,
+    key: str,
+    length: int,
+    depth: float,
+) -> Prompt:
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    left = length - len(tokenizer(TASK + needle + question + f" {key}", verbose=False)["input_ids"])
+    if left < 0:
+        raise ValueError(f"--lengths: {length} tokens are too few for the question itself")
+    chosen: list[str] = []
+    known: dict[str, int] = {}  # passkey's filler is one line, again and again
+    for line in lines:
+        if line not in known:
+            known[line] = count(line)
+        left -= known[line]
+        if left < 0:
+            break
+        chosen.append(line)
+    while True:  # joined, lines may take a token more than they took alone
+        at = round(depth * len(chosen))
+        text = TASK + "".join([*chosen[:at], needle, *chosen[at:]]) + question
+        prompt = tokenizer(text, verbose=False)["input_ids"]
+        ids = tokenizer(f"{text} {key}", verbose=False)["input_ids"]
+        if len(ids) <= length:
+            break
+        chosen = chosen[: -max(1, (len(ids) - length) // (known[chosen[-1]] + 1))]
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt)
+    )
+    return Prompt(np.array(ids), len(ids) - shared, depth)
+
+
+def depths(trials: int, rng: random.Random) -> list[float]:
+    """One depth in each of ``trials`` equal parts of the text, by chance within it."""
+    return [(trial + rng.random()) / trials for trial in range(trials)]
+
+
+def retrieve(
+    forward: LongForward,
+    make: Callable[[int, float, random.Random], Prompt],
+    length: int,
+    rescale: Rescale | None,
+    *,
+    trials: int,
+    bins: int = 10,
+    seed: int = 0,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[Row]:
+    """Ask ``trials`` questions of one length, their depths stratified, under a rescale.
+
+    ``make`` gives the prompt for a length, a depth and a random generator; the same
+    seed asks every rescale the same questions.
+    """
+    rng = random.Random(f"{seed} {length}")
+    prompts = [make(length, depth, rng) for depth in depths(trials, rng)]
+    outcomes: list[bool] = []
+    with installed(forward.model, rescale):
+        for batch in _batches(prompts):
+            outcomes += _right(forward, batch)
+            report(len(outcomes))
+    rows = []
+    edges = np.linspace(0, 1, min(bins, trials) + 1)
+    for low, high in pairwise(edges.tolist()):
+        inside = [
+            right
+            for prompt, right in zip(prompts, outcomes, strict=True)
+            if low <= prompt.depth < high
+        ]
+        rows.append(Row(length, round((low + high) / 2, 4), sum(inside), len(inside)))
+    return rows
+
+
+def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """Neighbours of equal shape together, up to what goes through a model at once."""
+    waiting: list[Prompt] = []
+    for prompt in prompts:
+        alike = waiting and (
+            len(waiting[0].ids) == len(prompt.ids)
+            and waiting[0].answer_tokens == prompt.answer_tokens
+            and (len(waiting) + 1) * len(prompt.ids) <= BATCH_TOKENS
+        )
+        if waiting and not alike:
+            yield waiting
+            waiting = []
+        waiting.append(prompt)
+    if waiting:
+        yield waiting
+
+
+def _right(forward: LongForward, prompts: Sequence[Prompt]) -> list[bool]:
+    ids = torch.from_numpy(np.stack([prompt.ids for prompt in prompts]))
+    answer = ids[:, -prompts[0].answer_tokens :]
+    found = forward.predictions(ids[:, :-1], last=answer.shape[1])
+    return (found == answer).all(dim=1).tolist()
+
+
+def wilson(correct: int, trials: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson's score interval)."""
+    z, share = 1.959964, correct / trials
+    middle = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def totals(rows: Sequence[Row]) -> dict[int, tuple[int, int]]:
+    """Correct answers and trials of each length, depths together."""
+    result: dict[int, tuple[int, int]] = {}
+    for row in rows:
+        correct, trials = result.get(row.length, (0, 0))
+        result[row.length] = correct + row.correct, trials + row.trials
+    return result
+
+
+def haystack_lines(documents: Sequence[Any], tokenizer: Any) -> list[str]:
+    """The lines of tokenised documents, one document after the other."""
+    text = "\n".join(tokenizer.decode(document.ids) for document in documents)
+    return [line + "\n" for line in text.split("\n")]

@@ -1,0 +1,1 @@
+"""Checkpoints of an extended model, for programs that know nothing of longrope."""

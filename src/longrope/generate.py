@@ -1,0 +1,120 @@
+"""Text from an extended model: the prompt through the long forward, then token by token."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.model import LoadedModel, load_model
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+from longrope.rope.switch import Pair
+from longrope.source import quiet, read_pretrained
+
+
+def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None]:
+    """A model and its pair of factors.
+
+    Args:
+        source: what ``longrope extend`` wrote, a checkpoint with ``longrope`` scaling, or
+            any other model, which has no pair.
+        options: as :func:`longrope.model.load_model` takes them.
+
+    Raises:
+        ValueError: no such model, or one that cannot be rescaled.
+    """
+    run = Path(source)
+    if is_run(run):
+        pair = Pair(Rescale.load(run / "short.json"), Rescale.load(run / "rescale.json"))
+        free = pair.short.provenance.get("free_attention_factor")
+        if free is not None:  # what no checkpoint can say, our own runtime can do
+            pair = Pair(pair.short.replace(attention_factor=free), pair.long)
+        source = str(run / "model")
+    else:
+        with quiet():
+            config = read_pretrained(AutoConfig, source, options.get("trust_remote_code", False))
+        pair = Pair.from_config(config)
+    if pair is None:
+        return load_model(source, **options), None
+    return load_model(source, existing_scaling="replace", **options), pair
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``longrope extend`` wrote there, as far as its export."""
+    return all((path / name).exists() for name in ("model", "rescale.json", "short.json"))
+
+
+def stream(
+    loaded: LoadedModel,
+    pair: Pair | None,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chunk: int = DEFAULT_CHUNK,
+) -> Iterator[int]:
+    """New tokens as they come, until the end-of-sequence token.
+
+    Short factors while the sequence fits the recovery length, then long ones; at the
+    crossing the whole of it goes through the model once again, so that every token is
+    exactly what it would be without a cache.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+
+    Raises:
+        ValueError: no prompt.
+    """
+    if not ids:
+        raise ValueError("--prompt is empty; give some text")
+    model, ids = loaded.model, list(ids)
+    forward = LongForward(model, chunk)
+    chance = torch.Generator().manual_seed(seed)
+    stop = model.generation_config.eos_token_id
+    stops = set(stop if isinstance(stop, list) else [stop])
+    rescale, cache, logits = None, None, torch.empty(0)
+    for _ in range(max_new_tokens):
+        wanted = pair.choose(len(ids)) if pair else None
+        with installed(model, wanted):
+            if cache is None or wanted is not rescale:
+                rescale, cache = wanted, None
+                logits, cache = forward.prefill(torch.tensor([ids]))
+            else:
+                logits = _next(model, ids, cache)
+        token = _pick(logits[0], temperature, chance)
+        if token in stops:
+            return
+        yield token
+        ids.append(token)
+
+
+@torch.inference_mode()
+def _next(model: Any, ids: list[int], cache: Any) -> Tensor:
+    device = next(model.parameters()).device
+    new = torch.tensor([ids[-1:]], device=device)
+    position = torch.tensor([[len(ids) - 1]], device=device)
+    return model(input_ids=new, position_ids=position, past_key_values=cache).logits[:, -1]
+
+
+def _pick(logits: Tensor, temperature: float, chance: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    shares = (logits.float().cpu() / temperature).softmax(dim=-1)
+    return int(torch.multinomial(shares, 1, generator=chance))
+
+
+def text_of(loaded: LoadedModel, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of tokens as they come, whole characters only."""
+    seen: list[int] = []
+    shown = ""
+    for token in tokens:
+        seen.append(token)
+        text = loaded.tokenizer.decode(seen, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text

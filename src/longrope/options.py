@@ -1,0 +1,45 @@
+"""The options that several verbs of the command line share."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A directory, a hub id, a GGUF file, or 'bundled'.", metavar="[MODEL]")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Text, folder, JSONL, Parquet or hub dataset id; repeatable. By default the Python "
+        "library of this machine.",
+    ),
+]
+Field = Annotated[str, typer.Option(help="The text's field in JSONL, Parquet and datasets.")]
+Pack = Annotated[
+    bool, typer.Option("--pack", help="Let windows join documents, with BOS and EOS between.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default a GPU if any.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Chunk = Annotated[int, typer.Option(help="Tokens that go through a layer at a time.")]
+HiddenDevice = Annotated[
+    str | None, typer.Option(help="Where hidden states wait: cpu saves GPU memory.")
+]
+ExistingScaling = Annotated[
+    str | None,
+    typer.Option(help="For a model that is scaled already: keep its scaling, or replace it."),
+]
+OriginalLength = Annotated[
+    int | None, typer.Option(help="Tokens the model handles, where its config is wrong.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+Lengths = Annotated[str, typer.Option(help="Such as 512,1024 or 8k,16k.")]
+AttentionFactor = Annotated[
+    float | None, typer.Option(help="One attention factor for every row (not for rescale files).")
+]
+TokensPerDocument = Annotated[
+    int | None, typer.Option(help="Score about so many tokens of each document; by default all.")
+]

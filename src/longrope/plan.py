@@ -1,0 +1,227 @@
+"""The plan of an extension: its stages and what each will cost, known before any runs."""
+
+import dataclasses
+import math
+
+from longrope.model import ModelFacts
+from longrope.recipe import Recipe
+from longrope.windows import parse_extension
+
+# Beyond this no training is needed (the paper: 8x without fine-tuning), and with it the
+# second search reaches this much further.
+STEP = 8
+# The furthest first search of the paper: LLaMA2 from 4k to 256k.
+FURTHEST = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage: its directory's name, what it does, and its cost.
+
+    ``tokens`` go through the model in all, in windows of ``length``; ``linear`` and
+    ``attention`` are FLOPs; ``memory`` bytes at the peak.
+    """
+
+    name: str
+    kind: str
+    length: int
+    forwards: int
+    tokens: int = 0
+    linear: float = 0.0
+    attention: float = 0.0
+    memory: int = 0
+    steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextPlan:
+    """From the original length to the target, by way of a fine-tuned one where there is one."""
+
+    original: int
+    trained: int | None
+    target: int
+    stages: tuple[Stage, ...]
+
+    @property
+    def first(self) -> int:
+        """The length of the first search."""
+        return self.trained or self.target
+
+    def __contains__(self, name: str) -> bool:
+        return any(stage.name == name for stage in self.stages)
+
+    def __getitem__(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+def make_plan(facts: ModelFacts, recipe: Recipe) -> ContextPlan:
+    """The stages for a target, each with its cost.
+
+    Raises:
+        ValueError: the target is no extension, or further than one fine-tuning reaches.
+    """
+    target = parse_extension(recipe.target, facts)
+    original = facts.original_max_position_embeddings
+    assert original is not None
+    trains = recipe.finetune.enabled
+    if trains is None:
+        trains = target > STEP * original
+    if not trains and target > STEP * original:
+        raise ValueError(
+            f"--target is {target:,}, {target / original:g} times the original length; beyond "
+            f"{STEP}x a model must be fine-tuned: leave finetune.enabled null or true"
+        )
+    trained = None
+    if trains:
+        trained = target
+        if target > STEP * original:
+            trained = max(math.ceil(target / STEP), min(2 * original, target))
+        if trained > FURTHEST * original:
+            raise ValueError(
+                f"--target is {target:,}, {target / original:g} times the original length; one "
+                f"extension reaches {FURTHEST * STEP}x ({FURTHEST * STEP * original:,}): extend "
+                "its result again"
+            )
+    cost = _Costs(facts, recipe)
+    stages = [cost.search("search", recipe.search, trained or target)]
+    if trained is not None:
+        tuning = recipe.finetune
+        if tuning.through_half and trained // 2 > original:
+            stages.insert(0, cost.search("half-search", recipe.search, trained // 2))
+            stages.append(cost.training("half-finetune", tuning.half_steps, trained // 2))
+        stages.append(cost.training("finetune", tuning.steps, trained))
+        if trained < target:
+            stages.append(cost.search("second-search", recipe.second_search, target))
+    if recipe.recovery.enabled:
+        for times in (1, 2):
+            if times * original < target:
+                stage = cost.search(f"recovery-{times}", recipe.recovery, times * original)
+                stages.append(stage)
+        stages.append(cost.choice(stages[-1]))
+    stages.append(Stage("export", "export", target, 0, memory=cost.weights))
+    stages.append(cost.evaluation(original, trained or target, target))
+    stages.append(Stage("report", "report", target, 0))
+    return ContextPlan(original, trained, target, tuple(stages))
+
+
+def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
+    """The lengths measured: those of the recipe, or doublings of the original and the target."""
+    from longrope.windows import parse_length
+
+    if recipe.evaluate.lengths:
+        return sorted({parse_length(text, original) for text in recipe.evaluate.lengths})
+    lengths = [original]
+    while target % (2 * lengths[-1]) == 0 and 2 * lengths[-1] <= target:
+        lengths.append(2 * lengths[-1])
+    return sorted({*(length for length in lengths if target % length == 0), target})
+
+
+class _Costs:
+    """FLOPs and bytes of a model's forwards and training steps."""
+
+    def __init__(self, facts: ModelFacts, recipe: Recipe):
+        self.facts, self.recipe = facts, recipe
+        self.size = {"float32": 4, "float64": 8}.get(
+            facts.dtype if recipe.dtype == "auto" else recipe.dtype, 2
+        )
+        self.weights = facts.parameters * self.size
+
+    def flops(self, length: int) -> tuple[float, float]:
+        """Of one forward of a window: in matrix products with weights, and in attention.
+
+        Two per weight and token (the embedding table is read, not multiplied, unless it is
+        the head too); attention 4 · heads · head_dim per layer and pair of tokens, of which a
+        causal model sees half.
+        """
+        facts = self.facts
+        multiplied = facts.parameters - (0 if facts.tied else facts.vocabulary * facts.hidden_size)
+        pairs = length * length / 2
+        return (
+            2.0 * multiplied * length,
+            4.0 * facts.layers * facts.heads * facts.head_dim * pairs,
+        )
+
+    def search(self, name: str, section, length: int) -> Stage:
+        evaluations = section.settings(self.recipe).evaluations
+        forwards = evaluations * section.samples if section.method == "search" else 0
+        return self._forwards(name, "search", length, forwards)
+
+    def training(self, name: str, steps: int, length: int) -> Stage:
+        tuning = self.recipe.finetune
+        pieces = steps * tuning.batch
+        # Forward and twice that backward; with checkpointing the forward once again.
+        passes = 4 if tuning.gradient_checkpointing else 3
+        linear, attention = (passes * pieces * flops for flops in self.flops(length))
+        original = self.facts.original_max_position_embeddings or 0
+        short = round(tuning.short_share * length / original) * original * pieces
+        if short:
+            more = self.flops(original)
+            linear += passes * short / original * more[0]
+            attention += passes * short / original * more[1]
+        return Stage(
+            name,
+            "finetune",
+            length,
+            pieces,
+            pieces * length + short,
+            linear,
+            attention,
+            self._training_memory(length),
+            steps,
+        )
+
+    def choice(self, recovery: Stage) -> Stage:
+        """Both short sets and the long one at both lengths."""
+        forwards = 6 * self.recipe.recovery.samples
+        return self._forwards("recovery", "choose", recovery.length, forwards)
+
+    def evaluation(self, original: int, trained: int, target: int) -> Stage:
+        """Perplexity at every length for every method, and passkey."""
+        section = self.recipe.evaluate
+        lengths = evaluation_lengths(self.recipe, original, target)
+        methods = len(section.methods) + 2
+        forwards, tokens, linear, attention = 0, 0, 0.0, 0.0
+        for length in lengths:
+            trials = section.passkey_trials if length <= trained else section.passkey_trials_beyond
+            count = methods * section.documents * (target // length)
+            count += trials + len(section.methods) * section.passkey_trials_others
+            one = self.flops(length)
+            forwards, tokens = forwards + count, tokens + count * length
+            linear, attention = linear + count * one[0], attention + count * one[1]
+        memory = self._forward_memory(target)
+        return Stage("evaluate", "evaluate", target, forwards, tokens, linear, attention, memory)
+
+    def _forwards(self, name: str, kind: str, length: int, forwards: int) -> Stage:
+        linear, attention = (forwards * flops for flops in self.flops(length))
+        memory = self._forward_memory(length)
+        return Stage(name, kind, length, forwards, forwards * length, linear, attention, memory)
+
+    def _forward_memory(self, length: int) -> int:
+        """The long forward: weights, and per token hidden states, one layer's KV and angles."""
+        facts = self.facts
+        per_token = facts.hidden_size + 2 * facts.kv_heads * facts.head_dim + 2 * facts.head_dim
+        chunk = min(length, self.recipe.chunk)
+        work = chunk * 12 * facts.hidden_size * self.size
+        return self.weights + length * (per_token * self.size + 24) + work + _head(facts)
+
+    def _training_memory(self, length: int) -> int:
+        """Weights, gradients and Adam's two moments, and what the backward pass keeps.
+
+        With checkpointing a hidden state per layer and token, and one layer whole.
+        """
+        facts, tuning = self.facts, self.recipe.finetune
+        master = 2 if tuning.precision == "pure-bf16" else 4
+        half = 4 if tuning.precision == "float32" else 2
+        states = facts.parameters * master * 4
+        if tuning.lora is not None:
+            states = facts.parameters * master + facts.vocabulary * facts.hidden_size * 32
+        kept = facts.layers * facts.hidden_size
+        layer = 24 * facts.hidden_size
+        if not tuning.gradient_checkpointing:
+            kept, layer = facts.layers * 24 * facts.hidden_size, 0
+        return states + tuning.micro_batch * length * (kept + layer) * half + _head(facts)
+
+
+def _head(facts: ModelFacts) -> int:
+    """A thousand rows of logits in float32, and their gradient."""
+    return 2 * 1024 * facts.vocabulary * 4

@@ -1,0 +1,235 @@
+"""The recipe of an extension: one YAML file, every key known, every default the paper's."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from longrope.files import write_atomically
+from longrope.forward import DEFAULT_CHUNK
+from longrope.rope.methods import METHODS
+from longrope.search.evolution import EvolutionSettings
+from longrope.search.stage import SearchSettings
+from longrope.train.finetune import FinetuneSettings
+
+RECIPES = Path(__file__).parent / "recipes"
+_Positive = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Search(_Section):
+    """One search. With a ``method`` other than ``search``, that method's factors are taken."""
+
+    method: str = "search"
+    algorithm: str = "paper"
+    samples: _Positive = 5
+    budget: _Positive | None = None
+    patience: _Positive | None = None
+    upper: float | None = None
+    population: int = 64
+    mutations: int = 16
+    crossovers: int = 16
+    probability: float = 0.3
+    iterations: int = 40
+    parents: int = 32
+
+    def settings(self, recipe: "Recipe") -> SearchSettings:
+        """The same, as a search takes it."""
+        return SearchSettings(
+            samples=self.samples,
+            algorithm=self.algorithm,
+            budget=self.budget,
+            patience=self.patience,
+            seed=recipe.seed,
+            chunk=recipe.chunk,
+            hidden_device=recipe.hidden_device,
+            settings=EvolutionSettings(
+                self.population,
+                self.mutations,
+                self.crossovers,
+                self.probability,
+                self.iterations,
+                self.parents,
+            ),
+        )
+
+
+class Finetune(_Section):
+    """Training; see :class:`longrope.train.finetune.FinetuneSettings`.
+
+    ``enabled`` null: where the target is beyond 8 times the original length. With
+    ``through_half`` the model is trained at half the length first, for ``half_steps``.
+    """
+
+    enabled: bool | None = None
+    through_half: bool = False
+    half_steps: _Positive = 400
+    steps: _Positive = 400
+    batch: _Positive = 32
+    micro_batch: _Positive = 1
+    learning_rate: float = 2e-5
+    schedule: str = "linear"
+    warmup: int = 20
+    clip: float = 1.0
+    beta2: float = 0.999
+    precision: str = "bf16"
+    gradient_checkpointing: bool = True
+    passkey_share: float = 0.0
+    answer_weight: float = 1.0
+    short_share: float = 0.0
+    save_every: _Positive = 50
+    lora: int | None = None
+
+    def settings(self, steps: int | None = None) -> FinetuneSettings:
+        """The same, as training takes it; ``steps`` for the way through half the length."""
+        known: Any = self.model_dump(exclude={"enabled", "through_half", "half_steps"})
+        return FinetuneSettings(**{**known, "steps": steps or self.steps})
+
+
+class Recovery(Search):
+    """The two searches for the short context."""
+
+    enabled: bool = True
+    samples: _Positive = 20
+
+
+class Evaluate(_Section):
+    """What is measured at the end; any of it may be changed in a finished run."""
+
+    methods: tuple[str, ...] = ("none", "pi", "ntk", "yarn")
+    lengths: tuple[str, ...] = ()
+    documents: _Positive = 10
+    passkey_trials: _Count = 0
+    passkey_trials_beyond: _Count = 0
+    passkey_trials_others: _Count = 0
+    needle_trials: _Count = 0
+    digits: _Positive = 5
+    benchmarks: tuple[str, ...] = ()
+    benchmark_data: str | None = None
+    benchmark_limit: _Positive | None = None
+
+
+class Recipe(_Section):
+    """All that decides a run of ``longrope extend``."""
+
+    model: str = "bundled"
+    target: str
+    data: tuple[str, ...] = ()
+    evaluation_data: tuple[str, ...] = ()
+    field: str = "text"
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    chunk: _Positive = DEFAULT_CHUNK
+    hidden_device: str | None = None
+    existing_scaling: Literal["keep", "replace"] | None = None
+    original_length: _Positive | None = None
+    trust_remote_code: bool = False
+    start_tokens: _Count = 0
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    search: Search = Search()
+    finetune: Finetune = Finetune()
+    second_search: Search = Search()
+    recovery: Recovery = Recovery()
+    evaluate: Evaluate = Evaluate()
+
+    def check(self) -> None:
+        """Refuse values that no stage can work with.
+
+        Raises:
+            ValueError: names the field, its value and what it may be.
+        """
+        self.finetune.settings()
+        for name in ("search", "second_search", "recovery"):
+            section = getattr(self, name)
+            section.settings(self)
+            kinds = ("search", *METHODS) if name != "recovery" else ("search",)
+            if name == "second_search":
+                kinds = (*kinds, "yarn-log")
+            if section.method not in kinds:
+                raise ValueError(f"{name}.method is {section.method!r}; choose {', '.join(kinds)}")
+        for method in self.evaluate.methods:
+            if method not in METHODS:
+                raise ValueError(
+                    f"evaluate.methods: no method {method!r}; there are {', '.join(METHODS)}"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe: every key, also those left at their defaults."""
+        write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def load_recipe(source: str | Path, **changes: Any) -> Recipe:
+    """A recipe from a YAML file, or from the package by its name (``bundled``).
+
+    ``changes`` replace keys of it where they are not None.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key or a value out of range.
+    """
+    path = RECIPES / f"{source}.yaml"
+    if not path.exists():
+        path = Path(source)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ValueError(
+            f"--recipe {source}: {error.strerror}; give a YAML file, or one of {names}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--recipe {source}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--recipe {source}: a recipe is a mapping of keys to values")
+    return make_recipe(content | {k: v for k, v in changes.items() if v is not None})
+
+
+def resolve_recipe(
+    source: str | None, model: str | None, *, finetune: bool | None = None, **changes: Any
+) -> Recipe:
+    """The recipe that the command line asks for: a file's, the bundled one, or the defaults.
+
+    Raises:
+        ValueError: no target, or anything that :func:`load_recipe` raises for.
+    """
+    if source is None and model in (None, "bundled"):
+        source = "bundled"
+    changes = {name: value for name, value in changes.items() if value is not None}
+    changes |= {} if model is None else {"model": model}
+    if source is not None:
+        recipe = load_recipe(source, **changes)
+    elif "target" not in changes:
+        raise ValueError("--target is missing; give the tokens to reach, such as 8x or 128k")
+    else:
+        recipe = make_recipe(changes)
+    if finetune is not None:
+        tuning = recipe.finetune.model_copy(update={"enabled": finetune})
+        recipe = recipe.model_copy(update={"finetune": tuning})
+    return recipe
+
+
+def make_recipe(content: dict[str, Any]) -> Recipe:
+    """A checked recipe from its keys and values.
+
+    Raises:
+        ValueError: an unknown key or a value out of range; names it.
+    """
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            section: Any = Recipe
+            for part in first["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            known = ", ".join(section.model_fields)
+            raise ValueError(f"recipe: no key {key!r}; there are {known}") from None
+        raise ValueError(f"recipe: {key} is {first['input']!r}: {first['msg'].lower()}") from None
+    recipe.check()
+    return recipe

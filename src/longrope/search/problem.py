@@ -1,0 +1,139 @@
+"""The three searches of LongRoPE: where each starts, and how far it may go.
+
+All are one search, of a multiplier per dimension on top of a rescale; they differ
+in that rescale, in the bounds, and in the first candidates.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from longrope.model import ModelFacts
+from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.search.space import START_TOKENS, Candidate, Space
+
+# The first population of Algorithm 1, beside their mutants.
+STARTS = ("pi", "ntk", "yarn")
+# The same for the second search, and our own form of YaRN's step.
+STEP_STARTS = (*STARTS, "yarn-log")
+# The paper's bound on a factor, as a multiple of the extension (table 4).
+MARGIN = 1.25
+# How far recovery's shrunk starts lie from 1 to the fine-tuned factors, in log λ.
+_SHRUNK = (0.75, 0.5, 0.25)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What one search looks for: its space, and its named first candidates."""
+
+    space: Space
+    starts: dict[str, Candidate]
+
+
+def first_search(
+    facts: ModelFacts,
+    target: int,
+    *,
+    attention_factor: float | None = None,
+    start_tokens: tuple[int, ...] = START_TOKENS,
+    upper: float | None = None,
+) -> Problem:
+    """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK and YaRN."""
+    start = starting_point(facts, target, attention_factor)
+    space = Space(start, upper or MARGIN * start.scale, start_tokens)
+    known = {name: facts.rescale(name, target) for name in STARTS}
+    return Problem(
+        space,
+        {
+            name: space.nearest(rescale.replace(start_tokens=start_tokens[0]))
+            for name, rescale in known.items()
+        },
+    )
+
+
+def second_search(
+    facts: ModelFacts,
+    finetuned: Rescale,
+    target: int,
+    *,
+    attention_factor: float | None = None,
+    upper: float | None = None,
+) -> Problem:
+    """From a fine-tuned length to ``target``, without training (section 3.4).
+
+    A multiplier in [1, 1.25 · s₂] on the fine-tuned factors, s₂ = target / fine-tuned
+    length; from PI, NTK and YaRN, which take the fine-tuned length for the original.
+    """
+    if attention_factor is None:
+        attention_factor = starting_point(facts, target, None).attention_factor
+    start = finetuned.replace(max_position_embeddings=target, attention_factor=attention_factor)
+    scale = target / finetuned.max_position_embeddings
+    space = Space(start, upper or MARGIN * scale, (finetuned.start_tokens,))
+    return Problem(
+        space,
+        {
+            name: space.nearest(multiplied(start, step_factors(facts, finetuned, name, target)))
+            for name in STEP_STARTS
+        },
+    )
+
+
+def step_factors(facts: ModelFacts, finetuned: Rescale, method: str, target: int) -> np.ndarray:
+    """A method's factors for the step from a fine-tuned length to ``target``, shape (d/2,).
+
+    YaRN's ramp looks at how often a dimension turns within the fine-tuned length *as it is
+    fine-tuned*: by its unscaled frequency it would leave dimensions alone that no longer turn
+    once (perplexity at 16k on the bundled model 6 times the original's, against equal).
+    ``yarn-log`` is the same ramp as an exponent, s₂^ramp, and as far as two turns.
+    """
+    if not method.startswith("yarn"):
+        step = dataclasses.replace(
+            facts,
+            original_max_position_embeddings=finetuned.max_position_embeddings,
+            base_factors=(1.0,) * len(finetuned.factors),
+        )
+        return np.array(step.rescale(method, target).factors)
+    scale = target / finetuned.max_position_embeddings
+    turns = finetuned.max_position_embeddings * finetuned.inv_freq / (2 * np.pi)
+    fast, slow = 32.0, (2.0 if method == "yarn-log" else 1.0)
+    ramp = np.clip(np.log(fast / turns) / np.log(fast / slow), 0, 1)
+    factors = scale**ramp if method == "yarn-log" else 1 / (ramp / scale + (1 - ramp))
+    return np.maximum.accumulate(factors)
+
+
+def recovery_search(
+    facts: ModelFacts, finetuned: Rescale, length: int, attention_factor: float
+) -> Problem:
+    """Factors for short sequences of an extended model (section 3.3).
+
+    λ in [1, 1.25 · the largest fine-tuned one], under the long factors' one
+    ``attention_factor``; from the original factors, the fine-tuned ones, and these
+    shrunk towards 1.
+    """
+    start = facts.rescale("none", length).replace(attention_factor=attention_factor)
+    relative = np.divide(finetuned.factors, start.factors)
+    space = Space(start, MARGIN * float(relative.max()), (0,))
+    starts = {"original": np.ones_like(relative), "fine-tuned": relative}
+    starts |= {f"shrunk to {share:g}": np.maximum(relative, 1) ** share for share in _SHRUNK}
+    return Problem(
+        space,
+        {name: space.nearest(multiplied(start, factors)) for name, factors in starts.items()},
+    )
+
+
+def starting_point(facts: ModelFacts, target: int, attention_factor: float | None) -> Rescale:
+    """The rescale that every candidate of a first search multiplies.
+
+    It carries the one attention factor: by default √(1 + ln s / ln L), on top of what the
+    model has and keeps.
+    """
+    start = facts.rescale("none", target)
+    if attention_factor is None:
+        original = start.original_max_position_embeddings
+        attention_factor = default_attention_factor(original, target) * start.attention_factor
+    return start.replace(attention_factor=attention_factor)
+
+
+def multiplied(start: Rescale, factors: np.ndarray) -> Rescale:
+    """``start`` with its factors times others."""
+    return start.replace(factors=tuple(np.multiply(start.factors, factors).tolist()))

@@ -1,0 +1,221 @@
+"""A search as a stage of work: windows in, files of factors out; run again, it resumes."""
+
+import dataclasses
+import hashlib
+import platform
+import random
+from pathlib import Path
+from typing import Any
+
+import longrope
+from longrope.data import check_sources
+from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.model import LoadedModel, ModelFacts, find_device
+from longrope.parallel import Ranks
+from longrope.progress import Advance, console, duration, progress
+from longrope.search.evolution import EvolutionSettings
+from longrope.search.objective import Perplexity
+from longrope.search.problem import Problem, first_search
+from longrope.search.record import SearchConfig
+from longrope.search.run import ALGORITHMS, Progress, SearchResult, search
+from longrope.search.space import START_TOKENS
+from longrope.windows import (
+    Windows,
+    bos_token,
+    half,
+    load_documents,
+    pack,
+    parse_extension,
+    search_windows,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings:
+    """How a search goes about it, whatever it searches.
+
+    Raises:
+        ValueError: a count below 1, or no such algorithm.
+    """
+
+    samples: int = 5
+    algorithm: str = "paper"
+    budget: int | None = None
+    patience: int | None = None
+    seed: int = 0
+    chunk: int = DEFAULT_CHUNK
+    hidden_device: str | None = None
+    settings: EvolutionSettings = dataclasses.field(default_factory=EvolutionSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "budget", "patience", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"--algorithm {self.algorithm}: there is {', '.join(ALGORITHMS)}")
+
+    @property
+    def evaluations(self) -> int:
+        return min(self.budget or self.settings.evaluations, self.settings.evaluations)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+    """What ``longrope search`` may be told; see its ``--help``."""
+
+    target: str
+    out: Path
+    data: tuple[str, ...] = ()
+    field: str = "text"
+    pack: bool = False
+    attention_factor: float | None = None
+    start_tokens: int | None = None
+    upper: float | None = None
+    how: SearchSettings = dataclasses.field(default_factory=SearchSettings)
+
+    def __post_init__(self) -> None:
+        if self.upper is not None and self.upper < 1:
+            raise ValueError(f"--upper is {self.upper}; it must be at least 1")
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ValueError(f"--attention-factor is {self.attention_factor}; it must be positive")
+        if self.start_tokens is not None and self.start_tokens < 0:
+            raise ValueError(f"--start-tokens is {self.start_tokens}; it must not be negative")
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuse what cannot work on a model, before its weights are read.
+
+        Raises:
+            ValueError: a target that is no extension, or data that is not there.
+        """
+        parse_extension(self.target, facts)
+        check_sources(self.data)
+
+
+def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
+    """Search the rescale factors for a target length, or go on where it was interrupted.
+
+    Leaves ``rescale.json`` (the best), ``portable.json`` (the best that engines can
+    load, n̂ = 0), ``history.jsonl`` (every evaluation) and ``state.json`` in
+    ``options.out``.
+
+    Raises:
+        ValueError: an option out of range, too few tokens, or a directory that holds
+            another search; before any long work.
+    """
+    target = parse_extension(options.target, loaded.facts)
+    problem = first_search(
+        loaded.facts,
+        target,
+        attention_factor=options.attention_factor,
+        start_tokens=START_TOKENS if options.start_tokens is None else (options.start_tokens,),
+        upper=options.upper,
+    )
+    bos, seed = bos_token(loaded.tokenizer), options.how.seed
+    documents = load_documents(loaded, options.data, field=options.field, held_out=False)
+    if options.pack:
+        documents = half(documents, random.Random(seed))
+        documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
+    windows = search_windows(documents, target, options.how.samples, seed, bos)
+    return search_stage(loaded, problem, windows, options.how, options.out, ranks)
+
+
+def search_stage(
+    loaded: LoadedModel,
+    problem: Problem,
+    windows: Windows,
+    how: SearchSettings,
+    out: Path,
+    ranks: Ranks,
+    title: str = "search",
+) -> SearchResult:
+    """Any of the three searches, on windows of its length.
+
+    Raises:
+        ValueError: ``out`` holds another search, or no candidate has a finite loss.
+    """
+    facts, space = loaded.facts, problem.space
+    start, length = space.start, space.start.max_position_embeddings
+    config = SearchConfig(
+        model=loaded.fingerprint(),
+        documents=tuple(h for document in windows.documents for h in document.sha256),
+        windows=hashlib.sha256(windows.ids.tobytes()).hexdigest(),
+        length=length,
+        algorithm=how.algorithm,
+        settings=how.settings,
+        seed=how.seed,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=loaded.model.device.type,
+        chunk=how.chunk,
+        start={k: v for k, v in start.to_json().items() if k != "provenance"},
+        upper=space.upper,
+        start_tokens=space.start_tokens,
+    )
+    hidden = how.hidden_device and find_device("--hidden-device", how.hidden_device)
+    forward = LongForward(loaded.model, how.chunk, hidden or None)
+    names = ", ".join(document.name for document in windows.documents)
+    headline = (
+        f"{facts.architecture}, {start.original_max_position_embeddings:,} → {length:,} tokens "
+        f"({start.scale:g}×); {len(windows.ids)} windows of {names}"
+    )
+    with progress(title, how.evaluations, show=ranks.first) as advance:
+        return search(
+            config,
+            space,
+            problem.starts,
+            Perplexity(forward, windows.ids),
+            out,
+            ranks=ranks,
+            budget=how.budget,
+            patience=how.patience,
+            provenance={
+                "model": facts.source,
+                "base_factors": list(facts.base_factors),
+                "document_names": [document.name for document in windows.documents],
+                "longrope": longrope.__version__,
+                "python": platform.python_version(),
+            },
+            report=_Reporter(headline, advance) if ranks.first else lambda now: None,
+        )
+
+
+class _Reporter:
+    """Say how a search goes: what it is, how long it will take, then the best so far."""
+
+    def __init__(self, headline: str, advance: Advance):
+        self.headline = headline
+        self.advance = advance
+        self.estimated = False
+
+    def __call__(self, now: Progress) -> None:
+        if now.evaluations == 0:
+            console.print(self.headline, highlight=False)
+            return
+        if not self.estimated and now.seconds_left is not None:
+            self.estimated = True
+            console.print(
+                f"{now.total - now.evaluations} evaluations to go, about "
+                f"{duration(now.seconds_left)}; it can be stopped and run again at any time",
+                highlight=False,
+            )
+        if now.replayed and now.evaluations < now.total:
+            return
+        starts = " ".join(f"{name} {loss:.4f}" for name, loss in now.starts.items())
+        left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
+        self.advance(now.evaluations, f"best {now.best:.4f} ({starts}){left}")
+
+
+def summary(result: SearchResult, out: Path) -> dict[str, Any]:
+    """What ``longrope search --json`` prints."""
+    return {
+        "rescale": str(out / "rescale.json"),
+        "portable": str(out / "portable.json") if result.portable else None,
+        "history": str(out / "history.jsonl"),
+        "loss": result.best_loss,
+        "portable_loss": result.portable_loss,
+        "start_tokens": result.best.start_tokens,
+        "starts": result.starts,
+        "evaluations": result.evaluations,
+        "computed": result.computed,
+        "not_finite": result.not_finite,
+    }

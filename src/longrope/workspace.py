@@ -1,0 +1,138 @@
+"""The directory of a run: what is done in it, and what its stages read of each other."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longrope.files import write_atomically
+from longrope.model import LoadedModel, ModelFacts, load_model
+from longrope.parallel import Ranks, local_device
+from longrope.plan import ContextPlan, Stage
+from longrope.pools import Pools, make_pools
+from longrope.progress import console, duration
+from longrope.recipe import Recipe
+from longrope.rope.rescale import Rescale
+from longrope.rope.switch import Pair
+from longrope.search.problem import starting_point
+
+# What may be changed in a run that has begun: it does not touch what is searched or trained.
+_FREE = ("evaluate", "device", "hidden_device")
+
+
+class Run:
+    """One run of a recipe: its plan, its directory, its processes, the model in memory."""
+
+    def __init__(
+        self, recipe: Recipe, facts: ModelFacts, plan: ContextPlan, out: Path, ranks: Ranks
+    ):
+        self.recipe, self.facts, self.plan = recipe, facts, plan
+        self.out, self.ranks = out, ranks
+        self._loaded: tuple[str, LoadedModel] | None = None
+
+    def claim(self) -> None:
+        """Write the resolved recipe, or see that it is the one that was written before.
+
+        Raises:
+            ValueError: another run, or something else, is there; what differs is named.
+        """
+        file, now = self.out / "recipe.yaml", self.recipe.model_dump(mode="json")
+        if file.exists():
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            differing = [
+                f"{key} (there {before.get(key)}, now {now[key]})"
+                for key in now
+                if key not in _FREE and before.get(key) != now[key]
+            ]
+            if differing:
+                raise ValueError(
+                    f"{self.out} holds another run; it differs in {'; '.join(differing)}; give "
+                    "another --out"
+                )
+            if before["evaluate"] != now["evaluate"]:
+                for name in ("evaluate", "report"):
+                    (self.out / name / "done.json").unlink(missing_ok=True)
+        elif self.out.exists() and any(p.name != ".lock" for p in self.out.iterdir()):
+            raise ValueError(f"{self.out} is not empty and holds no run; give another --out")
+        self.recipe.save(file)
+
+    def directory(self, name: str) -> Path:
+        return self.out / name
+
+    def done(self, name: str) -> bool:
+        """Whether every process may skip a stage: rank 0's disk decides."""
+        return bool(self.ranks.broadcast((self.out / name / "done.json").exists()))
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What a stage that is done said of itself."""
+        return json.loads((self.out / name / "done.json").read_text(encoding="utf-8"))
+
+    def finish(self, stage: Stage, record: dict[str, Any]) -> None:
+        """Mark a stage as done; what it wrote is there for every process that shares the disk."""
+        if self.ranks.first:
+            file = self.out / stage.name / "done.json"
+            write_atomically(file, json.dumps(record, indent=1) + "\n")
+            console.print(f"{stage.name}: done in {duration(record['seconds'])}", highlight=False)
+        self.ranks.gather(0.0)
+
+    def original(self) -> LoadedModel:
+        """The model as it came."""
+        return self._load(self.recipe.model)
+
+    def trained(self) -> LoadedModel:
+        """The model that the result is for: fine-tuned, if the plan says so."""
+        if self.plan.trained is None:
+            return self.original()
+        return self._load(str(self.out / "finetune" / "model"))
+
+    def half_trained(self) -> LoadedModel:
+        """The model on its way through half the length."""
+        return self._load(str(self.out / "half-finetune" / "model"))
+
+    def forget(self) -> None:
+        """Let go of the model in memory: it was changed."""
+        self._loaded = None
+
+    def _load(self, source: str) -> LoadedModel:
+        if self._loaded is None or self._loaded[0] != source:
+            self.forget()  # one model in memory at a time
+            recipe = self.recipe
+            loaded = load_model(
+                source,
+                device=local_device(recipe.device),
+                dtype=recipe.dtype,
+                existing_scaling=recipe.existing_scaling,
+                original_length=recipe.original_length,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+            self._loaded = source, loaded
+        return self._loaded[1]
+
+    @functools.cached_property
+    def pools(self) -> Pools:
+        """The documents, shared out."""
+        loaded = self._loaded[1] if self._loaded else self.original()
+        return make_pools(loaded, self.recipe, self.plan.target, self.plan.trained is not None)
+
+    def attention_factor(self, length: int) -> float:
+        """The recipe's, or √(1 + ln s / ln L) for a length; the target's is what is exported."""
+        return starting_point(self.facts, length, self.recipe.attention_factor).attention_factor
+
+    def rescale(self, name: str) -> Rescale:
+        """The factors that a stage found."""
+        return Rescale.load(self.out / name / "rescale.json")
+
+    @property
+    def long(self) -> Rescale:
+        """The factors for the target."""
+        return self.rescale("second-search" if "second-search" in self.plan else "search")
+
+    @property
+    def pair(self) -> Pair:
+        """The factors for short sequences and for long ones; the same where none were searched."""
+        long = self.long
+        if "recovery" in self.plan:
+            return Pair(self.rescale("recovery"), long)
+        return Pair(long.replace(max_position_embeddings=self.plan.original), long)
