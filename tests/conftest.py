@@ -6,12 +6,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
+from longrope.rope.install import find_rotary
+from longrope.rope.rescale import Rescale
+from longrope.rope.switch import Pair
 from longrope.source import BUNDLED
 
 # A busy machine is no failure; CI runs the same examples every time.
@@ -89,6 +93,19 @@ def micro_model(config, seed: int = 0):
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
     return model
+
+
+RECOVERY = 80
+
+
+def pair(model, recovery: int = RECOVERY) -> Pair:
+    """Factors for a micro-model: short up to ``recovery`` tokens, long beyond."""
+    site = find_rotary(model)
+    half, theta = len(site.inv_freq), float(site.parameters["rope_theta"])
+    shared = {"rope_theta": theta, "original_max_position_embeddings": 64, "attention_factor": 1.1}
+    short = Rescale(tuple(np.linspace(1, 2, half)), max_position_embeddings=recovery, **shared)
+    long = Rescale(tuple(np.linspace(1, 9, half)), max_position_embeddings=512, **shared)
+    return Pair(short, long)
 
 
 @pytest.fixture(scope="session")

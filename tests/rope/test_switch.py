@@ -1,25 +1,14 @@
 """The short/long switch: each row by its own length, and exact across the boundary."""
 
-import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from longrope.rope.install import find_rotary, installed
-from longrope.rope.rescale import Rescale
+from conftest import RECOVERY, pair
+from longrope.rope.install import installed
 from longrope.rope.switch import Pair, switched
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi3", "gemma3", "gpt_neox", "cohere"]
-RECOVERY = 80
-
-
-def pair(model, recovery=RECOVERY) -> Pair:
-    site = find_rotary(model)
-    half, theta = len(site.inv_freq), float(site.parameters["rope_theta"])
-    shared = {"rope_theta": theta, "original_max_position_embeddings": 64, "attention_factor": 1.1}
-    short = Rescale(tuple(np.linspace(1, 2, half)), max_position_embeddings=recovery, **shared)
-    long = Rescale(tuple(np.linspace(1, 9, half)), max_position_embeddings=512, **shared)
-    return Pair(short, long)
 
 
 def logits(model, rescale, ids):

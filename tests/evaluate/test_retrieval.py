@@ -1,0 +1,112 @@
+"""Passkey and needle: lengths in tokens, depths, and what counts as right."""
+
+import random
+
+import pytest
+import torch
+
+from longrope.evaluate.retrieval import (
+    FILLER,
+    TASK,
+    Row,
+    depths,
+    haystack_lines,
+    needle_prompt,
+    passkey_prompt,
+    retrieve,
+    totals,
+    wilson,
+)
+from longrope.forward import LongForward
+from longrope.model import load_model
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model("bundled")
+
+
+@pytest.mark.parametrize("length", [110, 256, 777, 4096])
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_passkey_prompt_fills_its_length(bundled, length, depth):
+    prompt = passkey_prompt(bundled.tokenizer, length, depth, random.Random(1))
+    filler = len(bundled.tokenizer(FILLER, add_special_tokens=False)["input_ids"])
+    assert length - filler - 8 <= len(prompt.ids) <= length
+    text = bundled.tokenizer.decode(prompt.ids, skip_special_tokens=True)
+    assert text.startswith(TASK)
+    answer = bundled.tokenizer.decode(prompt.ids[-prompt.answer_tokens :]).strip()
+    assert len(answer) == 5
+    assert f"The pass key is {answer}. Remember it. {answer} is the pass key.\n" in text
+    assert text.endswith(f"What is the pass key? The pass key is {answer}")
+    if length > 256:
+        before = text.index("The pass key is") - len(TASK)
+        after = len(text) - text.index("What is the pass key?")
+        where = before / (len(text) - len(TASK) - after)
+        assert where == pytest.approx(depth, abs=0.15)
+
+
+def test_a_needle_stands_between_lines_of_the_haystack(bundled):
+    lines = [f"line {i} of a long story\n" for i in range(2000)]
+    prompt = needle_prompt(bundled.tokenizer, lines, 1000, 0.3, random.Random(0))
+    text = bundled.tokenizer.decode(prompt.ids, skip_special_tokens=True)
+    assert 900 <= len(prompt.ids) <= 1000
+    assert "\nThe magic number of " in text
+    with pytest.raises(ValueError, match=r"a haystack of \d+ tokens is shorter than the 1,000"):
+        needle_prompt(bundled.tokenizer, lines[:20], 1000, 0.3, random.Random(0))
+
+
+def test_too_short_for_the_question(bundled):
+    with pytest.raises(ValueError, match="--lengths: 40 tokens are too few"):
+        passkey_prompt(bundled.tokenizer, 40, 0.5, random.Random(0))
+
+
+def test_depths_are_stratified():
+    found = depths(20, random.Random(3))
+    assert [int(20 * depth) for depth in found] == list(range(20))
+
+
+@torch.inference_mode()
+def test_right_is_what_greedy_generation_says(bundled):
+    """The one forward over prompt and answer against transformers' own generate()."""
+
+    def make(length, depth, rng):
+        return passkey_prompt(bundled.tokenizer, length, depth, rng)
+
+    forward = LongForward(bundled.model)
+    for length, outcomes in ((250, {1}), (420, {0, 1})):
+        rows = retrieve(forward, make, length, None, trials=12, bins=12, seed=1)
+        rng = random.Random(f"1 {length}")
+        for row, depth in zip(rows, depths(12, rng), strict=True):
+            prompt = make(length, depth, rng)
+            ids = torch.from_numpy(prompt.ids[: -prompt.answer_tokens])[None]
+            answer = bundled.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=prompt.answer_tokens,
+                do_sample=False,
+            )[0, ids.shape[1] :]
+            assert row.correct == int(
+                answer.tolist() == prompt.ids[-prompt.answer_tokens :].tolist()
+            )
+            assert row.trials == 1
+        assert {row.correct for row in rows} <= outcomes
+
+
+def test_interval_of_a_share():
+    low, high = wilson(45, 50)  # R: binom::binom.wilson(45, 50)
+    assert (low, high) == (pytest.approx(0.7864, abs=1e-4), pytest.approx(0.9565, abs=1e-4))
+    assert wilson(20, 20)[0] == pytest.approx(0.8389, abs=1e-4)
+    assert wilson(0, 20)[0] == 0
+
+
+def test_totals():
+    rows = [Row(256, 0.1, 1, 2), Row(256, 0.9, 2, 2), Row(512, 0.5, 0, 3)]
+    assert totals(rows) == {256: (3, 4), 512: (0, 3)}
+
+
+def test_lines_of_documents(bundled):
+    from longrope.windows import TokenDocument
+
+    ids = torch.tensor(bundled.tokenizer("a\nb\n", add_special_tokens=False)["input_ids"]).numpy()
+    lines = haystack_lines([TokenDocument("d", ("d",), ids)], bundled.tokenizer)
+    assert lines[:2] == ["a\n", "b\n"]

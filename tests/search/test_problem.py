@@ -1,0 +1,84 @@
+"""Where the three searches start, and how far they may go."""
+
+import numpy as np
+import pytest
+
+from longrope.model import inspect_model
+from longrope.rope.rescale import default_attention_factor
+from longrope.search.problem import (
+    first_search,
+    recovery_search,
+    second_search,
+    step_factors,
+)
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return inspect_model("bundled")
+
+
+@pytest.fixture(scope="module")
+def finetuned(facts):
+    return facts.rescale("yarn", 2048).replace(attention_factor=1.17)
+
+
+def test_second_multiplies_the_fine_tuned_factors(facts, finetuned):
+    problem = second_search(facts, finetuned, 16_384)
+    space = problem.space
+    assert space.top == 1000  # 1.25 · s₂
+    assert space.start_tokens == (0,)
+    assert set(problem.starts) == {"pi", "ntk", "yarn", "yarn-log"}
+    for candidate in problem.starts.values():
+        assert space.contains(candidate)
+        rescale = space.rescale(candidate)
+        assert rescale.max_position_embeddings == 16_384
+        assert rescale.original_max_position_embeddings == 256
+        assert rescale.attention_factor == default_attention_factor(256, 16_384)
+        assert (np.array(rescale.factors) >= np.array(finetuned.factors)).all()
+    pi = np.divide(space.rescale(problem.starts["pi"]).factors, finetuned.factors)
+    np.testing.assert_allclose(pi, 8)
+
+
+def test_the_step_of_yarn_is_yarn_itself_on_an_unscaled_model(facts):
+    """The ramp in turns equals YaRN's in dimensions, but for the rounding of its ends."""
+    unscaled = facts.rescale("none", 256)
+    step = step_factors(facts, unscaled, "yarn", 2048)
+    known = np.array(facts.rescale("yarn", 2048).factors)
+    assert (step[0], step[-1]) == (1, 8)
+    ramp = (1 - 1 / step) / (1 - 1 / 8)
+    expected = (1 - 1 / known) / (1 - 1 / 8)
+    assert np.abs(ramp - expected).max() < 0.12  # one dimension of the ten of the ramp
+
+
+def test_the_step_of_yarn_sees_the_rescaled_frequencies(facts, finetuned):
+    step = step_factors(facts, finetuned, "yarn", 16_384)
+    turns = 2048 * finetuned.inv_freq / (2 * np.pi)
+    np.testing.assert_allclose(step[turns <= 1], 8)
+    np.testing.assert_allclose(step[turns >= 32], 1)
+    assert (np.diff(step) >= 0).all()
+    logarithmic = step_factors(facts, finetuned, "yarn-log", 16_384)
+    np.testing.assert_allclose(logarithmic[turns <= 2], 8)
+
+
+def test_recovery_starts_from_the_original_and_ends_at_the_fine_tuned(facts, finetuned):
+    problem = recovery_search(facts, finetuned, 512, attention_factor=1.3)
+    space = problem.space
+    assert space.top == round(125 * max(finetuned.factors))
+    original = space.rescale(problem.starts["original"])
+    assert set(original.factors) == {1.0}
+    assert original.attention_factor == 1.3
+    assert original.max_position_embeddings == 512
+    np.testing.assert_allclose(
+        space.rescale(problem.starts["fine-tuned"]).factors, finetuned.factors, atol=0.006
+    )
+    half = np.array(space.rescale(problem.starts["shrunk to 0.5"]).factors)
+    np.testing.assert_allclose(half, np.sqrt(finetuned.factors), atol=0.006)
+    assert all(space.contains(candidate) for candidate in problem.starts.values())
+
+
+def test_first_is_bounded_by_the_paper(facts):
+    problem = first_search(facts, 2048, start_tokens=(0,))
+    assert problem.space.top == 1000
+    assert set(problem.starts) == {"pi", "ntk", "yarn"}
+    assert problem.space.start.attention_factor == default_attention_factor(256, 2048)

@@ -1,0 +1,123 @@
+"""Generation token by token, over the boundary, against transformers' own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import pair
+from longrope.export.huggingface import export_model
+from longrope.generate import load_extended, stream, text_of
+from longrope.model import LoadedModel, load_model
+from longrope.rope.switch import switched
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model("bundled")
+
+
+def pair_for(facts):
+    from longrope.rope.switch import Pair
+
+    factor = facts.rescale("yarn", 2048).attention_factor
+    short = facts.rescale("none", 300).replace(attention_factor=factor)
+    return Pair(short.replace(max_position_embeddings=300), facts.rescale("yarn", 2048))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3", "gemma2", "cohere"])
+def test_stream_equals_generate_without_a_cache(checkpoints, ids, family):
+    loaded = load_model(str(checkpoints(family)), dtype="float32")
+    both, prompt = pair(loaded.model), ids[0, :75].tolist()
+    loaded.model.generation_config.eos_token_id = None
+    found = list(stream(loaded, both, prompt, max_new_tokens=12, chunk=20))
+    with switched(loaded.model, both):
+        expected = loaded.model.generate(
+            ids[:1, :75],
+            attention_mask=torch.ones(1, 75, dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            use_cache=False,
+            pad_token_id=2,
+        )[0, 75:].tolist()
+    assert found == expected
+
+
+def test_an_export_generates_the_same_in_a_process_of_its_own(bundled, tmp_path):
+    """The command line on an exported checkpoint, and on a run with its pair beside it."""
+    made = pair_for(bundled.facts)
+    export_model(bundled, made, tmp_path / "model")
+    made.long.save(tmp_path / "rescale.json")
+    made.short.save(tmp_path / "short.json")
+    book = tmp_path / "book.txt"
+    book.write_text("import os\n" * 80)
+    texts = []
+    for source in (tmp_path, tmp_path / "model"):
+        command = [sys.executable, "-m", "longrope", "generate", source, "--prompt-file", book]
+        done = subprocess.run(
+            [*map(str, command), "--prompt", "import", "--max-new-tokens", "9"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    loaded, loaded_pair = load_extended(str(tmp_path))
+    assert loaded_pair == made
+    ids = loaded.tokenizer(book.read_text() + "import")["input_ids"]
+    expected = "".join(text_of(loaded, stream(loaded, made, ids, max_new_tokens=9)))
+    assert texts == [expected + "\n"] * 2
+
+
+def test_plain_transformers_reads_the_exported_pair(bundled, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from longrope.rope.install import installed
+
+    made = pair_for(bundled.facts)
+    export_model(bundled, made, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    own = load_model("bundled", dtype="float32").model
+    ids = torch.randint(3, 1500, (1, 700), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        unscaled = own(input_ids=ids).logits
+        for tokens, rescale in ((300, made.short), (301, made.long), (700, made.long)):
+            with installed(own, rescale):
+                expected = own(input_ids=ids[:, :tokens]).logits
+            found = model(input_ids=ids[:, :tokens]).logits
+            torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+            assert (found - unscaled[:, :tokens]).abs().max() > 0.1
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["original_max_position_embeddings"] == 300
+    assert config["max_position_embeddings"] == 2048
+    assert config["rope_scaling"]["type"] == config["rope_parameters"]["rope_type"] == "longrope"
+
+
+def test_what_a_checkpoint_cannot_say_is_refused(bundled, tmp_path):
+    from longrope.rope.switch import Pair
+
+    made = pair_for(bundled.facts)
+    with pytest.raises(ValueError, match="start_tokens is 4"):
+        export_model(bundled, Pair(made.short, made.long.replace(start_tokens=4)), tmp_path / "m")
+    short = made.short.replace(attention_factor=1.0)
+    with pytest.raises(ValueError, match=r"attention_factor is 1 .*a checkpoint holds one"):
+        export_model(bundled, Pair(short, made.long), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_sampling_is_decided_by_the_seed(bundled):
+    def text(seed):
+        ids = bundled.tokenizer("def f(")["input_ids"]
+        options = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}
+        return list(stream(bundled, None, ids, **options))
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_an_empty_prompt_is_refused(bundled):
+    loaded = LoadedModel(bundled.model, bundled.tokenizer, bundled.facts)
+    with pytest.raises(ValueError, match="--prompt is empty"):
+        next(stream(loaded, None, [], max_new_tokens=1))

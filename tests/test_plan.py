@@ -1,0 +1,151 @@
+"""The plan: which stages, in which order, at what cost; and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from longrope.cost import check_memory, dry_run
+from longrope.model import inspect_model
+from longrope.plan import evaluation_lengths, make_plan
+from longrope.recipe import make_recipe
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return inspect_model("bundled")
+
+
+def plan(facts, **content):
+    return make_plan(facts, make_recipe(content))
+
+
+def names(plan):
+    return [stage.name for stage in plan.stages]
+
+
+END = ["recovery-1", "recovery-2", "recovery", "export", "evaluate", "report"]
+
+
+def test_up_to_8x_needs_no_training(facts):
+    assert names(plan(facts, target="8x")) == ["search", *END]
+    made = plan(facts, target="2x")
+    assert names(made) == ["search", "recovery-1", "recovery", "export", "evaluate", "report"]
+    assert made.trained is None
+
+
+def test_training_may_be_asked_for(facts):
+    made = plan(facts, target="8x", finetune={"enabled": True})
+    assert names(made) == ["search", "finetune", *END]
+    assert (made.trained, made.target) == (2048, 2048)
+
+
+@pytest.mark.parametrize(("target", "trained"), [("64x", 2048), ("512x", 16_384), ("12x", 512)])
+def test_beyond_8x_it_is_searched_and_trained_at_an_eighth(facts, target, trained):
+    made = plan(facts, target=target)
+    assert names(made) == ["search", "finetune", "second-search", *END]
+    assert made.trained == trained
+    assert made["search"].length == made["finetune"].length == trained
+    assert made["second-search"].length == made.target
+
+
+def test_by_way_of_half_the_length(facts):
+    made = plan(facts, target="64x", finetune={"through_half": True, "half_steps": 7})
+    assert names(made)[:4] == ["half-search", "search", "half-finetune", "finetune"]
+    assert made["half-finetune"].length == 1024
+    assert made["half-finetune"].steps == 7
+
+
+def test_without_recovery(facts):
+    made = plan(facts, target="64x", recovery={"enabled": False})
+    assert names(made)[3:] == ["export", "evaluate", "report"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"target": "1024x"}, r"--target is 262,144, 1024 times.*reaches 512x \(131,072\)"),
+        ({"target": "16x", "finetune": {"enabled": False}}, "beyond 8x a model must be fine-tuned"),
+        ({"target": "256"}, "handles 256 already"),
+        ({"target": "8x", "serch": {}}, "no key 'serch'; there are model, target"),
+        ({"target": "8x", "search": {"buget": 3}}, "no key 'search.buget'; there are method"),
+        ({"target": "8x", "search": {"method": "yam"}}, "search.method is 'yam'; choose search"),
+        ({"target": "8x", "finetune": {"precision": "fp8"}}, "finetune.precision is 'fp8'"),
+        ({"target": "8x", "finetune": {"steps": 0}}, "finetune.steps is 0"),
+        ({"target": "8x", "evaluate": {"methods": ["x"]}}, "evaluate.methods: no method 'x'"),
+        ({}, "target is {}: field required"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(facts, content, message):
+    with pytest.raises(ValueError, match=message):
+        plan(facts, **content)
+
+
+def test_lengths_are_doublings(facts):
+    recipe = make_recipe({"target": "64x"})
+    assert evaluation_lengths(recipe, 256, 2048) == [256, 512, 1024, 2048]
+    assert evaluation_lengths(recipe, 256, 3072) == [256, 512, 1024, 3072]
+    asked = make_recipe({"target": "64x", "evaluate": {"lengths": ["2x", "1k"]}})
+    assert evaluation_lengths(asked, 256, 2048) == [512, 1024]
+
+
+def test_costs_are_those_of_the_work(facts):
+    made = plan(facts, target="8x", search={"budget": 10, "samples": 3})
+    stage = made["search"]
+    assert (stage.forwards, stage.tokens) == (30, 30 * 2048)
+    assert stage.linear == pytest.approx(2 * facts.parameters * stage.tokens)
+    # 4 · layers · heads · head_dim · T² / 2 a window
+    assert stage.attention == 30 * 4 * 5 * 3 * 64 * 2048**2 / 2
+    training = plan(
+        facts, target="8x", finetune={"enabled": True, "steps": 5, "batch": 4, "short_share": 1.0}
+    )["finetune"]
+    assert training.tokens == 2 * 5 * 4 * 2048
+    assert training.memory > 16 * facts.parameters
+
+
+def test_flops_agree_with_a_counter(micro_models, ids):
+    """torch's own count of a plain forward, whose attention is causal by mask."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = micro_models("llama")
+    model.set_attn_implementation("eager")  # the counter does not know the CPU's flash kernel
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids[:1], use_cache=False)
+    model.set_attn_implementation("sdpa")
+    config = model.config
+    facts = dataclasses.replace(
+        inspect_model("bundled"),
+        layers=config.num_hidden_layers,
+        heads=4,
+        head_dim=16,
+        hidden_size=64,
+        vocabulary=1536,
+        tied=False,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+    made = make_plan(facts, make_recipe({"target": "512", "search": {"budget": 1, "samples": 1}}))
+    stage = made["search"]
+    norms = (2 * 4 + 1) * 64
+    linear = 97 / 512 * stage.linear - 2 * 97 * norms
+    attention = 2 * stage.attention * (97 / 512) ** 2  # the counter counts both halves
+    assert counter.get_total_flops() == pytest.approx(linear + attention, rel=0.02)
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(facts):
+    made = plan(facts, target="64x")
+    check_memory(made, free=10**12)
+    with pytest.raises(
+        ValueError, match=r"finetune at 2,048 tokens needs about 0\.\d GB and 0\.\d GB are"
+    ):
+        check_memory(dataclasses.replace(made, stages=(made["finetune"],)), free=10**7)
+
+
+def test_the_estimate_has_a_time_for_every_stage_that_computes(facts):
+    recipe = make_recipe({"target": "64x"})
+    made = make_plan(facts, recipe)
+    estimate = dry_run(made, facts, recipe, "2x40")
+    assert estimate.free == 80 * 10**9
+    for stage in made.stages:
+        assert (estimate.rates.seconds(stage) > 0) == (stage.tokens > 0)
+    with pytest.raises(ValueError, match="--memory lots"):
+        dry_run(made, facts, recipe, "lots")
