@@ -67,6 +67,19 @@ def passkey_prompt(
     return _prompt(tokenizer, repeat(FILLER), needle, question, key, length, depth)
 
 
+def question_tokens(tokenizer: Any, digits: int = 5) -> int:
+    """Tokens of the shortest prompt of either kind: introduction, needle, question, answer."""
+    key = "0" * digits
+    city = max(_CITIES, key=len)
+    texts = (
+        f"{TASK}The pass key is {key}. Remember it. {key} is the pass key.\n"
+        f"What is the pass key? The pass key is {key}",
+        f"{TASK}The magic number of {city} is {key}.\n"
+        f"What is the magic number of {city}? The magic number of {city} is {key}",
+    )
+    return max(len(tokenizer(text)["input_ids"]) for text in texts) + digits
+
+
 def needle_prompt(
     tokenizer: Any,
     haystack: Sequence[str],

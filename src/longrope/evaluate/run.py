@@ -21,6 +21,7 @@ from longrope.evaluate.retrieval import (
     haystack_lines,
     needle_prompt,
     passkey_prompt,
+    question_tokens,
     retrieve,
 )
 from longrope.files import append_line, read_lines, write_atomically
@@ -44,7 +45,8 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     plan, recipe = run.plan, run.recipe
     lengths = evaluation_lengths(recipe, plan.original, plan.target)
     cells = _Cells(run.directory(stage.name) / "cells.jsonl")
-    wanted = list(_wanted(run, lengths))
+    shortest = question_tokens(run.original().tokenizer, recipe.evaluate.digits)
+    wanted = list(_wanted(run, lengths, shortest))
     with progress("evaluate", len(wanted)) as advance:
         for number, (kind, method, length, options) in enumerate(wanted, 1):
             if not cells.known(kind, method, length, options):
@@ -59,8 +61,13 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     return {}
 
 
-def _wanted(run: Run, lengths: list[int]) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-    """Every cell: the original model's first, so that each model is loaded once."""
+def _wanted(
+    run: Run, lengths: list[int], shortest: int
+) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+    """Every cell: the original model's first, so that each model is loaded once.
+
+    Nothing is asked at lengths below ``shortest``, which do not hold the question.
+    """
     recipe, plan = run.recipe, run.plan
     section = recipe.evaluate
     scored = {"documents": section.documents, "lengths": lengths}
@@ -74,6 +81,8 @@ def _wanted(run: Run, lengths: list[int]) -> Iterator[tuple[str, str, int, dict[
         for length in lengths:
             yield "perplexity", method, length, scored
         for length in lengths:
+            if length < shortest:
+                continue
             trials = section.passkey_trials_others
             if method == RESULT:
                 far = section.passkey_trials_beyond

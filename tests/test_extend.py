@@ -1,0 +1,247 @@
+"""The whole system on a model of two layers: every stage, killed in each, and what it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from longrope.rope.rescale import Rescale
+
+STAGES = [
+    "search",
+    "finetune",
+    "second-search",
+    "recovery-1",
+    "recovery-2",
+    "recovery",
+    "export",
+    "evaluate",
+    "report",
+]
+SMALL = {"population": 6, "mutations": 2, "crossovers": 2, "iterations": 3, "parents": 4}
+RECIPE = {
+    "target": "16x",
+    "dtype": "float32",
+    "search": {"samples": 2, **SMALL},
+    "finetune": {
+        "steps": 6,
+        "batch": 2,
+        "learning_rate": 1e-3,
+        "precision": "float32",
+        "warmup": 2,
+        "save_every": 2,
+        "passkey_share": 0.3,
+        "short_share": 0.5,
+    },
+    "second_search": {"samples": 1, **SMALL},
+    "recovery": {"samples": 2, **SMALL},
+    "evaluate": {
+        "methods": ["none", "yarn"],
+        "documents": 2,
+        "lengths": ["128", "512", "1024", "64"],
+        "passkey_trials": 0,
+    },
+}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "longrope", "extend", *map(str, arguments)]
+
+
+def run(*arguments, code=0):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def arguments(checkpoints, texts, tmp_path_factory):
+    """Model, recipe and data of every run here."""
+    recipe = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    content = RECIPE | {"model": str(checkpoints("llama")), "data": [str(texts)]}
+    recipe.write_text(yaml.safe_dump(content))
+    return ["--recipe", recipe]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """A run that nothing interrupted, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, run(*arguments, "--out", out)
+
+
+def results(out):
+    found = json.loads((out / "results.json").read_text())
+    for stage in found["stages"]:
+        del stage["seconds"]
+    return found
+
+
+def test_leaves_what_other_programs_read(finished):
+    out, done = finished
+    for name in STAGES:
+        assert (out / name / "done.json").exists(), name
+    found = json.loads((out / "results.json").read_text())
+    assert found["original_length"] == 64
+    assert (found["trained_length"], found["target"]) == (128, 1024)
+    rows = {(row["method"], row["length"]): row for row in found["perplexity"]}
+    for method in ("none", "yarn", "longrope"):
+        for length in (64, 128, 512, 1024):
+            row = rows[method, length]
+            assert row["perplexity"] > 1
+            assert row["tokens"] == rows["none", 64]["tokens"]
+    assert [row["length"] for row in found["recovery"]] == [64, 128][: len(found["recovery"])]
+    assert {stage["name"] for stage in found["stages"]} == set(STAGES[:-2])
+    assert all(stage["seconds"] >= 0 for stage in found["stages"])
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["finetune"]["steps"] == 6
+    assert done.stdout.strip().endswith("report.html")
+    assert "perplexity at 1,024 tokens" in done.stdout
+
+
+def test_the_factors_are_in_their_bounds(finished):
+    out, _ = finished
+    trained, long, short = (
+        Rescale.load(out / name) for name in ("search/rescale.json", "rescale.json", "short.json")
+    )
+    ratios = [b / a for a, b in zip(trained.factors, long.factors, strict=True)]
+    assert all(1 <= ratio <= 1.25 * 8 + 1e-9 for ratio in ratios)
+    assert ratios == sorted(ratios)
+    assert max(short.factors) <= 1.25 * max(trained.factors) + 0.01
+    assert short.attention_factor == long.attention_factor
+    record = json.loads((out / "recovery" / "done.json").read_text())
+    assert record["recovery_length"] == short.max_position_embeddings
+    means = {length: sum(by.values()) for length, by in record["losses"].items()}
+    assert means[str(record["recovery_length"])] == min(means.values())
+
+
+def test_the_checkpoint_computes_what_was_measured(finished):
+    """Plain transformers' perplexity on the exported model against the pair's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from longrope.generate import load_extended
+    from longrope.rope.install import installed
+
+    out, _ = finished
+    plain = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    loaded, pair = load_extended(str(out), dtype="float32")
+    ids = torch.randint(3, 1500, (1, 600), generator=torch.Generator().manual_seed(0))
+    for tokens in (50, pair.recovery_length, pair.recovery_length + 1, 600):
+        rescale = pair.choose(tokens)
+        exported = rescale.replace(attention_factor=pair.long.attention_factor)
+        with torch.no_grad(), installed(loaded.model, exported):
+            expected = loaded.model(input_ids=ids[:, :tokens]).logits
+        with torch.no_grad():
+            found = plain(input_ids=ids[:, :tokens]).logits
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_run_again_it_computes_nothing(finished, arguments):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json*")}
+    run(*arguments, "--out", out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.json*")}
+
+
+def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
+    out = tmp_path / "killed"
+    signs = [
+        ("search/history.jsonl", 3),
+        ("finetune/checkpoints/checkpoint-2/complete.json", 1),
+        ("finetune/done.json", 1),
+        ("second-search/history.jsonl", 4),
+        ("recovery-1/history.jsonl", 2),
+        ("recovery-2/done.json", 1),
+        ("model/config.json", 1),
+        ("evaluate/cells.jsonl", 5),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = 0
+    for name, lines in signs:
+        process = subprocess.Popen(
+            command(*arguments, "--out", out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        file = out / name
+        deadline = time.monotonic() + 120
+        while not (file.exists() and file.read_bytes().count(b"\n") >= lines):
+            if process.poll() is not None:
+                break
+            assert time.monotonic() < deadline, name
+            time.sleep(0.005)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert killed >= 6  # a short stage may be over before the signal
+    run(*arguments, "--out", out)
+    whole, _ = finished
+    assert results(out) == results(whole)
+    for name in ("rescale.json", "short.json"):
+        assert Rescale.load(out / name) == Rescale.load(whole / name)
+    for name in ("finetune/loss.jsonl", "search/history.jsonl", "second-search/history.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    weights = [d / "model" / "model.safetensors" for d in (out, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, texts):
+    out, _ = finished
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe["evaluate"]["passkey_trials"] = 2
+    recipe["evaluate"]["lengths"] = ["128", "512", "1024", "64", "256"]
+    file = tmp_path / "more.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    before = (out / "search" / "done.json").stat().st_mtime_ns
+    run("--recipe", file, "--out", out)
+    assert (out / "search" / "done.json").stat().st_mtime_ns == before
+    found = json.loads((out / "results.json").read_text())
+    assert sum(row["trials"] for row in found["passkey"]) == 2  # at 128; 64 holds no question
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--seed", "5"], "holds another run; it differs in seed (there 0, now 5)"),
+        (["--target", "2048x"], "one extension reaches 512x"),
+    ],
+)
+def test_refusals_are_one_line(finished, arguments, changes, message):
+    out, _ = finished
+    done = run(*arguments, "--out", out, *changes, code=2)
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line
+
+
+def test_a_directory_of_something_else_is_left_alone(arguments, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    done = run(*arguments, "--out", tmp_path, code=2)
+    assert "is not empty and holds no run" in done.stderr
+
+
+def test_too_little_text_is_said_before_any_work(arguments, tmp_path, checkpoints):
+    text = tmp_path / "short.txt"
+    text.write_text("import os\n" * 50)
+    out = tmp_path / "out"
+    done = run(*arguments, "--data", text, "--out", out, code=2)
+    assert "too few tokens to search on" in done.stderr
+    assert not (out / "search").exists()
+
+
+def test_dry_run_prices_every_stage_and_runs_none(arguments, tmp_path):
+    out = tmp_path / "out"
+    done = run(*arguments, "--out", out, "--dry-run", "--memory", "8x80")
+    for name in STAGES:
+        assert name in done.stdout
+    assert not out.exists()
+    done = run(*arguments, "--out", out, "--dry-run", "--memory", "0.001", code=2)
+    assert "are free; try" in done.stderr.splitlines()[-1]
