@@ -48,11 +48,13 @@ def test_beyond_8x_it_is_searched_and_trained_at_an_eighth(facts, target, traine
     assert made["second-search"].length == made.target
 
 
-def test_by_way_of_half_the_length(facts):
-    made = plan(facts, target="64x", finetune={"through_half": True, "half_steps": 7})
-    assert names(made)[:4] == ["half-search", "search", "half-finetune", "finetune"]
-    assert made["half-finetune"].length == 1024
-    assert made["half-finetune"].steps == 7
+def test_by_way_of_another_length(facts):
+    made = plan(facts, target="64x", finetune={"through": "1k", "through_steps": 7})
+    assert names(made)[:4] == ["through-search", "through-finetune", "search", "finetune"]
+    assert made["through-finetune"].length == 1024
+    assert made["through-finetune"].steps == 7
+    with pytest.raises(ValueError, match=r"finetune.through is 2,048; it must lie between"):
+        plan(facts, target="64x", finetune={"through": "2k"})
 
 
 def test_without_recovery(facts):

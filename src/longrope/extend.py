@@ -21,7 +21,7 @@ from longrope.evaluate.run import evaluate_run
 from longrope.export.huggingface import export_model
 from longrope.files import only_process
 from longrope.forward import LongForward
-from longrope.model import inspect_model
+from longrope.model import LoadedModel, inspect_model
 from longrope.parallel import Ranks
 from longrope.plan import ContextPlan, Stage, make_plan
 from longrope.progress import console
@@ -98,7 +98,7 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     if section.method != "search":
         _known_factors(run, stage, section.method, problem).save(directory / "rescale.json")
         return {"forwards": 0, "tokens": 0}
-    loaded = run.original() if stage.name in ("half-search", "search") else run.trained()
+    loaded = _searched_model(run, stage.name)
     windows = run.pools.search_windows(stage.length, section.samples, run.recipe.seed)
     settings = section.settings(run.recipe)
     result = search_stage(loaded, problem, windows, settings, directory, run.ranks, stage.name)
@@ -114,9 +114,23 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     }
 
 
+def _searched_model(run: Run, name: str) -> LoadedModel:
+    if name == "through-search":
+        return run.original()
+    return run.underway() if name == "search" else run.trained()
+
+
 def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
     recipe, factor = run.recipe, run.attention_factor(stage.length)
-    if stage.name in ("half-search", "search"):
+    if stage.name == "search" and "through-search" in run.plan:
+        return recipe.search, second_search(
+            run.facts,
+            run.rescale("through-search"),
+            stage.length,
+            attention_factor=factor,
+            upper=recipe.search.upper,
+        )
+    if stage.name in ("through-search", "search"):
         return recipe.search, first_search(
             run.facts,
             stage.length,
@@ -136,16 +150,17 @@ def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
 
 def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Rescale:
     """A known method's factors in place of searched ones, under the same attention factor."""
-    if stage.name == "second-search":
-        factors = step_factors(run.facts, run.rescale("search"), method, stage.length)
+    before = {"second-search": "search", "search": "through-search"}.get(stage.name, "")
+    if before in run.plan:
+        factors = step_factors(run.facts, run.rescale(before), method, stage.length)
         return multiplied(problem.space.start, factors)
     known = run.facts.rescale(method, stage.length)
     return known.replace(attention_factor=problem.space.start.attention_factor)
 
 
 def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
-    half = stage.name == "half-finetune"
-    loaded = run.half_trained() if "half-finetune" in run.plan and not half else run.original()
+    on_the_way = stage.name == "through-finetune"
+    loaded = run.original() if on_the_way else run.underway()
     tuning, original = run.recipe.finetune, run.plan.original
     settings = tuning.settings(stage.steps)
     pieces = Pieces(
@@ -159,7 +174,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
         short=round(tuning.short_share * stage.length / original),
         short_length=original,
     )
-    rescale = run.rescale("half-search" if half else "search")
+    rescale = run.rescale("through-search" if on_the_way else "search")
     # Short windows are trained as they will be used: under the factor that is exported.
     short = run.facts.rescale("none", original)
     short = short.replace(attention_factor=run.attention_factor(run.plan.target))

@@ -5,7 +5,7 @@ import math
 
 from longrope.model import ModelFacts
 from longrope.recipe import Recipe
-from longrope.windows import parse_extension
+from longrope.windows import parse_extension, parse_length
 
 # Beyond this no training is needed (the paper: 8x without fine-tuning), and with it the
 # second search reaches this much further.
@@ -83,12 +83,19 @@ def make_plan(facts: ModelFacts, recipe: Recipe) -> ContextPlan:
                 "its result again"
             )
     cost = _Costs(facts, recipe)
-    stages = [cost.search("search", recipe.search, trained or target)]
+    stages = []
+    tuning = recipe.finetune
+    if trained is not None and tuning.through is not None:
+        through = parse_length(tuning.through, original)
+        if not original < through < trained:
+            raise ValueError(
+                f"finetune.through is {through:,}; it must lie between the original length, "
+                f"{original:,}, and the one that is trained at, {trained:,}"
+            )
+        stages.append(cost.search("through-search", recipe.search, through))
+        stages.append(cost.training("through-finetune", tuning.through_steps, through))
+    stages.append(cost.search("search", recipe.search, trained or target))
     if trained is not None:
-        tuning = recipe.finetune
-        if tuning.through_half and trained // 2 > original:
-            stages.insert(0, cost.search("half-search", recipe.search, trained // 2))
-            stages.append(cost.training("half-finetune", tuning.half_steps, trained // 2))
         stages.append(cost.training("finetune", tuning.steps, trained))
         if trained < target:
             stages.append(cost.search("second-search", recipe.second_search, target))
@@ -106,8 +113,6 @@ def make_plan(facts: ModelFacts, recipe: Recipe) -> ContextPlan:
 
 def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
     """The lengths measured: those of the recipe, or doublings of the original and the target."""
-    from longrope.windows import parse_length
-
     if recipe.evaluate.lengths:
         return sorted({parse_length(text, original) for text in recipe.evaluate.lengths})
     lengths = [original]

@@ -63,12 +63,13 @@ class Finetune(_Section):
     """Training; see :class:`longrope.train.finetune.FinetuneSettings`.
 
     ``enabled`` null: where the target is beyond 8 times the original length. With
-    ``through_half`` the model is trained at half the length first, for ``half_steps``.
+    ``through``, a length such as 128k or 8x, the model is trained there first, for
+    ``through_steps`` (the paper goes to 256k by way of 128k).
     """
 
     enabled: bool | None = None
-    through_half: bool = False
-    half_steps: _Positive = 400
+    through: str | None = None
+    through_steps: _Positive = 400
     steps: _Positive = 400
     batch: _Positive = 32
     micro_batch: _Positive = 1
@@ -86,8 +87,8 @@ class Finetune(_Section):
     lora: int | None = None
 
     def settings(self, steps: int | None = None) -> FinetuneSettings:
-        """The same, as training takes it; ``steps`` for the way through half the length."""
-        known: Any = self.model_dump(exclude={"enabled", "through_half", "half_steps"})
+        """The same, as training takes it; ``steps`` for the length on the way."""
+        known: Any = self.model_dump(exclude={"enabled", "through", "through_steps"})
         return FinetuneSettings(**{**known, "steps": steps or self.steps})
 
 

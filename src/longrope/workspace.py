@@ -87,9 +87,11 @@ class Run:
             return self.original()
         return self._load(str(self.out / "finetune" / "model"))
 
-    def half_trained(self) -> LoadedModel:
-        """The model on its way through half the length."""
-        return self._load(str(self.out / "half-finetune" / "model"))
+    def underway(self) -> LoadedModel:
+        """The model before it is trained at its length: as it came, or trained on the way."""
+        if "through-finetune" not in self.plan:
+            return self.original()
+        return self._load(str(self.out / "through-finetune" / "model"))
 
     def forget(self) -> None:
         """Let go of the model in memory: it was changed."""
