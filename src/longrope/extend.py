@@ -204,7 +204,9 @@ def _choose(run: Run, stage: Stage) -> dict[str, Any]:
     )
     if run.ranks.first:
         choice.short.save(run.directory(stage.name) / "rescale.json")
-    return choice.to_json() | {"starts": [run.record(name)["starts"] for name in names]}
+    return choice.to_json() | {
+        "starts": {run.plan[name].length: run.record(name)["starts"] for name in names}
+    }
 
 
 def _export(run: Run, stage: Stage) -> dict[str, Any]:

@@ -179,9 +179,12 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
     file = directory / "recovery" / "done.json"
     if file.exists():
         record = json.loads(file.read_text(encoding="utf-8"))
-        for starts in record["starts"]:
+        for length, starts in record["starts"].items():
             won = min(starts, key=starts.get)
-            text.append(f"Of the starts, the lowest loss had “{won}”: {_losses(starts)}.")
+            text.append(
+                f"Searched at {int(length):,} tokens; of the starts “{won}” had the lowest loss: "
+                f"{_losses(starts)}."
+            )
         text.append(
             f"With an attention factor of its own ({record['free_attention_factor']:g}) the short "
             f"set's loss would be {record['free']:.4f} instead of {record['shared']:.4f}; only "

@@ -148,14 +148,15 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def _figure() -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     axes.set_prop_cycle(color=_FILE_COLORS)
     return figure, axes
 
 
 def _finished(figure: Figure, axes: Axes) -> Figure:
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    # Below, so that the plot keeps its width on a narrow screen.
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     return figure
 
 

@@ -1,0 +1,117 @@
+"""The page of a run: whole in itself, readable on a phone, the same as Markdown."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from longrope.report.page import headline, write_page
+from longrope.rope.methods import identity, yarn
+
+LENGTHS = (256, 512, 1024, 2048)
+
+
+def results():
+    perplexity = [
+        {"length": n, "method": m, "perplexity": p, "standard_error": 0.5, "tokens": 4096}
+        for m, values in {
+            "none": (10.0, 25.0, 60.0, None),
+            "yarn": (12.0, 12.5, 13.0, 14.0),
+            "longrope": (10.1, 9.8, 9.7, 9.6),
+        }.items()
+        for n, p in zip(LENGTHS, values, strict=True)
+    ]
+    without = {"length": 256, "method": "longrope without recovery", "perplexity": 11.0}
+    perplexity.append(without | {"standard_error": None, "tokens": 4096})
+    passkey = [
+        {"length": n, "method": "longrope", "depth": d, "correct": 4 + (n == 256), "trials": 5}
+        for n in LENGTHS
+        for d in (0.25, 0.75)
+    ]
+    return {
+        "schema": 1,
+        "model": "a/<model> & more",
+        "architecture": "LlamaForCausalLM",
+        "parameters": 1000,
+        "original_length": 256,
+        "trained_length": None,
+        "recovery_length": 512,
+        "target": 2048,
+        "attention_factor": 1.17,
+        "perplexity": perplexity,
+        "passkey": passkey,
+        "needle": [],
+        "recovery": [{"length": 256, "original": 10.0, "without": 11.0, "with": 10.1}],
+        "stages": [{"name": "search", "seconds": 61.0, "forwards": 5, "tokens": 10240}],
+        "versions": {"longrope": "0.1.0"},
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results()))
+    yarn(1e4, 64, 256, 2048).save(tmp_path / "rescale.json")
+    identity(1e4, 64, 256, 512).save(tmp_path / "short.json")
+    (tmp_path / "recipe.yaml").write_text("target: 8x\n")
+    write_page(tmp_path)
+    return tmp_path
+
+
+def test_nothing_is_fetched_and_nothing_unescaped(run):
+    page = (run / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert "<script" not in page
+    assert "a/&lt;model&gt; &amp; more" in page
+    assert page.count("data:image/png;base64,") == 3
+
+
+def test_markdown_has_the_same_tables(run):
+    text = (run / "report.md").read_text()
+    assert "| longrope | 10.10 ± 0.50 | 9.80 ± 0.50 | 9.70 ± 0.50 | 9.60 ± 0.50 |" in text
+    assert "| none | 10.00 ± 0.50 | 25.00 ± 0.50 | 60.00 ± 0.50 | ∞ ± 0.50 |" in text
+    assert "| longrope | 10/10 (72%–100%) | 8/10 (49%–94%) |" in text
+    assert "| 256 | 10.00 | 11.00 | 10.10 | +1.0% |" in text
+    for name in re.findall(r"\]\((images/[^)]+)\)", text):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_headline_says_the_worst(run):
+    lines = headline(results())
+    assert len(lines) == 5
+    assert "perplexity at 2,048 tokens: 9.60 (unscaled ∞" in lines[0]
+    assert "at most 10.10, at 256: +1.0%" in lines[1]
+    assert "34 of 40; the lowest at 2,048, 8 of 10" in lines[2]
+
+
+def test_a_directory_without_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no results.json; run 'longrope extend'"):
+        write_page(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_in_a_browser_nothing_is_wider_than_the_screen(run, width):
+    """Headless Chromium writes the page's widths into its title, and the DOM out."""
+    page = (run / "report.html").read_text()
+    probe = (
+        "<script>document.title = [document.documentElement.scrollWidth, innerWidth, "
+        "[...document.images].every(i => i.complete && i.naturalWidth > 0), "
+        "[...document.images].every(i => i.width <= innerWidth)].join(' ')</script>"
+    )
+    (run / "probe.html").write_text(page.replace("</body>", probe + "</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    # a headless window is at least 500 wide, so the phone is an inner frame
+    frame = run / "frame.html"
+    frame.write_text(
+        f'<iframe src=probe.html width={width} height=900 onload="document.title='
+        'this.contentDocument.title"></iframe>'
+    )
+    command += ["--allow-file-access-from-files", "--window-size=1400,1000", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stdout[:500]
+    wide, screen, loaded, fit = title.group(1).split()
+    assert (loaded, fit) == ("true", "true")
+    assert int(wide) <= int(screen) <= width
