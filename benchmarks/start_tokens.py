@@ -17,13 +17,12 @@ import torch
 
 import longrope
 from longrope.evaluate.perplexity import paired_difference, score
-from longrope.search.problem import starting_point
-from longrope.windows import load_documents
 from longrope.forward import LongForward
 from longrope.model import load_model
 from longrope.rope.install import installed
+from longrope.search.problem import starting_point
 from longrope.search.space import START_TOKENS
-from longrope.windows import bos_token
+from longrope.windows import bos_token, load_documents
 
 
 def main() -> None:

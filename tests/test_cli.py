@@ -311,3 +311,33 @@ class TestMistakes:
         assert "run the same command again" in done.stderr.splitlines()[-1]
         summary = json.loads(succeeds(*small, "--budget", 9, "--out", tmp_path / "a", "--json"))
         assert summary["evaluations"] == 9
+
+
+def test_retrieval_from_the_command_line(tmp_path):
+    arguments = ["evaluate", "bundled", "--lengths", "200,512", "--trials", 6, "--passkey"]
+    found = json.loads(succeeds(*arguments, "--json"))["passkey"]
+    assert {row["length"] for row in found} == {200, 512}
+    right = {
+        length: sum(row["correct"] for row in found if row["length"] == length)
+        for length in (200, 512)
+    }
+    assert right[200] >= 5
+    assert right[512] <= 3  # beyond its window, unscaled
+    out = succeeds(*arguments, "--rescale", "yarn", "--out", tmp_path)
+    assert "95% interval" in out
+    assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(succeeds(*arguments[:-1], "--needle", "--json"))["needle"]
+    assert sum(row["trials"] for row in found) == 12
+
+
+def test_retrieval_refusals():
+    base = ["evaluate", "bundled", "--lengths", "512"]
+    assert "ask for one at a time" in refused(*base, "--passkey", "--needle")
+    assert "--trials is 0" in refused(*base, "--passkey", "--trials", 0)
+    assert "too few for the question" in refused(*base[:-1], "40", "--passkey")
+
+
+def test_generate_refusals(tmp_path):
+    assert "--max-new-tokens is 0" in refused("generate", "bundled", "--max-new-tokens", 0)
+    assert "no such file" in refused("generate", "bundled", "--prompt-file", tmp_path / "x").lower()
+    assert "--target is missing" in refused("extend", tmp_path)

@@ -110,9 +110,6 @@ class Evaluate(_Section):
     passkey_trials_others: _Count = 0
     needle_trials: _Count = 0
     digits: _Positive = 5
-    benchmarks: tuple[str, ...] = ()
-    benchmark_data: str | None = None
-    benchmark_limit: _Positive | None = None
 
 
 class Recipe(_Section):

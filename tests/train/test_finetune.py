@@ -1,5 +1,6 @@
 """Fine-tuning: the loss it minimises, resume, processes, and what must not be lost."""
 
+import dataclasses
 import json
 import math
 import os
@@ -241,3 +242,20 @@ def test_two_processes_train_as_one(checkpoints, texts, tmp_path, trained, shard
     )
     for name, weight in weights(trained[0]).items():
         torch.testing.assert_close(weights(out)[name], weight, atol=1e-3, rtol=1e-2)
+
+
+def test_lora_trains_embeddings_and_norms_too_and_leaves_a_plain_checkpoint(
+    checkpoints, texts, tmp_path
+):
+    settings = dataclasses.replace(FAST, lora=2, steps=3)
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path, settings)
+    assert len(lines) == 3
+    before = AutoModelForCausalLM.from_pretrained(checkpoints("llama")).state_dict()
+    after = weights(tmp_path)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    for part in ("embed_tokens", "input_layernorm", "model.norm", "q_proj", "down_proj"):
+        assert any(part in name for name in changed), part
+    update = after["model.layers.1.self_attn.q_proj.weight"].double()
+    update -= before["model.layers.1.self_attn.q_proj.weight"].double()
+    assert torch.linalg.matrix_rank(update, atol=1e-5) <= 2

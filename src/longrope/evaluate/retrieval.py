@@ -97,13 +97,7 @@ def needle_prompt(
     city = rng.choice(_CITIES)
     needle = f"The magic number of {city} is {key}.\n"
     question = f"What is the magic number of {city}? The magic number of {city} is"
-    prompt = _prompt(tokenizer, iter(haystack), needle, question, key, length, depth)
-    if len(prompt.ids) < 0.9 * length:
-        raise ValueError(
-            f"a haystack of {len(prompt.ids):,} tokens is shorter than the {length:,} asked for; "
-            "give longer documents with --data, or shorter --lengths"
-        )
-    return prompt
+    return _prompt(tokenizer, iter(haystack), needle, question, key, length, depth)
 
 
 def _prompt(
@@ -130,6 +124,11 @@ def _prompt(
         if left < 0:
             break
         chosen.append(line)
+    else:
+        raise ValueError(
+            f"the haystack is {left:,} tokens shorter than the {length:,} asked for; give longer "
+            "documents with --data, or shorter --lengths"
+        )
     while True:  # joined, lines may take a token more than they took alone
         at = round(depth * len(chosen))
         text = TASK + "".join([*chosen[:at], needle, *chosen[at:]]) + question

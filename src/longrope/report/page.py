@@ -69,7 +69,6 @@ def write_page(directory: Path) -> list[Path]:
         *([_retrieval(results, "passkey")] if results["passkey"] else []),
         *([_retrieval(results, "needle")] if results["needle"] else []),
         _recovery(directory, results),
-        *_benchmarks(results),
         _factors(directory),
         _training(directory),
         _cost(results),
@@ -191,28 +190,6 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
             "longrope's own runtime can apply that."
         )
     return Section("Short context", text, tables=[table])
-
-
-def _benchmarks(results: dict[str, Any]) -> list[Section]:
-    rows = results.get("benchmarks", [])
-    if not rows:
-        return []
-    table = Table(
-        ["task", "shots", "questions", "original", "extended", "difference", "95% interval"],
-        [
-            [
-                row["task"],
-                str(row["shots"]),
-                str(row["questions"]),
-                f"{row['original']:.3f}",
-                f"{row['extended']:.3f}",
-                f"{row['difference']:+.3f}",
-                f"{row['low']:+.3f} … {row['high']:+.3f}",
-            ]
-            for row in rows
-        ],
-    )
-    return [Section("Benchmarks", ["Accuracy; the same questions for both models."], [], [table])]
 
 
 def _factors(directory: Path) -> Section:

@@ -308,4 +308,6 @@ def _with_lora(model: Any, rank: int) -> Any:
         modules_to_save=sorted(whole),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        return get_peft_model(model, config)
