@@ -52,6 +52,6 @@ def test_every_verb_is_described():
     from longrope.cli import app
 
     verbs = [command.callback.__name__ for command in app.registered_commands]
-    assert len(verbs) == 5
+    assert len(verbs) == 7
     for verb in verbs:
         assert f"`longrope {verb}" in README, verb
