@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,3 +246,42 @@ def test_dry_run_prices_every_stage_and_runs_none(arguments, tmp_path):
     assert not out.exists()
     done = run(*arguments, "--out", out, "--dry-run", "--memory", "0.001", code=2)
     assert "are free; try" in done.stderr.splitlines()[-1]
+
+
+def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "search")
+    done = run(*arguments, "--out", out, code=2)
+    assert "finetune was made from an earlier search, which is gone" in done.stderr
+    shutil.rmtree(out)
+    shutil.copytree(whole, out)
+    (out / "evaluate" / "done.json").unlink()
+    pools = json.loads((out / "pools.json").read_text())
+    pools["evaluation"] = ["something else"]
+    (out / "pools.json").write_text(json.dumps(pools))
+    done = run(*arguments, "--out", out, code=2)
+    assert "its evaluation documents are not those that it began with" in done.stderr
+
+
+def test_start_tokens_stay_with_our_own_runtime(arguments, tmp_path, checkpoints, texts):
+    """Trained and searched with n̂; the checkpoint, which cannot say it, is warned of."""
+    recipe = RECIPE | {"model": str(checkpoints("llama")), "data": [str(texts)]}
+    recipe |= {"target": "4x", "start_tokens": 4}
+    recipe["evaluate"] = {"documents": 1, "methods": ["none"]}
+    file, out = tmp_path / "r.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe))
+    done = run("--recipe", file, "--out", out)
+    assert "start_tokens 4 is in rescale.json" in done.stderr
+    assert Rescale.load(out / "rescale.json").start_tokens == 4
+    config = json.loads((out / "model" / "config.json").read_text())
+    long = Rescale.load(out / "rescale.json")
+    assert config["rope_parameters"]["long_factor"] == list(long.factors)
+
+
+def test_json_is_all_that_is_printed(finished, arguments):
+    out, _ = finished
+    assert json.loads(run(*arguments, "--out", out, "--json").stdout)["target"] == 1024
+    priced = json.loads(run(*arguments, "--dry-run", "--json").stdout)
+    assert [stage["name"] for stage in priced["stages"]] == STAGES

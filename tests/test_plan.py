@@ -75,6 +75,12 @@ def test_without_recovery(facts):
         ({"target": "8x", "finetune": {"steps": 0}}, "finetune.steps is 0"),
         ({"target": "8x", "evaluate": {"methods": ["x"]}}, "evaluate.methods: no method 'x'"),
         ({}, "target is {}: field required"),
+        ({"target": 1000}, r"--target is 1,000; .* multiple of the original length, 256"),
+        ({"target": "8x", "evaluate": {"lengths": [384]}}, "384 does not divide 2048"),
+        ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "4,096 is beyond the target, 2,048"),
+        ({"target": "8x", "finetune": {"beta2": 1.5}}, "finetune.beta2 is 1.5"),
+        ({"target": "8x", "seed": -1}, "seed is -1"),
+        ({"target": "8x", "search": {"upper": 0.5}}, "search.upper is 0.5"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(facts, content, message):
@@ -87,7 +93,7 @@ def test_lengths_are_doublings(facts):
     assert evaluation_lengths(recipe, 256, 2048) == [256, 512, 1024, 2048]
     assert evaluation_lengths(recipe, 256, 3072) == [256, 512, 1024, 3072]
     asked = make_recipe({"target": "64x", "evaluate": {"lengths": ["2x", "1k"]}})
-    assert evaluation_lengths(asked, 256, 2048) == [512, 1024]
+    assert evaluation_lengths(asked, 256, 2048) == [256, 512, 1024, 2048]
 
 
 def test_costs_are_those_of_the_work(facts):
@@ -135,11 +141,11 @@ def test_flops_agree_with_a_counter(micro_models, ids):
 
 def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(facts):
     made = plan(facts, target="64x")
-    check_memory(made, free=10**12)
+    check_memory(made.stages, free=10**12)
     with pytest.raises(
         ValueError, match=r"finetune at 2,048 tokens needs about 0\.\d GB and 0\.\d GB are"
     ):
-        check_memory(dataclasses.replace(made, stages=(made["finetune"],)), free=10**7)
+        check_memory([made["finetune"]], free=10**7)
 
 
 def test_the_estimate_has_a_time_for_every_stage_that_computes(facts):

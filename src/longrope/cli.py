@@ -430,9 +430,11 @@ def extend(
     with ranks() as these:
         run = open_run(chosen, directory, these)
         estimated = estimate(run.plan, run.facts, chosen, memory if dry_run else None)
-        if these.first:
+        if these.first and not json_:
             console.print(estimated.table())
         if dry_run:
+            if json_:
+                _print_json(estimated.to_json())
             estimated.check()
             return
         page = run_extension(chosen, directory, these)

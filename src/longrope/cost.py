@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,19 +73,19 @@ def memory(device: torch.device | None = None) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(plan: ContextPlan, free: int | None = None) -> None:
-    """Refuse a plan that does not fit.
+def check_memory(stages: Sequence[Stage], free: int | None = None) -> None:
+    """Refuse stages that do not fit.
 
     Raises:
         ValueError: names the stage, what it needs, what is there, and what helps.
     """
     if free is None:
         free = available()
-    for stage in plan.stages:
+    for stage in stages:
         if stage.memory > free:
-            helps = "--hidden-device cpu, a smaller --target, or another machine (--memory)"
+            helps = "a smaller --target, or a larger machine"
             if stage.kind == "finetune":
-                helps = "finetune.lora, precision pure-bf16, FSDP over more GPUs, or --memory"
+                helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
             raise ValueError(
                 f"{stage.name} at {stage.length:,} tokens needs about {gigabytes(stage.memory)} "
                 f"and {gigabytes(free)} are free; try {helps}"
@@ -124,9 +126,19 @@ class Estimate:
         table.add_row("all", "", "", "", "", duration(total))
         return table
 
+    def to_json(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "free": self.free,
+            "stages": [
+                dataclasses.asdict(stage) | {"seconds": self.rates.seconds(stage)}
+                for stage in self.plan.stages
+            ],
+        }
+
     def check(self) -> None:
         """Refuse a plan that does not fit into the memory planned for."""
-        check_memory(self.plan, self.free)
+        check_memory(self.plan.stages, self.free)
 
 
 def dry_run(

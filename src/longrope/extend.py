@@ -12,6 +12,7 @@ interrupted goes on from what it had. So the same command goes on, whatever ende
 """
 
 import contextlib
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from longrope.evaluate.run import evaluate_run
 from longrope.export.huggingface import export_model
 from longrope.files import only_process
 from longrope.forward import LongForward
-from longrope.model import LoadedModel, inspect_model
+from longrope.model import LoadedModel, find_device, inspect_model
 from longrope.parallel import Ranks
 from longrope.plan import ContextPlan, Stage, make_plan
 from longrope.progress import console
@@ -29,6 +30,7 @@ from longrope.recipe import Recipe, Search
 from longrope.recovery import choose
 from longrope.report.page import write_page
 from longrope.rope.rescale import Rescale
+from longrope.rope.switch import Pair
 from longrope.search.problem import (
     Problem,
     first_search,
@@ -38,9 +40,11 @@ from longrope.search.problem import (
     step_factors,
 )
 from longrope.search.stage import search_stage
-from longrope.train.finetune import finetune
+from longrope.train.finetune import finetune, require_peft
 from longrope.train.pieces import Pieces
 from longrope.workspace import Run
+
+log = logging.getLogger(__name__)
 
 
 def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
@@ -58,9 +62,8 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
     with only_process(out) if ranks.first else contextlib.nullcontext():
         if ranks.first:
             run.claim()
-        check_memory(run.plan)
         if not all(run.done(stage.name) for stage in run.plan.stages):
-            _ = run.pools  # too little text is said now, not after the search
+            _preflight(run)
         for stage in run.plan.stages:
             if run.done(stage.name):
                 continue
@@ -72,6 +75,33 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
             counted = {"forwards": stage.forwards, "tokens": stage.tokens}
             run.finish(stage, counted | found | {"seconds": seconds})
     return out / "report.html"
+
+
+def _preflight(run: Run) -> None:
+    """Refuse what would fail after hours: memory, devices, text, stages out of order.
+
+    Raises:
+        ValueError: names what is wrong and what helps.
+    """
+    recipe, plan = run.recipe, run.plan
+    if recipe.hidden_device:
+        find_device("hidden_device", recipe.hidden_device)
+    if plan.trained is not None:
+        settings = recipe.finetune.settings()
+        settings.accumulation(run.ranks.size)
+        if settings.lora is not None:
+            require_peft(settings.lora)
+    done = [run.done(stage.name) for stage in plan.stages]
+    todo = [stage for stage, is_done in zip(plan.stages, done, strict=True) if not is_done]
+    for stage, is_done in zip(plan.stages, done, strict=True):
+        later = plan.stages.index(stage) > plan.stages.index(todo[0])
+        if is_done and later and stage.kind not in ("evaluate", "report"):
+            raise ValueError(
+                f"{run.directory(stage.name)} was made from an earlier {todo[0].name}, which is "
+                "gone; delete it too, and it is made again"
+            )
+    check_memory([stage for stage in todo if stage.memory])
+    run.keep_pools()
 
 
 def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
@@ -96,7 +126,9 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     section, problem = _problem(run, stage)
     directory = run.directory(stage.name)
     if section.method != "search":
-        _known_factors(run, stage, section.method, problem).save(directory / "rescale.json")
+        known = _known_factors(run, stage, section.method, problem)
+        if run.ranks.first:
+            known.save(directory / "rescale.json")
         return {"forwards": 0, "tokens": 0}
     loaded = _searched_model(run, stage.name)
     windows = run.pools.search_windows(stage.length, section.samples, run.recipe.seed)
@@ -155,7 +187,10 @@ def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Res
         factors = step_factors(run.facts, run.rescale(before), method, stage.length)
         return multiplied(problem.space.start, factors)
     known = run.facts.rescale(method, stage.length)
-    return known.replace(attention_factor=problem.space.start.attention_factor)
+    return known.replace(
+        attention_factor=problem.space.start.attention_factor,
+        start_tokens=run.recipe.start_tokens,
+    )
 
 
 def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
@@ -188,8 +223,7 @@ def _choose(run: Run, stage: Stage) -> dict[str, Any]:
     """Of the two sets for short sequences, the one that serves both lengths better."""
     names = [name for name in ("recovery-1", "recovery-2") if name in run.plan]
     loaded, recipe = run.trained(), run.recipe
-    hidden = recipe.hidden_device
-    forward = LongForward(loaded.model, recipe.chunk, loaded.model.device if hidden else None)
+    forward = LongForward(loaded.model, recipe.chunk)
     lengths = [run.plan[name].length for name in names]
     windows = {
         length: run.pools.search_windows(length, recipe.recovery.samples, recipe.seed + 1).ids
@@ -212,7 +246,15 @@ def _choose(run: Run, stage: Stage) -> dict[str, Any]:
 def _export(run: Run, stage: Stage) -> dict[str, Any]:
     pair, loaded = run.pair, run.trained()
     if run.ranks.first:
-        export_model(loaded, pair, run.out / "model")
+        portable = pair
+        if not pair.long.portable:
+            log.warning(
+                "start_tokens %d is in rescale.json, for longrope's own runtime; no checkpoint "
+                "can say it, and RUN/model has 0",
+                pair.long.start_tokens,
+            )
+            portable = Pair(pair.short, pair.long.replace(start_tokens=0))
+        export_model(loaded, portable, run.out / "model")
         pair.long.save(run.out / "rescale.json")
         pair.short.save(run.out / "short.json")
     return {}

@@ -77,20 +77,20 @@ def stream(
     chance = torch.Generator().manual_seed(seed)
     stop = model.generation_config.eos_token_id
     stops = set(stop if isinstance(stop, list) else [stop])
-    rescale, cache, logits = None, None, torch.empty(0)
-    for _ in range(max_new_tokens):
-        wanted = pair.choose(len(ids)) if pair else None
-        with installed(model, wanted):
-            if cache is None or wanted is not rescale:
-                rescale, cache = wanted, None
-                logits, cache = forward.prefill(torch.tensor([ids]))
-            else:
+    end = len(ids) + max_new_tokens
+    while len(ids) < end:  # once, and once again at the boundary
+        rescale = pair.choose(len(ids)) if pair else None
+        with installed(model, rescale):
+            logits, cache = forward.prefill(torch.tensor([ids]))
+            while True:
+                token = _pick(logits[0], temperature, chance)
+                if token in stops:
+                    return
+                yield token
+                ids.append(token)
+                if len(ids) == end or (pair and pair.choose(len(ids)) is not rescale):
+                    break
                 logits = _next(model, ids, cache)
-        token = _pick(logits[0], temperature, chance)
-        if token in stops:
-            return
-        yield token
-        ids.append(token)
 
 
 @torch.inference_mode()

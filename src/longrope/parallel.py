@@ -76,7 +76,9 @@ def ranks() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))
+    # Losses and JSON travel over gloo; gradients, where there are GPUs, over nccl.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
     # torchrun ends the others when one dies: say the same, whichever word comes first.
     signal.signal(signal.SIGTERM, _terminated)
     try:

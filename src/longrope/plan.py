@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from longrope.evaluate.perplexity import check_lengths
 from longrope.model import ModelFacts
 from longrope.recipe import Recipe
 from longrope.windows import parse_extension, parse_length
@@ -112,9 +113,23 @@ def make_plan(facts: ModelFacts, recipe: Recipe) -> ContextPlan:
 
 
 def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
-    """The lengths measured: those of the recipe, or doublings of the original and the target."""
+    """The lengths measured: the original and the target, and the recipe's or doublings between.
+
+    Raises:
+        ValueError: lengths that cannot be scored on the same tokens.
+    """
+    if target % original:
+        raise ValueError(
+            f"--target is {target:,}; lengths are compared on the same tokens, so it must be a "
+            f"multiple of the original length, {original:,}, such as {target // original}x"
+        )
     if recipe.evaluate.lengths:
-        return sorted({parse_length(text, original) for text in recipe.evaluate.lengths})
+        asked = {parse_length(text, original) for text in recipe.evaluate.lengths}
+        lengths = sorted({original, *asked, target})
+        if lengths[-1] > target:
+            raise ValueError(f"evaluate.lengths: {lengths[-1]:,} is beyond the target, {target:,}")
+        check_lengths(lengths)
+        return lengths
     lengths = [original]
     while target % (2 * lengths[-1]) == 0 and 2 * lengths[-1] <= target:
         lengths.append(2 * lengths[-1])

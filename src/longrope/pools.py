@@ -44,7 +44,7 @@ class Pools:
         return joined(self.evaluation, length, self.bos, self.eos)[:count]
 
 
-def make_pools(loaded: LoadedModel, recipe: Recipe, target: int, trains: bool) -> Pools:
+def make_pools(loaded: LoadedModel, recipe: Recipe, target: int, trained: int | None) -> Pools:
     """Read the documents and share them out, by chance and by their texts, not their order.
 
     Raises:
@@ -64,8 +64,8 @@ def make_pools(loaded: LoadedModel, recipe: Recipe, target: int, trains: bool) -
     total = sum(map(len, remaining))
     least = max(target, round(_SHARE * total))
     if not evaluation:
-        evaluation = _take(remaining, least)
-    search = _take(remaining, least)
+        evaluation = _take(remaining, target, least, leave=2)
+    search = _take(remaining, target, least, leave=1)
     for what, pool in (("search on", search), ("evaluate on", evaluation)):
         found = sum(map(len, pool))
         if found < target:
@@ -74,18 +74,26 @@ def make_pools(loaded: LoadedModel, recipe: Recipe, target: int, trains: bool) -
                 f"of the target needs {target:,} ({total:,} in all, and no document serves two "
                 "purposes); give more with --data, or choose a shorter --target"
             )
-    if trains and not remaining:
+    left = sum(map(len, remaining))
+    if trained is not None and left < trained:
         raise ValueError(
-            f"nothing is left to train on: all {len(documents)} documents are needed for search "
-            "and evaluation; give more with --data"
+            f"too few tokens are left to train on: {left:,} of {total:,}, and one piece needs "
+            f"{trained:,}; the other documents are for search and evaluation; give more with --data"
         )
     bos, eos = bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id
     return Pools(tuple(search), tuple(remaining), tuple(evaluation), bos, eos)
 
 
-def _take(documents: list[TokenDocument], tokens: int) -> list[TokenDocument]:
-    """Remove documents from the end until they hold so many tokens."""
+def _take(
+    documents: list[TokenDocument], needed: int, wanted: int, leave: int
+) -> list[TokenDocument]:
+    """Remove documents from the end until they hold the tokens wanted.
+
+    Once they hold those that are needed, the last ``leave`` documents are left for others.
+    """
     taken: list[TokenDocument] = []
-    while documents and sum(map(len, taken)) < tokens:
+    tokens = 0
+    while documents and tokens < wanted and not (tokens >= needed and len(documents) <= leave):
         taken.append(documents.pop())
+        tokens += len(taken[-1])
     return taken

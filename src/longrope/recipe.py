@@ -19,7 +19,7 @@ _Count = Annotated[int, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class Search(_Section):
@@ -30,7 +30,7 @@ class Search(_Section):
     samples: _Positive = 5
     budget: _Positive | None = None
     patience: _Positive | None = None
-    upper: float | None = None
+    upper: Annotated[float, Field(ge=1)] | None = None
     population: int = 64
     mutations: int = 16
     crossovers: int = 16
@@ -75,9 +75,9 @@ class Finetune(_Section):
     micro_batch: _Positive = 1
     learning_rate: float = 2e-5
     schedule: str = "linear"
-    warmup: int = 20
+    warmup: _Count = 20
     clip: float = 1.0
-    beta2: float = 0.999
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     precision: str = "bf16"
     gradient_checkpointing: bool = True
     passkey_share: float = 0.0
@@ -120,7 +120,7 @@ class Recipe(_Section):
     data: tuple[str, ...] = ()
     evaluation_data: tuple[str, ...] = ()
     field: str = "text"
-    seed: int = 0
+    seed: _Count = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
     chunk: _Positive = DEFAULT_CHUNK

@@ -118,13 +118,14 @@ def joined(
     """
     result = [document for document in documents if len(document) >= length]
     waiting: list[TokenDocument] = []
+    tokens, around = 0, (bos is not None) + (eos is not None)
     for document in documents:
         if len(document) < length:
             waiting.append(document)
-            together = pack(waiting, bos, eos)
-            if len(together) >= length:
-                result.append(together)
-                waiting = []
+            tokens += len(document) + around
+            if tokens >= length:
+                result.append(pack(waiting, bos, eos))
+                waiting, tokens = [], 0
     return result
 
 

@@ -1,10 +1,12 @@
 """The directory of a run: what is done in it, and what its stages read of each other."""
 
 import functools
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from longrope.files import write_atomically
@@ -96,6 +98,33 @@ class Run:
     def forget(self) -> None:
         """Let go of the model in memory: it was changed."""
         self._loaded = None
+        gc.collect()  # an optimizer that accelerate prepared lives in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def keep_pools(self) -> None:
+        """Note which documents are for what, or see that they are those noted before.
+
+        Raises:
+            ValueError: too little text, or other documents than this run began with.
+        """
+        pools, file = self.pools, self.out / "pools.json"
+        now = {
+            name: sorted(h for document in getattr(pools, name) for h in document.sha256)
+            for name in ("search", "training", "evaluation")
+        }
+        if not self.ranks.first:
+            return
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            for name, hashes in now.items():
+                if before.get(name) != hashes:
+                    raise ValueError(
+                        f"{self.out}: its {name} documents are not those that it began with "
+                        f"({len(before.get(name, []))} then, {len(hashes)} now); restore --data, "
+                        "or give another --out"
+                    )
+        write_atomically(file, json.dumps(now, indent=1) + "\n")
 
     def _load(self, source: str) -> LoadedModel:
         if self._loaded is None or self._loaded[0] != source:
@@ -116,7 +145,7 @@ class Run:
     def pools(self) -> Pools:
         """The documents, shared out."""
         loaded = self._loaded[1] if self._loaded else self.original()
-        return make_pools(loaded, self.recipe, self.plan.target, self.plan.trained is not None)
+        return make_pools(loaded, self.recipe, self.plan.target, self.plan.trained)
 
     def attention_factor(self, length: int) -> float:
         """The recipe's, or √(1 + ln s / ln L) for a length; the target's is what is exported."""

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from longrope.model import load_model
@@ -123,6 +125,20 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
         assert torch.equal(weight, weights(tmp_path)[name]), name
 
 
+def test_killed_after_the_model_was_written_it_is_not_trained_again(
+    checkpoints, texts, tmp_path, trained
+):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    half_deleted = tmp_path / "checkpoints" / "checkpoint-6"
+    half_deleted.mkdir(parents=True)
+    (half_deleted / "complete.json").write_text("{}")
+    before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert not half_deleted.exists()
+
+
 def test_a_checkpoint_cut_short_is_not_resumed_from(checkpoints, texts, tmp_path, trained):
     broken = tmp_path / "checkpoints" / "checkpoint-4"
     broken.mkdir(parents=True)
@@ -149,19 +165,28 @@ def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stands(
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("No space left on device [enforce fail at inline_container.cc:664]"),
+        SafetensorError("Error while serializing: No space left on device"),
+    ],
+    ids=["python", "torch", "safetensors"],
+)
 def test_a_full_disk_is_one_line_and_the_checkpoint_stands(
-    checkpoints, texts, tmp_path, monkeypatch
+    checkpoints, texts, tmp_path, monkeypatch, error
 ):
     from transformers import Trainer
 
-    saved = Trainer._save_checkpoint
+    saved = Trainer._save_optimizer_and_scheduler
 
     def full(self, *args, **kwargs):
         if self.state.global_step == 4:
-            raise OSError(28, "No space left on device")
+            raise error
         return saved(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(ValueError, match=r"No space left on device.*last whole checkpoint"):
         train(checkpoints("llama"), texts, tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()

@@ -55,6 +55,7 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
                 rescale = _chosen(run, method)(length)
                 found = _MEASURES[kind](run, loaded, rescale, length, options)
                 cells.add(kind, method, length, options, found)
+                del loaded  # one model in memory at a time
             advance(number, f"{kind}, {method} at {length:,}")
     results = _results(run, cells, wanted)
     write_atomically(run.out / "results.json", json.dumps(results, indent=1) + "\n")

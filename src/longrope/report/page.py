@@ -201,7 +201,8 @@ def _factors(directory: Path) -> Section:
     searched = directory / "search" / "rescale.json"
     shown = known | {"long": long, "short": short}
     if searched.exists():
-        shown["trained with"] = Rescale.load(searched)
+        trained = (directory / "finetune").exists()
+        shown["trained with" if trained else "long"] = Rescale.load(searched)
     picture = Picture(
         "factors.png", "Factors by dimension (the paper's figure 2).", plots.factors_figure(shown)
     )

@@ -6,6 +6,7 @@ kill or a full disk cut short is not resumed from.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from longrope.files import append_line, read_lines, whole_directory, write_atomically
@@ -124,6 +126,10 @@ def finetune(
         ValueError: the loss is not finite, the disk is full, or a batch that does not divide.
     """
     work = out / "checkpoints"
+    if (out / "model").exists():  # whole, since it is renamed into place: only tidying was left
+        if ranks.first:
+            shutil.rmtree(work, ignore_errors=True)
+        return read_lines(out / "loss.jsonl")
     resume = _last_whole(work)
     log = out / "loss.jsonl"
     step = int(resume.name.rpartition("-")[2]) if resume else 0
@@ -131,35 +137,28 @@ def finetune(
         lines = [line for line in read_lines(log) if line["step"] <= step]
         write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
     model = loaded.model
-    if settings.precision != "pure-bf16":
-        model.float()
+    model.to(torch.bfloat16 if settings.precision == "pure-bf16" else torch.float32)
     if settings.lora is not None:
         model = _with_lora(model, settings.lora)
     arguments = _arguments(settings, work, model.device, ranks, seed)
-    try:
-        with (
-            installed(loaded.model, rescale),
-            chunked_loss(model, short),
-            progress("fine-tune", settings.steps, show=ranks.first) as advance,
-            warnings.catch_warnings(),
-        ):
-            warnings.filterwarnings("ignore", module="(accelerate|torch)\\.")
-            with quiet():
-                trainer = _Trainer(
-                    model=model,
-                    args=arguments,
-                    train_dataset=pieces,
-                    callbacks=[_Keeper(log, settings.steps, advance, ranks.first)],
-                )
-                trainer.remove_callback(PrinterCallback)
-                trainer.model_accepts_loss_kwargs = False
-                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    except OSError as error:
-        raise ValueError(
-            f"{work}: cannot be written ({error.strerror}); free space there, then run the same "
-            "command again: it goes on from the last whole checkpoint"
-        ) from None
+    with (
+        installed(loaded.model, rescale),
+        chunked_loss(model, short),
+        progress("fine-tune", settings.steps, show=ranks.first) as advance,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", module="(accelerate|torch)\\.")
+        with quiet():
+            trainer = _Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=pieces,
+                callbacks=[_Keeper(log, settings.steps, advance, ranks.first)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.model_accepts_loss_kwargs = False
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     model = _unwrapped(trainer)
     if settings.lora is not None:
         model, state = model.merge_and_unload(), None
@@ -190,8 +189,7 @@ def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: P
 def _arguments(
     settings: FinetuneSettings, work: Path, device: torch.device, ranks: Ranks, seed: int
 ) -> TrainingArguments:
-    # Trained in whole steps, however many: the data has no epochs that the Trainer knows of.
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.micro_batch,
@@ -222,9 +220,24 @@ def _arguments(
         data_seed=seed,
         use_cpu=device.type == "cpu",
     )
+    # One device a process: the Trainer would split the batch over all it sees, by threads.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _Trainer(Trainer):
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        # A full disk is an OSError to Python, other things to torch and to safetensors.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{self.args.output_dir}: cannot be written ({str(error).splitlines()[0]}); free "
+                "space there, then run the same command again: it goes on from the last whole "
+                "checkpoint"
+            ) from error
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
@@ -290,12 +303,21 @@ def _last_whole(work: Path) -> Path | None:
     return max(whole, key=lambda d: int(d.name.rpartition("-")[2]), default=None)
 
 
+def require_peft(rank: int) -> None:
+    """Refuse LoRA where its library is missing.
+
+    Raises:
+        ValueError: names the extra that brings it.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"finetune.lora {rank} needs: pip install 'longrope[lora]'")
+
+
 def _with_lora(model: Any, rank: int) -> Any:
     """LoRA on every linear layer, and embeddings and norms in full, as LongLoRA found needed."""
-    try:
-        from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
-    except ImportError:
-        raise ValueError(f"finetune.lora {rank} needs: pip install 'longrope[lora]'") from None
+    require_peft(rank)
+    from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
+
     whole = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from longrope.evaluate.retrieval import passkey_prompt
+from longrope.evaluate.retrieval import passkey_prompt, question_tokens
 from longrope.windows import TokenDocument, bos_token, pack
 
 
@@ -51,6 +51,12 @@ class Pieces(Dataset):
         self.passkey_share, self.answer_weight = passkey_share, answer_weight
         self.short, self.short_length = short, short_length
         bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
+        self._shortest = question_tokens(tokenizer)
+        if passkey_share and self._shortest > length:
+            raise ValueError(
+                f"finetune.passkey_share is {passkey_share}; a passkey question takes "
+                f"{self._shortest} tokens, and a piece has {length}"
+            )
         self._start = [] if bos is None else [bos]
         self._end = [] if eos is None else [eos]
         self._room = length - len(self._start) - len(self._end)
@@ -81,7 +87,7 @@ class Pieces(Dataset):
         text = self._text(number)
         weights = np.ones(self.length, dtype=np.float32)
         if rng.random() < self.passkey_share:
-            longest = rng.randint(min(128, self.length), self.length)
+            longest = rng.randint(self._shortest, self.length)
             prompt = passkey_prompt(self.tokenizer, longest, rng.random(), rng)
             answer = slice(len(prompt.ids) - prompt.answer_tokens, len(prompt.ids))
             weights[answer] = self.answer_weight
