@@ -37,7 +37,7 @@ class Pools:
             ValueError: all documents together are too short.
         """
         documents = joined(self.search, length, self.bos, self.eos)
-        return search_windows(documents, length, samples, seed, self.bos)
+        return search_windows(documents, length, samples, seed, self.bos, spare_half=False)
 
     def evaluation_documents(self, length: int, count: int) -> list[TokenDocument]:
         """Up to ``count`` documents of at least ``length`` tokens, short ones joined."""

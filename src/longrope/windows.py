@@ -160,29 +160,42 @@ class Windows:
 
 def half(documents: Sequence[TokenDocument], rng: random.Random) -> list[TokenDocument]:
     """Half of the documents (one of one), chosen by chance and the texts, not their order."""
+    return _shuffled(documents, rng)[: (len(documents) + 1) // 2]
+
+
+def _shuffled(documents: Sequence[TokenDocument], rng: random.Random) -> list[TokenDocument]:
     shuffled = sorted(documents, key=lambda document: document.sha256)
     rng.shuffle(shuffled)
-    return shuffled[: (len(shuffled) + 1) // 2]
+    return shuffled
 
 
 def search_windows(
-    documents: Sequence[TokenDocument], length: int, samples: int, seed: int, bos: int | None
+    documents: Sequence[TokenDocument],
+    length: int,
+    samples: int,
+    seed: int,
+    bos: int | None,
+    *,
+    spare_half: bool = True,
 ) -> Windows:
     """Up to ``samples`` disjoint windows, spread over up to half of the usable documents.
 
-    The other half stays unseen, for evaluation. The choice depends on the seed and on
-    the texts, not on their order.
+    The other half stays unseen, for evaluation; without ``spare_half`` all are used. The
+    choice depends on the seed and on the texts, not on their order.
 
     Raises:
         ValueError: no document is long enough.
     """
     usable = require_length(documents, length)
     rng = random.Random(seed)
-    chosen = half(usable, rng)[:samples]
-    if len(usable) == 1 and len(chosen[0].sha256) == 1:
-        log.warning(
-            "%s is searched on, and no other document is left to evaluate on", usable[0].name
-        )
+    chosen = _shuffled(usable, rng)
+    if spare_half:
+        chosen = chosen[: (len(usable) + 1) // 2]
+        if len(usable) == 1 and len(usable[0].sha256) == 1:
+            log.warning(
+                "%s is searched on, and no other document is left to evaluate on", usable[0].name
+            )
+    chosen = chosen[:samples]
     starts = {}
     for document in chosen:
         starts[document.sha256] = [i * length for i in range(len(document) // length)]
