@@ -1,7 +1,7 @@
 """Retrieval from the command line: lengths × depths, under a rescale or an extended pair."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,8 @@ def ask(
     return rows
 
 
-def save_heat_map(rows: list[Row], kind: str, directory: Path) -> Path:
+def save_heat_map(rows: Sequence[Mapping[str, Any]], kind: str, directory: Path) -> Path:
     """The picture of length × depth."""
     from longrope.report import plots
 
-    figure = plots.retrieval_figure([dataclasses.asdict(row) for row in rows], kind)
-    return plots.save_figure(figure, directory / f"{kind}.png")
+    return plots.save_figure(plots.retrieval_figure(rows, kind), directory / f"{kind}.png")

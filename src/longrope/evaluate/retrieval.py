@@ -10,7 +10,7 @@ and needs no cache.
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, repeat
 from typing import Any
 
@@ -216,12 +216,12 @@ def wilson(correct: int, trials: int) -> tuple[float, float]:
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
-def totals(rows: Sequence[Row]) -> dict[int, tuple[int, int]]:
-    """Correct answers and trials of each length, depths together."""
+def totals(rows: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+    """Correct answers and trials of each length, depths together; of rows as JSON has them."""
     result: dict[int, tuple[int, int]] = {}
     for row in rows:
-        correct, trials = result.get(row.length, (0, 0))
-        result[row.length] = correct + row.correct, trials + row.trials
+        correct, trials = result.get(row["length"], (0, 0))
+        result[row["length"]] = correct + row["correct"], trials + row["trials"]
     return result
 
 

@@ -12,7 +12,7 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from longrope.evaluate.retrieval import wilson
+from longrope.evaluate.retrieval import totals, wilson
 from longrope.evaluate.run import RESULT
 from longrope.files import read_lines, write_atomically
 from longrope.progress import duration
@@ -138,13 +138,13 @@ def _perplexity(results: dict[str, Any]) -> Section:
 
 def _retrieval(results: dict[str, Any], kind: str) -> Section:
     rows = results[kind]
-    totals = _totals(rows)
+    by_method = _totals(rows)
     lengths = sorted({row["length"] for row in rows})
     table = Table(
         [kind, *(f"{length:,}" for length in lengths)],
         [
             [method, *(_share(asked.get(length)) for length in lengths)]
-            for method, asked in totals.items()
+            for method, asked in by_method.items()
         ],
     )
     own = [row for row in rows if row["method"] == RESULT]
@@ -234,7 +234,8 @@ def _cost(results: dict[str, Any]) -> Section:
         ]
         for stage in results["stages"]
     ]
-    return Section("Cost", tables=[Table(["stage", "time", "forwards", "tokens"], rows)])
+    text = ["Of a stage that was interrupted, the time since its last start."]
+    return Section("Cost", text, tables=[Table(["stage", "time", "forwards", "tokens"], rows)])
 
 
 def _reproduce(directory: Path, results: dict[str, Any]) -> Section:
@@ -274,12 +275,8 @@ def _markdown(content: dict[str, Any]) -> str:
 
 def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[int, int]]]:
     """Method → length → (right answers, trials)."""
-    result: dict[str, dict[int, tuple[int, int]]] = {}
-    for row in rows:
-        own = result.setdefault(row["method"], {})
-        right, trials = own.get(row["length"], (0, 0))
-        own[row["length"]] = right + row["correct"], trials + row["trials"]
-    return result
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return {name: totals(row for row in rows if row["method"] == name) for name in methods}
 
 
 def _share(asked: tuple[int, int] | None) -> str:

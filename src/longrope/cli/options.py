@@ -1,6 +1,6 @@
 """The options that several verbs of the command line share."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,3 +43,14 @@ AttentionFactor = Annotated[
 TokensPerDocument = Annotated[
     int | None, typer.Option(help="Score about so many tokens of each document; by default all.")
 ]
+
+
+def existing_choice(choice: str | None) -> Any:
+    """What --existing-scaling may be.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if choice not in (None, "keep", "replace"):
+        raise ValueError(f"--existing-scaling {choice}: choose keep or replace")
+    return choice

@@ -1,0 +1,53 @@
+"""The program: how it starts, and how a user's mistake ends it."""
+
+import logging
+import os
+import sys
+from typing import Any
+
+import typer
+
+app = typer.Typer(
+    name="longrope",
+    help="Extend the context window of any RoPE language model.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_STOPPED = "stopped; it goes on where it was when the same command runs again"
+# click's, which some versions of typer carry themselves
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def main() -> None:
+    """Run the program: a user's mistake is one line on standard error and exit code 2."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("longrope: %(message)s"))
+    logging.getLogger("longrope").addHandler(handler)
+    arguments = sys.argv[1:] or ["--help"]
+    if os.environ.get("LONGROPE_TRACEBACK"):
+        app(arguments)
+    code = 0
+    try:
+        code = app(arguments, standalone_mode=False)
+    except _UsageError as error:
+        _fail(error.format_message(), 2)
+    except ValueError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail(_STOPPED, 130)
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail("the GPU is out of memory; try --hidden-device cpu, or a smaller --chunk", 1)
+        if type(error).__name__ != "RankLost":
+            raise
+        _fail(str(error), 1)
+    if code == 130:  # typer's word for Ctrl-C
+        _fail(_STOPPED, code)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> None:
+    print("longrope: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    # The other ranks of a run may wait in a collective: leave without asking them.
+    sys.stdout.flush()
+    os._exit(code)

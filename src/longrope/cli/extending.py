@@ -1,0 +1,121 @@
+"""The verbs that extend a model, and try the result."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longrope.cli.app import app
+from longrope.cli.options import Chunk, Data, Device, Dtype, Json, TrustRemoteCode
+from longrope.cli.tables import console, print_json
+
+
+@app.command()
+def extend(
+    model: Annotated[
+        str | None, typer.Argument(help="As for search; by default the recipe's, or 'bundled'.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Tokens to reach: 131072, 128k, 64x.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A YAML file, or the name of one that longrope carries.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; resumes it.")] = None,
+    data: Data = None,
+    evaluation_data: Annotated[
+        list[str] | None, typer.Option(help="Documents to evaluate on; by default some of --data.")
+    ] = None,
+    finetune: Annotated[
+        bool | None, typer.Option(help="Train, or not, whatever the target needs.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything that is by chance.")] = None,
+    device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what each stage would cost, and stop.")
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="With --dry-run: plan for so many GB, such as 8x80.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Extend a model: search, fine-tune, search again, recover, export, prove, report."""
+    from longrope.cost import dry_run as estimate
+    from longrope.extend import extend as run_extension
+    from longrope.extend import open_run
+    from longrope.parallel import ranks
+    from longrope.recipe import resolve_recipe
+
+    chosen = resolve_recipe(
+        recipe,
+        model,
+        target=target,
+        data=data,
+        evaluation_data=evaluation_data,
+        seed=seed,
+        device=device,
+        finetune=finetune,
+    )
+    directory = out or Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
+    with ranks() as these:
+        run = open_run(chosen, directory, these)
+        estimated = estimate(run.plan, run.facts, chosen, memory if dry_run else None)
+        if these.first and not json_:
+            console.print(estimated.table())
+        if dry_run:
+            if json_:
+                print_json(estimated.to_json())
+            estimated.check()
+            return
+        page = run_extension(chosen, directory, these)
+    if not these.first:
+        return
+    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    if json_:
+        print_json(results)
+        return
+    from longrope.report.page import headline
+
+    for line in headline(results):
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+    console.print(str(page), soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="What extend wrote, or any model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from, after the file's.")] = "",
+    prompt_file: Annotated[Path | None, typer.Option(help="A long text to read first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Go on from a text of any length, tokens as they come."""
+    from longrope.data import read_text
+    from longrope.generate import load_extended, stream, text_of
+
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"--max-new-tokens is {max_new_tokens} and --temperature {temperature}; the first must "
+            "be at least 1, the second not negative"
+        )
+    text = (read_text(prompt_file) if prompt_file else "") + prompt
+    loaded, pair = load_extended(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    ids = loaded.tokenizer(text, verbose=False)["input_ids"]
+    tokens = stream(
+        loaded,
+        pair,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chunk=chunk,
+    )
+    for part in text_of(loaded, tokens):
+        print(part, end="", flush=True)
+    print()

@@ -1,0 +1,223 @@
+"""The verbs that measure and draw."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longrope.cli.app import app
+from longrope.cli.options import (
+    AttentionFactor,
+    Chunk,
+    Data,
+    Device,
+    Dtype,
+    ExistingScaling,
+    Field,
+    HiddenDevice,
+    Json,
+    Lengths,
+    Model,
+    OriginalLength,
+    Pack,
+    TokensPerDocument,
+    TrustRemoteCode,
+    existing_choice,
+)
+from longrope.cli.tables import console, print_answers, print_differences, print_json, print_rows
+
+
+@app.command()
+def evaluate(
+    model: Model = "bundled",
+    rescale: Annotated[
+        str | None,
+        typer.Option(
+            help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default none, or what "
+            "the model was extended with."
+        ),
+    ] = None,
+    passkey: Annotated[
+        bool, typer.Option("--passkey", help="Retrieval of a pass key in place of perplexity.")
+    ] = False,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Retrieval of a sentence among lines of --data.")
+    ] = False,
+    trials: Annotated[int, typer.Option(help="Questions a length, depths stratified.")] = 20,
+    digits: Annotated[int, typer.Option(help="Of the number that is asked for.")] = 5,
+    seed: Annotated[int, typer.Option(help="Decides keys and depths.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory for the heat map.")] = None,
+    lengths: Lengths = ...,  # type: ignore[assignment]
+    target: Annotated[
+        str | None, typer.Option(help="What a method is made for; by default the longest length.")
+    ] = None,
+    data: Data = None,
+    field: Field = "text",
+    pack: Pack = False,
+    stride: Annotated[
+        int | None, typer.Option(help="Slide the window by so many tokens, score only those.")
+    ] = None,
+    tokens_per_document: TokensPerDocument = None,
+    attention_factor: AttentionFactor = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    hidden_device: HiddenDevice = None,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Measure perplexity or retrieval at one or more lengths under one rescale."""
+    from longrope.evaluate.ask import AskOptions, ask, save_heat_map
+    from longrope.evaluate.compare import CompareOptions, Entry, run_comparison
+    from longrope.generate import load_extended
+    from longrope.model import load_model
+
+    kind = _kind(passkey, needle)
+    options = CompareOptions(
+        methods=(rescale or "none",),
+        lengths=tuple(lengths.split(",")),
+        target=target,
+        data=tuple(data or ()),
+        field=field,
+        pack=pack,
+        stride=stride,
+        tokens_per_document=tokens_per_document,
+        attention_factor=attention_factor,
+        chunk=chunk,
+        hidden_device=hidden_device,
+    )
+    asked = AskOptions(
+        kind=kind,
+        lengths=options.lengths,
+        trials=trials,
+        digits=digits,
+        seed=seed,
+        data=options.data,
+        field=field,
+        chunk=chunk,
+        hidden_device=hidden_device,
+    )
+    loading: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "original_length": original_length,
+        "trust_remote_code": trust_remote_code,
+        "check": options.check if kind == "perplexity" else asked.check,
+    }
+    pair = None
+    if rescale is None and existing_scaling is None:
+        loaded, pair = load_extended(model, **loading)
+    else:
+        scaling = existing_choice(existing_scaling)
+        loaded = load_model(model, existing_scaling=scaling, **loading)
+    entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
+    if kind == "perplexity":
+        rows = run_comparison(loaded, options, exclude_searched=False, entries=[entry]).rows()
+        show = print_rows
+    else:
+        rows = [dataclasses.asdict(row) for row in ask(loaded, asked, entry.rescale)]
+        show = print_answers
+    if json_:
+        print_json({kind: rows})
+    else:
+        show(rows)
+    if out and kind != "perplexity":
+        figure = save_heat_map(rows, kind, out)
+        if not json_:
+            console.print(str(figure), soft_wrap=True)
+
+
+def _kind(passkey: bool, needle: bool) -> str:
+    if passkey and needle:
+        raise ValueError("--passkey and --needle: ask for one at a time")
+    return "passkey" if passkey else "needle" if needle else "perplexity"
+
+
+@app.command()
+def compare(
+    model: Model = "bundled",
+    target: Annotated[str, typer.Option(help="Tokens the methods are made for.")] = ...,  # type: ignore[assignment]
+    methods: Annotated[
+        str, typer.Option(help="Methods and rescale files, with commas between.")
+    ] = "none,pi,ntk,dynamic-ntk,yarn",
+    lengths: Annotated[
+        str | None, typer.Option(help="Such as 512,1024; by default the target alone.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for compare.json and the plots; by default the rescale file's."
+        ),
+    ] = None,
+    data: Data = None,
+    field: Field = "text",
+    pack: Pack = False,
+    tokens_per_document: TokensPerDocument = None,
+    attention_factor: AttentionFactor = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    hidden_device: HiddenDevice = None,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Compare methods and searched factors on documents that no search has seen."""
+    from longrope.evaluate.compare import CompareOptions, run_comparison
+    from longrope.model import load_model
+    from longrope.report.run import report as write_report
+
+    options = CompareOptions(
+        methods=tuple(methods.split(",")),
+        lengths=tuple((lengths or target).split(",")),
+        target=target,
+        data=tuple(data or ()),
+        field=field,
+        pack=pack,
+        tokens_per_document=tokens_per_document,
+        attention_factor=attention_factor,
+        chunk=chunk,
+        hidden_device=hidden_device,
+        own_attention_factors=True,
+    )
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        existing_scaling=existing_choice(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+        check=options.check,
+    )
+    comparison = run_comparison(loaded, options, exclude_searched=True)
+    directory = out or options.directory
+    comparison.save(directory / "compare.json")
+    figures = write_report(directory)
+    if json_:
+        print_json(comparison.to_json() | {"figures": [str(path) for path in figures]})
+        return
+    print_rows(comparison.rows())
+    print_differences(comparison.differences())
+    for path in figures:
+        console.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="What extend, search or compare wrote to.")],
+    json_: Json = False,
+) -> None:
+    """Write a run's page again, or draw a search's and a comparison's pictures."""
+    from longrope.report.page import write_page
+    from longrope.report.run import report as draw
+
+    written = write_page(directory) if (directory / "results.json").exists() else draw(directory)
+    if json_:
+        print_json({"figures": [str(path) for path in written]})
+    else:
+        for path in written:
+            console.print(str(path), soft_wrap=True)

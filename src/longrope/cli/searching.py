@@ -1,0 +1,153 @@
+"""The verbs that look at a model and search its factors."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from longrope.cli.app import app
+from longrope.cli.options import (
+    Chunk,
+    Data,
+    Device,
+    Dtype,
+    ExistingScaling,
+    Field,
+    HiddenDevice,
+    Json,
+    Model,
+    OriginalLength,
+    Pack,
+    TrustRemoteCode,
+    existing_choice,
+)
+from longrope.cli.tables import console, print_json
+
+
+@app.command()
+def inspect(
+    model: Model = "bundled",
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Show what a model is, and whether its context can be extended. Reads no weights."""
+    from longrope.model import inspect_model
+
+    facts = inspect_model(
+        model,
+        existing_scaling=existing_choice(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    if json_:
+        print_json(dataclasses.asdict(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in dataclasses.asdict(facts).items():
+        if name not in ("base_factors", "base_attention_factor"):
+            shown = f"{value:,}" if isinstance(value, int) and name != "extendable" else str(value)
+            table.add_row(name, shown)
+    console.print(table)
+
+
+@app.command()
+def search(
+    model: Model = "bundled",
+    target: Annotated[str, typer.Option(help="Tokens to reach: 131072, 128k or 8x.")] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path, typer.Option(help="Directory for the result; resumes what it holds.")
+    ] = ...,  # type: ignore[assignment]
+    data: Data = None,
+    field: Field = "text",
+    pack: Pack = False,
+    samples: Annotated[int, typer.Option(help="Windows that every candidate is scored on.")] = 5,
+    algorithm: Annotated[str, typer.Option(help="paper: LongRoPE's Algorithm 1.")] = "paper",
+    budget: Annotated[
+        int | None, typer.Option(help="Evaluations at most; by default the settings' 1,344.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many generations without a new best.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides windows and candidates.")] = 0,
+    attention_factor: Annotated[
+        float | None, typer.Option(help="For every candidate; by default √(1 + ln s / ln L).")
+    ] = None,
+    start_tokens: Annotated[
+        int | None, typer.Option(help="Fix n̂ instead of searching it; 0 is what engines load.")
+    ] = None,
+    upper: Annotated[
+        float | None, typer.Option(help="Largest factor; by default 1.25 · s, the paper's.")
+    ] = None,
+    population: Annotated[int, typer.Option(help="Size of the first generation (P).")] = 64,
+    mutations: Annotated[int, typer.Option(help="Mutants a generation (N1).")] = 16,
+    crossovers: Annotated[int, typer.Option(help="Crossovers a generation (N2).")] = 16,
+    probability: Annotated[float, typer.Option(help="Of redrawing each factor (p).")] = 0.3,
+    iterations: Annotated[int, typer.Option(help="Generations after the first (T).")] = 40,
+    parents: Annotated[int, typer.Option(help="The best that have children (k).")] = 32,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    hidden_device: HiddenDevice = None,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Search the rescale factors for a longer context. Run again, it resumes."""
+    from longrope.model import load_model
+    from longrope.parallel import local_device, ranks
+    from longrope.search.evolution import EvolutionSettings
+    from longrope.search.stage import SearchOptions, SearchSettings, search_factors, summary
+
+    options = SearchOptions(
+        target=target,
+        out=out,
+        data=tuple(data or ()),
+        field=field,
+        pack=pack,
+        attention_factor=attention_factor,
+        start_tokens=start_tokens,
+        upper=upper,
+        how=SearchSettings(
+            samples=samples,
+            algorithm=algorithm,
+            budget=budget,
+            patience=patience,
+            seed=seed,
+            chunk=chunk,
+            hidden_device=hidden_device,
+            settings=EvolutionSettings(
+                population, mutations, crossovers, probability, iterations, parents
+            ),
+        ),
+    )
+    loaded = load_model(
+        model,
+        device=local_device(device),
+        dtype=dtype,
+        existing_scaling=existing_choice(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+        check=options.check,
+    )
+    with ranks() as these:
+        result = search_factors(loaded, options, these)
+    if not these.first:
+        return
+    if json_:
+        print_json(summary(result, out))
+        return
+    state = "done" if result.computed else "already done"
+    console.print(f"{state}: {result.evaluations} evaluations; loss in nats per token:")
+    for name, loss in result.starts.items():
+        console.print(f"  {name:9} {loss:.4f}")
+    console.print(f"  best      {result.best_loss:.4f}  (start tokens {result.best.start_tokens})")
+    if result.portable_loss is not None:
+        console.print(f"  portable  {result.portable_loss:.4f}  (start tokens 0)")
+    if result.not_finite:
+        console.print(f"  {result.not_finite} candidates had no finite loss")
+    console.print(f"{out / 'rescale.json'}", soft_wrap=True)
