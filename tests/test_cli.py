@@ -198,13 +198,13 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     code = (
         "import os, signal, sys, longrope.search.objective as o\n"
-        "original, calls = o.Perplexity.__call__, []\n"
+        "original, calls = o.Objective.__call__, []\n"
         "def dying(self, rescale):\n"
         "    calls.append(1)\n"
         "    if os.environ['RANK'] == '1' and len(calls) == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(self, rescale)\n"
-        "o.Perplexity.__call__ = dying\n"
+        "o.Objective.__call__ = dying\n"
         "from longrope.cli import main\nmain()\n"
     )
     script = tmp_path / "dying.py"

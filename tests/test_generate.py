@@ -32,7 +32,7 @@ def test_stream_equals_generate_without_a_cache(checkpoints, ids, family):
     loaded = load_model(str(checkpoints(family)), dtype="float32")
     both, prompt = pair(loaded.model), ids[0, :75].tolist()
     loaded.model.generation_config.eos_token_id = None
-    found = list(stream(loaded, both, prompt, max_new_tokens=12, chunk=20))
+    found = list(stream(loaded, both.choose, prompt, max_new_tokens=12, chunk=20))
     with switched(loaded.model, both):
         expected = loaded.model.generate(
             ids[:1, :75],
@@ -67,7 +67,7 @@ def test_an_export_generates_the_same_in_a_process_of_its_own(bundled, tmp_path)
     loaded, loaded_pair = load_extended(str(tmp_path))
     assert loaded_pair == made
     ids = loaded.tokenizer(book.read_text() + "import")["input_ids"]
-    expected = "".join(text_of(loaded, stream(loaded, made, ids, max_new_tokens=9)))
+    expected = "".join(text_of(loaded, stream(loaded, made.choose, ids, max_new_tokens=9)))
     assert texts == [expected + "\n"] * 2
 
 

@@ -8,8 +8,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
+from longrope.facts import inspect_model
 from longrope.forward import LongForward
-from longrope.model import inspect_model, load_model
+from longrope.model import load_model
 from longrope.rope.install import find_rotary, installed
 from longrope.rope.rescale import default_inv_freq
 from longrope.source import BUNDLED

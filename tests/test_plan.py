@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from longrope.cost import check_memory, dry_run
-from longrope.model import inspect_model
+from longrope.facts import inspect_model
 from longrope.plan import evaluation_lengths, make_plan
 from longrope.recipe import make_recipe
 

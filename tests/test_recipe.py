@@ -9,7 +9,7 @@ import torch
 import transformers
 import yaml
 
-from longrope.model import inspect_model
+from longrope.facts import inspect_model
 from longrope.plan import make_plan
 from longrope.recipe import RECIPES, load_recipe, make_recipe, resolve_recipe
 from longrope.source import BUNDLED

@@ -17,10 +17,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "LoadedModel": "longrope.model",
     "LongForward": "longrope.forward",
-    "ModelFacts": "longrope.model",
+    "ModelFacts": "longrope.facts",
     "Rescale": "longrope.rope.rescale",
     "SearchOptions": "longrope.search.stage",
-    "inspect_model": "longrope.model",
+    "inspect_model": "longrope.facts",
     "installed": "longrope.rope.install",
     "load_model": "longrope.model",
     "search_factors": "longrope.search.stage",
@@ -39,8 +39,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from longrope.facts import ModelFacts, inspect_model
     from longrope.forward import LongForward
-    from longrope.model import LoadedModel, ModelFacts, inspect_model, load_model
+    from longrope.model import LoadedModel, load_model
     from longrope.rope.install import installed
     from longrope.rope.rescale import Rescale
     from longrope.search.stage import SearchOptions, search_factors

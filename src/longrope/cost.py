@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from longrope.model import ModelFacts, find_device
+from longrope.facts import ModelFacts
+from longrope.model import find_device
 from longrope.plan import ContextPlan, Stage
 from longrope.progress import duration
 from longrope.recipe import Recipe

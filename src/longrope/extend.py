@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from longrope.cost import check_memory
+from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import evaluate_run
 from longrope.export.huggingface import export_model
+from longrope.facts import inspect_model
 from longrope.files import only_process
 from longrope.forward import LongForward
-from longrope.model import LoadedModel, find_device, inspect_model
+from longrope.model import LoadedModel, find_device
 from longrope.parallel import Ranks
-from longrope.plan import ContextPlan, Stage, make_plan
+from longrope.plan import Stage, make_plan
 from longrope.progress import console
 from longrope.recipe import Recipe, Search
 from longrope.recovery import choose
@@ -102,6 +104,19 @@ def _preflight(run: Run) -> None:
             )
     check_memory([stage for stage in todo if stage.memory])
     run.keep_pools()
+    for stage in todo:
+        if field := _asks(recipe, stage):
+            require_room(field, run.original().tokenizer, stage.length)
+
+
+def _asks(recipe: Recipe, stage: Stage) -> str:
+    """The recipe's key that asks for pass keys in a stage, if any does."""
+    if stage.kind == "finetune" and recipe.finetune.passkey_share:
+        return "finetune.passkey_share"
+    if stage.kind != "search":
+        return ""
+    section = stage.name.removeprefix("through-").replace("-", "_").rstrip("_12")
+    return f"{section}.passkeys" if getattr(recipe, section).passkeys else ""
 
 
 def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
@@ -135,7 +150,7 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     settings = section.settings(run.recipe)
     result = search_stage(loaded, problem, windows, settings, directory, run.ranks, stage.name)
     won = min(result.starts, key=lambda name: result.starts[name])
-    forwards = result.evaluations * len(windows.ids)
+    forwards = result.evaluations * (len(windows.ids) + settings.passkeys)
     return {
         "loss": result.best_loss,
         "starts": result.starts,
@@ -278,5 +293,3 @@ _WORK = {
     "evaluate": _evaluate,
     "report": _report,
 }
-
-__all__ = ["ContextPlan", "Run", "extend", "make_plan", "open_run"]

@@ -14,7 +14,7 @@ final hidden states, to let it apply its own norm, head and soft-cap.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,22 @@ DEFAULT_CHUNK = 2048
 BATCH_TOKENS = 4096
 # Rows of logits in memory at a time; a row is vocabulary × 4 bytes.
 _HEAD_ROWS = 1024
+_T = TypeVar("_T")
+
+
+class Asked(NamedTuple):
+    """Tokens that stand, or might stand, in a row from the position ``first`` on."""
+
+    row: int
+    first: int
+    tokens: Sequence[int]
+
+
+class Answer(NamedTuple):
+    """The log-likelihood of tokens in nats, and whether greedy decoding would give them."""
+
+    log_likelihood: float
+    greedy: bool
 
 
 class LongForward:
@@ -88,19 +104,19 @@ class LongForward:
             Shape (batch, tokens − 1), float32 (float64 in a float64 model), on the CPU.
         """
         ids_BT = input_ids.to(self.device)
-        return self._within_memory(lambda: self._losses(ids_BT))
+        # A copy made out here is an ordinary tensor, that callers may change.
+        return self._within_memory(lambda: self._losses(ids_BT)).clone()
 
-    def predictions(self, input_ids: Tensor, last: int) -> Tensor:
-        """The likeliest next token after each of the ``last`` tokens of a sequence.
+    def answers(self, input_ids: Tensor, asked: Sequence[Asked]) -> list[Answer]:
+        """How likely some tokens are, each after all that stands before it in its row.
 
         Args:
-            input_ids: shape (batch, tokens), unpadded.
-
-        Returns:
-            Token ids, shape (batch, last), on the CPU.
+            input_ids: shape (batch, tokens). Rows may be padded on the right, since no token
+                sees what follows it. The tokens asked for need not be in it.
+            asked: any number for each row.
         """
         ids_BT = input_ids.to(self.device)
-        return self._within_memory(lambda: self._predictions(ids_BT, last))
+        return self._within_memory(lambda: self._answers(ids_BT, asked))
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, DynamicCache]:
@@ -115,11 +131,10 @@ class LongForward:
             hidden_BTD = self._hidden(ids_BT, cache)
             return self._logits(ids_BT, hidden_BTD, slice(-1, None))[:, -1], cache
 
-    def _within_memory(self, compute: Callable[[], Tensor]) -> Tensor:
+    def _within_memory(self, compute: Callable[[], _T]) -> _T:
         while True:
             try:
-                # A copy made out here is an ordinary tensor, that callers may change.
-                return compute().clone()
+                return compute()
             except torch.cuda.OutOfMemoryError:
                 if self.chunk == 1:
                     raise
@@ -166,11 +181,19 @@ class LongForward:
             return torch.cat(losses, dim=1)
 
     @torch.inference_mode()
-    def _predictions(self, ids_BT: Tensor, last: int) -> Tensor:
+    def _answers(self, ids_BT: Tensor, asked: Sequence[Asked]) -> list[Answer]:
         with self._attention():
             hidden_BTD = self._hidden(ids_BT)
-            logits = self._logits(ids_BT, hidden_BTD, slice(ids_BT.shape[1] - last, None))
-            return logits.argmax(dim=-1).cpu()
+            answers = []
+            for row, first, tokens in asked:
+                before = slice(first - 1, first - 1 + len(tokens))
+                rows = slice(row, row + 1)
+                logits_TV = self._logits(ids_BT[rows], hidden_BTD[rows], before)[0].float()
+                tokens_T = torch.tensor(tokens, device=logits_TV.device)
+                loss = F.cross_entropy(logits_TV, tokens_T, reduction="sum")
+                greedy = bool((logits_TV.argmax(dim=-1) == tokens_T).all())
+                answers.append(Answer(-loss.item(), greedy))
+            return answers
 
     def _hidden(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> Tensor:
         """The last layer's output for a whole sequence; keys and values go to ``cache``."""

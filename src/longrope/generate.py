@@ -1,10 +1,11 @@
 """Text from an extended model: the prompt through the long forward, then token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -43,6 +44,14 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
     return load_model(source, existing_scaling="replace", **options), pair
 
 
+def original_of(source: str) -> str | None:
+    """The model that a run of ``longrope extend`` began with; None for anything else."""
+    recipe = Path(source) / "recipe.yaml"
+    if not (is_run(Path(source)) and recipe.exists()):
+        return None
+    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
+
+
 def is_run(path: Path) -> bool:
     """Whether ``longrope extend`` wrote there, as far as its export."""
     return all((path / name).exists() for name in ("model", "rescale.json", "short.json"))
@@ -50,7 +59,7 @@ def is_run(path: Path) -> bool:
 
 def stream(
     loaded: LoadedModel,
-    pair: Pair | None,
+    choose: Callable[[int], Rescale] | None,
     ids: list[int],
     *,
     max_new_tokens: int,
@@ -60,11 +69,12 @@ def stream(
 ) -> Iterator[int]:
     """New tokens as they come, until the end-of-sequence token.
 
-    Short factors while the sequence fits the recovery length, then long ones; at the
-    crossing the whole of it goes through the model once again, so that every token is
-    exactly what it would be without a cache.
+    At the crossing from short factors to long ones the whole sequence goes through the model
+    once again, so that every token is exactly what it would be without a cache.
 
     Args:
+        choose: the rescale for a sequence of so many tokens: :meth:`Pair.choose`, say. None
+            leaves the model as it is.
         temperature: 0 takes the likeliest token.
 
     Raises:
@@ -79,7 +89,7 @@ def stream(
     stops = set(stop if isinstance(stop, list) else [stop])
     end = len(ids) + max_new_tokens
     while len(ids) < end:  # once, and once again at the boundary
-        rescale = pair.choose(len(ids)) if pair else None
+        rescale = choose(len(ids)) if choose else None
         with installed(model, rescale):
             logits, cache = forward.prefill(torch.tensor([ids]))
             while True:
@@ -88,7 +98,7 @@ def stream(
                     return
                 yield token
                 ids.append(token)
-                if len(ids) == end or (pair and pair.choose(len(ids)) is not rescale):
+                if len(ids) == end or (choose and choose(len(ids)) != rescale):
                     break
                 logits = _next(model, ids, cache)
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from longrope.evaluate.perplexity import check_lengths
-from longrope.model import ModelFacts
+from longrope.facts import ModelFacts
 from longrope.recipe import Recipe
 from longrope.windows import parse_extension, parse_length
 
@@ -163,7 +163,8 @@ class _Costs:
 
     def search(self, name: str, section, length: int) -> Stage:
         evaluations = section.settings(self.recipe).evaluations
-        forwards = evaluations * section.samples if section.method == "search" else 0
+        each = section.samples + section.passkeys
+        forwards = evaluations * each if section.method == "search" else 0
         return self._forwards(name, "search", length, forwards)
 
     def training(self, name: str, steps: int, length: int) -> Stage:

@@ -28,6 +28,7 @@ class Search(_Section):
     method: str = "search"
     algorithm: str = "paper"
     samples: _Positive = 5
+    passkeys: _Count = 0
     budget: _Positive | None = None
     patience: _Positive | None = None
     upper: Annotated[float, Field(ge=1)] | None = None
@@ -42,6 +43,7 @@ class Search(_Section):
         """The same, as a search takes it."""
         return SearchSettings(
             samples=self.samples,
+            passkeys=self.passkeys,
             algorithm=self.algorithm,
             budget=self.budget,
             patience=self.patience,

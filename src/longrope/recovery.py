@@ -8,7 +8,7 @@ import numpy as np
 
 from longrope.forward import LongForward
 from longrope.rope.rescale import Rescale
-from longrope.search.objective import Perplexity
+from longrope.search.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def choose(
     """
 
     def loss(rescale: Rescale, length: int) -> float:
-        return Perplexity(forward, windows[length])(rescale)
+        return Objective(forward, windows[length])(rescale)
 
     without = {length: loss(long, length) for length in windows}
     losses = {

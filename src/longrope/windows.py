@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from longrope.data import Document, library_documents, read_documents
+from longrope.facts import ModelFacts
 from longrope.files import write_atomically
-from longrope.model import LoadedModel, ModelFacts
+from longrope.model import LoadedModel
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import yaml
 
+from longrope.facts import ModelFacts
 from longrope.files import write_atomically
-from longrope.model import LoadedModel, ModelFacts, load_model
+from longrope.model import LoadedModel, load_model
 from longrope.parallel import Ranks, local_device
 from longrope.plan import ContextPlan, Stage
 from longrope.pools import Pools, make_pools

@@ -109,7 +109,7 @@ def generate(
     ids = loaded.tokenizer(text, verbose=False)["input_ids"]
     tokens = stream(
         loaded,
-        pair,
+        pair.choose if pair else None,
         ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

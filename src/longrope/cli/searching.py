@@ -35,7 +35,7 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Show what a model is, and whether its context can be extended. Reads no weights."""
-    from longrope.model import inspect_model
+    from longrope.facts import inspect_model
 
     facts = inspect_model(
         model,
@@ -65,6 +65,9 @@ def search(
     field: Field = "text",
     pack: Pack = False,
     samples: Annotated[int, typer.Option(help="Windows that every candidate is scored on.")] = 5,
+    passkeys: Annotated[
+        int, typer.Option(help="Pass keys asked of every candidate too; their loss is added.")
+    ] = 0,
     algorithm: Annotated[str, typer.Option(help="paper: LongRoPE's Algorithm 1.")] = "paper",
     budget: Annotated[
         int | None, typer.Option(help="Evaluations at most; by default the settings' 1,344.")
@@ -114,6 +117,7 @@ def search(
         upper=upper,
         how=SearchSettings(
             samples=samples,
+            passkeys=passkeys,
             algorithm=algorithm,
             budget=budget,
             patience=patience,

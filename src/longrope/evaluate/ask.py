@@ -14,8 +14,9 @@ from longrope.evaluate.retrieval import (
     passkey_prompt,
     retrieve,
 )
+from longrope.facts import ModelFacts
 from longrope.forward import DEFAULT_CHUNK, LongForward
-from longrope.model import LoadedModel, ModelFacts, find_device
+from longrope.model import LoadedModel, find_device
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
 from longrope.windows import load_documents, parse_length

@@ -10,9 +10,10 @@ from typing import Any
 
 from longrope.data import check_sources
 from longrope.evaluate.perplexity import Scores, check_lengths, paired_difference, score
+from longrope.facts import ModelFacts
 from longrope.files import write_atomically
 from longrope.forward import DEFAULT_CHUNK, LongForward
-from longrope.model import LoadedModel, ModelFacts, find_device
+from longrope.model import LoadedModel, find_device
 from longrope.progress import progress
 from longrope.rope.install import check_fits, installed
 from longrope.rope.methods import METHODS

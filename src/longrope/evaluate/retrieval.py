@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longrope.forward import BATCH_TOKENS, LongForward
+from longrope.forward import BATCH_TOKENS, Asked, LongForward
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 
@@ -78,6 +78,20 @@ def question_tokens(tokenizer: Any, digits: int = 5) -> int:
         f"What is the magic number of {city}? The magic number of {city} is {key}",
     )
     return max(len(tokenizer(text)["input_ids"]) for text in texts) + digits
+
+
+def require_room(field: str, tokenizer: Any, length: int) -> None:
+    """Refuse to ask at a length that does not hold a question.
+
+    Raises:
+        ValueError: names the ``field`` that asks for it.
+    """
+    shortest = question_tokens(tokenizer)
+    if shortest > length:
+        raise ValueError(
+            f"{field}: a passkey question takes {shortest} tokens, and {length} is the length; "
+            "leave it at 0 here"
+        )
 
 
 def needle_prompt(
@@ -202,9 +216,9 @@ def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
 
 def _right(forward: LongForward, prompts: Sequence[Prompt]) -> list[bool]:
     ids = torch.from_numpy(np.stack([prompt.ids for prompt in prompts]))
-    answer = ids[:, -prompts[0].answer_tokens :]
-    found = forward.predictions(ids[:, :-1], last=answer.shape[1])
-    return (found == answer).all(dim=1).tolist()
+    first = ids.shape[1] - prompts[0].answer_tokens
+    asked = [Asked(row, first, tokens[first:]) for row, tokens in enumerate(ids.tolist())]
+    return [answer.greedy for answer in forward.answers(ids[:, :-1], asked)]
 
 
 def wilson(correct: int, trials: int) -> tuple[float, float]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import longrope
 from longrope.data import check_sources
+from longrope.facts import ModelFacts
 from longrope.forward import DEFAULT_CHUNK, LongForward
-from longrope.model import LoadedModel, ModelFacts, find_device
+from longrope.model import LoadedModel, find_device
 from longrope.parallel import Ranks
 from longrope.progress import Advance, console, duration, progress
 from longrope.search.evolution import EvolutionSettings
-from longrope.search.objective import Perplexity
+from longrope.search.objective import Objective, passkey_questions
 from longrope.search.problem import Problem, first_search
 from longrope.search.record import SearchConfig
 from longrope.search.run import ALGORITHMS, Progress, SearchResult, search
@@ -34,11 +35,14 @@ from longrope.windows import (
 class SearchSettings:
     """How a search goes about it, whatever it searches.
 
+    ``passkeys``: questions asked of every candidate beside the ``samples`` windows.
+
     Raises:
         ValueError: a count below 1, or no such algorithm.
     """
 
     samples: int = 5
+    passkeys: int = 0
     algorithm: str = "paper"
     budget: int | None = None
     patience: int | None = None
@@ -52,6 +56,8 @@ class SearchSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
+        if self.passkeys < 0:
+            raise ValueError(f"--passkeys is {self.passkeys}; it must not be negative")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"--algorithm {self.algorithm}: there is {', '.join(ALGORITHMS)}")
 
@@ -136,10 +142,12 @@ def search_stage(
     """
     facts, space = loaded.facts, problem.space
     start, length = space.start, space.start.max_position_embeddings
+    questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
+    seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
     config = SearchConfig(
         model=loaded.fingerprint(),
         documents=tuple(h for document in windows.documents for h in document.sha256),
-        windows=hashlib.sha256(windows.ids.tobytes()).hexdigest(),
+        windows=hashlib.sha256(seen).hexdigest(),
         length=length,
         algorithm=how.algorithm,
         settings=how.settings,
@@ -157,13 +165,14 @@ def search_stage(
     headline = (
         f"{facts.architecture}, {start.original_max_position_embeddings:,} → {length:,} tokens "
         f"({start.scale:g}×); {len(windows.ids)} windows of {names}"
+        + (f", {len(questions)} pass keys" if questions else "")
     )
     with progress(title, how.evaluations, show=ranks.first) as advance:
         return search(
             config,
             space,
             problem.starts,
-            Perplexity(forward, windows.ids),
+            Objective(forward, windows.ids, questions),
             out,
             ranks=ranks,
             budget=how.budget,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from longrope.evaluate.retrieval import passkey_prompt, question_tokens
+from longrope.evaluate.retrieval import passkey_prompt, question_tokens, require_room
 from longrope.windows import TokenDocument, bos_token, pack
 
 
@@ -52,11 +52,8 @@ class Pieces(Dataset):
         self.short, self.short_length = short, short_length
         bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
         self._shortest = question_tokens(tokenizer)
-        if passkey_share and self._shortest > length:
-            raise ValueError(
-                f"finetune.passkey_share is {passkey_share}; a passkey question takes "
-                f"{self._shortest} tokens, and a piece has {length}"
-            )
+        if passkey_share:
+            require_room("finetune.passkey_share", tokenizer, length)
         self._start = [] if bos is None else [bos]
         self._end = [] if eos is None else [eos]
         self._room = length - len(self._start) - len(self._end)

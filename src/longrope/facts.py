@@ -1,0 +1,259 @@
+"""What is known of a model before any of its weights is read."""
+
+import copy
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longrope.layers import find_layers
+from longrope.rope.install import RotarySite, column_layout, existing_factors, find_rotary
+from longrope.rope.methods import METHODS, dynamic_ntk
+from longrope.rope.rescale import Rescale
+from longrope.source import quiet, read_pretrained
+
+Existing = Literal["keep", "replace"]
+
+_RESCALABLE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before any weight is read.
+
+    ``reason`` is None where longrope can extend the model. ``base_factors`` and
+    ``base_attention_factor`` are the scaling that an extension starts from: ones,
+    or the model's own where that is kept.
+    """
+
+    source: str
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int | None
+    rope_theta: float | None
+    original_max_position_embeddings: int | None
+    original_read_from: str | None
+    existing_scaling: dict[str, Any] | None
+    dtype: str
+    parameters: int
+    kv_bytes_per_token: int
+    vocabulary: int
+    hidden_size: int
+    tied: bool
+    extendable: bool
+    reason: str | None
+    base_factors: tuple[float, ...] = ()
+    base_attention_factor: float = 1.0
+
+    def rescale(self, method: str, target: int, length: int | None = None) -> Rescale:
+        """A known method for this model, on top of the scaling that is kept.
+
+        ``length`` is the sequence's, which dynamic NTK depends on.
+
+        Raises:
+            ValueError: no such method, or a target below the original length.
+        """
+        if method not in METHODS:
+            raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+        assert self.rope_theta and self.rotary_dim and self.original_max_position_embeddings
+        original = self.original_max_position_embeddings
+        shape = (self.rope_theta, self.rotary_dim, original, max(target, original))
+        if method == "dynamic-ntk":
+            rescale = dynamic_ntk(*shape, length=length)
+        else:
+            rescale = METHODS[method](*shape)
+        return rescale.replace(
+            factors=tuple(np.multiply(rescale.factors, self.base_factors)),
+            attention_factor=rescale.attention_factor * self.base_attention_factor,
+        )
+
+
+def inspect_model(
+    source: str,
+    *,
+    existing_scaling: Existing | None = None,
+    original_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> ModelFacts:
+    """Facts of a model from its config alone; nothing of its weights is read.
+
+    ``source`` is a local directory, a hub id, a GGUF file or ``"bundled"``.
+    ``original_length`` overrides the one read from the config.
+
+    Raises:
+        ValueError: there is no such model, or its config is not one transformers knows.
+    """
+    with quiet():
+        config = read_pretrained(AutoConfig, source, trust_remote_code)
+        model, site, reason = skeleton(source, config, trust_remote_code)
+        scaling = site.parameters if site and site.rope_type != "default" else None
+        if scaling and existing_scaling == "replace":
+            config = unscaled(config, site.layer_type if site else None)
+            model, site, reason = skeleton(source, config, trust_remote_code)
+    try:
+        facts = _facts(source, model, config, site, scaling, reason)
+    except Exception as error:  # a kind of its own: layers of different shapes
+        raise ValueError(
+            f"{source}: its config is of a kind that cannot be read ({error})"
+        ) from error
+    if site is None:
+        return facts
+    return _with_base(facts, site, config, existing_scaling, original_length)
+
+
+def _facts(
+    source: str,
+    model: nn.Module,
+    config: Any,
+    site: RotarySite | None,
+    scaling: dict[str, Any] | None,
+    reason: str | None,
+) -> ModelFacts:
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 0)  # state-space models have none
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return ModelFacts(
+        source=source,
+        architecture=type(model).__name__,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=2 * len(site.inv_freq) if site else None,
+        rope_theta=float(site.parameters["rope_theta"]) if site else None,
+        original_max_position_embeddings=None,
+        original_read_from=None,
+        existing_scaling=scaling,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(p.numel() for p in model.parameters()),
+        kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
+        vocabulary=text.vocab_size,
+        hidden_size=text.hidden_size,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+        extendable=reason is None,
+        reason=reason,
+    )
+
+
+def _with_base(
+    facts: ModelFacts,
+    site: RotarySite,
+    config: Any,
+    existing: Existing | None,
+    original_length: int | None,
+) -> ModelFacts:
+    """Settle what counts as the original length, and the scaling to start from."""
+    original = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest, read_from = original, "max_position_embeddings"
+    factors, attention_factor, reason = np.ones(len(site.inv_freq)), 1.0, facts.reason
+    scaling = facts.existing_scaling
+    kind = scaling and scaling["rope_type"]
+    if scaling and existing == "keep":
+        factors, attention_factor = existing_factors(site), site.attention_factor
+        if kind == "dynamic":
+            reason = reason or (
+                "its dynamic scaling changes with the length and cannot be kept; use "
+                "--existing-scaling replace"
+            )
+    elif scaling and "original_max_position_embeddings" in scaling:
+        original = scaling["original_max_position_embeddings"]
+        read_from = "rope_parameters.original_max_position_embeddings"
+    if original_length is not None:
+        original, read_from = original_length, "--original-length"
+    elif kind == "linear" and existing == "replace":
+        reason = reason or (
+            "its config does not say how long it was before its linear scaling by "
+            f"{scaling['factor']:g}; give --original-length"  # type: ignore[index]
+        )
+    if original is None:
+        reason = (
+            reason or "its config does not say how many tokens it handles; give --original-length"
+        )
+    if scaling and existing is None:
+        reason = reason or (
+            f"it already has {kind!r} scaling: choose --existing-scaling keep (extend from its "
+            f"scaled length, {longest:,}, on top of its factors) or "
+            f"--existing-scaling replace (start over, unscaled)"
+        )
+    return dataclasses.replace(
+        facts,
+        original_max_position_embeddings=original,
+        original_read_from=read_from,
+        base_factors=tuple(factors.tolist()),
+        base_attention_factor=attention_factor,
+        extendable=reason is None,
+        reason=reason,
+    )
+
+
+def unscaled(config: Any, layer_type: str | None) -> Any:
+    """A copy of a config whose (full-attention) rotary embedding is not scaled."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    scaled = text.rope_parameters if layer_type is None else text.rope_parameters[layer_type]
+    kept = {k: scaled[k] for k in ("rope_theta", "partial_rotary_factor") if k in scaled}
+    plain = {"rope_type": "default"} | kept
+    if layer_type is None:
+        text.rope_parameters = plain
+    else:
+        text.rope_parameters = text.rope_parameters | {layer_type: plain}
+    return config
+
+
+def skeleton(
+    source: str, config: Any, trust_remote_code: bool
+) -> tuple[nn.Module, RotarySite | None, str | None]:
+    """The model without weights, and its rotary site or why it has none to rescale."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return model, *_rotary_site(model, config.get_text_config())
+    except ValueError:
+        raise ValueError(
+            f"{source}: a {config.model_type!r} model is not a causal language model"
+        ) from None
+    except Exception as error:  # configs of dozens of kinds fail in ways of their own
+        raise ValueError(
+            f"{source}: a {config.model_type!r} model cannot be made from its config "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str | None]:
+    """The rotary site with real frequencies, or why there is none that can be rescaled."""
+    site = find_rotary(model)
+    if site is None:
+        rotary = [
+            k for k in ("rope_parameters", "rotary_dim", "rope_theta") if getattr(config, k, None)
+        ]
+        if rotary:
+            return (
+                None,
+                f"its kind of rotary embedding is not one longrope can rescale ({rotary[0]})",
+            )
+        return None, "it has no rotary position embedding (RoPE)"
+    try:
+        with torch.device("cpu"):  # the meta model's frequencies have no values
+            module = type(site.module)(config=site.module.config)
+    except Exception as error:
+        kind = type(site.module).__name__
+        return None, f"{kind} cannot be rescaled: it is not made from a config alone ({error})"
+    site = dataclasses.replace(site, module=module)
+    if site.rope_type not in _RESCALABLE:
+        return site, f"its rotary embedding is of type {site.rope_type!r}, which cannot be rescaled"
+    if site.parameters.get("mrope_section"):
+        return site, "its rotary embedding has several position axes (mrope_section)"
+    try:
+        column_layout(site)
+        find_layers(model)
+    except ValueError as error:
+        return site, str(error)
+    return site, None

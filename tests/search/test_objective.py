@@ -1,0 +1,55 @@
+"""What a search minimises, against transformers' own logits."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longrope.forward import LongForward
+from longrope.model import load_model
+from longrope.rope.install import installed
+from longrope.search.objective import Objective, passkey_questions
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model("bundled", dtype="float32")
+
+
+def plain(model, ids) -> torch.Tensor:
+    """Losses from full logits, shape (tokens − 1,)."""
+    ids = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+    with torch.inference_mode():
+        logits = model(ids[None]).logits[0, :-1].double()
+    return F.cross_entropy(logits, ids[1:], reduction="none")
+
+
+def test_windows_and_answers_as_transformers_has_them(bundled):
+    windows = np.random.default_rng(0).integers(3, 1500, (2, 300))
+    questions = passkey_questions(bundled.tokenizer, 512, 2, seed=0)
+    rescale = bundled.facts.rescale("pi", 512)
+    found = Objective(LongForward(bundled.model, chunk=128), windows, questions)(rescale)
+    with installed(bundled.model, rescale):
+        text = torch.cat([plain(bundled.model, window) for window in windows]).mean()
+        answers = torch.cat(
+            [plain(bundled.model, q.ids)[-q.answer_tokens :] for q in questions]
+        ).mean()
+    assert found == pytest.approx(float(text + answers), rel=1e-5)
+    assert answers > 0.1  # they do count
+    assert Objective(LongForward(bundled.model), windows)(rescale) == pytest.approx(
+        float(text), rel=1e-5
+    )
+
+
+def test_questions_are_not_those_of_the_evaluation(bundled):
+    one, other = (passkey_questions(bundled.tokenizer, 512, 3, seed) for seed in (0, 1))
+    assert [len(q.ids) > 400 for q in one] == [True] * 3
+    assert any(not np.array_equal(a.ids, b.ids) for a, b in zip(one, other, strict=True))
+    again = passkey_questions(bundled.tokenizer, 512, 3, seed=0)
+    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(one, again, strict=True))
+
+
+def test_a_length_without_room_is_refused(bundled):
+    with pytest.raises(ValueError, match="passkeys: a passkey question takes"):
+        passkey_questions(bundled.tokenizer, 32, 1, seed=0)
+    assert passkey_questions(bundled.tokenizer, 32, 0, seed=0) == []
