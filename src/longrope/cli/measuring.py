@@ -17,7 +17,6 @@ from longrope.cli.options import (
     Field,
     HiddenDevice,
     Json,
-    Lengths,
     Model,
     OriginalLength,
     Pack,
@@ -25,7 +24,14 @@ from longrope.cli.options import (
     TrustRemoteCode,
     existing_choice,
 )
-from longrope.cli.tables import console, print_answers, print_differences, print_json, print_rows
+from longrope.cli.tables import (
+    console,
+    print_answers,
+    print_benchmarks,
+    print_differences,
+    print_json,
+    print_rows,
+)
 
 
 @app.command()
@@ -44,11 +50,33 @@ def evaluate(
     needle: Annotated[
         bool, typer.Option("--needle", help="Retrieval of a sentence among lines of --data.")
     ] = False,
+    benchmarks: Annotated[
+        str | None,
+        typer.Option(
+            help="lm-eval's tasks, such as arc_challenge,hellaswag,mmlu,truthfulqa_mc1 or RULER's "
+            "niah_single_1, asked this model and the original one."
+        ),
+    ] = None,
+    benchmark_data: Annotated[
+        Path | None, typer.Option(help="Folder with copies of the hub's data sets.")
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(help="Of each benchmark at most so many; by default all.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each question; by default the paper's.")
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(help="What benchmarks compare with; by default the run's, or the same model."),
+    ] = None,
     trials: Annotated[int, typer.Option(help="Questions a length, depths stratified.")] = 20,
     digits: Annotated[int, typer.Option(help="Of the number that is asked for.")] = 5,
     seed: Annotated[int, typer.Option(help="Decides keys and depths.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory for the heat map.")] = None,
-    lengths: Lengths = ...,  # type: ignore[assignment]
+    lengths: Annotated[
+        str | None, typer.Option(help="Such as 4k,8k or 2x; benchmarks other than RULER need none.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="What a method is made for; by default the longest length.")
     ] = None,
@@ -71,14 +99,18 @@ def evaluate(
 ) -> None:
     """Measure perplexity or retrieval at one or more lengths under one rescale."""
     from longrope.evaluate.ask import AskOptions, ask, save_heat_map
+    from longrope.evaluate.benchmarks import BenchmarkOptions, compare_with_original
     from longrope.evaluate.compare import CompareOptions, Entry, run_comparison
-    from longrope.generate import load_extended
+    from longrope.generate import load_extended, original_of
     from longrope.model import load_model
+    from longrope.windows import parse_length
 
-    kind = _kind(passkey, needle)
+    kind = _kind(passkey, needle, benchmarks)
+    if lengths is None and kind != "benchmarks":
+        raise ValueError("--lengths is missing; give the tokens to measure at, such as 4k,8k")
     options = CompareOptions(
         methods=(rescale or "none",),
-        lengths=tuple(lengths.split(",")),
+        lengths=tuple((lengths or target or "1x").split(",")),
         target=target,
         data=tuple(data or ()),
         field=field,
@@ -105,8 +137,19 @@ def evaluate(
         "dtype": dtype,
         "original_length": original_length,
         "trust_remote_code": trust_remote_code,
-        "check": options.check if kind == "perplexity" else asked.check,
+        "check": asked.check if kind in ("passkey", "needle") else options.check,
     }
+    standard = None
+    if benchmarks:
+        standard = BenchmarkOptions(
+            tuple(benchmarks.split(",")),
+            questions,
+            shots,
+            str(benchmark_data) if benchmark_data else None,
+            tuple(parse_length(text) for text in lengths.split(",")) if lengths else (),
+            chunk,
+        )
+        standard.check()
     pair = None
     if rescale is None and existing_scaling is None:
         loaded, pair = load_extended(model, **loading)
@@ -114,7 +157,13 @@ def evaluate(
         scaling = existing_choice(existing_scaling)
         loaded = load_model(model, existing_scaling=scaling, **loading)
     entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
-    if kind == "perplexity":
+    if standard:
+        longest = pair.long.max_position_embeddings if pair else options.resolve(loaded.facts)[1]
+        source = original or original_of(model)
+        before = load_model(source, **loading) if source else None
+        rows = compare_with_original(loaded, entry.rescale, longest, before, standard)
+        show = print_benchmarks
+    elif kind == "perplexity":
         rows = run_comparison(loaded, options, exclude_searched=False, entries=[entry]).rows()
         show = print_rows
     else:
@@ -124,16 +173,18 @@ def evaluate(
         print_json({kind: rows})
     else:
         show(rows)
-    if out and kind != "perplexity":
+    if out and kind in ("passkey", "needle"):
         figure = save_heat_map(rows, kind, out)
         if not json_:
             console.print(str(figure), soft_wrap=True)
 
 
-def _kind(passkey: bool, needle: bool) -> str:
-    if passkey and needle:
-        raise ValueError("--passkey and --needle: ask for one at a time")
-    return "passkey" if passkey else "needle" if needle else "perplexity"
+def _kind(passkey: bool, needle: bool, benchmarks: str | None) -> str:
+    asked = {"passkey": passkey, "needle": needle, "benchmarks": bool(benchmarks)}
+    chosen = [name for name, wanted in asked.items() if wanted]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(f'--{name}' for name in chosen)}: ask for one at a time")
+    return chosen[0] if chosen else "perplexity"
 
 
 @app.command()

@@ -36,7 +36,6 @@ OriginalLength = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
-Lengths = Annotated[str, typer.Option(help="Such as 512,1024 or 8k,16k.")]
 AttentionFactor = Annotated[
     float | None, typer.Option(help="One attention factor for every row (not for rescale files).")
 ]

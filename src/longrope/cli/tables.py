@@ -42,6 +42,21 @@ def print_answers(rows: Any) -> None:
     console.print(table)
 
 
+def print_benchmarks(rows: list[dict[str, Any]]) -> None:
+    """Shares of right answers, and the paired difference with its interval."""
+    table = Table("benchmark", "questions", "original", "extended", "difference", "95% interval")
+    for row in rows:
+        table.add_row(
+            row["task"],
+            str(row["questions"]),
+            f"{row['original']:.1%}",
+            f"{row['extended']:.1%}",
+            f"{row['difference']:+.1%}",
+            f"{row['low']:+.1%} … {row['high']:+.1%}",
+        )
+    console.print(table)
+
+
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
