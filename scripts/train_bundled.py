@@ -224,7 +224,10 @@ def main() -> None:
             )
         if step % 500 == 0:
             model.save_pretrained(args.out / "partial")
+    # Half the size on disk; computed in float32, which no CPU is slow in.
     model.to(torch.bfloat16).save_pretrained(args.out)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     record = {
         "steps": steps,

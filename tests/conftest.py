@@ -1,5 +1,6 @@
 """Micro-models of every family, on disk and in memory, and text to run them on."""
 
+import json
 import os
 from pathlib import Path
 
@@ -158,3 +159,37 @@ def texts(tmp_path_factory) -> Path:
     for name in ("argparse", "http", "ipaddress", "mailbox"):
         (folder / f"{name}.txt").write_text(library[name][:12_000])
     return folder
+
+
+@pytest.fixture(scope="session")
+def benchmark_data(tmp_path_factory):
+    """Questions in the hub's own layout: one data set as Parquet, the other as JSONL."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("benchmarks")
+    folder = root / "allenai" / "ai2_arc" / "ARC-Challenge"
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "question": f"def f{i}(x): return x + {i}. What does f{i}({i}) return?",
+            "choices": {"text": [str(2 * i), "None", "x", "a list of it"], "label": list("ABCD")},
+            "answerKey": "ABCD"[i % 4],
+        }
+        for i in range(14)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "validation-00000-of-00001.parquet")
+    (root / "hellaswag").mkdir()
+    lines = [
+        {
+            "ctx_a": f"import module{i}",
+            "ctx_b": "then",
+            "activity_label": "Code",
+            "endings": [f"module{i}.run()", "return [x] None", "pass", "print(1)"],
+            "label": str(i % 4),
+        }
+        for i in range(14)
+    ]
+    for split in ("train", "validation"):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (root / "hellaswag" / f"{split}.jsonl").write_text(text)
+    return root

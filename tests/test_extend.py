@@ -99,7 +99,8 @@ def test_leaves_what_other_programs_read(finished):
             row = rows[method, length]
             assert row["perplexity"] > 1
             assert row["tokens"] == rows["none", 64]["tokens"]
-    assert [row["length"] for row in found["recovery"]] == [64, 128][: len(found["recovery"])]
+    short = [64, 128][: found["recovery_length"] // 64]
+    assert [row["length"] for row in found["recovery"]] == short
     assert {stage["name"] for stage in found["stages"]} == set(STAGES[:-2])
     assert all(stage["seconds"] >= 0 for stage in found["stages"])
     assert yaml.safe_load((out / "recipe.yaml").read_text())["finetune"]["steps"] == 6
@@ -195,11 +196,14 @@ def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, texts):
+def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, benchmark_data):
+    """Pass keys, and what lm-eval asks of the model before, and after without and with recovery."""
     out, _ = finished
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     recipe["evaluate"]["passkey_trials"] = 2
     recipe["evaluate"]["lengths"] = ["128", "512", "1024", "64", "256"]
+    recipe["evaluate"] |= {"benchmarks": ["arc_challenge"], "benchmark_data": str(benchmark_data)}
+    recipe["evaluate"] |= {"benchmark_questions": 4, "benchmark_shots": 1}
     file = tmp_path / "more.yaml"
     file.write_text(yaml.safe_dump(recipe))
     before = (out / "search" / "done.json").stat().st_mtime_ns
@@ -207,6 +211,16 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, tex
     assert (out / "search" / "done.json").stat().st_mtime_ns == before
     found = json.loads((out / "results.json").read_text())
     assert sum(row["trials"] for row in found["passkey"]) == 2  # at 128; 64 holds no question
+    (row,) = found["benchmarks"]
+    assert (row["task"], row["questions"]) == ("arc_challenge", 4)
+    assert row["difference"] == pytest.approx(row["with"] - row["original"])
+    assert 0 <= row["without"] <= 1
+    assert "| arc_challenge | 4 |" in (out / "report.md").read_text()
+    recipe["evaluate"]["benchmark_data"] = "nowhere"
+    file.write_text(yaml.safe_dump(recipe))
+    assert (
+        "nowhere: no such folder" in run("--recipe", file, "--out", tmp_path / "x", code=2).stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
+import torch
 
-from longrope.cost import check_memory, dry_run
+from longrope.cost import Memory, Rates, check_memory, dry_run
 from longrope.facts import inspect_model
 from longrope.plan import evaluation_lengths, make_plan
 from longrope.recipe import make_recipe
@@ -46,6 +47,15 @@ def test_beyond_8x_it_is_searched_and_trained_at_an_eighth(facts, target, traine
     assert made.trained == trained
     assert made["search"].length == made["finetune"].length == trained
     assert made["second-search"].length == made.target
+
+
+def test_trained_at_another_length(facts):
+    made = plan(facts, target="16x", finetune={"length": "16x"})
+    assert names(made) == ["search", "finetune", *END]
+    assert made.trained == 4096
+    assert plan(facts, target="16x", finetune={"length": "1k"}).trained == 1024
+    with pytest.raises(ValueError, match=r"finetune.length is 8,192; it must be beyond"):
+        plan(facts, target="16x", finetune={"length": "8k"})
 
 
 def test_by_way_of_another_length(facts):
@@ -112,7 +122,6 @@ def test_costs_are_those_of_the_work(facts):
 
 def test_flops_agree_with_a_counter(micro_models, ids):
     """torch's own count of a plain forward, whose attention is causal by mask."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     model = micro_models("llama")
@@ -141,19 +150,46 @@ def test_flops_agree_with_a_counter(micro_models, ids):
 
 def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(facts):
     made = plan(facts, target="64x")
-    check_memory(made.stages, free=10**12)
+    check_memory(made.stages, Memory(10**12))
     with pytest.raises(
         ValueError, match=r"finetune at 2,048 tokens needs about 0\.\d GB and 0\.\d GB are"
     ):
-        check_memory([made["finetune"]], free=10**7)
+        check_memory([made["finetune"]], Memory(10**7))
+
+
+def test_training_may_be_spread_over_devices_and_a_forward_not(facts):
+    made = plan(facts, target="64x")
+    each = made["second-search"].memory - 1
+    eight = Memory(each, 8)
+    assert made["finetune"].memory <= 8 * each
+    check_memory([made["finetune"]], eight)
+    with pytest.raises(ValueError, match=r"second-search .* try hidden_device cpu"):
+        check_memory([made["second-search"]], eight)
+    kept = plan(facts, target="64x", hidden_device="cpu")
+    check_memory([kept["second-search"]], eight)
 
 
 def test_the_estimate_has_a_time_for_every_stage_that_computes(facts):
     recipe = make_recipe({"target": "64x"})
     made = make_plan(facts, recipe)
     estimate = dry_run(made, facts, recipe, "2x40")
-    assert estimate.free == 80 * 10**9
+    assert estimate.memory == Memory(40 * 10**9, 2)
     for stage in made.stages:
-        assert (estimate.rates.seconds(stage) > 0) == (stage.tokens > 0)
+        assert (estimate.seconds(stage) > 0) == (stage.tokens > 0)
     with pytest.raises(ValueError, match="--memory lots"):
         dry_run(made, facts, recipe, "lots")
+
+
+def test_where_bfloat16_is_slow_it_is_said(facts, monkeypatch):
+    """As on a CPU without instructions for it."""
+
+    def calibrated(facts, device, dtype):
+        return Rates(1e9 if dtype == torch.bfloat16 else 1e11, 1e11)
+
+    monkeypatch.setattr("longrope.cost.calibrate", calibrated)
+    recipe = make_recipe({"target": "64x"})
+    found = dry_run(make_plan(facts, recipe), facts, recipe).advice
+    assert "100 times as fast" in found
+    assert "dtype: float32 and finetune.precision: float32" in found
+    exact = make_recipe({"target": "8x", "dtype": "float32"})
+    assert not dry_run(make_plan(facts, exact), facts, exact).advice

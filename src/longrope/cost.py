@@ -35,10 +35,12 @@ class Rates:
 
 def calibrate(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> Rates:
     """Rates of a model's own shapes on a device, each kind of work measured alone."""
-    width = min(facts.hidden_size, 4096)
-    left = torch.randn(2048, width, device=device, dtype=dtype)
+    # A GPU needs large products to be busy; a CPU may take minutes for such in bfloat16.
+    most, rows = (4096, 2048) if device.type == "cuda" else (1024, 256)
+    width = min(facts.hidden_size, most)
+    left = torch.randn(rows, width, device=device, dtype=dtype)
     right = torch.randn(width, 4 * width, device=device, dtype=dtype)
-    linear = _rate(lambda: left @ right, 2.0 * 2048 * width * 4 * width, device)
+    linear = _rate(lambda: left @ right, 2.0 * rows * width * 4 * width, device)
     tokens = 4096
     query = torch.randn(1, facts.heads, tokens, facts.head_dim, device=device, dtype=dtype)
     flops = 4.0 * facts.heads * facts.head_dim * tokens * tokens / 2
@@ -60,10 +62,7 @@ def _rate(work, flops: float, device: torch.device) -> float:
     return flops / sorted(times)[len(times) // 2]
 
 
-def memory(device: torch.device | None = None) -> int:
-    """Bytes that are free for a model on a device, or in this machine's memory."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def _machine_memory() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
@@ -74,17 +73,29 @@ def memory(device: torch.device | None = None) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(stages: Sequence[Stage], free: int | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes free for a model on each of so many devices."""
+
+    each: int
+    devices: int = 1
+
+    def of(self, stage: Stage) -> int:
+        """Training may be spread over all of them (FSDP); a forward is on one."""
+        return self.each * (self.devices if stage.kind == "finetune" else 1)
+
+
+def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
     """Refuse stages that do not fit.
 
     Raises:
         ValueError: names the stage, what it needs, what is there, and what helps.
     """
-    if free is None:
-        free = available()
+    memory = memory or available()
     for stage in stages:
+        free = memory.of(stage)
         if stage.memory > free:
-            helps = "a smaller --target, or a larger machine"
+            helps = "hidden_device cpu, a smaller --target, or a larger machine"
             if stage.kind == "finetune":
                 helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
             raise ValueError(
@@ -93,11 +104,11 @@ def check_memory(stages: Sequence[Stage], free: int | None = None) -> None:
             )
 
 
-def available() -> int:
-    """Bytes free for a model: on all GPUs, or in memory where there is none."""
+def available() -> Memory:
+    """What is free: on the GPUs, or in this machine's memory where there is none."""
     if not torch.cuda.is_available():
-        return memory()
-    return memory(torch.device("cuda")) * torch.cuda.device_count()
+        return Memory(_machine_memory())
+    return Memory(torch.cuda.mem_get_info()[0], torch.cuda.device_count())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +117,21 @@ class Estimate:
 
     plan: ContextPlan
     rates: Rates
-    free: int
+    training_rates: Rates
+    memory: Memory
+    advice: str = ""
+
+    def seconds(self, stage: Stage) -> float:
+        """What a stage takes here, about."""
+        rates = self.training_rates if stage.kind == "finetune" else self.rates
+        return rates.seconds(stage)
 
     def table(self) -> Table:
         """Stage, length, tokens, FLOPs, memory, time."""
         table = Table("stage", "length", "tokens", "FLOPs", "memory", "time here, about")
         total = 0.0
         for stage in self.plan.stages:
-            seconds = self.rates.seconds(stage)
+            seconds = self.seconds(stage)
             total += seconds
             flops = stage.linear + stage.attention
             table.add_row(
@@ -130,16 +148,16 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """The same for programs."""
         return {
-            "free": self.free,
+            "memory": dataclasses.asdict(self.memory),
             "stages": [
-                dataclasses.asdict(stage) | {"seconds": self.rates.seconds(stage)}
+                dataclasses.asdict(stage) | {"seconds": self.seconds(stage)}
                 for stage in self.plan.stages
             ],
         }
 
     def check(self) -> None:
         """Refuse a plan that does not fit into the memory planned for."""
-        check_memory(self.plan.stages, self.free)
+        check_memory(self.plan.stages, self.memory)
 
 
 def dry_run(
@@ -155,17 +173,32 @@ def dry_run(
     """
     device = find_device("--device", recipe.device)
     name = facts.dtype if recipe.dtype == "auto" else recipe.dtype
-    rates = calibrate(facts, device, getattr(torch, name))
-    free = available()
+    training = "float32" if recipe.finetune.precision == "float32" else "bfloat16"
+    rates = {
+        dtype: calibrate(facts, device, getattr(torch, dtype))
+        for dtype in {"float32", name, training}
+    }
+    memory = available()
     if memory_given is not None:
         count, _, size = memory_given.lower().rpartition("x")
         try:
-            free = int(float(count or 1) * float(size) * 1e9)
+            memory = Memory(int(float(size) * 1e9), int(count or 1))
         except ValueError:
             raise ValueError(
                 f"--memory {memory_given}: give gigabytes, such as 80 or 8x80"
             ) from None
-    return Estimate(plan, rates, free)
+    used = {"dtype": name, "finetune.precision": training}
+    if plan.trained is None:
+        del used["finetune.precision"]
+    slow = [key for key, dtype in used.items() if rates["float32"].linear > 2 * rates[dtype].linear]
+    advice = ""
+    if slow:
+        ratio = rates["float32"].linear / min(rates[used[key]].linear for key in slow)
+        advice = (
+            f"float32 multiplies {ratio:.0f} times as fast on this machine: put "
+            f"{' and '.join(f'{key}: float32' for key in slow)} into the recipe"
+        )
+    return Estimate(plan, rates[name], rates[training], memory, advice)
 
 
 def gigabytes(size: float) -> str:

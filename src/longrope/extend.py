@@ -19,7 +19,7 @@ from typing import Any
 
 from longrope.cost import check_memory
 from longrope.evaluate.retrieval import require_room
-from longrope.evaluate.run import evaluate_run
+from longrope.evaluate.run import benchmark_options, evaluate_run
 from longrope.export.huggingface import export_model
 from longrope.facts import inspect_model
 from longrope.files import only_process
@@ -102,6 +102,10 @@ def _preflight(run: Run) -> None:
                 f"{run.directory(stage.name)} was made from an earlier {todo[0].name}, which is "
                 "gone; delete it too, and it is made again"
             )
+    if recipe.evaluate.benchmarks:
+        asked = benchmark_options(run)
+        asked.check()
+        asked.require_data()
     check_memory([stage for stage in todo if stage.memory])
     run.keep_pools()
     for stage in todo:

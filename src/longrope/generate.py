@@ -35,6 +35,10 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
         if free is not None:  # what no checkpoint can say, our own runtime can do
             pair = Pair(pair.short.replace(attention_factor=free), pair.long)
         source = str(run / "model")
+        # The checkpoint's own is the recovery length, where its long factors begin.
+        options["original_length"] = (
+            options.get("original_length") or pair.long.original_max_position_embeddings
+        )
     else:
         with quiet():
             config = read_pretrained(AutoConfig, source, options.get("trust_remote_code", False))

@@ -74,9 +74,7 @@ def make_plan(facts: ModelFacts, recipe: Recipe) -> ContextPlan:
         )
     trained = None
     if trains:
-        trained = target
-        if target > STEP * original:
-            trained = max(math.ceil(target / STEP), min(2 * original, target))
+        trained = _trained_length(recipe, original, target)
         if trained > FURTHEST * original:
             raise ValueError(
                 f"--target is {target:,}, {target / original:g} times the original length; one "
@@ -110,6 +108,20 @@ def make_plan(facts: ModelFacts, recipe: Recipe) -> ContextPlan:
     stages.append(cost.evaluation(original, trained or target, target))
     stages.append(Stage("report", "report", target, 0))
     return ContextPlan(original, trained, target, tuple(stages))
+
+
+def _trained_length(recipe: Recipe, original: int, target: int) -> int:
+    if recipe.finetune.length is not None:
+        length = parse_length(recipe.finetune.length, original)
+        if not original < length <= target:
+            raise ValueError(
+                f"finetune.length is {length:,}; it must be beyond the original length, "
+                f"{original:,}, and at most the target, {target:,}"
+            )
+        return length
+    if target <= STEP * original:
+        return target
+    return max(math.ceil(target / STEP), min(2 * original, target))
 
 
 def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
@@ -220,7 +232,9 @@ class _Costs:
     def _forward_memory(self, length: int) -> int:
         """The long forward: weights, and per token hidden states, one layer's KV and angles."""
         facts = self.facts
-        per_token = facts.hidden_size + 2 * facts.kv_heads * facts.head_dim + 2 * facts.head_dim
+        per_token = 2 * facts.kv_heads * facts.head_dim + 2 * facts.head_dim
+        if self.recipe.hidden_device is None:
+            per_token += facts.hidden_size
         chunk = min(length, self.recipe.chunk)
         work = chunk * 12 * facts.hidden_size * self.size
         return self.weights + length * (per_token * self.size + 24) + work + _head(facts)

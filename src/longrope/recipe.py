@@ -64,12 +64,14 @@ class Search(_Section):
 class Finetune(_Section):
     """Training; see :class:`longrope.train.finetune.FinetuneSettings`.
 
-    ``enabled`` null: where the target is beyond 8 times the original length. With
-    ``through``, a length such as 128k or 8x, the model is trained there first, for
-    ``through_steps`` (the paper goes to 256k by way of 128k).
+    ``enabled`` null: where the target is beyond 8 times the original length. ``length``, such
+    as 128k or 8x, is the one to train at, by default an eighth of such a target. With
+    ``through`` the model is trained at that length first, for ``through_steps`` (the paper
+    goes to 256k by way of 128k).
     """
 
     enabled: bool | None = None
+    length: str | None = None
     through: str | None = None
     through_steps: _Positive = 400
     steps: _Positive = 400
@@ -90,7 +92,7 @@ class Finetune(_Section):
 
     def settings(self, steps: int | None = None) -> FinetuneSettings:
         """The same, as training takes it; ``steps`` for the length on the way."""
-        known: Any = self.model_dump(exclude={"enabled", "through", "through_steps"})
+        known: Any = self.model_dump(exclude={"enabled", "length", "through", "through_steps"})
         return FinetuneSettings(**{**known, "steps": steps or self.steps})
 
 
@@ -112,6 +114,10 @@ class Evaluate(_Section):
     passkey_trials_others: _Count = 0
     needle_trials: _Count = 0
     digits: _Positive = 5
+    benchmarks: tuple[str, ...] = ()
+    benchmark_data: str | None = None
+    benchmark_questions: _Positive | None = None
+    benchmark_shots: _Count | None = None
 
 
 class Recipe(_Section):

@@ -1,7 +1,6 @@
 """lm-eval on an extended model: its own Hugging Face model is the reference."""
 
 import contextlib
-import json
 import subprocess
 import sys
 import warnings
@@ -27,46 +26,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-QUESTIONS = 14
 
 
 @pytest.fixture(scope="module")
 def bundled():
     return load_model("bundled", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Questions in the hub's own layout: one data set as Parquet, the other as JSONL."""
-    import datasets
-
-    root = tmp_path_factory.mktemp("data")
-    folder = root / "allenai" / "ai2_arc" / "ARC-Challenge"
-    folder.mkdir(parents=True)
-    rows = [
-        {
-            "question": f"def f{i}(x): return x + {i}. What does f{i}({i}) return?",
-            "choices": {"text": [str(2 * i), "None", "x", "a list of it"], "label": list("ABCD")},
-            "answerKey": "ABCD"[i % 4],
-        }
-        for i in range(QUESTIONS)
-    ]
-    datasets.Dataset.from_list(rows).to_parquet(folder / "validation-00000-of-00001.parquet")
-    (root / "hellaswag").mkdir()
-    lines = [
-        {
-            "ctx_a": f"import module{i}",
-            "ctx_b": "then",
-            "activity_label": "Code",
-            "endings": [f"module{i}.run()", "return [x] None", "pass", "print(1)"],
-            "label": str(i % 4),
-        }
-        for i in range(QUESTIONS)
-    ]
-    for split in ("train", "validation"):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (root / "hellaswag" / f"{split}.jsonl").write_text(text)
-    return root
 
 
 def options(folder, **changes):
@@ -81,7 +45,11 @@ def reference(loaded, rescale, task, data, shots, questions):
 
     from longrope.evaluate.local_data import local_datasets
 
-    with warnings.catch_warnings(), installed(loaded.model, rescale), local_datasets(str(data)):
+    with (
+        warnings.catch_warnings(),
+        installed(loaded.model, rescale),
+        local_datasets(str(data)),
+    ):
         warnings.simplefilter("ignore")
         model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=4096)
         found = simple_evaluate(
@@ -96,7 +64,7 @@ def reference(loaded, rescale, task, data, shots, questions):
 
 
 @pytest.mark.parametrize("task", ["arc_challenge", "hellaswag"])
-def test_scores_as_lm_evals_own_model(bundled, data, task, monkeypatch):
+def test_scores_as_lm_evals_own_model(bundled, benchmark_data, task, monkeypatch):
     """Under one rescale for every length, so that lm-eval's model can have it too."""
     from longrope.evaluate import harness
 
@@ -109,15 +77,15 @@ def test_scores_as_lm_evals_own_model(bundled, data, task, monkeypatch):
         return seen
 
     monkeypatch.setattr(harness.HarnessModel, "_loglikelihood_tokens", kept)
-    scores = ask_benchmark(bundled, lambda tokens: rescale, 4096, task, options(data))
-    expected = reference(bundled, rescale, task, data, 2, 8)
+    scores = ask_benchmark(bundled, lambda tokens: rescale, 4096, task, options(benchmark_data))
+    expected = reference(bundled, rescale, task, benchmark_data, 2, 8)
     assert list(scores) == [task]
     assert list(scores[task].values()) == [sample["acc_norm"] for sample in expected]
     theirs = [pair[0] for sample in expected for pair in sample["filtered_resps"]]
     assert [found[0] for found in seen] == pytest.approx(theirs, rel=1e-4, abs=1e-4)
 
 
-def test_each_prompt_by_its_own_length(bundled, data):
+def test_each_prompt_by_its_own_length(bundled, benchmark_data):
     """Short factors up to the recovery length, long ones beyond it, in one batch of requests."""
     long = bundled.facts.rescale("pi", 4096)
     short = bundled.facts.rescale("none", 4096).replace(
@@ -129,23 +97,23 @@ def test_each_prompt_by_its_own_length(bundled, data):
         asked.add(tokens)
         return Pair(short, long).choose(tokens)
 
-    mixed = ask_benchmark(bundled, choose, 4096, "arc_challenge", options(data))
+    mixed = ask_benchmark(bundled, choose, 4096, "arc_challenge", options(benchmark_data))
     assert min(asked) <= 120 < max(asked)
     assert mixed["arc_challenge"].keys() == {f"arc_challenge {i}" for i in range(8)}
 
 
-def test_the_only_split_is_divided(data):
+def test_the_only_split_is_divided(benchmark_data):
     """What serves as an example is not asked."""
-    found = read_dataset(data, "allenai/ai2_arc", "ARC-Challenge")
-    assert len(found["test"]) + len(found["train"]) == QUESTIONS
+    found = read_dataset(benchmark_data, "allenai/ai2_arc", "ARC-Challenge")
+    assert len(found["test"]) + len(found["train"]) == 14
     assert not set(found["test"]["question"]) & set(found["train"]["question"])
     with pytest.raises(FileNotFoundError, match="no folder owner/other"):
-        read_dataset(data, "owner/other", None)
+        read_dataset(benchmark_data, "owner/other", None)
 
 
-def test_a_model_against_itself_differs_in_nothing(bundled, data):
+def test_a_model_against_itself_differs_in_nothing(bundled, benchmark_data):
     unscaled = bundled.facts.rescale("none", 256)
-    asked = options(data, tasks=("hellaswag",), shots=0)
+    asked = options(benchmark_data, tasks=("hellaswag",), shots=0)
     (row,) = compare_with_original(bundled, lambda tokens: unscaled, 256, None, asked)
     assert (row["questions"], row["difference"], row["low"], row["high"]) == (8, 0, 0, 0)
 
@@ -178,9 +146,9 @@ def test_ruler_makes_its_texts_at_the_lengths_asked(bundled):
         ({"tasks": ("ruler_vt",), "lengths": (1024,)}, "--lengths of 2,048 tokens or more"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(data, changes, message):
+def test_what_cannot_be_asked_is_refused(benchmark_data, changes, message):
     with pytest.raises(ValueError, match=message):
-        options(data, **changes).check()
+        options(benchmark_data, **changes).check()
 
 
 def test_without_a_hub_one_line_says_what_to_do(tmp_path):

@@ -44,6 +44,10 @@ def results():
         "passkey": passkey,
         "needle": [],
         "recovery": [{"length": 256, "original": 10.0, "without": 11.0, "with": 10.1}],
+        "benchmarks": [
+            {"task": "hellaswag", "questions": 500, "original": 0.4, "without": 0.35}
+            | {"with": 0.39, "difference": -0.01, "low": -0.03, "high": 0.01}
+        ],
         "stages": [{"name": "search", "seconds": 61.0, "forwards": 5, "tokens": 10240}],
         "versions": {"longrope": "0.1.0"},
     }

@@ -28,6 +28,10 @@ def extend(
     finetune: Annotated[
         bool | None, typer.Option(help="Train, or not, whatever the target needs.")
     ] = None,
+    start_tokens: Annotated[
+        int | None,
+        typer.Option(help="First tokens left unscaled (n̂); no engine but ours applies them."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything that is by chance.")] = None,
     device: Device = None,
     dry_run: Annotated[
@@ -51,6 +55,7 @@ def extend(
         target=target,
         data=data,
         evaluation_data=evaluation_data,
+        start_tokens=start_tokens,
         seed=seed,
         device=device,
         finetune=finetune,
@@ -61,6 +66,8 @@ def extend(
         estimated = estimate(run.plan, run.facts, chosen, memory if dry_run else None)
         if these.first and not json_:
             console.print(estimated.table())
+            if estimated.advice:
+                console.print(estimated.advice, soft_wrap=True)
         if dry_run:
             if json_:
                 print_json(estimated.to_json())

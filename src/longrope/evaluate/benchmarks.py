@@ -26,7 +26,7 @@ SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc1": 0}
 _METRICS = ("acc_norm", "acc", "exact_match")
 
 # Tokens under which RULER's makers try for ever to fit their own example into the text.
-_RULER = 2048
+RULER_TOKENS = 2048
 
 # Question → how right the answer was, 0 to 1.
 Scores = dict[str, float]
@@ -72,11 +72,22 @@ class BenchmarkOptions:
                     f"--benchmarks: lm-eval has no task {task!r}; 'lm-eval ls tasks' lists them"
                     + (f" (such as {near})" if near else "")
                 )
-            if "ruler" in str(known[task].yaml_path) and min(self.lengths, default=0) < _RULER:
+            if _is_ruler(task) and min(self.lengths, default=0) < RULER_TOKENS:
                 raise ValueError(
-                    f"--benchmarks {task} makes its texts; give --lengths of {_RULER:,} tokens or "
-                    "more"
+                    f"--benchmarks {task} makes its texts; give --lengths of {RULER_TOKENS:,} "
+                    "tokens or more"
                 )
+
+    def require_data(self) -> None:
+        """Refuse what cannot be read, before hours of work that end in asking it.
+
+        Raises:
+            ValueError: the data can be read neither from the hub nor locally.
+        """
+        with _silent(), local_datasets(self.data):
+            for task in self.tasks:
+                if not _is_ruler(task):
+                    _load(task, _manager())
 
 
 def require_harness() -> None:
@@ -145,7 +156,7 @@ def ask_benchmark(
     with _silent(), local_datasets(options.data), tempfile.TemporaryDirectory() as directory:
         loaded.tokenizer.save_pretrained(directory)  # RULER's tasks load it by name
         manager = _manager()
-        if options.lengths:
+        if _is_ruler(task):
             manager = _maker(task, directory, options.lengths)
         parts = _load(task, manager)
         limit = None if options.questions is None else math.ceil(options.questions / len(parts))
@@ -231,6 +242,10 @@ def _manager() -> Any:
         from lm_eval.tasks import TaskManager
 
         return TaskManager()
+
+
+def _is_ruler(task: str) -> bool:
+    return "ruler" in str(_manager().task_index[task].yaml_path)
 
 
 def _maker(task: str, tokenizer: str, lengths: Sequence[int]) -> Any:

@@ -4,18 +4,18 @@ Each cell is a synced line in ``cells.jsonl`` as it is measured, so that an inte
 evaluation goes on; ``results.json`` has them in the form that other programs read.
 """
 
+import dataclasses
 import json
-import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import longrope
+from longrope.evaluate.benchmarks import RULER_TOKENS, BenchmarkOptions, ask_benchmark
 from longrope.evaluate.compare import finite_or_none
 from longrope.evaluate.perplexity import score
+from longrope.evaluate.results import RESULT, WITHOUT, Cell, run_results
 from longrope.evaluate.retrieval import (
     Prompt,
     haystack_lines,
@@ -33,9 +33,6 @@ from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 from longrope.workspace import Run
 
-SCHEMA = 1
-RESULT, WITHOUT = "longrope", "longrope without recovery"
-
 # A rescale for a length; the model is the original one, or the extended one.
 Chosen = Callable[[int], Rescale]
 
@@ -48,23 +45,35 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     shortest = question_tokens(run.original().tokenizer, recipe.evaluate.digits)
     wanted = list(_wanted(run, lengths, shortest))
     with progress("evaluate", len(wanted)) as advance:
-        for number, (kind, method, length, options) in enumerate(wanted, 1):
-            if not cells.known(kind, method, length, options):
-                mine = method in (RESULT, WITHOUT)
+        for number, cell in enumerate(wanted, 1):
+            if cell not in cells:
+                mine = cell.method in (RESULT, WITHOUT)
                 loaded = run.trained() if mine else run.original()
-                rescale = _chosen(run, method)(length)
-                found = _MEASURES[kind](run, loaded, rescale, length, options)
-                cells.add(kind, method, length, options, found)
+                measure = _MEASURES[cell.kind]
+                found = measure(run, loaded, _chosen(run, cell.method), cell.length, cell.options)
+                cells.add(cell, found)
                 del loaded  # one model in memory at a time
-            advance(number, f"{kind}, {method} at {length:,}")
-    results = _results(run, cells, wanted)
+            advance(number, f"{cell.kind}, {cell.method} at {cell.length:,}")
+    results = run_results(run, [(cell, cells[cell]) for cell in wanted])
     write_atomically(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return {}
 
 
-def _wanted(
-    run: Run, lengths: list[int], shortest: int
-) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+def benchmark_options(run: Run) -> BenchmarkOptions:
+    """What the recipe asks of lm-eval; RULER at the lengths of the evaluation that hold it."""
+    section = run.recipe.evaluate
+    lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
+    return BenchmarkOptions(
+        section.benchmarks,
+        section.benchmark_questions,
+        section.benchmark_shots,
+        section.benchmark_data,
+        tuple(length for length in lengths if length >= RULER_TOKENS),
+        run.recipe.chunk,
+    )
+
+
+def _wanted(run: Run, lengths: list[int], shortest: int) -> Iterator[Cell]:
     """Every cell: the original model's first, so that each model is loaded once.
 
     Nothing is asked at lengths below ``shortest``, which do not hold the question.
@@ -80,7 +89,7 @@ def _wanted(
     methods = section.methods if "none" in section.methods else ("none", *section.methods)
     for method in (*methods, RESULT):
         for length in lengths:
-            yield "perplexity", method, length, scored
+            yield Cell("perplexity", method, length, scored)
         for length in lengths:
             if length < shortest:
                 continue
@@ -89,12 +98,23 @@ def _wanted(
                 far = section.passkey_trials_beyond
                 trials = section.passkey_trials if length <= trained else far
             if trials:
-                yield "passkey", method, length, asked(trials)
+                yield Cell("passkey", method, length, asked(trials))
             if method == RESULT and section.needle_trials:
-                yield "needle", method, length, asked(section.needle_trials)
+                yield Cell("needle", method, length, asked(section.needle_trials))
+        if method in ("none", RESULT):
+            yield from _benchmarks(run, method)
     for length in lengths:
         if length <= run.pair.recovery_length:
-            yield "perplexity", WITHOUT, length, scored
+            yield Cell("perplexity", WITHOUT, length, scored)
+    yield from _benchmarks(run, WITHOUT)
+
+
+def _benchmarks(run: Run, method: str) -> Iterator[Cell]:
+    asked = benchmark_options(run)
+    longest = run.plan.original if method == "none" else run.plan.target
+    options = dataclasses.asdict(asked)
+    for task in options.pop("tasks"):
+        yield Cell("benchmark", method, longest, options | {"task": task})
 
 
 def _chosen(run: Run, method: str) -> Chosen:
@@ -111,10 +131,10 @@ def _forward(run: Run, loaded: LoadedModel) -> LongForward:
 
 
 def _perplexity(
-    run: Run, loaded: LoadedModel, rescale: Rescale, length: int, options: dict[str, Any]
+    run: Run, loaded: LoadedModel, choose: Chosen, length: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     documents = run.pools.evaluation_documents(run.plan.target, options["documents"])
-    with installed(loaded.model, rescale):
+    with installed(loaded.model, choose(length)):
         scores = score(
             _forward(run, loaded),
             documents,
@@ -131,23 +151,30 @@ def _perplexity(
 
 
 def _passkey(
-    run: Run, loaded: LoadedModel, rescale: Rescale, length: int, options: dict[str, Any]
+    run: Run, loaded: LoadedModel, choose: Chosen, length: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     def make(length: int, depth: float, rng: Any) -> Prompt:
         return passkey_prompt(loaded.tokenizer, length, depth, rng, options["digits"])
 
-    return _asked(run, loaded, make, rescale, length, options)
+    return _asked(run, loaded, make, choose(length), length, options)
 
 
 def _needle(
-    run: Run, loaded: LoadedModel, rescale: Rescale, length: int, options: dict[str, Any]
+    run: Run, loaded: LoadedModel, choose: Chosen, length: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     lines = haystack_lines(run.pools.evaluation, loaded.tokenizer)
 
     def make(length: int, depth: float, rng: Any) -> Prompt:
         return needle_prompt(loaded.tokenizer, lines, length, depth, rng, options["digits"])
 
-    return _asked(run, loaded, make, rescale, length, options)
+    return _asked(run, loaded, make, choose(length), length, options)
+
+
+def _benchmark(
+    run: Run, loaded: LoadedModel, choose: Chosen, length: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    asked = benchmark_options(run)
+    return {"scores": ask_benchmark(loaded, choose, length, options["task"], asked)}
 
 
 def _asked(
@@ -163,7 +190,12 @@ def _asked(
     return {"rows": [[row.depth, row.correct, row.trials] for row in rows]}
 
 
-_MEASURES = {"perplexity": _perplexity, "passkey": _passkey, "needle": _needle}
+_MEASURES = {
+    "perplexity": _perplexity,
+    "passkey": _passkey,
+    "needle": _needle,
+    "benchmark": _benchmark,
+}
 
 
 class _Cells:
@@ -177,68 +209,15 @@ class _Cells:
         self._found = {line["key"]: line["found"] for line in lines}
 
     @staticmethod
-    def _key(*what: Any) -> str:
-        return json.dumps(what, sort_keys=True)
+    def _key(cell: Cell) -> str:
+        return json.dumps(cell, sort_keys=True)
 
-    def known(self, *what: Any) -> bool:
-        return self._key(*what) in self._found
+    def __contains__(self, cell: Cell) -> bool:
+        return self._key(cell) in self._found
 
-    def __getitem__(self, what: tuple) -> dict[str, Any]:
-        return self._found[self._key(*what)]
+    def __getitem__(self, cell: Cell) -> dict[str, Any]:
+        return self._found[self._key(cell)]
 
-    def add(self, kind: str, method: str, length: int, options: Any, found: Any) -> None:
-        key = self._key(kind, method, length, options)
-        append_line(self.path, {"key": key, "found": found})
-        self._found[key] = found
-
-
-def _results(run: Run, cells: _Cells, wanted: list[tuple]) -> dict[str, Any]:
-    plan, pair = run.plan, run.pair
-    rows: dict[str, list[dict[str, Any]]] = {"perplexity": [], "passkey": [], "needle": []}
-    for cell in wanted:
-        kind, method, length, _ = cell
-        if kind == "perplexity":
-            rows[kind].append({"length": length, "method": method} | cells[cell])
-        else:
-            rows[kind] += [
-                {"length": length, "method": method}
-                | {"depth": depth, "correct": correct, "trials": trials}
-                for depth, correct, trials in cells[cell]["rows"]
-            ]
-    found = {(row["method"], row["length"]): row["perplexity"] for row in rows["perplexity"]}
-    recovery = [
-        {
-            "length": length,
-            "original": found["none", length],
-            "without": found[WITHOUT, length],
-            "with": found[RESULT, length],
-        }
-        for method, length in found
-        if method == WITHOUT
-    ]
-    stages = [
-        {"name": stage.name} | {k: record.get(k, 0) for k in ("seconds", "forwards", "tokens")}
-        for stage in plan.stages
-        if stage.kind not in ("evaluate", "report")
-        for record in [run.record(stage.name)]
-    ]
-    return {
-        "schema": SCHEMA,
-        "model": run.facts.source,
-        "architecture": run.facts.architecture,
-        "parameters": run.facts.parameters,
-        "original_length": plan.original,
-        "trained_length": plan.trained,
-        "recovery_length": pair.recovery_length,
-        "target": plan.target,
-        "attention_factor": pair.long.attention_factor,
-        **rows,
-        "recovery": recovery,
-        "stages": stages,
-        "versions": {
-            "longrope": longrope.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
+    def add(self, cell: Cell, found: dict[str, Any]) -> None:
+        append_line(self.path, {"key": self._key(cell), "found": found})
+        self._found[self._key(cell)] = found

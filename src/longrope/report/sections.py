@@ -1,0 +1,282 @@
+"""What the report of a run says: its five lines, and its sections in their order."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from longrope.evaluate.results import RESULT
+from longrope.evaluate.retrieval import totals, wilson
+from longrope.files import read_lines
+from longrope.progress import duration
+from longrope.report import plots
+from longrope.rope.methods import METHODS
+from longrope.rope.rescale import Rescale
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A plot in the page, and the file it is also kept in."""
+
+    file: str
+    caption: str
+    figure: Figure
+    base64: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as they are shown."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading with what stands under it."""
+
+    title: str
+    text: Sequence[str] = ()
+    figures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    code: str = ""
+
+
+def headline(results: dict[str, Any]) -> list[str]:
+    """The five lines that a run ends with."""
+    found = {(r["method"], r["length"]): r["perplexity"] for r in results["perplexity"]}
+    original, target = results["original_length"], results["target"]
+    own = {length: found[m, length] for m, length in found if m == RESULT}
+    base, none = found["none", original], found["none", target]
+    worst = max((own[length] or math.inf, length) for length in own)
+    lines = [
+        f"perplexity at {target:,} tokens: {_number(own[target])} (unscaled {_number(none)}; the "
+        f"original model at its own {original:,}: {_number(base)}, same tokens)",
+        f"over all lengths at most {_number(worst[0])}, at {worst[1]:,}: "
+        f"{_percent(worst[0] / base - 1)} of the original's at {original:,}",
+    ]
+    asked = _totals(results["passkey"]).get(RESULT, {})
+    if asked:
+        length, (right, trials) = min(asked.items(), key=lambda x: (x[1][0] / x[1][1], -x[0]))
+        lines.append(
+            f"passkey: {sum(r for r, _ in asked.values())} of "
+            f"{sum(t for _, t in asked.values())}; the lowest at {length:,}, {right} of {trials}"
+        )
+    for row in results["recovery"][:1]:
+        lines.append(
+            f"short context at {row['length']:,}: {_number(row['with'])} with recovery, "
+            f"{_number(row['without'])} without, {_number(row['original'])} before"
+        )
+    seconds = sum(stage["seconds"] for stage in results["stages"])
+    lines.append(f"{duration(seconds)} before evaluation")
+    return lines
+
+
+def all_sections(directory: Path, results: dict[str, Any]) -> list[Section]:
+    """Every section that the run has something for."""
+    sections = [
+        _perplexity(results),
+        *([_retrieval(results, "passkey")] if results["passkey"] else []),
+        *([_retrieval(results, "needle")] if results["needle"] else []),
+        _recovery(directory, results),
+        _factors(directory),
+        _training(directory),
+        _cost(results),
+        _reproduce(directory, results),
+    ]
+    return [section for section in sections if section]
+
+
+def _perplexity(results: dict[str, Any]) -> Section:
+    rows = results["perplexity"]
+    lengths = sorted({row["length"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = {(row["method"], row["length"]): row for row in rows}
+    table = Table(
+        ["perplexity", *(f"{length:,}" for length in lengths)],
+        [
+            [method, *(_with_error(found.get((method, length))) for length in lengths)]
+            for method in methods
+        ],
+    )
+    picture = Picture(
+        "perplexity.png",
+        "Perplexity against length (the paper's figure 1), the same tokens at every length. "
+        "The known methods are made for the target, without training.",
+        plots.perplexity_figure(rows, results["original_length"]),
+    )
+    return Section("Perplexity against length", figures=[picture], tables=[table])
+
+
+def _retrieval(results: dict[str, Any], kind: str) -> Section:
+    rows = results[kind]
+    by_method = _totals(rows)
+    lengths = sorted({row["length"] for row in rows})
+    table = Table(
+        [kind, *(f"{length:,}" for length in lengths)],
+        [
+            [method, *(_share(asked.get(length)) for length in lengths)]
+            for method, asked in by_method.items()
+        ],
+    )
+    own = [row for row in rows if row["method"] == RESULT]
+    picture = Picture(
+        f"{kind}.png",
+        f"{kind.capitalize()} by length and depth: the share of right answers of the result.",
+        plots.retrieval_figure(own, kind),
+    )
+    text = ["Right answers of those asked, depths stratified, with the 95% interval (Wilson)."]
+    return Section(f"{kind.capitalize()} retrieval", text, [picture], [table])
+
+
+def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
+    if not results["recovery"]:
+        return None
+    table = Table(
+        ["perplexity at", "original", "without recovery", "with recovery", "with against original"],
+        [
+            [
+                f"{row['length']:,}",
+                *(_number(row[key]) for key in ("original", "without", "with")),
+                _percent(row["with"] / row["original"] - 1),
+            ]
+            for row in results["recovery"]
+        ],
+    )
+    text = [
+        f"Short factors apply up to {results['recovery_length']:,} tokens, under the one attention "
+        f"factor of {results['attention_factor']:.4g} that a checkpoint has for both sets."
+    ]
+    file = directory / "recovery" / "done.json"
+    if file.exists():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        for length, starts in record["starts"].items():
+            won = min(starts, key=starts.get)
+            text.append(
+                f"Searched at {int(length):,} tokens; of the starts “{won}” had the lowest loss: "
+                f"{_losses(starts)}."
+            )
+        text.append(
+            f"With an attention factor of its own ({record['free_attention_factor']:g}) the short "
+            f"set's loss would be {record['free']:.4f} instead of {record['shared']:.4f}; only "
+            "longrope's own runtime can apply that."
+        )
+    return Section("Short context", text, tables=[table, *_benchmarks(results)])
+
+
+def _benchmarks(results: dict[str, Any]) -> list[Table]:
+    rows = results["benchmarks"]
+    if not rows:
+        return []
+    header = ["benchmark", "questions", "original", "without recovery", "with recovery"]
+    header.append("with less original, 95% interval")
+    return [
+        Table(
+            header,
+            [
+                [
+                    row["task"],
+                    f"{row['questions']:,}",
+                    *(f"{row[key]:.1%}" for key in ("original", "without", "with")),
+                    f"{_percent(row['difference'])} "
+                    f"({_percent(row['low'])} to {_percent(row['high'])})",
+                ]
+                for row in rows
+            ],
+        )
+    ]
+
+
+def _factors(directory: Path) -> Section:
+    long, short = (Rescale.load(directory / f"{name}.json") for name in ("rescale", "short"))
+    shape = (long.rope_theta, long.rotary_dim, long.original_max_position_embeddings)
+    known = {
+        name: METHODS[name](*shape, long.max_position_embeddings) for name in ("pi", "ntk", "yarn")
+    }
+    searched = directory / "search" / "rescale.json"
+    shown = known | {"long": long, "short": short}
+    if searched.exists():
+        trained = (directory / "finetune").exists()
+        shown["trained with" if trained else "long"] = Rescale.load(searched)
+    picture = Picture(
+        "factors.png", "Factors by dimension (the paper's figure 2).", plots.factors_figure(shown)
+    )
+    return Section("Factors", figures=[picture])
+
+
+def _training(directory: Path) -> Section | None:
+    lines = read_lines(directory / "finetune" / "loss.jsonl")
+    pictures = []
+    if lines:
+        pictures.append(
+            Picture("loss.png", "Loss of every step of fine-tuning.", plots.loss_figure(lines))
+        )
+    for name in ("search", "second-search"):
+        history = [x for x in read_lines(directory / name / "history.jsonl") if x.get("loss")]
+        if history:
+            caption = f"Every candidate of the {name.replace('-', ' ')}."
+            pictures.append(Picture(f"{name}.png", caption, plots.history_figure(history)))
+    return Section("Searches and training", figures=pictures) if pictures else None
+
+
+def _cost(results: dict[str, Any]) -> Section:
+    rows = [
+        [
+            stage["name"],
+            duration(stage["seconds"]),
+            f"{stage['forwards']:,}",
+            f"{stage['tokens']:,}",
+        ]
+        for stage in results["stages"]
+    ]
+    text = ["Of a stage that was interrupted, the time since its last start."]
+    return Section("Cost", text, tables=[Table(["stage", "time", "forwards", "tokens"], rows)])
+
+
+def _reproduce(directory: Path, results: dict[str, Any]) -> Section:
+    recipe = (directory / "recipe.yaml").read_text(encoding="utf-8")
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    code = "longrope extend --recipe recipe.yaml --out RUN\n\n# recipe.yaml\n" + yaml.safe_dump(
+        yaml.safe_load(recipe), sort_keys=False
+    )
+    return Section("Reproduce", [f"{versions}. The recipe, every key resolved:"], code=code)
+
+
+def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[int, int]]]:
+    """Method → length → (right answers, trials)."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return {name: totals(row for row in rows if row["method"] == name) for name in methods}
+
+
+def _share(asked: tuple[int, int] | None) -> str:
+    if asked is None:
+        return ""
+    low, high = wilson(*asked)
+    return f"{asked[0]}/{asked[1]} ({low:.0%}–{high:.0%})"
+
+
+def _with_error(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    error = row["standard_error"]
+    return _number(row["perplexity"]) + ("" if error is None else f" ± {error:.2f}")
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "∞"
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:+.1%}"
+
+
+def _losses(starts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in starts.items())
