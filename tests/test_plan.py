@@ -187,7 +187,7 @@ def test_where_bfloat16_is_slow_it_is_said(facts, monkeypatch):
         return Rates(1e9 if dtype == torch.bfloat16 else 1e11, 1e11)
 
     monkeypatch.setattr("longrope.cost.calibrate", calibrated)
-    recipe = make_recipe({"target": "64x"})
+    recipe = make_recipe({"target": "64x", "dtype": "bfloat16"})
     found = dry_run(make_plan(facts, recipe), facts, recipe).advice
     assert "100 times as fast" in found
     assert "dtype: float32 and finetune.precision: float32" in found
