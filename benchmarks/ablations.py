@@ -60,7 +60,9 @@ CHANGES: dict[str, dict[str, dict[str, Any] | int]] = {
     "yarn-log in place of the second search": {"second_search": {"method": "yarn-log"}},
     "second search by perplexity alone": {"second_search": {"passkeys": 0}},
     "YaRN in place of the first search": {"search": {"method": "yarn"}},
-    "fine-tuned at the target": {"finetune": {"length": "16x", "steps": 40, "batch": 1}}
+    "fine-tuned at the target": {
+        "finetune": {"length": "16x", "steps": 40, "batch": 1, "micro_batch": 1}
+    }
     | {"search": {"samples": 2}},
     "by way of half the length": {"finetune": {"through": "384", "through_steps": 40, "steps": 40}},
     "start tokens 4": {"start_tokens": 4},

@@ -1,5 +1,6 @@
 """The program as a user runs it: a process of its own, real files, real kills."""
 
+import contextlib
 import json
 import os
 import re
@@ -146,8 +147,11 @@ def test_ctrl_c_is_no_success(small, tmp_path):
     while not (tmp_path / "history.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    for _ in range(3):  # Python drops one that is raised in a destructor
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, stderr = process.communicate(timeout=20)
+            break
     assert process.returncode == 130
     assert stderr.splitlines()[-1].startswith("longrope: error: stopped; it goes on")
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import sys
 
 import pytest
 
@@ -59,9 +60,10 @@ def test_jsonl_as_others_write_it(tmp_path):
     assert [d.text for d in read_documents([str(path)])] == ["one\u2028two\x85three", "b"]
 
 
-def test_missing_data_is_named(tmp_path):
+def test_missing_data_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such file or folder"):
         read_documents([str(tmp_path / "nowhere.txt")])
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where the extra is not installed
     with pytest.raises(ValueError, match=r"longrope\[datasets\]"):
         read_documents(["owner/name-1.0"])
 

@@ -135,6 +135,7 @@ def test_the_checkpoint_computes_what_was_measured(finished):
     out, _ = finished
     plain = AutoModelForCausalLM.from_pretrained(out / "model").eval()
     loaded, pair = load_extended(str(out), dtype="float32")
+    assert loaded.facts.original_max_position_embeddings == 64  # not the recovery length
     ids = torch.randint(3, 1500, (1, 600), generator=torch.Generator().manual_seed(0))
     for tokens in (50, pair.recovery_length, pair.recovery_length + 1, 600):
         rescale = pair.choose(tokens)

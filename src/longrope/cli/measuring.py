@@ -97,7 +97,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Measure perplexity or retrieval at one or more lengths under one rescale."""
+    """Measure perplexity, retrieval or benchmarks of a model under one rescale, or of a run."""
     from longrope.evaluate.ask import AskOptions, ask, save_heat_map
     from longrope.evaluate.benchmarks import BenchmarkOptions, compare_with_original
     from longrope.evaluate.compare import CompareOptions, Entry, run_comparison
