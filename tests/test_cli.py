@@ -38,6 +38,26 @@ def refused(*arguments, **options) -> str:
     return line
 
 
+def each_refused(*mistakes) -> list[str]:
+    """The lines of many such mistakes, each in a fork of one program that has imported all."""
+    code = (
+        "import json, os, sys, longrope.extend\n"
+        "from longrope.cli import main\n"
+        "for arguments in json.load(sys.stdin):\n"
+        "    if not os.fork():\n"
+        "        sys.argv[1:] = arguments\n"
+        "        main()\n"
+        "    assert os.waitstatus_to_exitcode(os.wait()[1]) == 2, arguments\n"
+    )
+    asked = json.dumps([[str(a) for a in arguments] for arguments in mistakes])
+    done = run("-c", code, launcher=[sys.executable], input=asked)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(mistakes)
+    assert all(line.startswith("longrope: error: ") for line in lines)
+    return lines
+
+
 @pytest.fixture(scope="module")
 def small(texts):
     """A search of seconds: options that every search below shares."""
@@ -237,10 +257,11 @@ class TestMistakes:
         assert "No such option" in refused("inspect", "--jsn")
 
     def test_target(self, tmp_path):
-        line = refused("search", "--target", "256", "--out", tmp_path)
-        assert "--target is 256" in line
-        assert "give a larger target" in line
-        assert "'much'" in refused("search", "--target", "much", "--out", tmp_path)
+        search = ["search", "--out", tmp_path, "--target"]
+        small, unreadable = each_refused([*search, "256"], [*search, "much"])
+        assert "--target is 256" in small
+        assert "give a larger target" in small
+        assert "'much'" in unreadable
 
     def test_model(self, tmp_path):
         assert "./nowhere" in refused("search", "./nowhere", "--target", "8x", "--out", tmp_path)
@@ -249,18 +270,20 @@ class TestMistakes:
         (tmp_path / "empty.txt").write_text("")
         (tmp_path / "binary").write_bytes(bytes(range(256)))
         (tmp_path / "short.txt").write_text("too short")
-        for name, message in (
-            ("empty.txt", "is empty"),
-            ("binary", "not UTF-8"),
-            ("short.txt", "too few tokens"),
-            ("missing", "no such file"),
-        ):
-            arguments = ["search", "--target", "2x", "--data", tmp_path / name]
-            assert message in refused(*arguments, "--out", tmp_path / "out")
+        messages = {
+            "empty.txt": "is empty",
+            "binary": "not UTF-8",
+            "short.txt": "too few tokens",
+            "missing": "no such file",
+        }
+        search = ["search", "--target", "2x", "--out", tmp_path / "out"]
+        lines = each_refused(*([*search, "--data", tmp_path / name] for name in messages))
+        for line, message in zip(lines, messages.values(), strict=True):
+            assert message in line
         assert not (tmp_path / "out").exists()
 
     def test_settings(self, small, tmp_path):
-        for option, value in (
+        settings = (
             ("--samples", 0),
             ("--budget", 0),
             ("--population", 0),
@@ -274,23 +297,25 @@ class TestMistakes:
             ("--device", "cuda:9"),
             ("--hidden-device", "moon"),
             ("--existing-scaling", "perhaps"),
-        ):
-            line = refused(*small, "--out", tmp_path, option, value)
+        )
+        lines = each_refused(*([*small, "--out", tmp_path, *setting] for setting in settings))
+        for line, (option, value) in zip(lines, settings, strict=True):
             assert option.lstrip("-").replace("-", "_") in line.replace("-", "_"), line
             assert str(value) in line
 
     def test_rescale_files(self, texts, tmp_path):
         data = ["--lengths", 512, "--data", texts]
-        assert "neither" in refused("evaluate", "--rescale", "nothing", *data)
-        wrong = tmp_path / "wrong.json"
+        wrong, without = tmp_path / "wrong.json", tmp_path / "without.json"
         Rescale((1.0,) * 16, 1e4, 256, 512).save(wrong)
-        assert "factors has 16 numbers; this model needs 32" in refused(
-            "evaluate", "--rescale", wrong, *data
-        )
-        wrong.write_text(wrong.read_text().replace('"factors"', '"factor"'))
-        assert "wrong.json: a rescale needs the key 'factors'" in refused(
-            "evaluate", "--rescale", wrong, *data
-        )
+        without.write_text(wrong.read_text().replace('"factors"', '"factor"'))
+        messages = {
+            "nothing": "neither",
+            wrong: "factors has 16 numbers; this model needs 32",
+            without: "without.json: a rescale needs the key 'factors'",
+        }
+        lines = each_refused(*(["evaluate", "--rescale", name, *data] for name in messages))
+        for line, message in zip(lines, messages.values(), strict=True):
+            assert message in line
 
     def test_directories(self, small, tmp_path):
         succeeds(*small, "--budget", 2, "--out", tmp_path / "a")

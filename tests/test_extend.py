@@ -284,7 +284,7 @@ def test_start_tokens_stay_with_our_own_runtime(arguments, tmp_path, checkpoints
     """Trained and searched with n̂; the checkpoint, which cannot say it, is warned of."""
     recipe = RECIPE | {"model": str(checkpoints("llama")), "data": [str(texts)]}
     recipe |= {"target": "4x", "start_tokens": 4}
-    recipe["evaluate"] = {"documents": 1, "methods": ["none"]}
+    recipe["evaluate"] = {"documents": 1, "methods": []}
     file, out = tmp_path / "r.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(recipe))
     done = run("--recipe", file, "--out", out)
@@ -293,6 +293,10 @@ def test_start_tokens_stay_with_our_own_runtime(arguments, tmp_path, checkpoints
     config = json.loads((out / "model" / "config.json").read_text())
     long = Rescale.load(out / "rescale.json")
     assert config["rope_parameters"]["long_factor"] == list(long.factors)
+    results = json.loads((out / "results.json").read_text())
+    measured = {row["length"] for row in results["perplexity"] if row["method"] == "none"}
+    assert measured == {row["length"] for row in results["recovery"]}
+    assert max(measured) < results["target"]
 
 
 def test_json_is_all_that_is_printed(finished, arguments):

@@ -104,7 +104,11 @@ class Recovery(Search):
 
 
 class Evaluate(_Section):
-    """What is measured at the end; any of it may be changed in a finished run."""
+    """What is measured at the end; any of it may be changed in a finished run.
+
+    Without ``none`` among the methods the unscaled model is measured at the short lengths alone,
+    which recovery is judged by.
+    """
 
     methods: tuple[str, ...] = ("none", "pi", "ntk", "yarn")
     lengths: tuple[str, ...] = ()

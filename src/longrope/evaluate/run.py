@@ -76,7 +76,8 @@ def benchmark_options(run: Run) -> BenchmarkOptions:
 def _wanted(run: Run, lengths: list[int], shortest: int) -> Iterator[Cell]:
     """Every cell: the original model's first, so that each model is loaded once.
 
-    Nothing is asked at lengths below ``shortest``, which do not hold the question.
+    Nothing is asked at lengths below ``shortest``, which do not hold the question. The
+    unscaled model is measured where recovery is judged against it, also unasked.
     """
     recipe, plan = run.recipe, run.plan
     section = recipe.evaluate
@@ -86,12 +87,13 @@ def _wanted(run: Run, lengths: list[int], shortest: int) -> Iterator[Cell]:
     def asked(trials: int) -> dict[str, Any]:
         return {"trials": trials, "digits": section.digits, "seed": recipe.seed}
 
-    methods = section.methods if "none" in section.methods else ("none", *section.methods)
-    for method in (*methods, RESULT):
-        for length in lengths:
+    short = [length for length in lengths if length <= run.pair.recovery_length]
+    for method in dict.fromkeys(("none", *section.methods, RESULT)):
+        asked_for = method in (*section.methods, RESULT)
+        for length in lengths if asked_for else short:
             yield Cell("perplexity", method, length, scored)
         for length in lengths:
-            if length < shortest:
+            if length < shortest or not asked_for:
                 continue
             trials = section.passkey_trials_others
             if method == RESULT:
@@ -103,9 +105,8 @@ def _wanted(run: Run, lengths: list[int], shortest: int) -> Iterator[Cell]:
                 yield Cell("needle", method, length, asked(section.needle_trials))
         if method in ("none", RESULT):
             yield from _benchmarks(run, method)
-    for length in lengths:
-        if length <= run.pair.recovery_length:
-            yield Cell("perplexity", WITHOUT, length, scored)
+    for length in short:
+        yield Cell("perplexity", WITHOUT, length, scored)
     yield from _benchmarks(run, WITHOUT)
 
 

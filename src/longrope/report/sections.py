@@ -53,11 +53,12 @@ def headline(results: dict[str, Any]) -> list[str]:
     found = {(r["method"], r["length"]): r["perplexity"] for r in results["perplexity"]}
     original, target = results["original_length"], results["target"]
     own = {length: found[m, length] for m, length in found if m == RESULT}
-    base, none = found["none", original], found["none", target]
+    base = found["none", original]
+    unscaled = f"unscaled {_number(found['none', target])}; " if ("none", target) in found else ""
     worst = max((own[length] or math.inf, length) for length in own)
     lines = [
-        f"perplexity at {target:,} tokens: {_number(own[target])} (unscaled {_number(none)}; the "
-        f"original model at its own {original:,}: {_number(base)}, same tokens)",
+        f"perplexity at {target:,} tokens: {_number(own[target])} ({unscaled}the original model "
+        f"at its own {original:,}: {_number(base)}, same tokens)",
         f"over all lengths at most {_number(worst[0])}, at {worst[1]:,}: "
         f"{_percent(worst[0] / base - 1)} of the original's at {original:,}",
     ]
