@@ -137,7 +137,7 @@ def test_is_priced_at_its_true_shape(name, tmp_path):
 
 def test_the_command_line_goes_before_the_file(tmp_path):
     assert resolve_recipe(None, None).model == "bundled"
-    assert resolve_recipe(None, "bundled", target="8x").finetune.steps == 110
+    assert resolve_recipe(None, "bundled", target="8x").finetune.steps == 95
     recipe = resolve_recipe("bundled", None, target="16x", seed=3, finetune=False)
     assert (recipe.target, recipe.seed, recipe.finetune.enabled) == ("16x", 3, False)
     assert resolve_recipe(None, "some/model", target="8x").finetune.learning_rate == 2e-5
@@ -152,6 +152,8 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         ("- target", "a recipe is a mapping"),
         ("target: 8x\nfinetune: {stesp: 3}", "no key 'finetune.stesp'"),
         ("target: 8x\nchunk: 0", "chunk is 0"),
+        ("target: 8x\nfinetune: {learning_rate: .inf}", "finetune.learning_rate is inf"),
+        ("target: 8x\nfinetune: {schedule: wave}", "finetune.schedule is 'wave': .*'cosine'"),
         ("target: 8x\nmodel: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )

@@ -89,10 +89,9 @@ def _preflight(run: Run) -> None:
     if recipe.hidden_device:
         find_device("hidden_device", recipe.hidden_device)
     if plan.trained is not None:
-        settings = recipe.finetune.settings()
-        settings.accumulation(run.ranks.size)
-        if settings.lora is not None:
-            require_peft(settings.lora)
+        recipe.finetune.accumulation(run.ranks.size)
+        if recipe.finetune.lora is not None:
+            require_peft(recipe.finetune.lora)
     done = [run.done(stage.name) for stage in plan.stages]
     todo = [stage for stage, is_done in zip(plan.stages, done, strict=True) if not is_done]
     for stage, is_done in zip(plan.stages, done, strict=True):
@@ -216,7 +215,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     on_the_way = stage.name == "through-finetune"
     loaded = run.original() if on_the_way else run.underway()
     tuning, original = run.recipe.finetune, run.plan.original
-    settings = tuning.settings(stage.steps)
+    settings = tuning.model_copy(update={"steps": stage.steps})
     pieces = Pieces(
         run.pools.training,
         loaded.tokenizer,

@@ -37,8 +37,11 @@ def progress(what: str, total: int, show: bool = True) -> Iterator[Advance]:
 
 
 def duration(seconds: float) -> str:
-    """Such as ``1 h 05 min``."""
+    """Such as ``1 h 05 min``, or ``12 days``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02d} min" if hours < 72 else f"{hours / 24:,.0f} days"

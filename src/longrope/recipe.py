@@ -11,7 +11,7 @@ from longrope.forward import DEFAULT_CHUNK
 from longrope.rope.methods import METHODS
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.stage import SearchSettings
-from longrope.train.finetune import FinetuneSettings
+from longrope.train.settings import FinetuneSettings
 
 RECIPES = Path(__file__).parent / "recipes"
 _Positive = Annotated[int, Field(ge=1)]
@@ -61,8 +61,8 @@ class Search(_Section):
         )
 
 
-class Finetune(_Section):
-    """Training; see :class:`longrope.train.finetune.FinetuneSettings`.
+class Finetune(FinetuneSettings):
+    """Training, and at which lengths.
 
     ``enabled`` null: where the target is beyond 8 times the original length. ``length``, such
     as 128k or 8x, is the one to train at, by default an eighth of such a target. With
@@ -74,26 +74,6 @@ class Finetune(_Section):
     length: str | None = None
     through: str | None = None
     through_steps: _Positive = 400
-    steps: _Positive = 400
-    batch: _Positive = 32
-    micro_batch: _Positive = 1
-    learning_rate: float = 2e-5
-    schedule: str = "linear"
-    warmup: _Count = 20
-    clip: float = 1.0
-    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    precision: str = "bf16"
-    gradient_checkpointing: bool = True
-    passkey_share: float = 0.0
-    answer_weight: float = 1.0
-    short_share: float = 0.0
-    save_every: _Positive = 50
-    lora: int | None = None
-
-    def settings(self, steps: int | None = None) -> FinetuneSettings:
-        """The same, as training takes it; ``steps`` for the length on the way."""
-        known: Any = self.model_dump(exclude={"enabled", "length", "through", "through_steps"})
-        return FinetuneSettings(**{**known, "steps": steps or self.steps})
 
 
 class Recovery(Search):
@@ -154,7 +134,6 @@ class Recipe(_Section):
         Raises:
             ValueError: names the field, its value and what it may be.
         """
-        self.finetune.settings()
         for name in ("search", "second_search", "recovery"):
             section = getattr(self, name)
             section.settings(self)

@@ -1,6 +1,5 @@
 """Fine-tuning: the loss it minimises, resume, processes, and what must not be lost."""
 
-import dataclasses
 import json
 import math
 import os
@@ -17,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from longrope.model import load_model
 from longrope.parallel import Ranks
 from longrope.rope.install import installed
-from longrope.train.finetune import FinetuneSettings, finetune
+from longrope.train.finetune import finetune
 from longrope.train.pieces import Pieces
+from longrope.train.settings import FinetuneSettings
 from longrope.windows import load_documents
 
 LENGTH = 128
@@ -30,8 +30,9 @@ PROGRAM = """
 import sys, json
 from longrope.model import load_model
 from longrope.parallel import ranks
-from longrope.train.finetune import FinetuneSettings, finetune
+from longrope.train.finetune import finetune
 from longrope.train.pieces import Pieces
+from longrope.train.settings import FinetuneSettings
 from longrope.windows import load_documents
 from pathlib import Path
 model, data, out, changes = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
@@ -272,7 +273,7 @@ def test_two_processes_train_as_one(checkpoints, texts, tmp_path, trained, shard
 def test_lora_trains_embeddings_and_norms_too_and_leaves_a_plain_checkpoint(
     checkpoints, texts, tmp_path
 ):
-    settings = dataclasses.replace(FAST, lora=2, steps=3)
+    settings = FAST.model_copy(update={"lora": 2, "steps": 3})
     lines, _, _ = train(checkpoints("llama"), texts, tmp_path, settings)
     assert len(lines) == 3
     before = AutoModelForCausalLM.from_pretrained(checkpoints("llama")).state_dict()

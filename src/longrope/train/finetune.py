@@ -5,7 +5,6 @@ come to different ones. The Trainer's checkpoints carry a marker written last: o
 kill or a full disk cut short is not resumed from.
 """
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -29,79 +28,9 @@ from longrope.rope.rescale import Rescale
 from longrope.source import quiet
 from longrope.train.loss import chunked_loss
 from longrope.train.pieces import Pieces
+from longrope.train.settings import FinetuneSettings
 
 _MARKER = "complete.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneSettings:
-    """How to train; the defaults are the paper's for LLaMA2 (section 4.1 and its code).
-
-    ``batch`` counts pieces a step over all processes; ``micro_batch`` of them go through
-    a device at a time. ``precision``: bf16 is float32 weights under bf16 autocast,
-    pure-bf16 keeps the weights in bf16 too. ``passkey_share``, ``answer_weight`` and
-    ``short_share`` (tokens of short windows per token of a long piece) are not the
-    paper's; see :class:`longrope.train.pieces.Pieces`.
-
-    Raises:
-        ValueError: a field out of range; names it and its value.
-    """
-
-    steps: int = 400
-    batch: int = 32
-    micro_batch: int = 1
-    learning_rate: float = 2e-5
-    schedule: str = "linear"
-    warmup: int = 20
-    clip: float = 1.0
-    beta2: float = 0.999
-    precision: str = "bf16"
-    gradient_checkpointing: bool = True
-    passkey_share: float = 0.0
-    answer_weight: float = 1.0
-    short_share: float = 0.0
-    save_every: int = 50
-    lora: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"finetune.{name} is {getattr(self, name)}; it must be at least 1")
-        for name, kinds in (
-            ("schedule", ("linear", "constant", "cosine")),
-            ("precision", ("bf16", "pure-bf16", "float32")),
-        ):
-            if getattr(self, name) not in kinds:
-                raise ValueError(
-                    f"finetune.{name} is {getattr(self, name)!r}; choose {', '.join(kinds)}"
-                )
-        for name in ("learning_rate", "clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"finetune.{name} is {value}; it must be positive")
-        for name in ("passkey_share", "short_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"finetune.{name} is {getattr(self, name)}; it must be from 0 to 1"
-                )
-        if self.answer_weight <= 0:
-            raise ValueError(f"finetune.answer_weight is {self.answer_weight}; it must be positive")
-        if self.lora is not None and self.lora < 1:
-            raise ValueError(f"finetune.lora is {self.lora}; it is a rank, of at least 1")
-
-    def accumulation(self, processes: int) -> int:
-        """Micro-batches a step on each process.
-
-        Raises:
-            ValueError: the batch is not shared out evenly.
-        """
-        together = self.micro_batch * processes
-        if self.batch % together:
-            raise ValueError(
-                f"finetune.batch is {self.batch}; it must be a multiple of micro_batch × "
-                f"processes, {self.micro_batch} × {processes}"
-            )
-        return self.batch // together
 
 
 def finetune(
