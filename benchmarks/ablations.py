@@ -64,7 +64,7 @@ CHANGES: dict[str, dict[str, dict[str, Any] | int]] = {
         "finetune": {"length": "16x", "steps": 40, "batch": 1, "micro_batch": 1}
     }
     | {"search": {"samples": 2}},
-    "by way of half the length": {"finetune": {"through": "384", "through_steps": 40, "steps": 40}},
+    "by way of 384 tokens": {"finetune": {"through": "384", "through_steps": 40, "steps": 40}},
     "start tokens 4": {"start_tokens": 4},
     "start tokens 32": {"start_tokens": 32},
 }
@@ -144,7 +144,7 @@ def untrained(out: Path, target: str, seeds: list[int]) -> dict[str, Any]:
         "gain of the search, nats": [round(s - x, 4) for s, x in zip(starts, losses, strict=True)],
         "held out, YaRN": round(held_out[0], 2),
         "held out, searched": [round(p, 2) for p in held_out[1:]],
-        "spread": round(statistics.stdev(held_out[1:]) / statistics.mean(held_out[1:]), 4),
+        "spread": round(statistics.pstdev(held_out[1:]) / statistics.mean(held_out[1:]), 4),
     }
 
 

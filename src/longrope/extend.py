@@ -66,6 +66,8 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
             run.claim()
         if not all(run.done(stage.name) for stage in run.plan.stages):
             _preflight(run)
+        if ranks.first:
+            run.remeasure()
         for stage in run.plan.stages:
             if run.done(stage.name):
                 continue
@@ -103,8 +105,8 @@ def _preflight(run: Run) -> None:
             )
     if recipe.evaluate.benchmarks:
         asked = benchmark_options(run)
-        asked.check()
-        asked.require_data()
+        asked.check(run.facts)
+        asked.require_data(run.original().tokenizer, plan.original)
     check_memory([stage for stage in todo if stage.memory])
     run.keep_pools()
     for stage in todo:

@@ -93,6 +93,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class Kept(dict[str, Any]):
+    """What is computed already: each item is a synced line of a file as it is set.
+
+    Args:
+        of: what the items here are parts of; the file may hold other things' parts.
+    """
+
+    def __init__(self, path: Path, of: str = ""):
+        self._path, self._of = path, of
+        lines = read_lines(path)
+        # A line that a kill cut short is dropped from the file too.
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+        super().__init__((x["key"], x["found"]) for x in lines if x.get("of", "") == of)
+
+    def __setitem__(self, key: str, found: Any) -> None:
+        line = {"key": key, "found": found}
+        append_line(self._path, line | {"of": self._of} if self._of else line)
+        super().__setitem__(key, found)
+
+
 @contextlib.contextmanager
 def only_process(directory: Path) -> Iterator[None]:
     """Keep other processes out of a directory; a process that dies lets go of it.

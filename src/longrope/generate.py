@@ -48,12 +48,20 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
     return load_model(source, existing_scaling="replace", **options), pair
 
 
-def original_of(source: str) -> str | None:
-    """The model that a run of ``longrope extend`` began with; None for anything else."""
+def original_of(source: str) -> dict[str, Any] | None:
+    """The model that a run of ``longrope extend`` began with, as ``load_model`` takes it.
+
+    None for anything else. Whether to trust its code is for whoever runs it to say again.
+    """
     recipe = Path(source) / "recipe.yaml"
     if not (is_run(Path(source)) and recipe.exists()):
         return None
-    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
+    found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    return {
+        "source": found["model"],
+        "existing_scaling": found["existing_scaling"],
+        "original_length": found["original_length"],
+    }
 
 
 def is_run(path: Path) -> bool:

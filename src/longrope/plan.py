@@ -209,15 +209,19 @@ class _Costs:
         return self._forwards("recovery", "choose", recovery.length, forwards)
 
     def evaluation(self, original: int, trained: int, target: int) -> Stage:
-        """Perplexity at every length for every method, and passkey."""
+        """Perplexity at every length for every method, and retrieval; benchmarks are not priced.
+
+        At the lengths of recovery also without it, and of the unscaled model.
+        """
         section = self.recipe.evaluate
         lengths = evaluation_lengths(self.recipe, original, target)
-        methods = len(section.methods) + 2
+        others, unasked = len(section.methods), 1 + ("none" not in section.methods)
         forwards, tokens, linear, attention = 0, 0, 0.0, 0.0
         for length in lengths:
             trials = section.passkey_trials if length <= trained else section.passkey_trials_beyond
+            methods = others + 1 + (unasked if length <= 2 * original else 0)
             count = methods * section.documents * (target // length)
-            count += trials + len(section.methods) * section.passkey_trials_others
+            count += trials + others * section.passkey_trials_others + section.needle_trials
             one = self.flops(length)
             forwards, tokens = forwards + count, tokens + count * length
             linear, attention = linear + count * one[0], attention + count * one[1]

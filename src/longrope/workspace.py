@@ -23,6 +23,8 @@ from longrope.search.problem import starting_point
 
 # What may be changed in a run that has begun: it does not touch what is searched or trained.
 _FREE = ("evaluate", "device", "hidden_device")
+# The stages that another evaluation does again.
+_MEASURED = ("evaluate", "report")
 
 
 class Run:
@@ -34,9 +36,12 @@ class Run:
         self.recipe, self.facts, self.plan = recipe, facts, plan
         self.out, self.ranks = out, ranks
         self._loaded: tuple[str, LoadedModel] | None = None
+        self._remeasures = False
 
     def claim(self) -> None:
         """Write the resolved recipe, or see that it is the one that was written before.
+
+        Another evaluation than before is not written yet: see :meth:`remeasure`.
 
         Raises:
             ValueError: another run, or something else, is there; what differs is named.
@@ -54,19 +59,27 @@ class Run:
                     f"{self.out} holds another run; it differs in {'; '.join(differing)}; give "
                     "another --out"
                 )
-            if before["evaluate"] != now["evaluate"]:
-                for name in ("evaluate", "report"):
-                    (self.out / name / "done.json").unlink(missing_ok=True)
+            self._remeasures = before["evaluate"] != now["evaluate"]
         elif self.out.exists() and any(p.name != ".lock" for p in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; give another --out")
-        self.recipe.save(file)
+        if not self._remeasures:
+            self.recipe.save(file)
+
+    def remeasure(self) -> None:
+        """Where the recipe has another evaluation than before, and it can be done: drop the old."""
+        if self._remeasures:
+            for name in _MEASURED:
+                (self.out / name / "done.json").unlink(missing_ok=True)
+            self.recipe.save(self.out / "recipe.yaml")
+            self._remeasures = False
 
     def directory(self, name: str) -> Path:
         return self.out / name
 
     def done(self, name: str) -> bool:
         """Whether every process may skip a stage: rank 0's disk decides."""
-        return bool(self.ranks.broadcast((self.out / name / "done.json").exists()))
+        anew = self._remeasures and name in _MEASURED
+        return bool(self.ranks.broadcast((self.out / name / "done.json").exists() and not anew))
 
     def record(self, name: str) -> dict[str, Any]:
         """What a stage that is done said of itself."""

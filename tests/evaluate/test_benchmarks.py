@@ -1,20 +1,17 @@
 """lm-eval on an extended model: its own Hugging Face model is the reference."""
 
-import contextlib
+import json
 import subprocess
 import sys
 import warnings
 
 import pytest
 
-from longrope.evaluate.benchmarks import (
-    BenchmarkOptions,
-    _manager,
-    ask_benchmark,
-    compare_with_original,
-    paired,
-)
+from longrope.evaluate.benchmarks import BenchmarkOptions, ask_benchmark
 from longrope.evaluate.local_data import read_dataset
+from longrope.evaluate.paired import compare_with_original, paired
+from longrope.evaluate.tasks import manager, task_parts
+from longrope.files import Kept
 from longrope.model import load_model
 from longrope.rope.install import installed
 from longrope.rope.switch import Pair
@@ -55,7 +52,7 @@ def reference(loaded, rescale, task, data, shots, questions):
         found = simple_evaluate(
             model,
             tasks=[task],
-            task_manager=_manager(),
+            task_manager=manager(),
             num_fewshot=shots,
             limit=questions,
             bootstrap_iters=0,
@@ -63,43 +60,75 @@ def reference(loaded, rescale, task, data, shots, questions):
     return found["samples"][task]
 
 
-@pytest.mark.parametrize("task", ["arc_challenge", "hellaswag"])
-def test_scores_as_lm_evals_own_model(bundled, benchmark_data, task, monkeypatch):
-    """Under one rescale for every length, so that lm-eval's model can have it too."""
+@pytest.fixture
+def likelihoods(monkeypatch):
+    """What the model answers, as it does: log-likelihood and whether greedy."""
     from longrope.evaluate import harness
 
-    rescale = bundled.facts.rescale("yarn", 1024)
     seen = []
     plain = harness.HarnessModel._loglikelihood_tokens
 
-    def kept(self, requests, **more):
-        seen.extend(plain(self, requests, **more))
-        return seen
+    def noting(self, requests, **more):
+        found = plain(self, requests, **more)
+        seen.extend(found)
+        return found
 
-    monkeypatch.setattr(harness.HarnessModel, "_loglikelihood_tokens", kept)
+    monkeypatch.setattr(harness.HarnessModel, "_loglikelihood_tokens", noting)
+    return seen
+
+
+@pytest.mark.parametrize("task", ["arc_challenge", "hellaswag"])
+def test_scores_as_lm_evals_own_model(bundled, benchmark_data, task, likelihoods):
+    """Under one rescale for every length, so that lm-eval's model can have it too."""
+    rescale = bundled.facts.rescale("yarn", 1024)
     scores = ask_benchmark(bundled, lambda tokens: rescale, 4096, task, options(benchmark_data))
     expected = reference(bundled, rescale, task, benchmark_data, 2, 8)
     assert list(scores) == [task]
     assert list(scores[task].values()) == [sample["acc_norm"] for sample in expected]
     theirs = [pair[0] for sample in expected for pair in sample["filtered_resps"]]
-    assert [found[0] for found in seen] == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    assert [found[0] for found in likelihoods] == pytest.approx(theirs, rel=1e-4, abs=1e-4)
 
 
-def test_each_prompt_by_its_own_length(bundled, benchmark_data):
+def test_each_prompt_by_its_own_length(bundled, benchmark_data, likelihoods):
     """Short factors up to the recovery length, long ones beyond it, in one batch of requests."""
     long = bundled.facts.rescale("pi", 4096)
     short = bundled.facts.rescale("none", 4096).replace(
         original_max_position_embeddings=64, max_position_embeddings=120
     )
-    asked: set[int] = set()
+
+    def asked(choose):
+        likelihoods.clear()
+        ask_benchmark(bundled, choose, 4096, "arc_challenge", options(benchmark_data))
+        return [found[0] for found in likelihoods]
+
+    lengths = []
 
     def choose(tokens):
-        asked.add(tokens)
+        lengths.append(tokens)
         return Pair(short, long).choose(tokens)
 
-    mixed = ask_benchmark(bundled, choose, 4096, "arc_challenge", options(benchmark_data))
-    assert min(asked) <= 120 < max(asked)
-    assert mixed["arc_challenge"].keys() == {f"arc_challenge {i}" for i in range(8)}
+    mixed, all_short, all_long = asked(choose), asked(lambda _: short), asked(lambda _: long)
+    assert min(lengths) <= 120 < max(lengths)
+    # Each is what one of the two gives alone, and both are among them.
+    by_short = [m == pytest.approx(s, abs=1e-4) for m, s in zip(mixed, all_short, strict=True)]
+    by_long = [m == pytest.approx(x, abs=1e-4) for m, x in zip(mixed, all_long, strict=True)]
+    assert all(s != x for s, x in zip(by_short, by_long, strict=True))
+    assert any(by_short)
+    assert any(by_long)
+
+
+def test_a_part_that_is_kept_is_not_asked_again(bundled, benchmark_data, tmp_path, likelihoods):
+    unscaled = bundled.facts.rescale("none", 256)
+
+    def ask():
+        kept = Kept(tmp_path / "parts.jsonl", "a model")
+        asked = options(benchmark_data)
+        return ask_benchmark(bundled, lambda _: unscaled, 256, "arc_challenge", asked, kept)
+
+    first, count = ask(), len(likelihoods)
+    assert count > 0
+    assert (ask(), len(likelihoods)) == (first, count)
+    assert Kept(tmp_path / "parts.jsonl", "another model") == {}
 
 
 def test_the_only_split_is_divided(benchmark_data):
@@ -109,6 +138,20 @@ def test_the_only_split_is_divided(benchmark_data):
     assert not set(found["test"]["question"]) & set(found["train"]["question"])
     with pytest.raises(FileNotFoundError, match="no folder owner/other"):
         read_dataset(benchmark_data, "owner/other", None)
+    with pytest.raises(FileNotFoundError, match="no folder ARC-Easy"):
+        read_dataset(benchmark_data, "allenai/ai2_arc", "ARC-Easy")
+
+
+def test_no_question_is_its_own_example(tmp_path):
+    """Hidden tests have no answers: examples are of the other split, and not asked there."""
+    import datasets
+
+    for split, count in (("test", 8), ("validation", 12)):
+        rows = [{"question": f"{split} {i}"} for i in range(count)]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "owner" / f"{split}.parquet")
+    found = read_dataset(tmp_path, "owner", None)
+    assert [len(found[name]) for name in ("test", "validation", "train")] == [8, 9, 3]
+    assert not set(found["validation"]["question"]) & set(found["train"]["question"])
 
 
 def test_a_model_against_itself_differs_in_nothing(bundled, benchmark_data):
@@ -126,13 +169,28 @@ def test_the_interval_is_that_of_paired_differences():
     assert row["high"] - row["difference"] == pytest.approx(1.959964 * 0.01)
 
 
-def test_ruler_makes_its_texts_at_the_lengths_asked(bundled):
+def test_ruler_makes_its_texts_at_the_lengths_asked(bundled, capsys):
     yarn = bundled.facts.rescale("yarn", 4096)
-    asked = BenchmarkOptions(("ruler_vt",), questions=1, shots=0, lengths=(2048, 3072))
-    with contextlib.redirect_stdout(None):
-        found = ask_benchmark(bundled, lambda tokens: yarn, 4096, "ruler_vt", asked)
+    asked = BenchmarkOptions(("ruler_vt",), questions=1, shots=0, lengths=("8x", "3072"))
+    found = ask_benchmark(bundled, lambda tokens: yarn, 4096, "ruler_vt", asked)
     assert list(found) == ["ruler_vt at 2,048", "ruler_vt at 3,072"]
     assert all(len(scores) == 1 for scores in found.values())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("task", ["ruler_cwe", "ruler_vt"])
+def test_ruler_asks_every_model_the_same(bundled, task):
+    texts = []
+    for _ in range(2):
+        with task_parts(task, bundled.tokenizer, [2048], None) as (part,):
+            texts.append([doc["input"] for doc in part.eval_docs])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 400
+
+
+def test_other_questions_are_not_paired():
+    with pytest.raises(ValueError, match="not asked the same questions"):
+        paired("t", {"0 hash": 1.0}, {"0 other": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -141,14 +199,68 @@ def test_ruler_makes_its_texts_at_the_lengths_asked(bundled):
         ({"tasks": ("arc_chalenge",)}, "no task 'arc_chalenge'.*arc_challenge"),
         ({"questions": 0}, "--questions is 0"),
         ({"shots": -1}, "--shots is -1"),
-        ({"data": "nowhere"}, "--benchmark-data nowhere: no such folder"),
-        ({"tasks": ("niah_single_1",)}, "--benchmarks niah_single_1 .*--lengths"),
-        ({"tasks": ("ruler_vt",), "lengths": (1024,)}, "--lengths of 2,048 tokens or more"),
+        ({"data": "nowhere"}, "benchmark data nowhere: no such folder"),
+        ({"tasks": ("niah_single_1",)}, "benchmark niah_single_1 .* lengths"),
+        ({"tasks": ("ruler_vt",), "lengths": ("4x",)}, "lengths of 2,048 tokens or more"),
+        ({"tasks": ("longcxt",), "lengths": ("8x",)}, "ask for ruler itself"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(benchmark_data, changes, message):
+def test_what_cannot_be_asked_is_refused(bundled, benchmark_data, changes, message):
     with pytest.raises(ValueError, match=message):
-        options(benchmark_data, **changes).check()
+        options(benchmark_data, **changes).check(bundled.facts)
+
+
+def test_what_cannot_be_compared_is_refused_before_it_is_asked(bundled, benchmark_data, tmp_path):
+    import datasets
+
+    def refused(message, **changes):
+        asked = options(benchmark_data, **changes)
+        with pytest.raises(ValueError, match=message):
+            asked.require_data(bundled.tokenizer, 256)
+
+    options(benchmark_data).require_data(bundled.tokenizer, 256)
+    refused("arc_challenge has 3 examples for 25 shots.*--shots", shots=25)
+    for owner, name, rows in (
+        ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", [{"page": "x"}] * 4),
+        ("openai/gsm8k", "main", [{"question": "1 + 1?", "answer": "#### 2"}] * 12),
+    ):
+        folder = tmp_path / owner / name
+        folder.mkdir(parents=True)
+        datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    refused("wikitext is measured by word_perplexity", tasks=("wikitext",), data=str(tmp_path))
+    message = "gsm8k takes answers of 256 tokens, and a model asked has a window of 256"
+    refused(message, tasks=("gsm8k",), data=str(tmp_path))
+
+
+def test_a_task_read_in_several_ways_counts_by_the_first(bundled, tmp_path):
+    import datasets
+
+    folder = tmp_path / "openai" / "gsm8k" / "main"
+    folder.mkdir(parents=True)
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    asked = options(tmp_path, tasks=("gsm8k",), shots=0, questions=2)
+    yarn = bundled.facts.rescale("yarn", 1024)
+    found = ask_benchmark(bundled, lambda _: yarn, 1024, "gsm8k", asked)
+    assert list(found["gsm8k"].values()) == [0, 0]
+
+
+def test_from_the_command_line(benchmark_data):
+    """Against the same weights unscaled; what a method is made for must be said."""
+    command = "evaluate bundled --benchmarks arc_challenge --questions 4 --shots 1 --json"
+    command += f" --benchmark-data {benchmark_data} --rescale yarn"
+
+    def run(*target):
+        line = [sys.executable, "-m", "longrope", *command.split(), *target]
+        return subprocess.run(line, capture_output=True, text=True, timeout=300)
+
+    done = run("--target", "8x")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["benchmarks"]
+    assert (row["task"], row["questions"]) == ("arc_challenge", 4)
+    done = run()
+    assert done.returncode == 2
+    assert "--target is missing; say what yarn is to be made for" in done.stderr
 
 
 def test_without_a_hub_one_line_says_what_to_do(tmp_path):
@@ -162,5 +274,5 @@ def test_without_a_hub_one_line_says_what_to_do(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
-    assert "--benchmarks arc_challenge: its data cannot be read" in done.stderr
-    assert "--benchmark-data DIR" in done.stderr
+    assert "benchmark arc_challenge: its data cannot be read" in done.stderr
+    assert "--benchmark-data" in done.stderr

@@ -68,7 +68,9 @@ def evaluate(
     ] = None,
     original: Annotated[
         str | None,
-        typer.Option(help="What benchmarks compare with; by default the run's, or the same model."),
+        typer.Option(
+            help="What benchmarks compare with; by default a run's, else the same weights unscaled."
+        ),
     ] = None,
     trials: Annotated[int, typer.Option(help="Questions a length, depths stratified.")] = 20,
     digits: Annotated[int, typer.Option(help="Of the number that is asked for.")] = 5,
@@ -99,11 +101,11 @@ def evaluate(
 ) -> None:
     """Measure perplexity, retrieval or benchmarks of a model under one rescale, or of a run."""
     from longrope.evaluate.ask import AskOptions, ask, save_heat_map
-    from longrope.evaluate.benchmarks import BenchmarkOptions, compare_with_original
+    from longrope.evaluate.benchmarks import BenchmarkOptions
     from longrope.evaluate.compare import CompareOptions, Entry, run_comparison
-    from longrope.generate import load_extended, original_of
+    from longrope.evaluate.paired import compare_with_original
+    from longrope.generate import load_extended
     from longrope.model import load_model
-    from longrope.windows import parse_length
 
     kind = _kind(passkey, needle, benchmarks)
     if lengths is None and kind != "benchmarks":
@@ -132,24 +134,33 @@ def evaluate(
         chunk=chunk,
         hidden_device=hidden_device,
     )
+    standard = BenchmarkOptions(
+        tuple((benchmarks or "").split(",")),
+        questions,
+        shots,
+        str(benchmark_data) if benchmark_data else None,
+        tuple(lengths.split(",")) if lengths else (),
+        chunk,
+        hidden_device,
+    )
+    if kind == "benchmarks":
+        options = dataclasses.replace(options, lengths=(_made_for(rescale, target),))
+
+    def check(facts: Any) -> None:
+        if kind in ("passkey", "needle"):
+            asked.check(facts)
+            return
+        options.check(facts)
+        if kind == "benchmarks":
+            standard.check(facts)
+
     loading: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
         "original_length": original_length,
         "trust_remote_code": trust_remote_code,
-        "check": asked.check if kind in ("passkey", "needle") else options.check,
+        "check": check,
     }
-    standard = None
-    if benchmarks:
-        standard = BenchmarkOptions(
-            tuple(benchmarks.split(",")),
-            questions,
-            shots,
-            str(benchmark_data) if benchmark_data else None,
-            tuple(parse_length(text) for text in lengths.split(",")) if lengths else (),
-            chunk,
-        )
-        standard.check()
     pair = None
     if rescale is None and existing_scaling is None:
         loaded, pair = load_extended(model, **loading)
@@ -157,11 +168,12 @@ def evaluate(
         scaling = existing_choice(existing_scaling)
         loaded = load_model(model, existing_scaling=scaling, **loading)
     entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
-    if standard:
-        longest = pair.long.max_position_embeddings if pair else options.resolve(loaded.facts)[1]
-        source = original or original_of(model)
-        before = load_model(source, **loading) if source else None
-        rows = compare_with_original(loaded, entry.rescale, longest, before, standard)
+    if kind == "benchmarks":
+        long = pair.long if pair else entry.rescale(options.resolve(loaded.facts)[1])
+        before = _original(model, original, loading)
+        rows = compare_with_original(
+            loaded, entry.rescale, long.max_position_embeddings, before, standard
+        )
         show = print_benchmarks
     elif kind == "perplexity":
         rows = run_comparison(loaded, options, exclude_searched=False, entries=[entry]).rows()
@@ -177,6 +189,27 @@ def evaluate(
         figure = save_heat_map(rows, kind, out)
         if not json_:
             console.print(str(figure), soft_wrap=True)
+
+
+def _made_for(rescale: str | None, target: str | None) -> str:
+    """The length that a benchmark's model is made for; a file says it itself."""
+    from longrope.rope.methods import METHODS
+
+    if target is None and rescale in METHODS and rescale != "none":
+        raise ValueError(f"--target is missing; say what {rescale} is to be made for, such as 8x")
+    return target or "1x"
+
+
+def _original(model: str, named: str | None, loading: dict[str, Any]) -> Any:
+    """What benchmarks compare with: as named, the run's, or None for the same weights."""
+    from longrope.generate import original_of
+    from longrope.model import load_model
+
+    source: dict[str, Any] | None = {"source": named} if named else original_of(model)
+    if source is None:
+        return None
+    known = {name: loading[name] for name in ("device", "dtype", "trust_remote_code")}
+    return load_model(**known, **source)
 
 
 def _kind(passkey: bool, needle: bool, benchmarks: str | None) -> str:

@@ -1,24 +1,21 @@
-"""Standard benchmarks by lm-eval: an extended model against the original, question by question.
+"""Standard benchmarks by lm-eval: one model's answers, question by question.
 
 The prompts, answers and metrics are lm-eval's; the shots are the paper's unless told
-otherwise. RULER is asked the same way: its tasks make their texts at the lengths given.
+otherwise. RULER is asked the same way: its tasks make their texts at the lengths given, the
+same ones every time.
 """
 
-import contextlib
 import dataclasses
-import functools
-import importlib.util
-import logging
-import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.evaluate.local_data import local_datasets
+from longrope.evaluate.tasks import REMEDY, is_ruler, manager, require_harness, task_parts
+from longrope.facts import ModelFacts
+from longrope.forward import DEFAULT_CHUNK
 from longrope.model import LoadedModel
 from longrope.rope.rescale import Rescale
-from longrope.source import quiet
+from longrope.windows import parse_length
 
 # The paper's table 6; what is not named has its task's own.
 SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc1": 0}
@@ -41,18 +38,25 @@ class BenchmarkOptions:
         questions: at most so many a task, the parts of a group together; None asks all.
         shots: examples before each question; None takes the paper's.
         data: folder with local copies of the hub's data sets.
-        lengths: tokens, for RULER's tasks.
+        lengths: such as 4k or 8x, for RULER's tasks.
+        chunk, hidden_device: as the long forward takes them.
     """
 
     tasks: tuple[str, ...]
     questions: int | None = None
     shots: int | None = None
     data: str | None = None
-    lengths: tuple[int, ...] = ()
-    chunk: int = 2048
+    lengths: tuple[str, ...] = ()
+    chunk: int = DEFAULT_CHUNK
+    hidden_device: str | None = None
 
-    def check(self) -> None:
-        """Refuse what cannot be asked, before any model is read.
+    def resolve(self, facts: ModelFacts) -> list[int]:
+        """The lengths in tokens, ascending."""
+        original = facts.original_max_position_embeddings
+        return sorted({parse_length(text, original) for text in self.lengths})
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuse what cannot be asked, before any weight is read.
 
         Raises:
             ValueError: names the option, its value and the remedy.
@@ -62,72 +66,40 @@ class BenchmarkOptions:
             raise ValueError(f"--questions is {self.questions}; it must be at least 1")
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"--shots is {self.shots}; it must not be negative")
+        if self.chunk < 1:
+            raise ValueError(f"--chunk is {self.chunk}; it must be at least 1")
         if self.data is not None and not Path(self.data).is_dir():
-            raise ValueError(f"--benchmark-data {self.data}: no such folder")
-        known = _manager().task_index
+            raise ValueError(f"benchmark data {self.data}: no such folder; {REMEDY}")
+        known, shortest = manager().task_index, min(self.resolve(facts), default=0)
         for task in self.tasks:
             if task not in known:
                 near = ", ".join(name for name in known if name.startswith(task[:4]))[:200]
                 raise ValueError(
-                    f"--benchmarks: lm-eval has no task {task!r}; 'lm-eval ls tasks' lists them"
+                    f"benchmarks: lm-eval has no task {task!r}; 'lm-eval ls tasks' lists them"
                     + (f" (such as {near})" if near else "")
                 )
-            if _is_ruler(task) and min(self.lengths, default=0) < RULER_TOKENS:
+            if known[task].yaml_path is None and any(is_ruler(part) for part in known[task].tags):
+                raise ValueError(f"benchmark {task} is a tag of RULER's; ask for ruler itself")
+            if is_ruler(task) and shortest < RULER_TOKENS:
                 raise ValueError(
-                    f"--benchmarks {task} makes its texts; give --lengths of {RULER_TOKENS:,} "
+                    f"benchmark {task} makes its texts; give lengths of {RULER_TOKENS:,} "
                     "tokens or more"
                 )
 
-    def require_data(self) -> None:
-        """Refuse what cannot be read, before hours of work that end in asking it.
+    def require_data(self, tokenizer: Any, window: int) -> None:
+        """Refuse what cannot be read or asked, before hours of work that end in asking it.
+
+        Args:
+            window: tokens of the smallest model asked.
 
         Raises:
-            ValueError: the data can be read neither from the hub nor locally.
+            ValueError: the data can be read neither from the hub nor locally, or lacks
+                examples; answers that longrope does not compare, or that the window cannot hold.
         """
-        with _silent(), local_datasets(self.data):
-            for task in self.tasks:
-                if not _is_ruler(task):
-                    _load(task, _manager())
-
-
-def require_harness() -> None:
-    """Refuse benchmarks where lm-eval is missing.
-
-    Raises:
-        ValueError: names the extra that brings it.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("--benchmarks needs: pip install 'longrope[benchmarks]'")
-
-
-def ask_benchmarks(
-    loaded: LoadedModel,
-    choose: Callable[[int], Rescale],
-    longest: int,
-    options: BenchmarkOptions,
-) -> dict[str, Scores]:
-    """Every task of the options, asked one model; see :func:`ask_benchmark`."""
-    scores: dict[str, Scores] = {}
-    for task in options.tasks:
-        scores |= ask_benchmark(loaded, choose, longest, task, options)
-    return scores
-
-
-def compare_with_original(
-    loaded: LoadedModel,
-    choose: Callable[[int], Rescale],
-    longest: int,
-    original: LoadedModel | None,
-    options: BenchmarkOptions,
-) -> list[dict[str, Any]]:
-    """Rows of :func:`paired`: an extended model against ``original``, or itself unscaled."""
-    extended = ask_benchmarks(loaded, choose, longest, options)
-    before = original or loaded
-    window = before.facts.original_max_position_embeddings
-    assert window is not None
-    unscaled = before.facts.rescale("none", window)
-    answers = ask_benchmarks(before, lambda tokens: unscaled, window, options)
-    return [paired(task, answers[task], extended[task]) for task in extended]
+        for task in self.tasks:
+            with task_parts(task, tokenizer, [RULER_TOKENS], self.data) as parts:
+                for part in parts:
+                    _check_part(task, part, _shots(task, part, self), window)
 
 
 def ask_benchmark(
@@ -136,67 +108,46 @@ def ask_benchmark(
     longest: int,
     task: str,
     options: BenchmarkOptions,
+    kept: MutableMapping[str, dict[str, Scores]] | None = None,
 ) -> dict[str, Scores]:
     """Ask one model the questions of a task, under the rescale for each one's length.
 
     Args:
         longest: tokens that the model is made for; longer prompts lose their beginning.
+        kept: what each part of the task gave, as it is answered; a part in it is not asked again.
 
     Returns:
         Scores of a task by question; of RULER's tasks one for each length, ``task at length``.
 
     Raises:
-        ValueError: the data can be read neither from the hub nor locally, or lacks shots.
+        ValueError: as :meth:`BenchmarkOptions.require_data`.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     from longrope.evaluate.harness import HarnessModel
 
-    shots = SHOTS.get(task) if options.shots is None else options.shots
-    with _silent(), local_datasets(options.data), tempfile.TemporaryDirectory() as directory:
-        loaded.tokenizer.save_pretrained(directory)  # RULER's tasks load it by name
-        manager = _manager()
-        if _is_ruler(task):
-            manager = _maker(task, directory, options.lengths)
-        parts = _load(task, manager)
-        limit = None if options.questions is None else math.ceil(options.questions / len(parts))
-        found = simple_evaluate(
-            HarnessModel(loaded, choose, longest, options.chunk, task),
-            tasks=parts,
-            task_manager=manager,
-            num_fewshot=shots,
-            samples={part.task_name: _asked(part, limit) for part in parts},
-            bootstrap_iters=0,
-        )
-    assert found is not None and "samples" in found
+    kept = {} if kept is None else kept
+    model = HarnessModel(loaded, choose, longest, options.chunk, task, options.hidden_device)
     scores: dict[str, Scores] = {}
-    for part, samples in found["samples"].items():
-        for sample in samples:
-            name, score = _scored(task, sample)
-            scores.setdefault(name, {})[f"{part} {sample['doc_id']}"] = score
+    with task_parts(task, loaded.tokenizer, options.resolve(loaded.facts), options.data) as parts:
+        for number, part in enumerate(parts):
+            name, shots = part.task_name, _shots(task, part, options)
+            if name not in kept:
+                _check_part(task, part, shots, longest)
+                part.set_config(key="num_fewshot", value=shots)
+                part.set_fewshot_seed(seed=1234)  # lm-eval's own
+                limit = options.questions
+                if limit is not None:
+                    limit = limit // len(parts) + (number < limit % len(parts))
+                asked = _asked(part, limit)
+                found = evaluate(
+                    model, {"tasks": {name: part}}, samples={name: asked}, bootstrap_iters=0
+                )
+                assert found is not None and "samples" in found
+                kept[name] = _scored(task, name, found["samples"][name]) if asked else {}
+            for row, answers in kept[name].items():
+                scores.setdefault(row, {}).update(answers)
     return scores
-
-
-def paired(task: str, original: Scores, extended: Scores) -> dict[str, Any]:
-    """A row: both models' shares of right answers, and their difference with its 95% interval.
-
-    The interval is that of the mean difference over questions, each asked both models.
-    """
-    assert original.keys() == extended.keys()
-    differences = [extended[key] - original[key] for key in original]
-    count = len(differences)
-    mean = sum(differences) / count
-    variance = sum((d - mean) ** 2 for d in differences) / max(1, count - 1)
-    spread = 1.959964 * math.sqrt(variance / count)
-    return {
-        "task": task,
-        "questions": count,
-        "original": sum(original.values()) / count,
-        "extended": sum(extended.values()) / count,
-        "difference": mean,
-        "low": mean - spread,
-        "high": mean + spread,
-    }
 
 
 def _asked(part: Any, limit: int | None) -> list[int]:
@@ -211,64 +162,55 @@ def _asked(part: Any, limit: int | None) -> list[int]:
     return chosen
 
 
-def _scored(task: str, sample: Mapping[str, Any]) -> tuple[str, float]:
-    for metric in _METRICS:
-        if metric in sample:
-            return task, float(sample[metric])
-    length = str(sample["doc"]["max_length"])  # RULER: a metric for each length
-    return f"{task} at {int(length):,}", float(sample[length])
+def _scored(task: str, part: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, Scores]:
+    """Scores by row and question; of a task that reads its answers in several ways, by the first.
+
+    A question is known by its text too, so that no other can pass for it.
+    """
+    scores: dict[str, Scores] = {}
+    for sample in samples:
+        if sample["filter"] != samples[0]["filter"]:
+            continue
+        row, metric = task, next((m for m in _METRICS if m in sample), "")
+        if not metric:  # RULER: a metric for each length
+            metric = str(sample["doc"]["max_length"])
+            row = f"{task} at {int(metric):,}"
+        question = f"{part} {sample['doc_id']} {sample['doc_hash'][:16]}"
+        scores.setdefault(row, {})[question] = float(sample[metric])
+    return scores
 
 
-def _load(task: str, manager: Any) -> list[Any]:
-    from datasets.exceptions import DatasetsError
+def _shots(task: str, part: Any, options: BenchmarkOptions) -> int:
+    """As lm-eval has it: a task that says none has none, whatever is asked for."""
+    own = part.get_config("num_fewshot")
+    asked = SHOTS.get(task) if options.shots is None else options.shots
+    return (own or 0) if own == 0 or asked is None else asked
 
-    try:
-        return list(manager.load([task])["tasks"].values())
-    except ImportError as error:
+
+def _check_part(task: str, part: Any, shots: int, window: int) -> None:
+    if not (is_ruler(task) or set(part.aggregation()) & set(_METRICS)):
         raise ValueError(
-            f"--benchmarks {task} needs: pip install 'longrope[benchmarks]' ({error.name or error})"
-        ) from None
-    except (OSError, DatasetsError, LookupError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+            f"benchmark {task} is measured by {', '.join(part.aggregation())}; longrope compares "
+            f"{', '.join(_METRICS)}: choose another"
+        )
+    if part.OUTPUT_TYPE == "generate_until":
+        how = generation_settings(part.get_config("generation_kwargs") or {})
+        if how["do_sample"]:
+            raise ValueError(f"benchmark {task} draws its answers by chance: choose another")
+        if how["max_gen_toks"] >= window:
+            raise ValueError(
+                f"benchmark {task} takes answers of {how['max_gen_toks']} tokens, and a model "
+                f"asked has a window of {window:,}: choose another"
+            )
+    if shots and (examples := len(list(part.fewshot_docs()))) < shots:
         raise ValueError(
-            f"--benchmarks {task}: its data cannot be read ({lines[0]}); where the hub is out of "
-            "reach give local copies with --benchmark-data DIR"
-        ) from None
+            f"benchmark {task} has {examples} examples for {shots} shots; ask for fewer with "
+            "--shots, or evaluate.benchmark_shots in a recipe"
+        )
 
 
-@functools.cache  # it reads thousands of files
-def _manager() -> Any:
-    with _silent():
-        from lm_eval.tasks import TaskManager
+def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What lm-eval's own models make of a task's ``generation_kwargs``."""
+    from lm_eval.models.utils import normalize_gen_kwargs
 
-        return TaskManager()
-
-
-def _is_ruler(task: str) -> bool:
-    return "ruler" in str(_manager().task_index[task].yaml_path)
-
-
-def _maker(task: str, tokenizer: str, lengths: Sequence[int]) -> Any:
-    """The tasks beside RULER's ``task``, which make texts of so many of its tokenizer's tokens."""
-    from lm_eval.tasks import TaskManager
-
-    folder = Path(_manager().task_index[task].yaml_path).parent
-    metadata: Any = {"tokenizer": tokenizer, "max_seq_lengths": list(lengths)}
-    return TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without lm-eval's log lines and its bars, one for each part of a group."""
-    import lm_eval.api.task as building
-
-    logger = logging.getLogger("lm_eval")
-    before = logger.level, building.tqdm
-    building.tqdm = functools.partial(building.tqdm, disable=True)
-    logger.setLevel(logging.ERROR)
-    try:
-        with quiet():
-            yield
-    finally:
-        logger.setLevel(before[0])
-        building.tqdm = before[1]
+    return dict(normalize_gen_kwargs(dict(asked)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM
 
+from longrope.evaluate.benchmarks import generation_settings
 from longrope.forward import BATCH_TOKENS, Answer, Asked, LongForward
 from longrope.generate import stream
 from longrope.model import LoadedModel
@@ -35,11 +36,13 @@ class HarnessModel(TemplateLM):
         longest: int,
         chunk: int,
         title: str,
+        hidden_device: str | None = None,
     ):
         super().__init__()
         self.loaded, self.choose, self.longest, self.title = loaded, choose, longest, title
         self.tokenizer = loaded.tokenizer
-        self.forward = LongForward(loaded.model, chunk)
+        hidden = torch.device(hidden_device) if hidden_device else None
+        self.forward = LongForward(loaded.model, chunk, hidden)
 
     @property
     def eot_token_id(self) -> int:
@@ -105,12 +108,7 @@ class HarnessModel(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        found = []
-        for request in requests:
-            ids = [self.prefix_token_id, *self.tok_encode(request.args[0], False)]
-            with installed(self.loaded.model, self.choose(len(ids))):
-                found.append(-self.forward.losses(torch.tensor([ids])).double().sum().item())
-        return found
+        raise AssertionError("tasks of this kind have no answers to compare, and are refused")
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         found: list[str] = []
@@ -120,9 +118,10 @@ class HarnessModel(TemplateLM):
                 advance(len(found), "")
         return found
 
-    def _generated(self, context: str, how: Mapping[str, Any]) -> str:
+    def _generated(self, context: str, asked: Mapping[str, Any]) -> str:
         """Greedy text up to the first of its stops."""
-        new = int(how.get("max_gen_toks", 128))
+        how = generation_settings(asked)
+        new = how["max_gen_toks"]
         prompt = self.tok_encode(context)[-(self.longest - new) :]
         tokens: list[int] = []
         text = ""
@@ -131,7 +130,7 @@ class HarnessModel(TemplateLM):
         ):
             tokens.append(token)
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            stops = [text.find(stop) for stop in how.get("until", ()) if stop and stop in text]
+            stops = [text.find(stop) for stop in how["until"] if stop and stop in text]
             if stops:
                 return text[: min(stops)]
         return text

@@ -39,8 +39,9 @@ def local_datasets(directory: str | None) -> Iterator[None]:
 def read_dataset(directory: Path, path: str, name: str | None) -> Any:
     """All splits of a data set.
 
-    A split that is not there is taken from another: test and validation from each other, and
-    examples for few-shot prompts from the end of the only one, where nothing is asked.
+    A split that is not there is taken from another: test and validation from each other.
+    Examples for few-shot prompts are taken from the end of the one that has its answers (hidden
+    tests have none), and not asked there.
 
     Raises:
         FileNotFoundError: nothing there has this name, or no split of it.
@@ -74,8 +75,15 @@ def _folder(directory: Path, path: str, name: str | None) -> Path:
     for known in (path, *_ALSO.get(path, ())):
         for folder in (directory / known, directory / known.rpartition("/")[2]):
             if folder.is_dir():
-                configurations = [folder / n for n in (name or "default", "none", "data")]
-                return next((c for c in configurations if c.is_dir()), folder)
+                found = [folder / n for n in ([name] if name else ["default", "none", "data"])]
+                inside = next((c for c in found if c.is_dir()), folder)
+                if (
+                    name
+                    and inside == folder
+                    and any(c.is_dir() and c.name not in _SPLITS for c in folder.iterdir())
+                ):
+                    raise FileNotFoundError(f"{folder} has no folder {name}")
+                return inside
     raise FileNotFoundError(f"{directory} has no folder {path}")
 
 
@@ -88,17 +96,14 @@ def _files(folder: Path, split: str) -> Sequence[Path]:
 
 
 def _completed(splits: dict[str, Any]) -> dict[str, Any]:
-    asked = splits.get("test", splits.get("validation"))
-    if asked is None:
+    own = next((name for name in ("validation", "test") if name in splits), None)
+    if own is None:
         return splits
     if not splits.keys() & {"train", "dev"}:
-        if {"test", "validation"} <= splits.keys():
-            splits["train"] = splits["validation"]
-        else:
-            kept = len(asked) - min(_EXAMPLES, len(asked) // 4)
-            splits["train"] = asked.select(range(kept, len(asked)))
-            asked = asked.select(range(kept))
-            splits = {"train": splits["train"]}
-    splits.setdefault("test", asked)
-    splits.setdefault("validation", asked)
+        asked = splits[own]
+        kept = len(asked) - min(_EXAMPLES, len(asked) // 4)
+        splits["train"] = asked.select(range(kept, len(asked)))
+        splits[own] = asked.select(range(kept))
+    splits.setdefault("test", splits[own])
+    splits.setdefault("validation", splits[own])
     return splits

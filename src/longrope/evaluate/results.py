@@ -1,5 +1,6 @@
 """``results.json``: what a run gave, in rows that other programs read."""
 
+import json
 import platform
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import torch
 import transformers
 
 import longrope
-from longrope.evaluate.benchmarks import paired
+from longrope.evaluate.paired import paired
 from longrope.workspace import Run
 
 SCHEMA = 1
@@ -25,6 +26,11 @@ class Cell(NamedTuple):
     method: str
     length: int
     options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What it is known by on disk."""
+        return json.dumps(self, sort_keys=True)
 
 
 Measured = Sequence[tuple[Cell, dict[str, Any]]]
@@ -102,7 +108,7 @@ def _benchmarks(measured: Measured) -> list[dict[str, Any]]:
     rows = []
     for task, found in scores.items():
         row = paired(task, found["none"], found[RESULT])
-        without = list(found[WITHOUT].values())
+        without = list(found.get(WITHOUT, found[RESULT]).values())  # the same, if none was made
         row |= {"with": row.pop("extended"), "without": sum(without) / len(without)}
         rows.append(row)
     return rows

@@ -7,7 +7,6 @@ evaluation goes on; ``results.json`` has them in the form that other programs re
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from longrope.evaluate.retrieval import (
     question_tokens,
     retrieve,
 )
-from longrope.files import append_line, read_lines, write_atomically
+from longrope.files import Kept, write_atomically
 from longrope.forward import LongForward
 from longrope.model import LoadedModel
 from longrope.plan import Stage, evaluation_lengths
@@ -41,20 +40,19 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     """Measure what is not measured yet, and write ``results.json``."""
     plan, recipe = run.plan, run.recipe
     lengths = evaluation_lengths(recipe, plan.original, plan.target)
-    cells = _Cells(run.directory(stage.name) / "cells.jsonl")
+    cells = Kept(run.directory(stage.name) / "cells.jsonl")
     shortest = question_tokens(run.original().tokenizer, recipe.evaluate.digits)
     wanted = list(_wanted(run, lengths, shortest))
     with progress("evaluate", len(wanted)) as advance:
         for number, cell in enumerate(wanted, 1):
-            if cell not in cells:
+            if cell.key not in cells:
                 mine = cell.method in (RESULT, WITHOUT)
                 loaded = run.trained() if mine else run.original()
                 measure = _MEASURES[cell.kind]
-                found = measure(run, loaded, _chosen(run, cell.method), cell.length, cell.options)
-                cells.add(cell, found)
+                cells[cell.key] = measure(run, loaded, _chosen(run, cell.method), cell)
                 del loaded  # one model in memory at a time
             advance(number, f"{cell.kind}, {cell.method} at {cell.length:,}")
-    results = run_results(run, [(cell, cells[cell]) for cell in wanted])
+    results = run_results(run, [(cell, cells[cell.key]) for cell in wanted])
     write_atomically(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return {}
 
@@ -68,8 +66,9 @@ def benchmark_options(run: Run) -> BenchmarkOptions:
         section.benchmark_questions,
         section.benchmark_shots,
         section.benchmark_data,
-        tuple(length for length in lengths if length >= RULER_TOKENS),
+        tuple(str(length) for length in lengths if length >= RULER_TOKENS),
         run.recipe.chunk,
+        run.recipe.hidden_device,
     )
 
 
@@ -107,7 +106,8 @@ def _wanted(run: Run, lengths: list[int], shortest: int) -> Iterator[Cell]:
             yield from _benchmarks(run, method)
     for length in short:
         yield Cell("perplexity", WITHOUT, length, scored)
-    yield from _benchmarks(run, WITHOUT)
+    if "recovery" in plan:
+        yield from _benchmarks(run, WITHOUT)
 
 
 def _benchmarks(run: Run, method: str) -> Iterator[Cell]:
@@ -122,7 +122,8 @@ def _chosen(run: Run, method: str) -> Chosen:
     if method == RESULT:
         return run.pair.choose
     if method == WITHOUT:
-        return lambda length: run.pair.long
+        long = run.long
+        return lambda length: long
     return lambda length: run.facts.rescale(method, run.plan.target, length)
 
 
@@ -131,17 +132,15 @@ def _forward(run: Run, loaded: LoadedModel) -> LongForward:
     return LongForward(loaded.model, run.recipe.chunk, torch.device(hidden) if hidden else None)
 
 
-def _perplexity(
-    run: Run, loaded: LoadedModel, choose: Chosen, length: int, options: dict[str, Any]
-) -> dict[str, Any]:
-    documents = run.pools.evaluation_documents(run.plan.target, options["documents"])
-    with installed(loaded.model, choose(length)):
+def _perplexity(run: Run, loaded: LoadedModel, choose: Chosen, cell: Cell) -> dict[str, Any]:
+    documents = run.pools.evaluation_documents(run.plan.target, cell.options["documents"])
+    with installed(loaded.model, choose(cell.length)):
         scores = score(
             _forward(run, loaded),
             documents,
-            length,
+            cell.length,
             bos=run.pools.bos,
-            lengths=options["lengths"],
+            lengths=cell.options["lengths"],
             tokens_per_document=run.plan.target,
         )
     return {
@@ -151,44 +150,45 @@ def _perplexity(
     }
 
 
-def _passkey(
-    run: Run, loaded: LoadedModel, choose: Chosen, length: int, options: dict[str, Any]
-) -> dict[str, Any]:
+def _passkey(run: Run, loaded: LoadedModel, choose: Chosen, cell: Cell) -> dict[str, Any]:
     def make(length: int, depth: float, rng: Any) -> Prompt:
-        return passkey_prompt(loaded.tokenizer, length, depth, rng, options["digits"])
+        return passkey_prompt(loaded.tokenizer, length, depth, rng, cell.options["digits"])
 
-    return _asked(run, loaded, make, choose(length), length, options)
+    return _asked(run, loaded, make, choose, cell)
 
 
-def _needle(
-    run: Run, loaded: LoadedModel, choose: Chosen, length: int, options: dict[str, Any]
-) -> dict[str, Any]:
+def _needle(run: Run, loaded: LoadedModel, choose: Chosen, cell: Cell) -> dict[str, Any]:
     lines = haystack_lines(run.pools.evaluation, loaded.tokenizer)
 
     def make(length: int, depth: float, rng: Any) -> Prompt:
-        return needle_prompt(loaded.tokenizer, lines, length, depth, rng, options["digits"])
+        return needle_prompt(loaded.tokenizer, lines, length, depth, rng, cell.options["digits"])
 
-    return _asked(run, loaded, make, choose(length), length, options)
-
-
-def _benchmark(
-    run: Run, loaded: LoadedModel, choose: Chosen, length: int, options: dict[str, Any]
-) -> dict[str, Any]:
-    asked = benchmark_options(run)
-    return {"scores": ask_benchmark(loaded, choose, length, options["task"], asked)}
+    return _asked(run, loaded, make, choose, cell)
 
 
 def _asked(
     run: Run,
     loaded: LoadedModel,
     make: Callable[[int, float, Any], Prompt],
-    rescale: Rescale,
-    length: int,
-    options: dict[str, Any],
+    choose: Chosen,
+    cell: Cell,
 ) -> dict[str, Any]:
-    forward, trials = _forward(run, loaded), options["trials"]
-    rows = retrieve(forward, make, length, rescale, trials=trials, seed=options["seed"])
+    rows = retrieve(
+        _forward(run, loaded),
+        make,
+        cell.length,
+        choose(cell.length),
+        trials=cell.options["trials"],
+        seed=cell.options["seed"],
+    )
     return {"rows": [[row.depth, row.correct, row.trials] for row in rows]}
+
+
+def _benchmark(run: Run, loaded: LoadedModel, choose: Chosen, cell: Cell) -> dict[str, Any]:
+    """A benchmark takes hours: each part of it is kept as it is answered."""
+    task, asked = cell.options["task"], benchmark_options(run)
+    parts = Kept(run.directory("evaluate") / "parts.jsonl", cell.key)
+    return {"scores": ask_benchmark(loaded, choose, cell.length, task, asked, parts)}
 
 
 _MEASURES = {
@@ -197,28 +197,3 @@ _MEASURES = {
     "needle": _needle,
     "benchmark": _benchmark,
 }
-
-
-class _Cells:
-    """What is measured already, by what was measured and how."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        lines = read_lines(path)
-        # A line that a kill cut short is dropped from the file too.
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._found = {line["key"]: line["found"] for line in lines}
-
-    @staticmethod
-    def _key(cell: Cell) -> str:
-        return json.dumps(cell, sort_keys=True)
-
-    def __contains__(self, cell: Cell) -> bool:
-        return self._key(cell) in self._found
-
-    def __getitem__(self, cell: Cell) -> dict[str, Any]:
-        return self._found[self._key(cell)]
-
-    def add(self, cell: Cell, found: dict[str, Any]) -> None:
-        append_line(self.path, {"key": self._key(cell), "found": found})
-        self._found[self._key(cell)] = found

@@ -60,7 +60,7 @@ def headline(results: dict[str, Any]) -> list[str]:
         f"perplexity at {target:,} tokens: {_number(own[target])} ({unscaled}the original model "
         f"at its own {original:,}: {_number(base)}, same tokens)",
         f"over all lengths at most {_number(worst[0])}, at {worst[1]:,}: "
-        f"{_percent(worst[0] / base - 1)} of the original's at {original:,}",
+        f"{_ratio(worst[0], base)} of the original's at {original:,}",
     ]
     asked = _totals(results["passkey"]).get(RESULT, {})
     if asked:
@@ -145,7 +145,7 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
             [
                 f"{row['length']:,}",
                 *(_number(row[key]) for key in ("original", "without", "with")),
-                _percent(row["with"] / row["original"] - 1),
+                _ratio(row["with"], row["original"]),
             ]
             for row in results["recovery"]
         ],
@@ -172,7 +172,7 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
 
 
 def _benchmarks(results: dict[str, Any]) -> list[Table]:
-    rows = results["benchmarks"]
+    rows = results.get("benchmarks", [])  # a run of an earlier version has none
     if not rows:
         return []
     header = ["benchmark", "questions", "original", "without recovery", "with recovery"]
@@ -277,6 +277,13 @@ def _number(value: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:+.1%}"
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    """How far above, such as ``+1.3%``; perplexities that overflowed are None."""
+    if value is None or base is None or not math.isfinite(value):
+        return "∞"
+    return _percent(value / base - 1)
 
 
 def _losses(starts: dict[str, float]) -> str:
