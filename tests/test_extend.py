@@ -219,9 +219,11 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     assert "| arc_challenge | 4 |" in (out / "report.md").read_text()
     recipe["evaluate"]["benchmark_data"] = "nowhere"
     file.write_text(yaml.safe_dump(recipe))
-    assert (
-        "nowhere: no such folder" in run("--recipe", file, "--out", tmp_path / "x", code=2).stderr
-    )
+    before = (out / "recipe.yaml").read_text()
+    assert "nowhere: no such folder" in run("--recipe", file, "--out", out, code=2).stderr
+    # What cannot be measured leaves what was.
+    assert (out / "evaluate" / "done.json").exists()
+    assert (out / "recipe.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(

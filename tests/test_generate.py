@@ -9,8 +9,9 @@ import torch
 
 from conftest import pair
 from longrope.export.huggingface import export_model
-from longrope.generate import load_extended, stream, text_of
+from longrope.generate import load_extended, original_of, stream, text_of
 from longrope.model import LoadedModel, load_model
+from longrope.recipe import make_recipe
 from longrope.rope.switch import switched
 
 
@@ -121,3 +122,26 @@ def test_an_empty_prompt_is_refused(bundled):
     loaded = LoadedModel(bundled.model, bundled.tokenizer, bundled.facts)
     with pytest.raises(ValueError, match="--prompt is empty"):
         next(stream(loaded, None, [], max_new_tokens=1))
+
+
+def test_the_original_of_a_run_is_loaded_as_the_run_did(tmp_path):
+    """But whether its code is trusted is not for the run to say."""
+    for name in ("rescale.json", "short.json", "model"):
+        (tmp_path / name).touch()
+    assert original_of(str(tmp_path)) is None
+    recipe = make_recipe(
+        {
+            "model": "owner/name",
+            "target": "8x",
+            "existing_scaling": "keep",
+            "original_length": 512,
+            "trust_remote_code": True,
+        }
+    )
+    recipe.save(tmp_path / "recipe.yaml")
+    assert original_of(str(tmp_path)) == {
+        "source": "owner/name",
+        "existing_scaling": "keep",
+        "original_length": 512,
+    }
+    assert original_of("owner/name") is None
