@@ -197,6 +197,32 @@ def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_processes_share_the_evaluation(finished, arguments, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    wanted = len((out / "evaluate" / "cells.jsonl").read_text().splitlines())
+    for name in ("evaluate", "report"):
+        shutil.rmtree(out / name)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(*arguments, "--out", out)[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = [
+        len((out / "evaluate" / name).read_text().splitlines())
+        for name in ("cells.jsonl", "cells.1.jsonl")
+    ]
+    assert sum(shares) == wanted
+    assert abs(shares[0] - shares[1]) <= 1
+    assert results(out) == results(whole)
+    assert done.stdout.count("report.html") == 1
+
+
 def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, benchmark_data):
     """Pass keys, and what lm-eval asks of the model before, and after without and with recovery."""
     out, _ = finished

@@ -281,7 +281,7 @@ def _export(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def _evaluate(run: Run, stage: Stage) -> dict[str, Any]:
-    return evaluate_run(run, stage) if run.ranks.first else {}
+    return evaluate_run(run, stage)
 
 
 def _report(run: Run, stage: Stage) -> dict[str, Any]:

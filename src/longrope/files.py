@@ -96,16 +96,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Kept(dict[str, Any]):
     """What is computed already: each item is a synced line of a file as it is set.
 
+    Processes that share a disk write a file each, and read all that are there.
+
     Args:
+        path: of the first process; ``cells.jsonl``, say, and of the next ``cells.1.jsonl``.
         of: what the items here are parts of; the file may hold other things' parts.
     """
 
-    def __init__(self, path: Path, of: str = ""):
-        self._path, self._of = path, of
-        lines = read_lines(path)
+    def __init__(self, path: Path, of: str = "", rank: int = 0):
+        self._path, self._of = path.with_suffix(f".{rank}.jsonl") if rank else path, of
+        lines = read_lines(self._path)
         # A line that a kill cut short is dropped from the file too.
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        super().__init__((x["key"], x["found"]) for x in lines if x.get("of", "") == of)
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        super().__init__()
+        for file in sorted(path.parent.glob(f"{path.stem}*.jsonl")):
+            items = ((x["key"], x["found"]) for x in read_lines(file) if x.get("of", "") == of)
+            self.update(items)
 
     def __setitem__(self, key: str, found: Any) -> None:
         line = {"key": key, "found": found}

@@ -78,7 +78,8 @@ def ranks() -> Iterator[Ranks]:
         return
     # Losses and JSON travel over gloo; gradients, where there are GPUs, over nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+    # A process that dies is noticed at once; one that works for days on its share is waited for.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
     # torchrun ends the others when one dies: say the same, whichever word comes first.
     signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -19,6 +19,7 @@ def config(**changes) -> SearchConfig:
         "model": "m",
         "documents": ("d",),
         "windows": "w",
+        "passkeys": 0,
         "length": 2048,
         "algorithm": "paper",
         "settings": SMALL,

@@ -1,7 +1,8 @@
 """What an extension is worth: every method at every length, retrieval, and the short context.
 
 Each cell is a synced line in ``cells.jsonl`` as it is measured, so that an interrupted
-evaluation goes on; ``results.json`` has them in the form that other programs read.
+evaluation goes on; ``results.json`` has them in the form that other programs read. Several
+processes measure different cells.
 """
 
 import dataclasses
@@ -32,6 +33,9 @@ from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 from longrope.workspace import Run
 
+# Measured on the extended model.
+_EXTENDED = (RESULT, WITHOUT)
+
 # A rescale for a length; the model is the original one, or the extended one.
 Chosen = Callable[[int], Rescale]
 
@@ -40,20 +44,26 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     """Measure what is not measured yet, and write ``results.json``."""
     plan, recipe = run.plan, run.recipe
     lengths = evaluation_lengths(recipe, plan.original, plan.target)
-    cells = Kept(run.directory(stage.name) / "cells.jsonl")
+    ranks, file = run.ranks, run.directory(stage.name) / "cells.jsonl"
+    cells = Kept(file, rank=ranks.rank)
     shortest = question_tokens(run.original().tokenizer, recipe.evaluate.digits)
     wanted = list(_wanted(run, lengths, shortest))
-    with progress("evaluate", len(wanted)) as advance:
-        for number, cell in enumerate(wanted, 1):
-            if cell.key not in cells:
-                mine = cell.method in (RESULT, WITHOUT)
-                loaded = run.trained() if mine else run.original()
-                measure = _MEASURES[cell.kind]
-                cells[cell.key] = measure(run, loaded, _chosen(run, cell.method), cell)
-                del loaded  # one model in memory at a time
+    missing = ranks.broadcast([i for i, cell in enumerate(wanted) if cell.key not in cells])
+    # By model, and then the longest first, so that processes end together.
+    missing.sort(key=lambda i: (wanted[i].method in _EXTENDED, -wanted[i].length, i))
+    mine = [wanted[i] for i in missing[ranks.rank :: ranks.size]]
+    with progress("evaluate", len(mine), show=ranks.first) as advance:
+        for number, cell in enumerate(mine, 1):
+            loaded = run.trained() if cell.method in _EXTENDED else run.original()
+            measure = _MEASURES[cell.kind]
+            cells[cell.key] = measure(run, loaded, _chosen(run, cell.method), cell)
+            del loaded  # one model in memory at a time
             advance(number, f"{cell.kind}, {cell.method} at {cell.length:,}")
-    results = run_results(run, [(cell, cells[cell.key]) for cell in wanted])
-    write_atomically(run.out / "results.json", json.dumps(results, indent=1) + "\n")
+    ranks.gather(0.0)  # all is on disk
+    if ranks.first:
+        cells = Kept(file)
+        results = run_results(run, [(cell, cells[cell.key]) for cell in wanted])
+        write_atomically(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return {}
 
 
@@ -187,7 +197,7 @@ def _asked(
 def _benchmark(run: Run, loaded: LoadedModel, choose: Chosen, cell: Cell) -> dict[str, Any]:
     """A benchmark takes hours: each part of it is kept as it is answered."""
     task, asked = cell.options["task"], benchmark_options(run)
-    parts = Kept(run.directory("evaluate") / "parts.jsonl", cell.key)
+    parts = Kept(run.directory("evaluate") / "parts.jsonl", cell.key, run.ranks.rank)
     return {"scores": ask_benchmark(loaded, choose, cell.length, task, asked, parts)}
 
 

@@ -19,7 +19,7 @@ SCHEMA = 1
 class SearchConfig:
     """Everything that decides the course of a search; two equal ones are one search.
 
-    ``model``, ``documents`` and ``windows`` (the token ids) are content hashes. ``chunk``
+    ``model``, ``documents`` and ``windows`` (all token ids) are content hashes. ``chunk``
     and ``device`` are here because they decide the last bits of a loss. Budget and
     patience are not: they say where to stop, and a finished search may go on with more.
     """
@@ -27,6 +27,7 @@ class SearchConfig:
     model: str
     documents: tuple[str, ...]
     windows: str
+    passkeys: int
     length: int
     algorithm: str
     settings: EvolutionSettings

@@ -148,6 +148,7 @@ def search_stage(
         model=loaded.fingerprint(),
         documents=tuple(h for document in windows.documents for h in document.sha256),
         windows=hashlib.sha256(seen).hexdigest(),
+        passkeys=how.passkeys,
         length=length,
         algorithm=how.algorithm,
         settings=how.settings,
