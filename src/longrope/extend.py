@@ -120,8 +120,9 @@ def _asks(recipe: Recipe, stage: Stage) -> str:
         return "finetune.passkey_share"
     if stage.kind != "search":
         return ""
-    section = stage.name.removeprefix("through-").replace("-", "_").rstrip("_12")
-    return f"{section}.passkeys" if getattr(recipe, section).passkeys else ""
+    name = stage.name.removeprefix("through-").replace("-", "_").rstrip("_12")
+    section: Search = getattr(recipe, name)
+    return f"{name}.passkeys" if section.passkeys and section.method == "search" else ""
 
 
 def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:

@@ -14,6 +14,7 @@ from longrope.evaluate.tasks import REMEDY, is_ruler, manager, require_harness, 
 from longrope.facts import ModelFacts
 from longrope.forward import DEFAULT_CHUNK
 from longrope.model import LoadedModel
+from longrope.progress import progress
 from longrope.rope.rescale import Rescale
 from longrope.windows import parse_length
 
@@ -127,9 +128,14 @@ def ask_benchmark(
     from longrope.evaluate.harness import HarnessModel
 
     kept = {} if kept is None else kept
-    model = HarnessModel(loaded, choose, longest, options.chunk, task, options.hidden_device)
     scores: dict[str, Scores] = {}
-    with task_parts(task, loaded.tokenizer, options.resolve(loaded.facts), options.data) as parts:
+    lengths = options.resolve(loaded.facts)
+    with (
+        task_parts(task, loaded.tokenizer, lengths, options.data) as parts,
+        progress(task, len(parts), show=len(parts) > 1) as advance,
+    ):
+        title = task if len(parts) == 1 else ""
+        model = HarnessModel(loaded, choose, longest, options.chunk, title, options.hidden_device)
         for number, part in enumerate(parts):
             name, shots = part.task_name, _shots(task, part, options)
             if name not in kept:
@@ -147,6 +153,7 @@ def ask_benchmark(
                 kept[name] = _scored(task, name, found["samples"][name]) if asked else {}
             for row, answers in kept[name].items():
                 scores.setdefault(row, {}).update(answers)
+            advance(number + 1, name)
     return scores
 
 

@@ -26,7 +26,7 @@ class HarnessModel(TemplateLM):
     Args:
         choose: the rescale for a sequence of so many tokens, answer included.
         longest: tokens that the model is made for; what is longer loses its beginning.
-        title: what the progress is of.
+        title: what the progress is of; empty shows none.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class HarnessModel(TemplateLM):
         longest: int,
         chunk: int,
         title: str,
-        hidden_device: str | None = None,
+        hidden_device: str | None,
     ):
         super().__init__()
         self.loaded, self.choose, self.longest, self.title = loaded, choose, longest, title
@@ -66,7 +66,7 @@ class HarnessModel(TemplateLM):
             ((context + answer)[-self.longest :], answer) for _, context, answer in requests
         ]
         found: dict[int, Answer] = {}
-        with progress(self.title, len(requests)) as advance:
+        with progress(self.title, len(requests), show=bool(self.title)) as advance:
             for rescale, batch in self._batches(sequences):
                 with installed(self.loaded.model, rescale):
                     answers = self._answers([sequences[index] for index in batch])
@@ -112,7 +112,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         found: list[str] = []
-        with progress(self.title, len(requests)) as advance:
+        with progress(self.title, len(requests), show=bool(self.title)) as advance:
             for request in requests:
                 found.append(self._generated(*request.args))
                 advance(len(found), "")
