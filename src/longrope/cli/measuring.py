@@ -108,11 +108,12 @@ def evaluate(
     from longrope.model import load_model
 
     kind = _kind(passkey, needle, benchmarks)
-    if lengths is None and kind != "benchmarks":
+    measured_at = _made_for(rescale, target) if kind == "benchmarks" else lengths
+    if measured_at is None:
         raise ValueError("--lengths is missing; give the tokens to measure at, such as 4k,8k")
     options = CompareOptions(
         methods=(rescale or "none",),
-        lengths=tuple((lengths or target or "1x").split(",")),
+        lengths=tuple(measured_at.split(",")),
         target=target,
         data=tuple(data or ()),
         field=field,
@@ -143,8 +144,6 @@ def evaluate(
         chunk,
         hidden_device,
     )
-    if kind == "benchmarks":
-        options = dataclasses.replace(options, lengths=(_made_for(rescale, target),))
 
     def check(facts: Any) -> None:
         if kind in ("passkey", "needle"):
