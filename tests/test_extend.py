@@ -204,7 +204,8 @@ def test_processes_share_the_evaluation(finished, arguments, tmp_path):
     wanted = len((out / "evaluate" / "cells.jsonl").read_text().splitlines())
     for name in ("evaluate", "report"):
         shutil.rmtree(out / name)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Three cannot train a batch of two, but here it is trained.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     done = subprocess.run(
         [sys.executable, *launcher, *command(*arguments, "--out", out)[1:]],
         capture_output=True,
@@ -215,10 +216,10 @@ def test_processes_share_the_evaluation(finished, arguments, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     shares = [
         len((out / "evaluate" / name).read_text().splitlines())
-        for name in ("cells.jsonl", "cells.1.jsonl")
+        for name in ("cells.jsonl", "cells.1.jsonl", "cells.2.jsonl")
     ]
     assert sum(shares) == wanted
-    assert abs(shares[0] - shares[1]) <= 1
+    assert max(shares) - min(shares) <= 1
     assert results(out) == results(whole)
     assert done.stdout.count("report.html") == 1
 

@@ -90,10 +90,6 @@ def _preflight(run: Run) -> None:
     recipe, plan = run.recipe, run.plan
     if recipe.hidden_device:
         find_device("hidden_device", recipe.hidden_device)
-    if plan.trained is not None:
-        recipe.finetune.accumulation(run.ranks.size)
-        if recipe.finetune.lora is not None:
-            require_peft(recipe.finetune.lora)
     done = [run.done(stage.name) for stage in plan.stages]
     todo = [stage for stage, is_done in zip(plan.stages, done, strict=True) if not is_done]
     for stage, is_done in zip(plan.stages, done, strict=True):
@@ -103,6 +99,10 @@ def _preflight(run: Run) -> None:
                 f"{run.directory(stage.name)} was made from an earlier {todo[0].name}, which is "
                 "gone; delete it too, and it is made again"
             )
+    if any(stage.kind == "finetune" for stage in todo):
+        recipe.finetune.accumulation(run.ranks.size)
+        if recipe.finetune.lora is not None:
+            require_peft(recipe.finetune.lora)
     if recipe.evaluate.benchmarks:
         asked = benchmark_options(run)
         asked.check(run.facts)
