@@ -112,14 +112,14 @@ def test_search_evaluate_compare_report(small, texts, tmp_path):
 
     data = ["--data", texts, "--lengths", "256,512"]
     rows = {}
-    for method in ("none", "pi", "ntk", "dynamic-ntk", "yarn", out / "rescale.json"):
+    for method in ("none", "yarn", out / "rescale.json"):
         found = json.loads(succeeds("evaluate", "--rescale", method, *data, "--json"))
         rows[str(method)] = found["perplexity"]
         assert [row["length"] for row in found["perplexity"]] == [256, 512]
         assert {"method", "perplexity", "standard_error", "tokens", "windows"} <= found[
             "perplexity"
         ][0].keys()
-    assert len({row[1]["perplexity"] for row in rows.values()}) == 6
+    assert len({row[1]["perplexity"] for row in rows.values()}) == 3
 
     methods = f"none,pi,yarn,{out / 'rescale.json'}"
     comparison = ["compare", "--target", "2x", "--methods", methods, *data]
@@ -130,7 +130,10 @@ def test_search_evaluate_compare_report(small, texts, tmp_path):
     assert {row["documents"] for row in found["perplexity"]} == {2}  # four, less the two searched
     assert all(row["method"] == str(out / "rescale.json") for row in found["differences"])
     assert (out / "compare.json").exists()
-    assert "perplexity" in succeeds(*comparison)
+    table = succeeds(
+        "compare", "--target", "2x", "--methods", "none,yarn", *data, "--out", tmp_path
+    )
+    assert "perplexity" in table
 
     for figure in ("factors.png", "history.png", "perplexity.png", "position.png"):
         (out / figure).unlink()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -15,6 +17,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.timeout(1200)  # minutes of searching, on a slow machine more than ten
 def test_commands_and_code_run(tmp_path):
     commands = [line for block in blocks("bash") for line in re.split(r"&&|\n", block)]
     commands = [line.strip().removesuffix("\\").strip() for line in commands]
