@@ -187,7 +187,8 @@ def resolve_recipe(
         ValueError: no target, or anything that :func:`load_recipe` raises for.
     """
     if source is None and model in (None, "bundled"):
-        source = "bundled"
+        further = f"bundled-{changes.get('target')}"  # 512x takes other training than 64x
+        source = further if (RECIPES / f"{further}.yaml").exists() else "bundled"
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= {} if model is None else {"model": model}
     if source is not None:
