@@ -9,6 +9,7 @@ import torch
 
 from conftest import pair
 from longrope.export.huggingface import export_model
+from longrope.export.intent import Intent
 from longrope.generate import load_extended, original_of, stream, text_of
 from longrope.model import LoadedModel, load_model
 from longrope.recipe import make_recipe
@@ -49,7 +50,7 @@ def test_stream_equals_generate_without_a_cache(checkpoints, ids, family):
 def test_an_export_generates_the_same_in_a_process_of_its_own(bundled, tmp_path):
     """The command line on an exported checkpoint, and on a run with its pair beside it."""
     made = pair_for(bundled.facts)
-    export_model(bundled, made, tmp_path / "model")
+    export_model(bundled, Intent("hf", "bundled", made), tmp_path / "model")
     made.long.save(tmp_path / "rescale.json")
     made.short.save(tmp_path / "short.json")
     book = tmp_path / "book.txt"
@@ -78,7 +79,7 @@ def test_plain_transformers_reads_the_exported_pair(bundled, tmp_path):
     from longrope.rope.install import installed
 
     made = pair_for(bundled.facts)
-    export_model(bundled, made, tmp_path / "model")
+    export_model(bundled, Intent("hf", "bundled", made), tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     own = load_model("bundled", dtype="float32").model
     ids = torch.randint(3, 1500, (1, 700), generator=torch.Generator().manual_seed(0))
@@ -100,11 +101,12 @@ def test_what_a_checkpoint_cannot_say_is_refused(bundled, tmp_path):
     from longrope.rope.switch import Pair
 
     made = pair_for(bundled.facts)
+    pair = Pair(made.short, made.long.replace(start_tokens=4))
     with pytest.raises(ValueError, match="start_tokens is 4"):
-        export_model(bundled, Pair(made.short, made.long.replace(start_tokens=4)), tmp_path / "m")
+        export_model(bundled, Intent("hf", "bundled", pair), tmp_path / "m")
     short = made.short.replace(attention_factor=1.0)
     with pytest.raises(ValueError, match=r"attention_factor is 1 .*a checkpoint holds one"):
-        export_model(bundled, Pair(short, made.long), tmp_path / "m")
+        export_model(bundled, Intent("hf", "bundled", Pair(short, made.long)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

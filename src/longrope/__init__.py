@@ -18,32 +18,40 @@ _HOMES = {
     "LoadedModel": "longrope.model",
     "LongForward": "longrope.forward",
     "ModelFacts": "longrope.facts",
+    "Pair": "longrope.rope.switch",
     "Rescale": "longrope.rope.rescale",
     "SearchOptions": "longrope.search.stage",
     "inspect_model": "longrope.facts",
     "installed": "longrope.rope.install",
+    "load_extended": "longrope.generate",
     "load_model": "longrope.model",
     "search_factors": "longrope.search.stage",
+    "switched": "longrope.rope.switch",
 }
 __all__ = [
     "LoadedModel",
     "LongForward",
     "ModelFacts",
+    "Pair",
     "Rescale",
     "SearchOptions",
     "__version__",
     "inspect_model",
     "installed",
+    "load_extended",
     "load_model",
     "search_factors",
+    "switched",
 ]
 
 if TYPE_CHECKING:
     from longrope.facts import ModelFacts, inspect_model
     from longrope.forward import LongForward
+    from longrope.generate import load_extended
     from longrope.model import LoadedModel, load_model
     from longrope.rope.install import installed
     from longrope.rope.rescale import Rescale
+    from longrope.rope.switch import Pair, switched
     from longrope.search.stage import SearchOptions, search_factors
 
 

@@ -21,6 +21,7 @@ from longrope.cost import check_memory
 from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import benchmark_options, evaluate_run
 from longrope.export.huggingface import export_model
+from longrope.export.intent import Intent
 from longrope.facts import inspect_model
 from longrope.files import only_process
 from longrope.forward import LongForward
@@ -275,7 +276,8 @@ def _export(run: Run, stage: Stage) -> dict[str, Any]:
                 pair.long.start_tokens,
             )
             portable = Pair(pair.short, pair.long.replace(start_tokens=0))
-        export_model(loaded, portable, run.out / "model")
+        source = Path(run.recipe.model).name
+        export_model(loaded, Intent("hf", source, portable), run.out / "model")
         pair.long.save(run.out / "rescale.json")
         pair.short.save(run.out / "short.json")
     return {}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from longrope.layers import find_layers
 from longrope.rope.install import RotarySite, column_layout, existing_factors, find_rotary
 from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
-from longrope.source import quiet, read_pretrained
+from longrope.source import quiet, read_pretrained, refuse_scaled_gguf
 
 Existing = Literal["keep", "replace"]
 
@@ -89,6 +90,8 @@ def inspect_model(
     Raises:
         ValueError: there is no such model, or its config is not one transformers knows.
     """
+    if existing_scaling != "replace" or original_length is None:
+        refuse_scaled_gguf(source)
     with quiet():
         config = read_pretrained(AutoConfig, source, trust_remote_code)
         model, site, reason = skeleton(source, config, trust_remote_code)
@@ -105,6 +108,25 @@ def inspect_model(
     if site is None:
         return facts
     return _with_base(facts, site, config, existing_scaling, original_length)
+
+
+def load_rescale(name: str, facts: ModelFacts, target: int) -> Rescale:
+    """A rescale from its JSON, or from the LongRoPE authors' CSV, which holds factors alone.
+
+    Raises:
+        ValueError: no such file, or not a rescale.
+    """
+    if not Path(name).exists():
+        raise ValueError(f"{name!r} is neither a rescale file nor one of {', '.join(METHODS)}")
+    if Path(name).suffix != ".csv":
+        return Rescale.load(name)
+    start = facts.rescale("none", target)
+    return Rescale.from_csv(
+        name,
+        rope_theta=start.rope_theta,
+        original_max_position_embeddings=start.original_max_position_embeddings,
+        max_position_embeddings=start.max_position_embeddings,
+    )
 
 
 def _facts(

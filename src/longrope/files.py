@@ -62,6 +62,28 @@ def whole_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write at; the file becomes ``path`` once it is on the disk.
+
+    Of what is written piece by piece; :func:`write_atomically` takes the whole content.
+
+    Raises:
+        ValueError: it could not be written; what stood at ``path`` before still stands.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line and sync it to the disk.
 

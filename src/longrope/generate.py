@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig
 
+from longrope.export.gguf import read_pair
 from longrope.forward import DEFAULT_CHUNK, LongForward
 from longrope.model import LoadedModel, load_model
 from longrope.rope.install import installed
@@ -39,6 +40,10 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
         options["original_length"] = (
             options.get("original_length") or pair.long.original_max_position_embeddings
         )
+    elif run.is_file() and run.suffix == ".gguf":
+        pair, _ = read_pair(run)
+        if pair is not None:
+            options["original_length"] = options.get("original_length") or pair.recovery_length
     else:
         with quiet():
             config = read_pretrained(AutoConfig, source, options.get("trust_remote_code", False))

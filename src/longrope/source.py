@@ -16,7 +16,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
     """``auto.from_pretrained`` for every kind of source, its many errors in one line each."""
-    path = _smollm2() if source == "smollm2" else BUNDLED if source == "bundled" else Path(source)
+    path = _place(source)
     options["trust_remote_code"] = trust_remote_code
     if path.is_file() and path.suffix == ".gguf":
         options["gguf_file"] = path.name
@@ -26,7 +26,6 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             options.pop("use_safetensors")
             options["quantization_config"] = GgufConfig(dequantize=True)
         location = str(path.parent)
-        _refuse_scaled_gguf(path)
     elif path.is_dir():
         location = str(path)
     elif path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
@@ -49,8 +48,37 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
         raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from error
 
 
-def _refuse_scaled_gguf(path: Path) -> None:
-    """transformers drops the RoPE scaling of a GGUF file without a word: do not let it."""
+def _place(source: str) -> Path:
+    return _smollm2() if source == "smollm2" else BUNDLED if source == "bundled" else Path(source)
+
+
+def local_copy(source: str) -> Path:
+    """Where a model's files lie: a directory or a GGUF file; a hub id is fetched first.
+
+    Raises:
+        ValueError: no such model.
+    """
+    path = _place(source)
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+        return Path(snapshot_download(source, allow_patterns=kinds))
+    except Exception as error:
+        raise ValueError(f"{source}: cannot be fetched: {_first_line(error)}") from error
+
+
+def refuse_scaled_gguf(source: str) -> None:
+    """transformers drops the RoPE scaling of a GGUF file without a word: do not let it.
+
+    Raises:
+        ValueError: the file is scaled, or is no GGUF file.
+    """
+    path = _place(source)
+    if not (path.is_file() and path.suffix == ".gguf"):
+        return
     try:
         import gguf
     except ImportError:
@@ -64,7 +92,8 @@ def _refuse_scaled_gguf(path: Path) -> None:
     if factors or any(kind != "none" for kind in kinds):
         raise ValueError(
             f"{path}: its RoPE is scaled already ({(kinds or factors)[0]}), which transformers "
-            "drops when it reads GGUF; give the Hugging Face checkpoint"
+            "drops when it reads GGUF; give the Hugging Face checkpoint, or start over with "
+            "--existing-scaling replace and --original-length"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from longrope.data import check_sources
 from longrope.evaluate.perplexity import Scores, check_lengths, paired_difference, score
-from longrope.facts import ModelFacts
+from longrope.facts import ModelFacts, load_rescale
 from longrope.files import write_atomically
 from longrope.forward import DEFAULT_CHUNK, LongForward
 from longrope.model import LoadedModel, find_device
@@ -211,7 +211,8 @@ def run_comparison(
 def _entries(facts: ModelFacts, options: CompareOptions, target: int) -> list[Entry]:
     """A line per method, made for ``target``, and per file; raises for what is neither."""
     shared = options.attention_factor
-    files = {name: _load(name, facts, target) for name in options.methods if name not in METHODS}
+    named = [name for name in options.methods if name not in METHODS]
+    files = {name: load_rescale(name, facts, target) for name in named}
     if shared is None and options.own_attention_factors:
         shared = next((file.attention_factor for file in files.values()), None)
         if shared is None:
@@ -234,21 +235,6 @@ def _entries(facts: ModelFacts, options: CompareOptions, target: int) -> list[En
         if options.own_attention_factors:
             entries.append(Entry(f"{name} (attention factor {factor:.4g})", own.rescale))
     return entries
-
-
-def _load(name: str, facts: ModelFacts, target: int) -> Rescale:
-    """A rescale from its JSON, or from the LongRoPE authors' CSV, which holds factors alone."""
-    if not Path(name).exists():
-        raise ValueError(f"{name!r} is neither a rescale file nor one of {', '.join(METHODS)}")
-    if Path(name).suffix != ".csv":
-        return Rescale.load(name)
-    start = facts.rescale("none", target)
-    return Rescale.from_csv(
-        name,
-        rope_theta=start.rope_theta,
-        original_max_position_embeddings=start.original_max_position_embeddings,
-        max_position_embeddings=start.max_position_embeddings,
-    )
 
 
 def _held_out(

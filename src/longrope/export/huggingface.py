@@ -1,60 +1,132 @@
-"""A directory that plain transformers loads, with the pair of factors in its config."""
+"""A directory that transformers 4 and 5, vLLM and mlx-lm load with the factors applied."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from longrope.export import card
+from longrope.export.fold import fold_attention_factor
+from longrope.export.intent import Intent
 from longrope.files import whole_directory
 from longrope.model import LoadedModel
 from longrope.rope.install import find_rotary
 from longrope.rope.switch import Pair
-from longrope.source import quiet
+from longrope.source import quiet, read_pretrained
+
+# What belongs to a checkpoint beside its weights; pickled weights and other forms stay behind.
+_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_FULL = "full_attention"
 
 
-def scaled_config(config: dict[str, Any], pair: Pair, layer_type: str | None) -> dict[str, Any]:
+def scaled_config(config: dict[str, Any], pair: Pair, rope: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` of a model with a pair of factors, as transformers 5 and 4 read it.
 
-    Version 5 reads ``rope_parameters``; version 4 reads ``rope_scaling``, and the
-    boundary from the top level only. Short applies iff the length is at most
-    ``original_max_position_embeddings``, which is the recovery length.
+    Version 5 reads ``rope_parameters``; version 4, vLLM and mlx-lm ``rope_scaling``, and the
+    boundary from the top level too. Short applies iff the length is at most
+    ``original_max_position_embeddings``, which is the recovery length. ``short_mscale`` and
+    ``long_mscale`` say the attention factor to vLLM, which ignores ``attention_factor``.
+
+    Args:
+        config: what the file says before.
+        rope: the model's ``rope_parameters`` as transformers 5 has them; one set for each
+            kind of layer, perhaps, of which only full attention is scaled.
     """
     short, long = pair.short, pair.long
     text = config.get("text_config", config)
-    own = text.get("rope_parameters") or {}
-    own = own if layer_type is None else own.get(layer_type, {})
+    own = rope.get(_FULL, rope)
     kept = {k: own[k] for k in ("partial_rotary_factor",) if k in own}
+    factor, boundary = long.attention_factor, pair.recovery_length
     longrope = {
         "rope_type": "longrope",
         "rope_theta": long.rope_theta,
         "short_factor": list(short.factors),
         "long_factor": list(long.factors),
-        "original_max_position_embeddings": pair.recovery_length,
-        "factor": long.max_position_embeddings / pair.recovery_length,
-        "attention_factor": long.attention_factor,
+        "original_max_position_embeddings": boundary,
+        "factor": long.max_position_embeddings / boundary,
+        "attention_factor": factor,
     } | kept
-    changed = {
+    changed: dict[str, Any] = {
         "max_position_embeddings": long.max_position_embeddings,
-        "original_max_position_embeddings": pair.recovery_length,
+        "original_max_position_embeddings": boundary,
     }
-    if layer_type is None:
+    if _FULL in rope:
+        changed["rope_parameters"] = rope | {_FULL: longrope}
+    else:
+        engines = {"type": "longrope", "short_mscale": factor, "long_mscale": factor}
         changed |= {
             "rope_parameters": longrope,
-            "rope_scaling": longrope | {"type": "longrope"},
+            "rope_scaling": longrope | engines,
             "rope_theta": long.rope_theta,
         }
-    else:
-        changed["rope_parameters"] = text["rope_parameters"] | {layer_type: longrope}
+    if "dtype" in text:  # as older versions call it
+        changed["torch_dtype"] = text["dtype"]
     if text is config:
         return config | changed
     return config | {"text_config": text | changed}
 
 
-def export_model(loaded: LoadedModel, pair: Pair, path: Path) -> None:
-    """Write weights, tokenizer and a config with both sets of factors.
+def export_model(loaded: LoadedModel, intent: Intent, path: Path) -> None:
+    """Write a model that is in memory: weights, tokenizer, and a config with both sets.
 
     Raises:
-        ValueError: n̂ > 0, or an attention factor that differs between the two, neither of
-            which a config can say; or the directory cannot be written.
+        ValueError: the pair is one that a config cannot say; or the directory cannot be written.
+    """
+    require_portable(intent.pair)
+    site = find_rotary(loaded.model)
+    assert site is not None
+    with whole_directory(path) as directory, quiet():
+        loaded.model.save_pretrained(directory)
+        loaded.tokenizer.save_pretrained(directory)
+        _finish(directory, intent, site.module.config.rope_parameters)
+
+
+def export_directory(
+    source: Path,
+    intent: Intent,
+    path: Path,
+    *,
+    check: Callable[[Path], None] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a checkpoint from another: its weights are linked, not read, unless one is folded.
+
+    Args:
+        check: looks at the whole directory before it gets its name, and may refuse it.
+
+    Raises:
+        ValueError: no safetensors there, or the pair is one that a config cannot say; with
+            ``intent.folded``, query projections that cannot take the attention factor.
+    """
+    require_portable(intent.pair)
+    if not list(source.glob("*.safetensors")):
+        raise ValueError(f"{source}: has no *.safetensors; save the model in that form first")
+    with quiet():
+        config = read_pretrained(AutoConfig, str(source), trust_remote_code)
+    with whole_directory(path) as directory:
+        for file in source.iterdir():
+            if file.is_file() and file.suffix in _KEPT:
+                shutil.copyfile(file, directory / file.name)
+        weights: Callable[[Path, Path], None] = _link
+        if intent.folded is not None:
+            factor = intent.pair.long.attention_factor / intent.folded
+            weights = fold_attention_factor(source, config.get_text_config(), factor**2)
+        for file in sorted(source.glob("*.safetensors")):
+            weights(file.resolve(), directory / file.name)
+        _finish(directory, intent, config.get_text_config().rope_parameters)
+        if check is not None:
+            check(directory)
+
+
+def require_portable(pair: Pair) -> None:
+    """Refuse what no checkpoint can say.
+
+    Raises:
+        ValueError: n̂ > 0, or an attention factor that differs between the two.
     """
     if not (pair.short.portable and pair.long.portable):
         raise ValueError(
@@ -66,12 +138,32 @@ def export_model(loaded: LoadedModel, pair: Pair, path: Path) -> None:
             f"attention_factor is {pair.short.attention_factor:g} (short) and "
             f"{pair.long.attention_factor:g} (long); a checkpoint holds one for both"
         )
-    site = find_rotary(loaded.model)
-    assert site is not None
-    with whole_directory(path) as directory, quiet():
-        loaded.model.save_pretrained(directory)
-        loaded.tokenizer.model_max_length = pair.long.max_position_embeddings
-        loaded.tokenizer.save_pretrained(directory)
-        file = directory / "config.json"
-        config = scaled_config(json.loads(file.read_text()), pair, site.layer_type)
-        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _finish(directory: Path, intent: Intent, rope: dict[str, Any]) -> None:
+    """Config, tokenizer's length, card, and what was meant."""
+    _edit(directory / "config.json", lambda config: scaled_config(config, intent.written, rope))
+    longest = intent.pair.long.max_position_embeddings
+    _edit(directory / "tokenizer_config.json", lambda found: _readable_tokenizer(found, longest))
+    intent.save(directory)
+    (directory / "README.md").write_text(card.write(intent), encoding="utf-8")
+
+
+def _readable_tokenizer(config: dict[str, Any], longest: int) -> dict[str, Any]:
+    changed: dict[str, Any] = {"model_max_length": longest}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that only version 5 knows
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return config | changed
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(change(found), indent=2) + "\n", encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)

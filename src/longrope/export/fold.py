@@ -1,0 +1,81 @@
+"""An attention factor that an engine does not read, put into the query projections.
+
+It multiplies cosines and sines, queries' and keys', so attention's logits grow by its square
+over the rotary dimensions. Queries times the square do the same, where nothing between the
+projection and the rotation takes the scale away again.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_QUERY = re.compile(r"\.(\d+)\.(self_attn|attention|attn)\.q_proj\.(weight|bias)$")
+_NORM = re.compile(r"(?<![a-z])(q|k|query|key)_?(layer)?norm")
+
+
+def why_not_foldable(names: list[str], layers: int) -> str | None:
+    """Why tensors of these names cannot take the factor, or None."""
+    norm = next((name for name in names if _NORM.search(name)), None)
+    if norm is not None:
+        return f"it normalises queries or keys after projecting them ({norm})"
+    found = {m[1] for name in names if (m := _QUERY.search(name)) and m[3] == "weight"}
+    if len(found) != layers:
+        return f"it has q_proj in {len(found)} of {layers} layers"
+    return None
+
+
+def tensor_names(source: Path) -> list[str]:
+    """Of every tensor in a directory's safetensors; only their headers are read."""
+    names = []
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            names += list(weights.keys())
+    return names
+
+
+def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[[Path, Path], None]:
+    """How to copy a file of weights so that rotated query dimensions are ``square`` times as large.
+
+    Args:
+        config: transformers' text config of the model.
+        square: of the factor that is left to fold.
+
+    Raises:
+        ValueError: the architecture cannot take it; names why.
+    """
+    reason = why_not_foldable(tensor_names(source), config.num_hidden_layers)
+    if reason is not None:
+        raise ValueError(
+            f"{source}: its attention_factor cannot be folded into the query projections: {reason}"
+        )
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rotary = round(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+
+    def scaled(name: str, tensor: Tensor) -> Tensor:
+        if not _QUERY.search(name):
+            return tensor
+        rows = tensor.double().reshape(heads, head_dim, -1)
+        rows[:, :rotary] *= square
+        return rows.reshape(tensor.shape).to(tensor.dtype)
+
+    def copy(file: Path, target: Path) -> None:
+        with safe_open(file, framework="pt") as weights:
+            tensors = {name: scaled(name, weights.get_tensor(name)) for name in weights.keys()}  # noqa: SIM118
+            save_file(tensors, target, metadata=weights.metadata())
+        shutil.copymode(file, target)
+
+    return copy
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Of two sets of logits, as log-probabilities in nats."""
+    a, b = (torch.log_softmax(logits.double(), dim=-1) for logits in (one, other))
+    return float((a - b).abs().max())

@@ -1,0 +1,78 @@
+"""A GGUF file as key-value pairs and tensors, read from one or written to one."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a GGUF file, read when it is written."""
+
+    name: str
+    shape: tuple[int, ...]  # of ``data``: for quantised kinds the last one counts bytes
+    dtype: Any
+    nbytes: int
+    kind: Any  # gguf.GGMLQuantizationType
+    data: Callable[[], np.ndarray]
+
+
+# Key, value, its GGUF type, and that of an array's members.
+Metadata = list[tuple[str, Any, Any, Any]]
+
+
+def require_gguf() -> Any:
+    """The ``gguf`` package.
+
+    Raises:
+        ValueError: not installed; says how.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("GGUF files need: pip install 'longrope[gguf]'") from None
+    return gguf
+
+
+def read_metadata(reader: Any) -> tuple[str, Metadata]:
+    """A file's architecture, and its other key-value pairs with their types."""
+    gguf, items = require_gguf(), []
+    arch = ""
+    for field in reader.fields.values():
+        if field.name == gguf.Keys.General.ARCHITECTURE:
+            arch = field.contents()
+        elif not field.name.startswith("GGUF."):
+            kind = field.types[0]
+            member = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            items.append((field.name, field.contents(), kind, member))
+    return arch, items
+
+
+def read_tensors(reader: Any) -> list[Tensor]:
+    """A file's tensors as they are, quantised or not; mapped, not read."""
+
+    def tensor(found: Any) -> Tensor:
+        data = found.data
+        return Tensor(
+            found.name, data.shape, data.dtype, data.nbytes, found.tensor_type, lambda: data
+        )
+
+    return [tensor(found) for found in reader.tensors]
+
+
+def write_file(path: Path, arch: str, metadata: Metadata, tensors: list[Tensor]) -> None:
+    """One tensor in memory at a time."""
+    writer = require_gguf().GGUFWriter(path, arch)
+    for key, value, kind, member in metadata:
+        writer.add_key_value(key, value, kind, sub_type=member)
+    for t in tensors:
+        writer.add_tensor_info(t.name, t.shape, t.dtype, t.nbytes, raw_dtype=t.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for t in tensors:
+        writer.write_tensor_data(t.data())
+    writer.close()

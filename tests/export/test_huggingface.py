@@ -1,0 +1,183 @@
+"""Directories for engines: what plain transformers computes from them, and what is refused."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import FAMILIES, pair
+from longrope.export.run import ExportOptions, export
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale, default_attention_factor
+
+
+def files(made, where):
+    where.mkdir(exist_ok=True)
+    made.long.save(where / "long.json")
+    made.short.save(where / "short.json")
+    return {"rescale": str(where / "long.json"), "short": str(where / "short.json")}
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids[:1]).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3", "gpt_neox"])
+def test_transformers_applies_what_was_exported(family, checkpoints, micro_models, ids, tmp_path):
+    source, model = checkpoints(family), micro_models(family)
+    made = pair(model)
+    named = files(made, tmp_path)
+    export(ExportOptions(str(source), tmp_path / "out", attention_factors="field", **named))
+    assert (tmp_path / "out" / "model.safetensors").samefile(source / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for tokens, rescale in ((80, made.short), (81, made.long)):
+        with installed(model, rescale):
+            expected = logits(model, ids[:, :tokens])
+        found = logits(loaded, ids[:, :tokens])
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+        assert (found - logits(model, ids[:, :tokens])).abs().max() > 0.1
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == 512
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "stablelm", "mistral"])
+def test_a_folded_attention_factor_gives_the_same_logits(
+    family, checkpoints, micro_models, ids, tmp_path
+):
+    """Engines that read no attention_factor compute √(1 + ln s / ln L): the config says it too."""
+    made, model = pair(micro_models(family)), micro_models(family)
+    intent = export(
+        ExportOptions(str(checkpoints(family)), tmp_path / "out", **files(made, tmp_path))
+    )
+    theirs = default_attention_factor(80, 512)
+    assert intent.folded == theirs
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_scaling"]["attention_factor"] == theirs != made.long.attention_factor
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for tokens, rescale in ((80, made.short), (81, made.long)):
+        with installed(model, rescale):
+            expected = logits(model, ids[:, :tokens])
+        with installed(model, rescale.replace(attention_factor=theirs)):
+            dropped = logits(model, ids[:, :tokens])
+        found = logits(loaded, ids[:, :tokens])
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+        assert (dropped - expected).abs().max() > 20 * (found - expected).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("qwen3", "normalises queries"), ("olmo2", "normalises"), ("phi3", "q_proj in 0 of 4")],
+)
+def test_where_it_cannot_be_folded_it_is_said(family, why, checkpoints, micro_models, tmp_path):
+    named = files(pair(micro_models(family)), tmp_path)
+    options = ExportOptions(
+        str(checkpoints(family)), tmp_path / "out", attention_factors="fold", **named
+    )
+    with pytest.raises(ValueError, match=why):
+        export(options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_static_export_has_one_set_and_no_boundary(checkpoints, micro_models, ids, tmp_path):
+    made, model = pair(micro_models("llama")), micro_models("llama")
+    named = files(made, tmp_path)
+    export(ExportOptions(str(checkpoints("llama")), tmp_path / "out", "hf-static", **named))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_scaling"]["attention_factor"] == 1  # what engines make of no boundary
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for tokens in (40, 97):
+        with installed(model, made.long):
+            expected = logits(model, ids[:, :tokens])
+        torch.testing.assert_close(logits(loaded, ids[:, :tokens]), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_weights_that_stay_as_they_are_are_not_read(checkpoints, micro_models, tmp_path):
+    """140 GB of them would be linked: these are no weights at all, and the export does not see."""
+    source = tmp_path / "model"
+    source.mkdir()
+    for file in checkpoints("llama").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "model.safetensors").write_bytes(b"not weights")
+    made = pair(micro_models("llama"))
+    standard = default_attention_factor(80, 512)
+    named = files(
+        type(made)(
+            made.short.replace(attention_factor=standard),
+            made.long.replace(attention_factor=standard),
+        ),
+        tmp_path,
+    )
+    assert export(ExportOptions(str(source), tmp_path / "out", **named)).folded is None
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"not weights"
+
+
+def test_start_tokens_are_refused_with_what_none_cost(checkpoints, micro_models, tmp_path):
+    long = pair(micro_models("llama")).long
+    searched = long.replace(start_tokens=8, provenance={"loss": 2.5})
+    searched.save(tmp_path / "rescale.json")
+    options = {"model": str(checkpoints("llama")), "out": tmp_path / "out"}
+    options |= {"rescale": str(tmp_path / "rescale.json"), "attention_factors": "field"}
+    with pytest.raises(ValueError, match=r"start_tokens is 8 .*; --drop-start-tokens"):
+        export(ExportOptions(**options))
+    long.replace(provenance={"loss": 2.5106}).save(tmp_path / "portable.json")
+    with pytest.raises(ValueError, match=r"portable.json, the best without, which costs 0\.0106"):
+        export(ExportOptions(**options))
+    intent = export(ExportOptions(**options, drop_start_tokens=True))
+    assert intent.pair.long == searched.replace(start_tokens=0)
+
+
+def test_nothing_is_overwritten_unasked(checkpoints, micro_models, tmp_path):
+    named = files(pair(micro_models("llama")), tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("dear")
+    options = {"model": str(checkpoints("llama")), "out": tmp_path / "out", **named}
+    with pytest.raises(ValueError, match="is there already; give another --out, or --force"):
+        export(ExportOptions(**options))
+    assert (tmp_path / "out" / "mine").read_text() == "dear"
+    export(ExportOptions(**options, force=True))
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gguf"])
+def test_a_killed_export_leaves_nothing_that_looks_finished(
+    suffix, checkpoints, micro_models, tmp_path
+):
+    """Killed with most of it written: in the last file's sync."""
+    named, out = files(pair(micro_models("llama")), tmp_path), tmp_path / f"out{suffix}"
+    code = f"""
+import os
+from pathlib import Path
+from longrope.export.run import ExportOptions, export
+os.fsync = lambda handle: os.kill(os.getpid(), 9)
+export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
+       {"gguf" if suffix else "hf"!r}, attention_factors="field", **{named!r}))
+"""
+    died = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert not out.exists()
+
+
+def test_every_family_says_whether_it_can_be_folded(micro_models):
+    from longrope.export.fold import why_not_foldable
+
+    foldable = {
+        family
+        for family in FAMILIES
+        if why_not_foldable(list(micro_models(family).state_dict()), 4) is None
+    }
+    assert {"llama", "mistral", "qwen2", "gemma", "gemma2", "granite", "cohere"} <= foldable
+    assert not {"qwen3", "gemma3", "olmo2", "phi3", "gpt_neox"} & foldable
+
+
+def test_a_rescale_of_another_shape_is_refused(checkpoints, tmp_path):
+    Rescale((1.0, 2.0), 1e4, 64, 512).save(tmp_path / "two.json")
+    options = ExportOptions(
+        str(checkpoints("llama")), tmp_path / "out", rescale=str(tmp_path / "two.json")
+    )
+    with pytest.raises(ValueError, match="factors has 2 numbers; this model needs 8"):
+        export(options)
