@@ -1,0 +1,100 @@
+"""The known methods in place of the second search, on a run's fine-tuned model: same training.
+
+Perplexity at every length of the evaluation on the run's held-out documents, and pass keys,
+under PI, NTK, YaRN and ``yarn-log`` taken from the fine-tuned length to the target. Interrupted,
+it goes on; it may run beside the run's own evaluation.
+
+    longrope extend --recipe bundled-512x --out runs/x512
+    python benchmarks/steps.py runs/x512 --passkeys 20 --passkeys-up-to 16384
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from longrope.evaluate.perplexity import score
+from longrope.evaluate.retrieval import passkey_prompt, retrieve
+from longrope.extend import open_run
+from longrope.files import Kept
+from longrope.forward import LongForward
+from longrope.parallel import Ranks
+from longrope.plan import evaluation_lengths
+from longrope.recipe import load_recipe
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+from longrope.search.problem import multiplied, step_factors
+from longrope.workspace import Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--methods", default="pi,ntk,yarn")
+    parser.add_argument("--passkeys", type=int, default=0, help="Asked at each length.")
+    parser.add_argument("--passkeys-up-to", type=int, default=16384)
+    args = parser.parse_args()
+    run = open_run(load_recipe(args.run / "recipe.yaml"), args.run, Ranks())
+    lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
+    methods = args.methods.split(",")
+    kept = Kept(args.run / "steps.jsonl")
+    asked = [n for n in lengths if args.passkeys and n <= args.passkeys_up_to]
+    for method in methods:
+        for length in asked:
+            key = f"passkey {method} {length} {args.passkeys}"
+            if key not in kept:
+                kept[key] = passkeys(run, method, length, args.passkeys)
+    for length in lengths:
+        for method in methods:
+            key = f"perplexity {method} {length}"
+            if key not in kept:
+                kept[key] = perplexity(run, method, length, lengths)
+    print("| perplexity | " + " | ".join(f"{n:,}" for n in lengths) + " |")
+    for method in methods:
+        row = [f"{kept[f'perplexity {method} {n}']['perplexity']:.2f}" for n in lengths]
+        print(f"| {method} | " + " | ".join(row) + " |")
+    for method in methods:
+        row = [f"{kept[f'passkey {method} {n} {args.passkeys}']['correct']}" for n in asked]
+        print(f"| {method}, keys of {args.passkeys} | " + " | ".join(row) + " |")
+
+
+def long_factors(run: Run, method: str) -> Rescale:
+    """A method's factors for the target on top of the fine-tuned ones, the run's attention."""
+    finetuned, target = run.rescale("search"), run.plan.target
+    start = finetuned.replace(
+        max_position_embeddings=target, attention_factor=run.attention_factor(target)
+    )
+    return multiplied(start, step_factors(run.facts, finetuned, method, target))
+
+
+def perplexity(run: Run, method: str, length: int, lengths: list[int]) -> dict[str, Any]:
+    loaded, target = run.trained(), run.plan.target
+    documents = run.pools.evaluation_documents(target, run.recipe.evaluate.documents)
+    with installed(loaded.model, long_factors(run, method)):
+        scores = score(
+            LongForward(loaded.model, run.recipe.chunk),
+            documents,
+            length,
+            bos=run.pools.bos,
+            lengths=lengths,
+            tokens_per_document=target,
+        )
+    return {"perplexity": scores.perplexity, "tokens": scores.tokens}
+
+
+def passkeys(run: Run, method: str, length: int, trials: int) -> dict[str, Any]:
+    loaded = run.trained()
+    rows = retrieve(
+        LongForward(loaded.model, run.recipe.chunk),
+        lambda n, depth, rng: passkey_prompt(
+            loaded.tokenizer, n, depth, rng, run.recipe.evaluate.digits
+        ),
+        length,
+        long_factors(run, method),
+        trials=trials,
+        seed=run.recipe.seed,
+    )
+    return {"correct": sum(row.correct for row in rows), "trials": sum(row.trials for row in rows)}
+
+
+if __name__ == "__main__":
+    main()
