@@ -1,8 +1,8 @@
 """The known methods in place of the second search, on a run's fine-tuned model: same training.
 
 Perplexity at every length of the evaluation on the run's held-out documents, and pass keys,
-under PI, NTK, YaRN and ``yarn-log`` taken from the fine-tuned length to the target. Interrupted,
-it goes on; it may run beside the run's own evaluation.
+under PI, NTK, YaRN and ``yarn-log`` taken from the fine-tuned length to the target, or no step at
+all (``stay``). Interrupted, it goes on; it may run beside the run's own evaluation.
 
     longrope extend --recipe bundled-512x --out runs/x512
     python benchmarks/steps.py runs/x512 --passkeys 20 --passkeys-up-to 16384
@@ -30,11 +30,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--methods", default="pi,ntk,yarn")
+    parser.add_argument("--up-to", type=int, help="The longest length; by default the target.")
     parser.add_argument("--passkeys", type=int, default=0, help="Asked at each length.")
     parser.add_argument("--passkeys-up-to", type=int, default=16384)
     args = parser.parse_args()
     run = open_run(load_recipe(args.run / "recipe.yaml"), args.run, Ranks())
     lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
+    lengths = [n for n in lengths if n <= (args.up_to or run.plan.target)]
     methods = args.methods.split(",")
     kept = Kept(args.run / "steps.jsonl")
     asked = [n for n in lengths if args.passkeys and n <= args.passkeys_up_to]
@@ -63,6 +65,8 @@ def long_factors(run: Run, method: str) -> Rescale:
     start = finetuned.replace(
         max_position_embeddings=target, attention_factor=run.attention_factor(target)
     )
+    if method == "stay":
+        return start
     return multiplied(start, step_factors(run.facts, finetuned, method, target))
 
 

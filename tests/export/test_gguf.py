@@ -14,7 +14,7 @@ from longrope.importing import import_pair
 from longrope.model import load_model
 from longrope.rope.rescale import Rescale
 from longrope.rope.switch import Pair
-from longrope.verify.check import verify
+from longrope.verify.check import Reference, verify
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def options(tmp_path, source, name, form):
 def test_llama_cpp_applies_the_factors(form, made, tmp_path):
     pytest.importorskip("xllamacpp")
     export(options(tmp_path, "bundled", "model.gguf", form))
-    verdict = verify(str(tmp_path / "model.gguf"), "llamacpp", prompts=1)
+    verdict = verify(Reference(str(tmp_path / "model.gguf")), "llamacpp", prompts=1)
     assert verdict.right, verdict
     sets = {line.applied for line in verdict.lines}
     assert sets == ({"short", "long"} if form == "gguf" else {"long"})

@@ -11,7 +11,7 @@ import pytest
 from longrope.export.run import ExportOptions, export
 from longrope.rope.rescale import Rescale
 from longrope.source import BUNDLED
-from longrope.verify.check import verify
+from longrope.verify.check import Reference, verify
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def wrapper(path, change):
 
 
 def test_transformers_switches_at_the_boundary(exported):
-    verdict = verify(str(exported), "transformers", prompts=1)
+    verdict = verify(Reference(str(exported)), "transformers", prompts=1)
     assert [(line.length, line.applied) for line in verdict.lines] == [
         (384, "short"),
         (512, "short"),
@@ -76,7 +76,7 @@ def test_an_engine_that_computes_something_else_is_unclear(exported, tmp_path):
     """Neither set: half of the prompt is missing."""
     change = "q['prompts'] = [ids[len(ids) // 2:] for ids in q['prompts']]"
     python = wrapper(tmp_path / "python", change)
-    verdict = verify(str(exported), "transformers", python=str(python), lengths=(1024,))
+    verdict = verify(Reference(str(exported)), "transformers", python=str(python), lengths=(1024,))
     assert verdict.lines[0].applied == "unclear"
     assert not verdict.right
 
@@ -117,5 +117,5 @@ def test_import_writes_what_was_exported(exported, tmp_path):
 
 
 def test_a_verdict_is_plain_data(exported):
-    verdict = verify(str(exported), "transformers", lengths=(64,), prompts=1)
+    verdict = verify(Reference(str(exported)), "transformers", lengths=(64,), prompts=1)
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["lines"][0]["length"] == 64

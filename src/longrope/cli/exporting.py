@@ -86,14 +86,14 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Which factors an engine applies, by its log-probabilities; exit code 1 if not those meant."""
-    from longrope.verify.check import advice
+    from longrope.verify.check import Reference, advice, require_engine
     from longrope.verify.check import verify as ask
     from longrope.windows import parse_length
 
     points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()
-    verdict = ask(
-        path, engine, python=python, lengths=points, prompts=prompts, dtype=dtype, chunk=chunk
-    )
+    require_engine(path, engine, python)
+    reference = Reference(path, dtype=dtype, chunk=chunk)
+    verdict = ask(reference, engine, python=python, lengths=points, prompts=prompts)
     if json_:
         print_json(dataclasses.asdict(verdict) | {"right": verdict.right})
     else:

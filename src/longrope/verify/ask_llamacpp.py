@@ -3,6 +3,7 @@
 python ask_llamacpp.py QUESTION.json ANSWER.json
 """
 
+import importlib
 import json
 import sys
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
-    import xllamacpp  # pyright: ignore[reportMissingImports]
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = question["path"]
     params.n_ctx = question["context"]

@@ -118,49 +118,38 @@ class Verdict:
 
 
 def verify(
-    path: str,
+    reference: "Reference",
     engine: str,
     *,
     python: str | None = None,
     lengths: tuple[int, ...] = (),
     prompts: int = 2,
-    dtype: str = "float32",
-    chunk: int = 2048,
 ) -> Verdict:
     """Ask an engine, and compare.
 
     Args:
-        path: a directory or a GGUF file with scaled RoPE.
+        reference: what it is held to; of several engines the same one may be given.
         python: of the engine's environment; by default this one's.
         lengths: prompt lengths in tokens; by default below, at and just above the boundary
             between short and long, and four times it.
-        dtype: what both compute in, where the engine can be told (llama.cpp cannot).
 
     Raises:
-        ValueError: no such engine, it is not installed, it failed, or it cannot read ``path``.
+        ValueError: no such engine, it is not installed, it failed, or it cannot read this export.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"--engine {engine}: choose {', '.join(ENGINES)}")
-    how = ENGINES[engine]
-    _require_readable(path, engine)
-    where = python or _this_python(engine, how)
-    loaded, pair = load_extended(path, dtype=dtype)
-    if pair is None:
-        raise ValueError(f"{path}: its RoPE is not scaled; there is nothing to verify")
-    target = pair.long.max_position_embeddings
-    boundary = import_pair(path).recovery_length  # a static export has one only in its note
-    points = lengths or _points(min(boundary, target // 4), target, how)
-    asked = [_prompts(loaded, length, prompts) for length in points]
+    how, where = require_engine(reference.path, engine, python)
+    pair = reference.pair
+    points = lengths or _points(reference.boundary, pair.long.max_position_embeddings, how)
+    asked = [_prompts(reference.loaded, length, prompts) for length in points]
     contexts = [_context(how, pair, length, max(points)) for length in points]
     answers: dict[int, list[dict[str, float]]] = {}
     version = ""
     for context in dict.fromkeys(contexts):
         these = [i for i, c in enumerate(contexts) if c == context]
         question = {
-            "path": str(Path(path).resolve()),
+            "path": str(Path(reference.path).resolve()),
             "context": context,
             "top": _TOP,
-            "dtype": dtype,
+            "dtype": reference.dtype,
             "prompts": [ids for i in these for ids in asked[i]],
         }
         answer = _ask(how, where, question)
@@ -169,20 +158,34 @@ def verify(
         answers |= {i: [next(rows) for _ in asked[i]] for i in these}
     if engine == "transformers-legacy" and not version.startswith("transformers 4"):
         raise ValueError(f"--python {where}: has {version}; transformers-legacy wants a 4.x")
-    compare = _Comparison(loaded, pair, chunk)
     lines = [
-        compare.line(length, contexts[i] if how.by_context else None, asked[i], answers[i])
+        reference.line(length, contexts[i] if how.by_context else None, asked[i], answers[i])
         for i, length in enumerate(points)
     ]
     return Verdict(engine, version, lines)
 
 
-class _Comparison:
-    """Our own forward under each of the three sets."""
+class Reference:
+    """Our own forward of an export, under each of the three sets; what it computed, it keeps.
 
-    def __init__(self, loaded: LoadedModel, pair: Pair, chunk: int):
-        self.pair, self.loaded = pair, loaded
+    Args:
+        path: a directory or a GGUF file with scaled RoPE.
+        dtype: what both sides compute in, where the engine can be told (llama.cpp cannot).
+
+    Raises:
+        ValueError: not scaled, or no such model.
+    """
+
+    def __init__(self, path: str, *, dtype: str = "float32", chunk: int = 2048):
+        loaded, pair = load_extended(path, dtype=dtype)
+        if pair is None:
+            raise ValueError(f"{path}: its RoPE is not scaled; there is nothing to verify")
+        self.path, self.dtype, self.pair, self.loaded = path, dtype, pair, loaded
+        # A static export has a boundary only in its note.
+        boundary, target = import_pair(path).recovery_length, pair.long.max_position_embeddings
+        self.boundary = boundary if boundary < target else target // 4
         self.forward = LongForward(loaded.model, chunk)
+        self._computed: dict[tuple[Rescale, tuple[int, ...]], torch.Tensor] = {}
         none = pair.long.replace(factors=(1.0,) * len(pair.long.factors), attention_factor=1.0)
         self.candidates: dict[str, Rescale] = {"long": pair.long, "none": none}
         if (pair.short.factors, pair.short.attention_factor) != (
@@ -217,12 +220,29 @@ class _Comparison:
     def _differences(
         self, rescale: Rescale, ids: list[int], answer: dict[str, float]
     ) -> torch.Tensor:
-        with installed(self.loaded.model, rescale):
-            logits = self.forward.prefill(torch.tensor([ids]))[0][0]
-        ours = logits.double().log_softmax(-1).cpu()
+        ours = self._log_probabilities(rescale, tuple(ids))
         tokens = torch.tensor([int(token) for token in answer])
         theirs = torch.tensor(list(answer.values()), dtype=torch.double)
         return (ours[tokens] - theirs).abs()
+
+    def _log_probabilities(self, rescale: Rescale, ids: tuple[int, ...]) -> torch.Tensor:
+        if (rescale, ids) not in self._computed:
+            with installed(self.loaded.model, rescale):
+                logits = self.forward.prefill(torch.tensor([ids]))[0][0]
+            self._computed[rescale, ids] = logits.double().log_softmax(-1).cpu()
+        return self._computed[rescale, ids]
+
+
+def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, str]:
+    """An engine, and the Python to ask it with.
+
+    Raises:
+        ValueError: no such engine, it is not installed, or it does not read this kind of export.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--engine {engine}: choose {', '.join(ENGINES)}")
+    _require_readable(path, engine)
+    return ENGINES[engine], python or _this_python(engine, ENGINES[engine])
 
 
 def _points(boundary: int, target: int, how: Engine) -> tuple[int, ...]:
