@@ -1,11 +1,11 @@
-"""Questions over long texts, asked in llama.cpp: a file as it came, and with the factors in it.
+"""Questions over long texts, asked in llama.cpp: an export, and the same without its factors.
 
     longrope export smollm2 --rescale yarn --target 16k --format gguf --out runs/smollm2-16k.gguf
-    python benchmarks/llamacpp_question.py smollm2 runs/smollm2-16k.gguf \\
-        --text runs/texts/austen-emma.txt --lengths 4096,12288
+    python benchmarks/llamacpp_question.py runs/smollm2-16k.gguf --text runs/texts/austen-emma.txt
 
-Needs ``pip install xllamacpp``. Five sentences stand at five depths of a novel, and each is asked
-for; the text is read once, greedy decoding.
+Without its factor tensors the file is what llama.cpp's stock converter writes for a LongRoPE
+checkpoint of this architecture. Needs ``pip install xllamacpp``. Five sentences stand at five
+depths of a novel, and each is asked for; the text is read once, greedy decoding.
 """
 
 import argparse
@@ -15,7 +15,9 @@ from typing import Any
 import xllamacpp
 from transformers import AutoTokenizer
 
-from longrope.source import local_copy, quiet, read_pretrained
+from longrope.export.gguf import LONG, SHORT
+from longrope.export.gguf_file import read_metadata, read_tensors, require_gguf, write_file
+from longrope.source import quiet, read_pretrained
 
 # Sentence up to the answer, and the answer.
 FACTS = {
@@ -29,24 +31,33 @@ FACTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="+", help="GGUF files; the first's tokenizer serves.")
+    parser.add_argument("model", type=Path, help="What longrope export --format gguf wrote.")
+    parser.add_argument("--only-without", action="store_true", help="Only without the factors.")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--lengths", default="4096,12288")
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
     with quiet():
-        tokenizer = read_pretrained(AutoTokenizer, args.models[0], False)
+        tokenizer = read_pretrained(AutoTokenizer, str(args.model), False)
     text = args.text.read_text(encoding="utf-8")
     print("| model | " + " | ".join(f"{n:,}" for n in lengths) + " |", flush=True)
-    for model in args.models:
-        server = serve(local_copy(model), max(lengths))
+    bare = args.model.with_name(f"{args.model.stem}-without.gguf")
+    drop_factors(args.model, bare)
+    for model in [bare] if args.only_without else [args.model, bare]:
+        server = serve(model, max(lengths))
         cells = []
         for length in lengths:
             story = told(tokenizer, text, length)
             found = {fact: said(server, tokenizer, story, fact) for fact in FACTS}
             right = sum(found[fact].startswith(answer) for fact, answer in FACTS.items())
             cells.append(f"{right} of {len(FACTS)} ({', '.join(found.values())!r})")
-        print(f"| {Path(model).name} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {model.name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def drop_factors(source: Path, path: Path) -> None:
+    reader = require_gguf().GGUFReader(source)
+    tensors = [t for t in read_tensors(reader) if t.name not in (LONG, SHORT)]
+    write_file(path, *read_metadata(reader), tensors)
 
 
 def told(tokenizer: Any, text: str, length: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -68,6 +69,25 @@ def local_copy(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=kinds))
     except Exception as error:
         raise ValueError(f"{source}: cannot be fetched: {_first_line(error)}") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors that transformers loads; a directory may hold other forms beside them.
+
+    Raises:
+        ValueError: there are none, or one that the index names is missing.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(f"{directory}: has no model.safetensors; save the model in that form")
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    files = [directory / name for name in sorted(set(named))]
+    missing = next((file for file in files if not file.exists()), None)
+    if missing is not None:
+        raise ValueError(f"{missing}: is missing, though {index.name} names it")
+    return files
 
 
 def refuse_scaled_gguf(source: str) -> None:

@@ -116,6 +116,31 @@ def test_weights_that_stay_as_they_are_are_not_read(checkpoints, micro_models, t
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"not weights"
 
 
+def test_shards_are_folded_each_and_other_forms_left_behind(
+    checkpoints, micro_models, ids, tmp_path
+):
+    """Three shards with their index, and Mistral's second copy of the weights beside them."""
+    model, source = micro_models("llama"), tmp_path / "model"
+    model.save_pretrained(source, max_shard_size="400KB")
+    for file in checkpoints("llama").glob("tokenizer*"):
+        (source / file.name).write_bytes(file.read_bytes())
+    shards = sorted(file.name for file in source.glob("model-*.safetensors"))
+    assert len(shards) >= 3
+    (source / "consolidated.safetensors").write_bytes(b"another form")
+    (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    made = pair(model)
+    export(ExportOptions(str(source), tmp_path / "out", **files(made, tmp_path)))
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
+    assert not list((tmp_path / "out").glob("*.bin"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with installed(model, made.long):
+        expected = logits(model, ids)
+    torch.testing.assert_close(logits(loaded, ids), expected, atol=2e-3, rtol=1e-3)
+    (source / shards[1]).unlink()
+    with pytest.raises(ValueError, match=f"{shards[1]}: is missing"):
+        export(ExportOptions(str(source), tmp_path / "again", **files(made, tmp_path)))
+
+
 def test_start_tokens_are_refused_with_what_none_cost(checkpoints, micro_models, tmp_path):
     long = pair(micro_models("llama")).long
     searched = long.replace(start_tokens=8, provenance={"loss": 2.5})

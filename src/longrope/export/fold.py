@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longrope.source import weight_files
+
 _QUERY = re.compile(r"\.(\d+)\.(self_attn|attention|attn)\.q_proj\.(weight|bias)$")
 _NORM = re.compile(r"(?<![a-z])(q|k|query|key)_?(layer)?norm")
 
@@ -34,7 +36,7 @@ def why_not_foldable(names: list[str], layers: int) -> str | None:
 def tensor_names(source: Path) -> list[str]:
     """Of every tensor in a directory's safetensors; only their headers are read."""
     names = []
-    for file in sorted(source.glob("*.safetensors")):
+    for file in weight_files(source):
         with safe_open(file, framework="pt") as weights:
             names += list(weights.keys())
     return names

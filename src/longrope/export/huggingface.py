@@ -16,7 +16,7 @@ from longrope.files import whole_directory
 from longrope.model import LoadedModel
 from longrope.rope.install import find_rotary
 from longrope.rope.switch import Pair
-from longrope.source import quiet, read_pretrained
+from longrope.source import quiet, read_pretrained, weight_files
 
 # What belongs to a checkpoint beside its weights; pickled weights and other forms stay behind.
 _KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
@@ -103,8 +103,7 @@ def export_directory(
             ``intent.folded``, query projections that cannot take the attention factor.
     """
     require_portable(intent.pair)
-    if not list(source.glob("*.safetensors")):
-        raise ValueError(f"{source}: has no *.safetensors; save the model in that form first")
+    files = weight_files(source)
     with quiet():
         config = read_pretrained(AutoConfig, str(source), trust_remote_code)
     with whole_directory(path) as directory:
@@ -115,7 +114,7 @@ def export_directory(
         if intent.folded is not None:
             factor = intent.pair.long.attention_factor / intent.folded
             weights = fold_attention_factor(source, config.get_text_config(), factor**2)
-        for file in sorted(source.glob("*.safetensors")):
+        for file in files:
             weights(file.resolve(), directory / file.name)
         _finish(directory, intent, config.get_text_config().rope_parameters)
         if check is not None:

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from longrope.export.gguf_file import Metadata, Tensor
+from longrope.source import weight_files
 
 _KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")
 _BYTE_LEVEL = {"add_prefix_space": False, "use_regex": True}
@@ -71,7 +72,7 @@ def llama_tensors(directory: Path) -> list[Tensor]:
     heads = {"q_proj": config["num_attention_heads"]}
     heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]
     tensors = []
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 if name == "lm_head.weight" and config.get("tie_word_embeddings"):
