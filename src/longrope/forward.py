@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
 from longrope import attention
-from longrope.layers import Injector, LayerCache, Passing, Recorder, Recording, find_layers
+from longrope.layers import (
+    Injector,
+    LayerCache,
+    Passing,
+    Recorder,
+    Recording,
+    cache_name,
+    find_layers,
+)
 from longrope.rope.install import column_layout, find_rotary
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
@@ -221,8 +229,8 @@ class LongForward:
                 self.decoder(
                     input_ids=ids_BT[:, span],
                     position_ids=_positions(ids_BT, span),
-                    past_key_values=cache,
                     use_cache=False,
+                    **{cache_name(self.decoder): cache},
                 )
             embedded = recording.hidden
             assert embedded is not None

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from longrope.export.gguf import read_pair
 from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.layers import cache_name
 from longrope.model import LoadedModel, load_model
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
@@ -125,7 +126,8 @@ def _next(model: Any, ids: list[int], cache: Any) -> Tensor:
     device = next(model.parameters()).device
     new = torch.tensor([ids[-1:]], device=device)
     position = torch.tensor([[len(ids) - 1]], device=device)
-    return model(input_ids=new, position_ids=position, past_key_values=cache).logits[:, -1]
+    cached = {cache_name(model): cache}
+    return model(input_ids=new, position_ids=position, **cached).logits[:, -1]
 
 
 def _pick(logits: Tensor, temperature: float, chance: torch.Generator) -> int:

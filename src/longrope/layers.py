@@ -1,5 +1,6 @@
 """A model's decoder layers, and what stands in for them while the long forward is at work."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,16 @@ def find_layers(model: nn.Module) -> tuple[Any, str]:
             if isinstance(child, nn.ModuleList) and len(child) == expected:
                 return site.owner, name
     raise ValueError(f"{type(model).__name__} has no list of decoder layers beside a rotary module")
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a model's forward calls its cache, and its output too.
+
+    ``cache`` since transformers 5.24, ``past_key_values`` before and in models of other
+    people's code.
+    """
+    known = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 class LayerCache:

@@ -40,7 +40,6 @@ def options(tmp_path, source, name, form):
 
 @pytest.mark.parametrize("form", ["gguf", "gguf-static"])
 def test_llama_cpp_applies_the_factors(form, made, tmp_path):
-    pytest.importorskip("xllamacpp")
     export(options(tmp_path, "bundled", "model.gguf", form))
     verdict = verify(Reference(str(tmp_path / "model.gguf")), "llamacpp", prompts=1)
     assert verdict.right, verdict

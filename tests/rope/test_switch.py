@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from conftest import RECOVERY, pair
+from longrope.layers import cache_name
 from longrope.rope.install import installed
 from longrope.rope.switch import Pair, switched
 
@@ -100,7 +101,8 @@ def test_prefill_in_chunks_chooses_by_the_whole_prompt(micro_models, ids):
             torch.no_grad()
         ):  # by hand, where nothing tells the total: filled again at the boundary
             for start in range(0, 97, 25):
-                part = model(input_ids=prompt[:, start : start + 25], past_key_values=cache).logits
+                chunk = prompt[:, start : start + 25]
+                part = model(input_ids=chunk, **{cache_name(model): cache}).logits
     assert torch.equal(whole, chunked)
     expected = logits(model, both.long, prompt)[:, 75:]
     torch.testing.assert_close(part, expected, atol=2e-4, rtol=1e-4)
@@ -113,15 +115,15 @@ def test_prefill_in_chunks_chooses_by_the_whole_prompt(micro_models, ids):
         ({"assistant_model": "itself"}, "assistant_model"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
         ({"cache_implementation": "static"}, "'static'"),
-        ({"past_key_values": "static"}, "'StaticCache'"),
+        ({"cache": "static"}, "'StaticCache'"),
     ],
 )
 def test_ways_of_generating_that_cannot_be_exact_are_refused(micro_models, ids, options, named):
     model = micro_models("llama")
     if options.get("assistant_model"):
         options = {"assistant_model": model}
-    if options.get("past_key_values"):
-        options = {"past_key_values": StaticCache(config=model.config, max_cache_len=128)}
+    if options.get("cache"):
+        options = {cache_name(model): StaticCache(config=model.config, max_cache_len=128)}
     with switched(model, pair(model)), pytest.raises(ValueError, match=named):
         model.generate(ids, max_new_tokens=2, **options)
 
@@ -135,8 +137,10 @@ def test_what_hides_the_tokens_is_refused(micro_models, ids):
             model(input_ids=ids, attention_mask=torch.zeros(2, 1, 97, 97))
         stranger = DynamicCache()
         stranger.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
-        with pytest.raises(ValueError, match="past_key_values"):
-            model(input_ids=ids, past_key_values=stranger)
+        with pytest.raises(ValueError, match=cache_name(model)):
+            model(input_ids=ids, **{cache_name(model): stranger})
+        with pytest.raises(ValueError, match=cache_name(model)):  # by its old name, too
+            model.model(input_ids=ids, past_key_values=stranger)
 
 
 def test_pair_from_a_config(micro_models):

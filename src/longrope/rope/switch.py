@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longrope.layers import cache_name
 from longrope.rope.install import (
     RescaledRotary,
     RotarySite,
@@ -150,7 +151,8 @@ class _Switch:
         """Judge the rows; where one crosses with keys of the other set cached, start over."""
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        ids, name = given.get("input_ids"), cache_name(decoder)
+        cache = given.get(name, given.get("past_key_values"))  # the old name is still taken
         if ids is None:
             raise ValueError(
                 "inputs_embeds: the short/long switch needs token ids, to fill a cache again when "
@@ -169,7 +171,7 @@ class _Switch:
             filled = self._filled.get(cache)
             if filled is None or filled.ids.shape[1] != cached:
                 raise ValueError(
-                    f"past_key_values: its {cached} tokens were not all cached under this switch; "
+                    f"{name}: its {cached} tokens were not all cached under this switch; "
                     "start from an empty cache"
                 )
             ids = torch.cat([filled.ids, ids], dim=1)
@@ -189,7 +191,7 @@ class _Switch:
         assert self._call is not None
         ids, new = self._call
         self._call = None
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, cache_name(decoder), None)
         if cache is not None:
             self._filled[cache] = _Filled(ids, self.rotary.long_rows)
         output.last_hidden_state = output.last_hidden_state[:, -new:]
@@ -227,7 +229,7 @@ class _Switch:
                 "short/long switch cannot follow; use num_beams=1"
             )
         kind = asked("cache_implementation")
-        cache = options.get("past_key_values")
+        cache = options.get("cache", options.get("past_key_values"))
         static = kind not in (None, "dynamic", "dynamic_full")
         if static or getattr(cache, "is_compileable", False):
             raise ValueError(
