@@ -129,7 +129,7 @@ def untrained(out: Path, target: str, seeds: list[int]) -> dict[str, Any]:
     for seed in seeds:
         directory = out / f"untrained-{target}-{seed}"
         settings = EvolutionSettings(population=16, mutations=8, crossovers=8, parents=8)
-        how = SearchSettings(samples=1, budget=24, seed=seed, settings=settings)
+        how = SearchSettings(samples=1, algorithm="paper", budget=24, seed=seed, settings=settings)
         result = search_factors(
             loaded, SearchOptions(target, directory, start_tokens=0, how=how), Ranks()
         )

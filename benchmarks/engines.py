@@ -7,7 +7,9 @@ Every engine in a virtual environment of its own, whose Python is given:
         --engine mlx=mlx/bin/python --engine llamacpp=llamacpp/bin/python
 
 The bundled Llama (256 tokens) is extended to 16,384 by YaRN factors, with short factors up to
-512. Other models: ``--model RUN --lengths 6144,8191,8193,16383``, what ``longrope extend`` wrote.
+512. Other models, or what ``longrope extend`` wrote (``--model RUN``):
+
+    python benchmarks/engines.py --model smollm2 --boundary 8192 --lengths 6144,8191,8193,16383 …
 """
 
 import argparse
@@ -20,14 +22,14 @@ from longrope.generate import is_run
 from longrope.rope.rescale import default_attention_factor
 from longrope.verify.check import Reference, Verdict, advice, verify
 
-BOUNDARY, TARGET = 512, 16384
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--engine", action="append", required=True, help="NAME or NAME=PYTHON")
-    parser.add_argument("--model", default="bundled", help="'bundled', or a run.")
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--boundary", type=int, default=512, help="Of a model that is no run.")
+    parser.add_argument("--target", type=int, default=16384, help="The same.")
     parser.add_argument("--lengths", default="384,511,513,2048")
     parser.add_argument("--formats", default="hf,hf-static,gguf,gguf-static")
     parser.add_argument("--prompts", type=int, default=2)
@@ -44,7 +46,7 @@ def main() -> None:
             continue
         out = args.out / (f"{form}.gguf" if gguf else form)
         if not out.exists():
-            export(options(args.model, out, form))
+            export(options(args.model, args.boundary, args.target, out, form))
         reference = Reference(str(out))
         for name in asked:
             verdict = verify(
@@ -53,13 +55,13 @@ def main() -> None:
             print(row(form, verdict), flush=True)
 
 
-def options(model: str, out: Path, form: str) -> ExportOptions:
+def options(model: str, boundary: int, target: int, out: Path, form: str) -> ExportOptions:
     if is_run(Path(model)):
         return ExportOptions(model, out, form)  # type: ignore[arg-type]
     facts = inspect_model(model)
     assert facts.original_max_position_embeddings
-    factor = default_attention_factor(facts.original_max_position_embeddings, TARGET)
-    for name, length in (("short", BOUNDARY), ("long", TARGET)):
+    factor = default_attention_factor(facts.original_max_position_embeddings, target)
+    for name, length in (("short", boundary), ("long", target)):
         rescale = facts.rescale("yarn", length).replace(attention_factor=factor)
         rescale.save(out.parent / f"{name}.json")
     named = {name: str(out.parent / f"{file}.json") for name, file in FILES.items()}

@@ -42,31 +42,44 @@ def chunk_attention(
     Raises:
         ValueError: the model asks for something this attention does not compute.
     """
+    refuse_others(attention_mask, others)
+    if softcap:
+        output, _ = blockwise(query, key, value, scaling, softcap, sliding_window)
+    elif sliding_window is not None and sliding_window < key.shape[2]:
+        output = _windowed(query, key, value, scaling, sliding_window)
+    elif key.shape[2] == query.shape[2]:
+        groups = query.shape[1] // key.shape[1]
+        output = F.scaled_dot_product_attention(
+            query, repeated(key, groups), repeated(value, groups), is_causal=True, scale=scaling
+        )
+    else:
+        output, _ = causal(query, key, value, scaling)
+    return output.transpose(1, 2), None
+
+
+def refuse_others(attention_mask: Tensor | None, others: dict[str, Any]) -> None:
+    """Refuse what the attention of a chunk does not compute.
+
+    Raises:
+        ValueError: a mask, or an argument that changes more than a plain causal forward.
+    """
     for name, given in others.items():
         if given is not None and name not in _HARMLESS and not name.startswith("output_"):
             raise ValueError(f"the long forward does not support the attention argument {name!r}")
     if attention_mask is not None:
         raise ValueError("the long forward takes unpadded sequences; it got an attention mask")
-    if softcap:
-        output = _blockwise(query, key, value, scaling, softcap, sliding_window)
-    elif sliding_window is not None and sliding_window < key.shape[2]:
-        output = _windowed(query, key, value, scaling, sliding_window)
-    else:
-        output = _causal(query, key, value, scaling)
-    return output.transpose(1, 2), None
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Output (B, H, C, D) and log-sum-exp of the scores (B, H, C); shapes as above."""
     batch, heads, chunk, dim = query.shape
     kv_heads, past = key.shape[1], key.shape[2] - chunk
     groups = heads // kv_heads
     own_key, own_value = key[:, :, past:], value[:, :, past:]
-    own_key, own_value = _repeated(own_key, groups), _repeated(own_value, groups)
-    if past == 0:
-        return F.scaled_dot_product_attention(
-            query, own_key, own_value, is_causal=True, scale=scaling
-        )
+    own_key, own_value = repeated(own_key, groups), repeated(own_value, groups)
     here, here_lse = _flash(query, own_key, own_value, causal=True, scaling=scaling)
+    if past == 0:
+        return here, here_lse
     # Without a mask the queries of the heads that share a key may stand in one row:
     # keys and values need no copy per head.
     folded = query.reshape(batch, kv_heads, groups * chunk, dim)
@@ -76,9 +89,11 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     there = there.reshape(batch, heads, chunk, value.shape[-1])
     there_lse = there_lse.reshape(batch, heads, chunk)
     exact = torch.promote_types(query.dtype, torch.float32)
+    here_lse, there_lse = here_lse.to(exact), there_lse.to(exact)
     # exp(here) / (exp(here) + exp(there)), the share of the chunk's own keys
-    share = torch.sigmoid(here_lse.to(exact) - there_lse.to(exact))[..., None]
-    return torch.lerp(there.to(exact), here.to(exact), share).to(query.dtype)
+    share = torch.sigmoid(here_lse - there_lse)[..., None]
+    output = torch.lerp(there.to(exact), here.to(exact), share).to(query.dtype)
+    return output, torch.logaddexp(here_lse, there_lse)
 
 
 def _flash(
@@ -115,23 +130,28 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window:
     columns = torch.arange(reach, total, device=query.device)[None, :]
     band = (columns <= rows) & (columns > rows - window)
     groups = query.shape[1] // key.shape[1]
-    near_key, near_value = (_repeated(t[:, :, reach:], groups) for t in (key, value))
+    near_key, near_value = (repeated(t[:, :, reach:], groups) for t in (key, value))
     return F.scaled_dot_product_attention(
         query, near_key, near_value, attn_mask=band, scale=scaling
     )
 
 
-def _blockwise(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float, window: int | None
-) -> Tensor:
-    """Attention with soft-capped scores, which no kernel of torch has."""
+def blockwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention with soft-capped scores, which no kernel of torch has; and their log-sum-exp."""
     batch, heads, chunk, dim = query.shape
     groups = heads // key.shape[1]
     first = key.shape[2] - chunk
     reach = 0 if window is None else max(0, first - window + 1)
     rows = torch.arange(first - reach, key.shape[2] - reach, device=query.device)
     folded = query.reshape(batch, key.shape[1], groups * chunk, dim)
-    output, _ = _online_softmax(
+    output, lse = _online_softmax(
         folded,
         key[:, :, reach:],
         value[:, :, reach:],
@@ -140,10 +160,10 @@ def _blockwise(
         softcap,
         window,
     )
-    return output.reshape(batch, heads, chunk, value.shape[-1])
+    return output.reshape(batch, heads, chunk, value.shape[-1]), lse.reshape(batch, heads, chunk)
 
 
-def _repeated(heads: Tensor, groups: int) -> Tensor:
+def repeated(heads: Tensor, groups: int) -> Tensor:
     """Keys or values once for every query head, shape (B, H, T, D)."""
     return heads.repeat_interleave(groups, dim=1) if groups > 1 else heads
 

@@ -157,7 +157,7 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     settings = section.settings(run.recipe)
     result = search_stage(loaded, problem, windows, settings, directory, run.ranks, stage.name)
     won = min(result.starts, key=lambda name: result.starts[name])
-    forwards = result.evaluations * (len(windows.ids) + settings.passkeys)
+    forwards = round(result.forwards * (len(windows.ids) + settings.passkeys))
     return {
         "loss": result.best_loss,
         "starts": result.starts,

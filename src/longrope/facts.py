@@ -74,6 +74,17 @@ class ModelFacts:
             attention_factor=rescale.attention_factor * self.base_attention_factor,
         )
 
+    def forward_flops(self, length: int) -> tuple[float, float]:
+        """Of one forward of a window: in matrix products with weights, and in attention.
+
+        Two per weight and token (the embedding table is read, not multiplied, unless it is
+        the head too); attention 4 · heads · head_dim per layer and pair of tokens, of which a
+        causal model sees half.
+        """
+        multiplied = self.parameters - (0 if self.tied else self.vocabulary * self.hidden_size)
+        pairs = length * length / 2
+        return 2.0 * multiplied * length, 4.0 * self.layers * self.heads * self.head_dim * pairs
+
 
 def inspect_model(
     source: str,

@@ -135,9 +135,10 @@ class LongForward:
         """
         ids_BT = input_ids.to(self.device)
         cache = DynamicCache()
-        with self._attention():
+        with self.attention():
             hidden_BTD = self._hidden(ids_BT, cache)
-            return self._logits(ids_BT, hidden_BTD, slice(-1, None))[:, -1], cache
+            last = slice(-1, None)
+            return self.logits(ids_BT, hidden_BTD[:, last], last)[:, -1], cache
 
     def _within_memory(self, compute: Callable[[], _T]) -> _T:
         while True:
@@ -175,11 +176,11 @@ class LongForward:
     @torch.inference_mode()
     def _losses(self, ids_BT: Tensor) -> Tensor:
         inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-        with self._attention():
+        with self.attention():
             hidden_BTD = self._hidden(inputs_BT)
             losses = []
-            for span in self._spans(inputs_BT.shape[1], min(self.chunk, _HEAD_ROWS)):
-                logits = self._logits(inputs_BT, hidden_BTD, span)
+            for span in self.head_spans(inputs_BT.shape[1]):
+                logits = self.logits(inputs_BT, hidden_BTD[:, span], span)
                 exact = torch.promote_types(logits.dtype, torch.float32)
                 targets = targets_BT[:, span]
                 loss = F.cross_entropy(
@@ -190,13 +191,13 @@ class LongForward:
 
     @torch.inference_mode()
     def _answers(self, ids_BT: Tensor, asked: Sequence[Asked]) -> list[Answer]:
-        with self._attention():
+        with self.attention():
             hidden_BTD = self._hidden(ids_BT)
             answers = []
             for row, first, tokens in asked:
                 before = slice(first - 1, first - 1 + len(tokens))
                 rows = slice(row, row + 1)
-                logits_TV = self._logits(ids_BT[rows], hidden_BTD[rows], before)[0].float()
+                logits_TV = self.logits(ids_BT[rows], hidden_BTD[rows, before], before)[0].float()
                 tokens_T = torch.tensor(tokens, device=logits_TV.device)
                 loss = F.cross_entropy(logits_TV, tokens_T, reduction="sum")
                 greedy = bool((logits_TV.argmax(dim=-1) == tokens_T).all())
@@ -205,8 +206,8 @@ class LongForward:
 
     def _hidden(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> Tensor:
         """The last layer's output for a whole sequence; keys and values go to ``cache``."""
-        spans = self._spans(ids_BT.shape[1], self.chunk)
-        hidden_BTD, recordings = self._embed(ids_BT, spans)
+        spans = self.spans(ids_BT.shape[1])
+        hidden_BTD, recordings = self.embed(ids_BT, spans)
         for index, layer in enumerate(self.layers):
             # One layer's keys and values at a time: the next layer writes over them.
             for span, recording in zip(spans, recordings, strict=True):
@@ -218,7 +219,7 @@ class LongForward:
                 cache.update(*recordings[0].cache.contents(), index)
         return hidden_BTD
 
-    def _embed(self, ids_BT: Tensor, spans: list[slice]) -> tuple[Tensor, list["Recording"]]:
+    def embed(self, ids_BT: Tensor, spans: list[slice]) -> tuple[Tensor, list[Recording]]:
         """The input of the first layer, and what else every layer gets, chunk by chunk."""
         cache = LayerCache(ids_BT.shape[1])
         hidden, recordings = None, []
@@ -243,17 +244,22 @@ class LongForward:
         assert hidden is not None
         return hidden, recordings
 
-    def _logits(self, ids_BT: Tensor, hidden_BTD: Tensor, span: slice) -> Tensor:
-        """Logits of a span from the last layer's output, by the model's own norm and head."""
-        final = Injector(hidden_BTD[:, span].to(self.device))
+    def logits(self, ids_BT: Tensor, hidden_BTD: Tensor, span: slice) -> Tensor:
+        """Logits of a span from its part of the last layer's output, by the model's own head."""
+        final = Injector(hidden_BTD.to(self.device))
         with self._exchanged([final, *[Passing() for _ in self.layers[1:]]]):
             return self.model(
                 input_ids=ids_BT[:, span], position_ids=_positions(ids_BT, span), use_cache=False
             ).logits
 
-    @staticmethod
-    def _spans(tokens: int, chunk: int) -> list[slice]:
-        return [slice(s, min(s + chunk, tokens)) for s in range(0, tokens, chunk)]
+    def spans(self, tokens: int, chunk: int | None = None) -> list[slice]:
+        """The chunks of a sequence, in order."""
+        size = chunk or self.chunk
+        return [slice(s, min(s + size, tokens)) for s in range(0, tokens, size)]
+
+    def head_spans(self, tokens: int) -> list[slice]:
+        """The chunks whose logits are in memory at a time."""
+        return self.spans(tokens, min(self.chunk, _HEAD_ROWS))
 
     @contextlib.contextmanager
     def _exchanged(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
@@ -265,11 +271,11 @@ class LongForward:
             setattr(self.decoder, self._layers_name, layers)
 
     @contextlib.contextmanager
-    def _attention(self) -> Iterator[None]:
+    def attention(self, name: str | None = None) -> Iterator[None]:
         """All of the model's attention through ours; without a mask, which ours implies."""
         config = self.decoder.config
         before = config._attn_implementation
-        config._attn_implementation = self.attention_name
+        config._attn_implementation = name or self.attention_name
         try:
             yield
         finally:

@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,21 @@ class Ranks:
         Raises:
             RankLost: a process is gone.
         """
+        return [row[0] for row in self.gather_rows([value])]
+
+    def gather_rows(self, row: Sequence[float]) -> list[list[float]]:
+        """The same for as many numbers of each rank, the same count on all.
+
+        Raises:
+            RankLost: a process is gone.
+        """
         if self.size == 1:
-            return [value]
-        mine = torch.tensor([value], dtype=torch.float64)
-        values = [torch.empty_like(mine) for _ in range(self.size)]
+            return [list(row)]
+        mine = torch.tensor(row, dtype=torch.float64)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
         with _losses_named():
-            dist.all_gather(values, mine)
-        return [v.item() for v in values]
+            dist.all_gather(rows, mine)
+        return [found.tolist() for found in rows]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON value, on every rank.

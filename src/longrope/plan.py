@@ -158,23 +158,8 @@ class _Costs:
         )
         self.weights = facts.parameters * self.size
 
-    def flops(self, length: int) -> tuple[float, float]:
-        """Of one forward of a window: in matrix products with weights, and in attention.
-
-        Two per weight and token (the embedding table is read, not multiplied, unless it is
-        the head too); attention 4 · heads · head_dim per layer and pair of tokens, of which a
-        causal model sees half.
-        """
-        facts = self.facts
-        multiplied = facts.parameters - (0 if facts.tied else facts.vocabulary * facts.hidden_size)
-        pairs = length * length / 2
-        return (
-            2.0 * multiplied * length,
-            4.0 * facts.layers * facts.heads * facts.head_dim * pairs,
-        )
-
     def search(self, name: str, section, length: int) -> Stage:
-        evaluations = section.settings(self.recipe).evaluations
+        evaluations = section.settings(self.recipe).forwards
         each = section.samples + section.passkeys
         forwards = evaluations * each if section.method == "search" else 0
         return self._forwards(name, "search", length, forwards)
@@ -184,11 +169,11 @@ class _Costs:
         pieces = steps * tuning.batch
         # Forward and twice that backward; with checkpointing the forward once again.
         passes = 4 if tuning.gradient_checkpointing else 3
-        linear, attention = (passes * pieces * flops for flops in self.flops(length))
+        linear, attention = (passes * pieces * flops for flops in self.facts.forward_flops(length))
         original = self.facts.original_max_position_embeddings or 0
         short = round(tuning.short_share * length / original) * original * pieces
         if short:
-            more = self.flops(original)
+            more = self.facts.forward_flops(original)
             linear += passes * short / original * more[0]
             attention += passes * short / original * more[1]
         return Stage(
@@ -222,14 +207,14 @@ class _Costs:
             methods = others + 1 + (unasked if length <= 2 * original else 0)
             count = methods * section.documents * (target // length)
             count += trials + others * section.passkey_trials_others + section.needle_trials
-            one = self.flops(length)
+            one = self.facts.forward_flops(length)
             forwards, tokens = forwards + count, tokens + count * length
             linear, attention = linear + count * one[0], attention + count * one[1]
         memory = self._forward_memory(target)
         return Stage("evaluate", "evaluate", target, forwards, tokens, linear, attention, memory)
 
     def _forwards(self, name: str, kind: str, length: int, forwards: int) -> Stage:
-        linear, attention = (forwards * flops for flops in self.flops(length))
+        linear, attention = (forwards * flops for flops in self.facts.forward_flops(length))
         memory = self._forward_memory(length)
         return Stage(name, kind, length, forwards, forwards * length, linear, attention, memory)
 

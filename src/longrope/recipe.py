@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from longrope.files import write_atomically
 from longrope.forward import DEFAULT_CHUNK
 from longrope.rope.methods import METHODS
+from longrope.search.descent import DescentSettings
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.stage import SearchSettings
 from longrope.train.settings import FinetuneSettings
@@ -26,12 +27,13 @@ class Search(_Section):
     """One search. With a ``method`` other than ``search``, that method's factors are taken."""
 
     method: str = "search"
-    algorithm: str = "paper"
+    algorithm: str = "fast"
     samples: _Positive = 5
     passkeys: _Count = 0
     budget: _Positive | None = None
     patience: _Positive | None = None
     upper: Annotated[float, Field(ge=1)] | None = None
+    rate: float = DescentSettings.rate
     population: int = 64
     mutations: int = 16
     crossovers: int = 16
@@ -50,6 +52,7 @@ class Search(_Section):
             seed=recipe.seed,
             chunk=recipe.chunk,
             hidden_device=recipe.hidden_device,
+            rate=self.rate,
             settings=EvolutionSettings(
                 self.population,
                 self.mutations,

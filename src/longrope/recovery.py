@@ -58,7 +58,7 @@ def choose(
     """
 
     def loss(rescale: Rescale, length: int) -> float:
-        return Objective(forward, windows[length])(rescale)
+        return Objective(forward, windows[length])(rescale).loss
 
     without = {length: loss(long, length) for length in windows}
     losses = {

@@ -5,6 +5,7 @@ from test_space import space
 
 from longrope.rope import methods
 from longrope.search.evolution import Evolution, EvolutionSettings
+from longrope.search.space import Outcome
 
 SMALL = EvolutionSettings(population=12, mutations=4, crossovers=4, iterations=5, parents=4)
 
@@ -24,10 +25,11 @@ def run(settings, seed, loss=bowl):
     algorithm = Evolution(here, starts(here), settings, seed)
     asked, losses = [], []
     while not algorithm.done:
-        generation = algorithm.ask()
+        trials = algorithm.ask()
+        generation = [trial.candidate for trial in trials]
         assert all(here.contains(candidate) for candidate in generation)
         found = [loss(candidate) for candidate in generation]
-        algorithm.tell(generation, found)
+        algorithm.tell(trials, [Outcome(loss) for loss in found])
         asked += generation
         losses += found
     return asked, losses
@@ -35,14 +37,14 @@ def run(settings, seed, loss=bowl):
 
 def test_the_papers_budget():
     settings = EvolutionSettings()
-    assert settings.evaluations == 1344
+    assert settings.forwards == 1344
     assert (settings.population, settings.mutations, settings.crossovers) == (64, 16, 16)
     assert (settings.probability, settings.iterations, settings.parents) == (0.3, 40, 32)
 
 
 def test_asks_what_it_should_and_nothing_twice():
     asked, _ = run(SMALL, seed=0)
-    assert len(asked) == SMALL.evaluations == 12 + 5 * 8
+    assert len(asked) == SMALL.forwards == 12 + 5 * 8
     assert len(set(asked)) == len(asked)
     here = space()
     assert asked[:3] == starts(here)
@@ -67,9 +69,10 @@ def test_differences_below_rounding_decide_nothing():
 def test_what_is_not_finite_has_no_children(bad):
     here = space()
     algorithm = Evolution(here, starts(here), SMALL, 0)
-    first = algorithm.ask()
+    trials = algorithm.ask()
+    first = [trial.candidate for trial in trials]
     good = first[7]
-    algorithm.tell(first, [1.0 if c in first[4:8] else bad for c in first])
+    algorithm.tell(trials, [Outcome(1.0 if c in first[4:8] else bad) for c in first])
     assert {c for _, _, c in algorithm._ranked[:4]} == set(first[4:8])
     assert good in first[4:8]
 
@@ -83,7 +86,7 @@ def test_a_space_that_is_used_up_ends_the_search():
     while not algorithm.done:
         generation = algorithm.ask()
         seen += generation
-        algorithm.tell(generation, [0.0] * len(generation))
+        algorithm.tell(generation, [Outcome(0.0)] * len(generation))
     assert len(set(seen)) == len(seen) <= 6  # all pairs a ≤ b of 100, 101, 102
 
 

@@ -10,6 +10,7 @@ from longrope.files import only_process
 from longrope.rope.rescale import Rescale
 from longrope.search.record import SearchConfig
 from longrope.search.run import search
+from longrope.search.space import Outcome
 
 SPACE = space()
 
@@ -40,11 +41,11 @@ class Loss:
     def __init__(self, fail_at: int | None = None, of=bowl):
         self.calls, self.fail_at, self.of = 0, fail_at, of
 
-    def __call__(self, rescale):
+    def __call__(self, rescale, part=None, slope=False):
         self.calls += 1
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
-        return self.of(SPACE.nearest(rescale))
+        return Outcome(self.of(SPACE.nearest(rescale)))
 
 
 def go(out, loss=None, seed=0, **more):
@@ -60,7 +61,7 @@ def contents(out):
 def test_leaves_the_files_of_the_contract(tmp_path):
     result = go(tmp_path, provenance={"model": "bundled"})
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert [line["evaluation"] for line in history] == list(range(SMALL.evaluations))
+    assert [line["evaluation"] for line in history] == list(range(SMALL.forwards))
     best = min(history, key=lambda line: line["loss"])
     portable = min((x for x in history if not x["start_tokens"]), key=lambda line: line["loss"])
     for name, line in (("rescale.json", best), ("portable.json", portable)):
@@ -94,7 +95,7 @@ def test_a_line_cut_short_by_a_kill_is_computed_again(tmp_path):
     history.write_bytes(history.read_bytes()[:-30])
     rest = Loss()
     go(tmp_path / "cut", rest)
-    assert rest.calls == SMALL.evaluations - 18
+    assert rest.calls == SMALL.forwards - 18
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -102,7 +103,7 @@ def test_a_finished_search_computes_nothing(tmp_path):
     go(tmp_path)
     before, again = contents(tmp_path), Loss()
     result = go(tmp_path, again)
-    assert (again.calls, result.computed, result.evaluations) == (0, 0, SMALL.evaluations)
+    assert (again.calls, result.computed, result.evaluations) == (0, 0, SMALL.forwards)
     assert contents(tmp_path) == before
 
 
@@ -126,7 +127,7 @@ def test_a_smaller_budget_forgets_nothing(tmp_path):
     go(tmp_path)
     before, loss = contents(tmp_path), Loss()
     result = go(tmp_path, loss, budget=5)
-    assert (loss.calls, result.evaluations) == (0, SMALL.evaluations)
+    assert (loss.calls, result.evaluations) == (0, SMALL.forwards)
     assert contents(tmp_path) == before
 
 
@@ -139,7 +140,7 @@ def test_a_damaged_line_costs_what_follows_it(tmp_path, caplog):
     history.write_text("\n".join(lines) + "\n")
     loss = Loss()
     go(tmp_path / "hurt", loss)
-    assert loss.calls == SMALL.evaluations - 30
+    assert loss.calls == SMALL.forwards - 30
     assert "line 31 is damaged" in caplog.text
     assert contents(tmp_path / "hurt") == contents(tmp_path / "whole")
 

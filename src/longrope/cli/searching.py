@@ -68,12 +68,16 @@ def search(
     passkeys: Annotated[
         int, typer.Option(help="Pass keys asked of every candidate too; their loss is added.")
     ] = 0,
-    algorithm: Annotated[str, typer.Option(help="paper: LongRoPE's Algorithm 1.")] = "paper",
+    algorithm: Annotated[
+        str, typer.Option(help="fast: down the slope; paper: LongRoPE's Algorithm 1.")
+    ] = "fast",
     budget: Annotated[
-        int | None, typer.Option(help="Evaluations at most; by default the settings' 1,344.")
+        int | None,
+        typer.Option(help="Forwards of all windows at most; by default 27, the paper's 1,344."),
     ] = None,
+    rate: Annotated[float, typer.Option(help="Largest step in ln λ (fast).")] = 0.06,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many generations without a new best.")
+        int | None, typer.Option(help="Stop after so many generations without a new best (paper).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides windows and candidates.")] = 0,
     attention_factor: Annotated[
@@ -124,6 +128,7 @@ def search(
             seed=seed,
             chunk=chunk,
             hidden_device=hidden_device,
+            rate=rate,
             settings=EvolutionSettings(
                 population, mutations, crossovers, probability, iterations, parents
             ),
@@ -146,7 +151,7 @@ def search(
         print_json(summary(result, out))
         return
     state = "done" if result.computed else "already done"
-    console.print(f"{state}: {result.evaluations} evaluations; loss in nats per token:")
+    console.print(f"{state}: {result.forwards:g} forwards of all windows; loss in nats per token:")
     for name, loss in result.starts.items():
         console.print(f"  {name:9} {loss:.4f}")
     console.print(f"  best      {result.best_loss:.4f}  (start tokens {result.best.start_tokens})")

@@ -1,6 +1,7 @@
 """The plots of a run: factors, perplexity against length and position, the history."""
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,11 +78,16 @@ def position_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
 
 
 def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Every loss of a search, the best so far, and the starts as lines."""
+    """Every loss on all windows, the best so far, and the starts as lines."""
     figure, axes = _figure()
-    finite = [line for line in history if line["loss"] is not None]
+    spent = list(itertools.accumulate(line.get("forwards", 1.0) for line in history))
+    whole = [
+        (forwards, line)
+        for forwards, line in zip(spent, history, strict=True)
+        if line["loss"] is not None and "part" not in line
+    ]
+    numbers, finite = [forwards for forwards, _ in whole], [line for _, line in whole]
     perplexities = [math.exp(line["loss"]) for line in finite]
-    numbers = [line["evaluation"] + 1 for line in finite]
     best = [min(perplexities[: i + 1]) for i in range(len(perplexities))]
     axes.plot(numbers, perplexities, ".", color="#bdc3c7", markersize=3, label="candidates")
     axes.plot(numbers, best, color=_SEARCHED, label="best so far")
@@ -94,7 +100,7 @@ def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     middle = sorted(perplexities)[len(perplexities) // 2]
     top, low = max(middle, min(starts, default=middle)), min(best)
     axes.set_ylim(low - 0.1 * (top - low + 1e-3), top + 0.4 * (top - low + 1e-3))
-    axes.set(xlabel="evaluations", ylabel="perplexity of the search windows")
+    axes.set(xlabel="forwards of all windows", ylabel="perplexity of the search windows")
     axes.set_title("History of the search")
     return _finished(figure, axes)
 

@@ -22,7 +22,7 @@ def report(directory: Path) -> list[Path]:
         rescale = Rescale.load(directory / "rescale.json")
         figures["factors.png"] = plots.factors_figure(_beside_methods(directory, rescale))
     history = [line for line in read_lines(directory / "history.jsonl") if line.get("loss")]
-    if history:
+    if any("part" not in line for line in history):
         figures["history.png"] = plots.history_figure(history)
     if (directory / "compare.json").exists():
         comparison = _read(directory / "compare.json")

@@ -220,7 +220,7 @@ def _training(directory: Path) -> Section | None:
         )
     for name in ("search", "second-search"):
         history = [x for x in read_lines(directory / name / "history.jsonl") if x.get("loss")]
-        if history:
+        if any("part" not in line for line in history):
             caption = f"Every candidate of the {name.replace('-', ' ')}."
             pictures.append(Picture(f"{name}.png", caption, plots.history_figure(history)))
     return Section("Searches and training", figures=pictures) if pictures else None

@@ -143,6 +143,8 @@ class RescaledRotary(nn.Module):
         self.rescale = rescale
         self.inv_freq = torch.from_numpy(rescale.inv_freq).float()
         self.attention_scaling = rescale.attention_factor
+        # Where a list: all that was handed out, as leaves whose gradients are asked for.
+        self.tape: list[tuple[Tensor, Tensor, Tensor]] | None = None
         # Held in a tuple so that the original is no submodule of ours.
         self._held = (site.module,)
         self._original_inv_freq = site.inv_freq.detach().float().cpu()
@@ -163,20 +165,53 @@ class RescaledRotary(nn.Module):
             return self.original(x, position_ids, layer_type)
         # Apple's GPUs have no float64: there the angles are made on the CPU.
         where = torch.device("cpu") if x.device.type == "mps" else x.device
-        positions = position_ids.to(where)[..., None].double()
-        inv_freq = self.inv_freq.to(where).double()
-        scaling: Tensor | float = self.attention_scaling
+        positions = position_ids.to(where)
+        phases, scaling, _ = self._phases(positions)
+        layout, dtype = self._layout.to(where), x.dtype
+        cos = (phases.cos() * scaling)[..., layout].to(dtype).to(x.device)
+        sin = (phases.sin() * scaling)[..., layout].to(dtype).to(x.device)
+        if self.tape is not None:
+            self.tape.append((positions, cos.requires_grad_(), sin.requires_grad_()))
+        return cos, sin
+
+    def _phases(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Float64 phases (batch, tokens, d/2), attention factors, and where n̂ leaves them alone."""
+        column = positions[..., None]
+        inv_freq = self.inv_freq.to(column.device).double()
+        # As published, the first tokens keep angle *and* temperature (eq. 3 with I = 1).
+        first = column < self.rescale.start_tokens
+        scaling = torch.full_like(column, self.attention_scaling, dtype=torch.float64)
         if self.rescale.start_tokens:
-            # As published, the first tokens keep angle *and* temperature (eq. 3 with I = 1).
-            first = positions < self.rescale.start_tokens
-            inv_freq = torch.where(first, self._original_inv_freq.to(where).double(), inv_freq)
+            original = self._original_inv_freq.to(column.device).double()
+            inv_freq = torch.where(first, original, inv_freq)
             scaling = torch.where(first, self._original_attention_scaling, scaling)
-        phases = positions * inv_freq
-        layout = self._layout.to(where)
-        cos = (phases.cos() * scaling)[..., layout]
-        sin = (phases.sin() * scaling)[..., layout]
-        dtype = x.dtype
-        return cos.to(dtype).to(x.device), sin.to(dtype).to(x.device)
+        return column.double() * inv_freq, scaling, first
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """d loss / d ln λ, shape (d/2,), float64, after a backward pass over all on the tape.
+
+        A phase is p = n · θ^(−2i/d) / λ, so d p / d ln λ = −p.
+
+        Raises:
+            ValueError: nothing on the tape reached the loss.
+        """
+        total = torch.zeros(len(self.inv_freq), dtype=torch.float64)
+        reached = False
+        for positions, cos, sin in self.tape or ():
+            if cos.grad is None or sin.grad is None:
+                continue  # made for a head that does not rotate
+            reached = True
+            phases, scaling, first = self._phases(positions)
+            layout = self._layout.to(positions.device)
+            by_cos, by_sin = (t.grad.to(positions.device).double() for t in (cos, sin))  # type: ignore[union-attr]
+            shown = phases[..., layout]
+            by_phase = (shown.cos() * by_sin - shown.sin() * by_cos) * scaling
+            by_factor = torch.where(first, 0.0, -shown * by_phase).flatten(0, -2).sum(dim=0)
+            total += torch.zeros_like(total).index_add(0, self._layout, by_factor.cpu())
+        if not reached:
+            raise ValueError("no gradient reaches this model's cosines; use --algorithm paper")
+        return total
 
 
 def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
@@ -190,10 +225,10 @@ def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
 
 
 @contextlib.contextmanager
-def installed(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
+def installed(model: nn.Module, rescale: Rescale | None, *, always: bool = False) -> Iterator[None]:
     """The model with ``rescale`` in place; leaving restores it bit for bit.
 
-    ``None``, and a rescale that is what the model does already, change nothing.
+    ``None``, and (unless ``always``) a rescale that is what the model does already, change nothing.
     Position ids that the caller does not give come from the attention mask, so
     that a left-padded row equals the unpadded one.
 
@@ -209,7 +244,7 @@ def installed(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
     check_fits(rescale, len(site.inv_freq), float(site.parameters["rope_theta"]))
     before = getattr(site.owner, site.name)  # an outer rescale, perhaps
-    if before is site.module and changes_nothing(site, rescale):
+    if not always and before is site.module and changes_nothing(site, rescale):
         yield
         return
     hook = site.owner.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)

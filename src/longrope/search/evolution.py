@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from longrope.search.space import Candidate, Space, distinct
+from longrope.search.space import Candidate, Outcome, Price, Space, Trial, distinct
 
 # Draws for one new candidate before the search takes what it has: near the end every
 # neighbour of the parents may be known.
@@ -41,8 +41,8 @@ class EvolutionSettings:
             raise ValueError(f"--probability is {self.probability}; it must be in (0, 1]")
 
     @property
-    def evaluations(self) -> int:
-        """The whole budget: 1,344 with the paper's settings."""
+    def forwards(self) -> int:
+        """The whole budget, in forwards of all windows: 1,344 with the paper's settings."""
         return self.population + self.iterations * (self.mutations + self.crossovers)
 
 
@@ -54,12 +54,17 @@ class Evolution:
 
         >>> algorithm = Evolution(space, starts, EvolutionSettings(), seed=0)
         >>> while not algorithm.done:
-        ...     generation = algorithm.ask()
-        ...     algorithm.tell(generation, [loss(candidate) for candidate in generation])
+        ...     trials = algorithm.ask()
+        ...     algorithm.tell(trials, [Outcome(loss(trial.candidate)) for trial in trials])
     """
 
     def __init__(
-        self, space: Space, starts: Sequence[Candidate], settings: EvolutionSettings, seed: int
+        self,
+        space: Space,
+        starts: Sequence[Candidate],
+        settings: EvolutionSettings,
+        seed: int,
+        price: Price | None = None,  # every trial costs one
     ):
         self.space = space
         self.settings = settings
@@ -79,17 +84,17 @@ class Evolution:
         version, numbers, gauss = self._rng.getstate()
         return [version, list(numbers), gauss]
 
-    def ask(self) -> list[Candidate]:
+    def ask(self) -> list[Trial]:
         """The next generation: the starts and mutants of them, then children of the best."""
-        return self._first() if self.generation == 0 else self._children()
+        return [Trial(c) for c in (self._first() if self.generation == 0 else self._children())]
 
-    def tell(self, candidates: Sequence[Candidate], losses: Sequence[float]) -> None:
+    def tell(self, trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> None:
         """Losses of the candidates asked for; NaN and infinity lose to every number."""
-        for candidate, loss in zip(candidates, losses, strict=True):
+        for trial, outcome in zip(trials, outcomes, strict=True):
             # Rounded, so that the last bits of a sum cannot decide who is a parent.
-            rank = round(loss, 6) if math.isfinite(loss) else math.inf
-            self._ranked.append((rank, len(self._ranked), candidate))
-            self._known.add(candidate)
+            rank = round(outcome.loss, 6) if math.isfinite(outcome.loss) else math.inf
+            self._ranked.append((rank, len(self._ranked), trial.candidate))
+            self._known.add(trial.candidate)
         self._ranked.sort()
         self.generation += 1
 

@@ -10,8 +10,10 @@ import torch
 
 from longrope.evaluate.retrieval import Prompt, depths, passkey_prompt, require_room
 from longrope.forward import LongForward
+from longrope.gradient import gradient
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
+from longrope.search.space import Outcome
 
 
 class Objective:
@@ -20,6 +22,8 @@ class Objective:
     With questions, the mean loss of their answers' tokens is added: perplexity alone does
     not see whether a model still finds what stands far back (after LongRoPE2's
     needle-driven perplexity, which takes the answers alone).
+
+    A part is one window, with its share of the questions.
 
     Args:
         forward: the model's long forward.
@@ -31,17 +35,35 @@ class Objective:
         self.windows = windows
         self.questions = questions
 
-    def __call__(self, rescale: Rescale) -> float:
-        """The loss; NaN where the model's losses are not finite."""
+    def __call__(self, rescale: Rescale, part: int | None = None, slope: bool = False) -> Outcome:
+        """The loss; NaN where the model's losses are not finite. And its slope, where asked for."""
+        windows, questions = self.windows, list(self.questions)
+        if part is not None:
+            windows = windows[part : part + 1]
+            questions = questions[part :: len(self.windows)]
+        if slope:
+            return self._slope(rescale, windows, questions)
         with installed(self.forward.model, rescale):
-            loss = _mean(self.forward.batches(self.windows))
-            if self.questions:
-                loss += _mean(self._answer(question) for question in self.questions)
-        return loss if math.isfinite(loss) else math.nan
+            loss = _mean(self.forward.batches(windows))
+            if questions:
+                loss += _mean(self._answer(question) for question in questions)
+        return Outcome(loss if math.isfinite(loss) else math.nan)
 
     def _answer(self, question: Prompt) -> torch.Tensor:
         ids = torch.from_numpy(question.ids)[None]
         return self.forward.losses(ids)[:, -question.answer_tokens :]
+
+    def _slope(self, rescale: Rescale, windows: np.ndarray, questions: Sequence[Prompt]) -> Outcome:
+        loss, by_factor = 0.0, torch.zeros(len(rescale.factors), dtype=torch.float64)
+        texts = [(ids, 0, 1 / len(windows)) for ids in windows]
+        answers = [(q.ids, q.answer_tokens, 1 / len(questions)) for q in questions]
+        with installed(self.forward.model, rescale, always=True):
+            for ids, counted, share in texts + answers:
+                row = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
+                found = gradient(self.forward, row, counted)
+                loss += share * found.loss
+                by_factor += share * found.by_factor
+        return Outcome(loss if math.isfinite(loss) else math.nan, tuple(by_factor.tolist()))
 
 
 def passkey_questions(tokenizer: Any, length: int, count: int, seed: int) -> list[Prompt]:

@@ -24,10 +24,14 @@ _SHRUNK = (0.75, 0.5, 0.25)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What one search looks for: its space, and its named first candidates."""
+    """What one search looks for: its space, and its named first candidates.
+
+    ``more`` are starts of ours, which Algorithm 1 is not given.
+    """
 
     space: Space
     starts: dict[str, Candidate]
+    more: dict[str, Candidate] = dataclasses.field(default_factory=dict)
 
 
 def first_search(
@@ -38,16 +42,22 @@ def first_search(
     start_tokens: tuple[int, ...] = START_TOKENS,
     upper: float | None = None,
 ) -> Problem:
-    """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK and YaRN."""
+    """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK and YaRN.
+
+    And from s^ramp, which leaves alone what turns more than 16 times within the original length and
+    interpolates in full what makes less than half a turn.
+    """
     start = starting_point(facts, target, attention_factor)
     space = Space(start, upper or MARGIN * start.scale, start_tokens)
     known = {name: facts.rescale(name, target) for name in STARTS}
+    turns = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
     return Problem(
         space,
         {
             name: space.nearest(rescale.replace(start_tokens=start_tokens[0]))
             for name, rescale in known.items()
         },
+        {"ramp": space.rounded(start.scale ** _ramp(turns, 16.0, 0.5), start_tokens[0])},
     )
 
 
@@ -97,10 +107,17 @@ def step_factors(facts: ModelFacts, finetuned: Rescale, method: str, target: int
         return np.array(step.rescale(method, target).factors)
     scale = target / finetuned.max_position_embeddings
     turns = finetuned.max_position_embeddings * finetuned.inv_freq / (2 * np.pi)
-    fast, slow = 32.0, (4.0 if method == "yarn-log" else 1.0)
-    ramp = np.clip(np.log(fast / turns) / np.log(fast / slow), 0, 1)
+    ramp = _ramp(turns, 32.0, 4.0 if method == "yarn-log" else 1.0)
     factors = scale**ramp if method == "yarn-log" else 1 / (ramp / scale + (1 - ramp))
     return np.maximum.accumulate(factors)
+
+
+def _ramp(turns: np.ndarray, fast: float, slow: float) -> np.ndarray:
+    """0 for dimensions that turn more than ``fast`` times, 1 below ``slow``; straight in the log.
+
+    YaRN's own is straight in the turns' logarithm too, the dimension's number.
+    """
+    return np.clip(np.log(fast / turns) / np.log(fast / slow), 0, 1)
 
 
 def recovery_search(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.files import read_lines, write_atomically
+from longrope.search.descent import DescentSettings
 from longrope.search.evolution import EvolutionSettings
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ class SearchConfig:
 
     ``model``, ``documents`` and ``windows`` (all token ids) are content hashes. ``chunk``
     and ``device`` are here because they decide the last bits of a loss. Budget and
-    patience are not: they say where to stop, and a finished search may go on with more.
+    patience are not: they say where to stop, and a finished search may go on with more
+    (of the descent's settings the budget is one: its steps get smaller towards its end).
     """
 
     model: str
@@ -30,7 +32,7 @@ class SearchConfig:
     passkeys: int
     length: int
     algorithm: str
-    settings: EvolutionSettings
+    settings: EvolutionSettings | DescentSettings
     seed: int
     dtype: str
     device: str

@@ -1,4 +1,4 @@
-"""What a candidate of the search is, and the moves that keep it one.
+"""What a candidate of the search is, the moves that keep it one, and what is asked of it.
 
 LongRoPE's space (table 4): factors λ in [1, 1.25 · s] in steps of 0.01 that never
 decrease with the dimension, and a number n̂ of start tokens from a fixed set.
@@ -24,6 +24,46 @@ class Candidate:
     hundredths: tuple[int, ...]
     start_tokens: int = 0
 
+    @property
+    def portable(self) -> bool:
+        """Whether engines could load it: no format has a field for n̂."""
+        return self.start_tokens == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One evaluation: of a candidate on all search windows, or on one of them alone.
+
+    ``part`` is that window's number; ``slope`` asks for the loss's slope by ln λ too.
+    """
+
+    candidate: Candidate
+    part: int | None = None
+    slope: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The loss of a trial in nats per token (NaN where there is none), and the slope asked for."""
+
+    loss: float
+    slope: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What trials cost, in forward equivalents: all search windows once are one.
+
+    ``parts`` windows can be asked alone; a ``slope`` costs so many forwards of its window.
+    """
+
+    parts: int = 1
+    slope: float = 3.0
+
+    def of(self, trial: Trial) -> float:
+        whole = 1.0 if trial.part is None else 1.0 / self.parts
+        return whole * (self.slope if trial.slope else 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Space:
@@ -48,7 +88,7 @@ class Space:
 
     def rescale(self, candidate: Candidate) -> Rescale:
         """The rescale that a candidate stands for."""
-        factors = np.array(candidate.hundredths) / _STEPS * np.array(self.start.factors)
+        factors = self.multipliers(candidate) * np.array(self.start.factors)
         return self.start.replace(
             factors=tuple(factors.tolist()), start_tokens=candidate.start_tokens
         )
@@ -56,8 +96,16 @@ class Space:
     def nearest(self, rescale: Rescale) -> Candidate:
         """The candidate closest to a rescale: rounded, bounded, and made monotone."""
         factors = np.array(rescale.factors) / np.array(self.start.factors)
+        return self.rounded(factors, rescale.start_tokens)
+
+    def rounded(self, factors: np.ndarray, start_tokens: int) -> Candidate:
+        """The candidate closest to some multipliers, shape (d/2,)."""
         hundredths = np.clip(np.rint(factors * _STEPS), _STEPS, self.top).astype(int)
-        return Candidate(tuple(np.maximum.accumulate(hundredths).tolist()), rescale.start_tokens)
+        return Candidate(tuple(np.maximum.accumulate(hundredths).tolist()), start_tokens)
+
+    def multipliers(self, candidate: Candidate) -> np.ndarray:
+        """What a candidate multiplies the start's factors by, shape (d/2,)."""
+        return np.array(candidate.hundredths) / _STEPS
 
     def contains(self, candidate: Candidate) -> bool:
         """Whether a candidate obeys every bound of the space."""

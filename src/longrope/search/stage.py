@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import platform
 import random
 from pathlib import Path
@@ -11,15 +12,18 @@ import longrope
 from longrope.data import check_sources
 from longrope.facts import ModelFacts
 from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.gradient import forwards as slope_forwards
 from longrope.model import LoadedModel, find_device
 from longrope.parallel import Ranks
 from longrope.progress import Advance, console, duration, progress
+from longrope.search.descent import DescentSettings
+from longrope.search.evaluations import Progress, SearchResult
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.objective import Objective, passkey_questions
 from longrope.search.problem import Problem, first_search
 from longrope.search.record import SearchConfig
-from longrope.search.run import ALGORITHMS, Progress, SearchResult, search
-from longrope.search.space import START_TOKENS
+from longrope.search.run import ALGORITHMS, search
+from longrope.search.space import START_TOKENS, Price
 from longrope.windows import (
     Windows,
     bos_token,
@@ -35,20 +39,23 @@ from longrope.windows import (
 class SearchSettings:
     """How a search goes about it, whatever it searches.
 
-    ``passkeys``: questions asked of every candidate beside the ``samples`` windows.
+    ``passkeys``: questions asked of every candidate beside the ``samples`` windows. ``budget`` is
+    in forward equivalents (all of them once), ``rate`` the fast algorithm's, ``settings`` and
+    ``patience`` the paper's.
 
     Raises:
-        ValueError: a count below 1, or no such algorithm.
+        ValueError: a count below 1, no such algorithm, or an option of the other one.
     """
 
     samples: int = 5
     passkeys: int = 0
-    algorithm: str = "paper"
+    algorithm: str = "fast"
     budget: int | None = None
     patience: int | None = None
     seed: int = 0
     chunk: int = DEFAULT_CHUNK
     hidden_device: str | None = None
+    rate: float = DescentSettings.rate
     settings: EvolutionSettings = dataclasses.field(default_factory=EvolutionSettings)
 
     def __post_init__(self) -> None:
@@ -60,10 +67,24 @@ class SearchSettings:
             raise ValueError(f"--passkeys is {self.passkeys}; it must not be negative")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"--algorithm {self.algorithm}: there is {', '.join(ALGORITHMS)}")
+        if self.patience is not None and self.algorithm == "fast":
+            raise ValueError(
+                f"--patience is {self.patience}; the fast search has no generations to wait for: "
+                "leave it out, or give --algorithm paper"
+            )
+        self.of_algorithm()
+
+    def of_algorithm(self) -> EvolutionSettings | DescentSettings:
+        """The settings of the algorithm chosen."""
+        if self.algorithm == "paper":
+            return self.settings
+        return DescentSettings(self.budget or DescentSettings.forwards, self.rate)
 
     @property
-    def evaluations(self) -> int:
-        return min(self.budget or self.settings.evaluations, self.settings.evaluations)
+    def forwards(self) -> int:
+        """The budget in forward equivalents: all windows and questions once are one."""
+        most = self.of_algorithm().forwards
+        return min(self.budget or most, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +172,7 @@ def search_stage(
         passkeys=how.passkeys,
         length=length,
         algorithm=how.algorithm,
-        settings=how.settings,
+        settings=how.of_algorithm(),
         seed=how.seed,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=loaded.model.device.type,
@@ -162,19 +183,22 @@ def search_stage(
     )
     hidden = how.hidden_device and find_device("--hidden-device", how.hidden_device)
     forward = LongForward(loaded.model, how.chunk, hidden or None)
+    starts = problem.starts | (problem.more if how.algorithm == "fast" else {})
+    slope = slope_forwards(facts, length, how.chunk) if how.algorithm == "fast" else math.nan
     names = ", ".join(document.name for document in windows.documents)
     headline = (
         f"{facts.architecture}, {start.original_max_position_embeddings:,} → {length:,} tokens "
         f"({start.scale:g}×); {len(windows.ids)} windows of {names}"
         + (f", {len(questions)} pass keys" if questions else "")
     )
-    with progress(title, how.evaluations, show=ranks.first) as advance:
+    with progress(title, how.forwards, show=ranks.first) as advance:
         return search(
             config,
             space,
-            problem.starts,
+            starts,
             Objective(forward, windows.ids, questions),
             out,
+            price=Price(len(windows.ids), slope),
             ranks=ranks,
             budget=how.budget,
             patience=how.patience,
@@ -204,15 +228,15 @@ class _Reporter:
         if not self.estimated and now.seconds_left is not None:
             self.estimated = True
             console.print(
-                f"{now.total - now.evaluations} evaluations to go, about "
+                f"{now.total - now.forwards:.0f} evaluations to go, about "
                 f"{duration(now.seconds_left)}; it can be stopped and run again at any time",
                 highlight=False,
             )
-        if now.replayed and now.evaluations < now.total:
+        if now.replayed and now.forwards < now.total:
             return
         starts = " ".join(f"{name} {loss:.4f}" for name, loss in now.starts.items())
         left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
-        self.advance(now.evaluations, f"best {now.best:.4f} ({starts}){left}")
+        self.advance(int(now.forwards), f"best {now.best:.4f} ({starts}){left}")
 
 
 def summary(result: SearchResult, out: Path) -> dict[str, Any]:
@@ -226,6 +250,7 @@ def summary(result: SearchResult, out: Path) -> dict[str, Any]:
         "start_tokens": result.best.start_tokens,
         "starts": result.starts,
         "evaluations": result.evaluations,
+        "forwards": result.forwards,
         "computed": result.computed,
         "not_finite": result.not_finite,
     }

@@ -1,0 +1,44 @@
+"""What a benchmark writes down: its rows, with the machine, the versions and the whole config."""
+
+import datetime
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longrope.files import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """The processor or GPU, cores in use, and the versions that decide a figure."""
+    name = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        kinds = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        flags = [kind for kind in kinds if kind in fields.get("flags", "").split()]
+        name = f"{fields.get('model name', name)} ({', '.join(flags)})"
+    packages = ("torch", "transformers", "numpy", "longrope")
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def write(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write ``benchmarks/results/DATE-NAME.json``."""
+    date = datetime.date.today().isoformat()
+    path = RESULTS / f"{date}-{name}.json"
+    content = {"date": date, "machine": machine(), "config": config, "rows": rows}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return path

@@ -1,0 +1,184 @@
+"""Both searches on the same windows: the loss that each reaches, against forwards of all windows.
+
+    python benchmarks/search_quality.py --out runs/quality
+    python benchmarks/search_quality.py --target 64x --samples 2 --seeds 0 --budgets 27 \\
+        --paper-budget 200 --out runs/quality-64x
+
+The windows are those of seed 0, so the seeds differ in the candidates alone. Interrupted, it goes
+on. Held out: the first window of each document that was not searched on, differences paired.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import record
+
+from longrope.data import check_sources
+from longrope.files import read_lines
+from longrope.forward import LongForward
+from longrope.model import LoadedModel, load_model
+from longrope.parallel import Ranks
+from longrope.rope.install import installed
+from longrope.rope.rescale import Rescale
+from longrope.search.problem import first_search
+from longrope.search.stage import SearchSettings, search_stage
+from longrope.windows import (
+    Windows,
+    bos_token,
+    load_documents,
+    parse_extension,
+    search_windows,
+    unseen,
+    with_bos,
+)
+
+PAPER, FAST = "#7f8c8d", "#c0392b"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--target", default="8x")
+    parser.add_argument("--data", action="append", default=[])
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--budgets", default="7,14,27,54,108", help="Of the fast search.")
+    parser.add_argument("--paper-budget", type=int, default=1344)
+    parser.add_argument("--held-out", type=int, default=12, help="Documents at most.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default="search-quality", help="Of the result's file.")
+    args = parser.parse_args()
+    check_sources(args.data)
+    loaded = load_model(args.model, dtype=args.dtype)
+    length, bos = parse_extension(args.target, loaded.facts), bos_token(loaded.tokenizer)
+    documents = load_documents(loaded, args.data, held_out=False)
+    windows = search_windows(documents, length, args.samples, 0, bos)
+    held_out = unseen_windows(loaded, args.data, documents, windows, length, args.held_out)
+    rows = []
+    runs = [("paper", args.paper_budget)] + [("fast", int(b)) for b in args.budgets.split(",")]
+    for seed in map(int, args.seeds.split(",")):
+        for algorithm, budget in runs:
+            directory = args.out / f"{algorithm}-{budget}-{seed}"
+            how = SearchSettings(algorithm=algorithm, budget=budget, seed=seed)
+            problem = first_search(loaded.facts, length)
+            result = search_stage(loaded, problem, windows, how, directory, Ranks(), directory.name)
+            row = {
+                "algorithm": algorithm,
+                "budget": budget,
+                "seed": seed,
+                "forwards": result.forwards,
+                "loss": result.best_loss,
+                "portable_loss": result.portable_loss,
+                "start_tokens": result.best.start_tokens,
+                "curve": curve(directory),
+            }
+            rows.append(row | held_out_losses(loaded, directory, held_out))
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    config |= {"windows": [d.name for d in windows.documents], "held_out_windows": len(held_out)}
+    print(record.write(args.name, config, rows))
+    table(rows)
+    draw(rows, args.out / "search-quality.png")
+
+
+def unseen_windows(
+    loaded: LoadedModel, data: list[str], documents: list, windows: Windows, length: int, most: int
+) -> np.ndarray:
+    """A window of each held-out document, shape (documents, tokens)."""
+    searched = [h for document in windows.documents for h in document.sha256]
+    others = load_documents(loaded, [], held_out=True) if not data else unseen(documents, searched)
+    bos = bos_token(loaded.tokenizer)
+    rows = [with_bos(d.ids[:length], bos) for d in others if len(d) >= length]
+    return np.stack(rows[:most])
+
+
+def curve(directory: Path) -> list[tuple[float, float]]:
+    """Forwards spent, and the least loss on all windows so far, where it changes."""
+    spent, best, points = 0.0, math.inf, []
+    for line in read_lines(directory / "history.jsonl"):
+        spent += line["forwards"]
+        if "part" not in line and line["loss"] is not None and line["loss"] < best:
+            best = line["loss"]
+            points.append((round(spent, 2), best))
+    return points
+
+
+def held_out_losses(loaded: LoadedModel, directory: Path, windows: np.ndarray) -> dict[str, Any]:
+    """Mean loss of each held-out window under the best and the portable rescale; kept."""
+    kept = directory / "held-out.json"
+    if not kept.exists():
+        forward, found = LongForward(loaded.model), {}
+        for name in ("rescale", "portable"):
+            with installed(loaded.model, Rescale.load(directory / f"{name}.json")):
+                losses = [batch.mean(dim=1) for batch in forward.batches(windows)]
+                found[f"held_out_{name}"] = [x for batch in losses for x in batch.tolist()]
+        kept.write_text(json.dumps(found))
+    return json.loads(kept.read_text())
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """Medians over seeds, and the paired difference on held-out documents from Algorithm 1."""
+    paper = {r["seed"]: r for r in rows if r["algorithm"] == "paper"}
+    print(
+        "| search | forwards | loss, median | least – most | n̂ = 0 | held out less Algorithm 1's |"
+    )
+    print("|---|---|---|---|---|---|")
+    for key in dict.fromkeys((r["algorithm"], r["budget"]) for r in rows):
+        these = [r for r in rows if (r["algorithm"], r["budget"]) == key]
+        losses = [r["loss"] for r in these]
+        portable = [r["portable_loss"] for r in these]
+        pairs = np.array(
+            [
+                np.subtract(r["held_out_rescale"], paper[r["seed"]]["held_out_rescale"])
+                for r in these
+                if r["seed"] in paper
+            ]
+        )
+        by_document = pairs.mean(axis=0)
+        error = by_document.std(ddof=1) / math.sqrt(len(by_document))
+        print(
+            f"| {key[0]} | {statistics.median(r['forwards'] for r in these):.1f} "
+            f"| {statistics.median(losses):.4f} | {min(losses):.4f} – {max(losses):.4f} "
+            f"| {statistics.median(portable):.4f} | {by_document.mean():+.4f} ± {error:.4f} |"
+        )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss against forwards, the seeds' median with their range shaded."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    papers = [r["curve"] for r in rows if r["algorithm"] == "paper"]
+    grid = np.unique(np.concatenate([[x for x, _ in points] for points in papers]))
+    stairs = np.array(
+        [
+            [min((y for x, y in points if x <= g), default=math.nan) for g in grid]
+            for points in papers
+        ]
+    )
+    axes.plot(grid, np.median(stairs, axis=0), color=PAPER, label="Algorithm 1")
+    axes.fill_between(grid, stairs.min(axis=0), stairs.max(axis=0), color=PAPER, alpha=0.25, lw=0)
+    axes.axhline(np.median(stairs[:, -1]), color=PAPER, linestyle=":", linewidth=1)
+    budgets = sorted({r["budget"] for r in rows if r["algorithm"] == "fast"})
+    fast = [[r for r in rows if (r["algorithm"], r["budget"]) == ("fast", b)] for b in budgets]
+    spent = [statistics.median(r["forwards"] for r in these) for these in fast]
+    losses = [[r["loss"] for r in these] for these in fast]
+    axes.plot(spent, [statistics.median(x) for x in losses], "o-", color=FAST, label="fast")
+    axes.fill_between(
+        spent, [min(x) for x in losses], [max(x) for x in losses], color=FAST, alpha=0.25, lw=0
+    )
+    middle = sorted(y for points in papers for _, y in points)
+    axes.set_ylim(top=middle[int(0.9 * (len(middle) - 1))] + 0.02)
+    axes.set(xscale="log", xlabel="forwards of all windows", ylabel="loss, nats per token")
+    axes.set_title("The search windows' loss, seeds' median and range")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Attention of a chunk that gradients go through, for the long gradient.
+
+Forward as in ``attention.py``; backward from the log-sum-exp over all keys, with which the parts
+of a softmax add up: a chunk against the past and against itself, a block of keys at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from longrope.attention import blockwise, causal, refuse_others, repeated
+
+NAME = "longrope_differentiable"
+_KEYS = 1024  # at a time, where no kernel fits
+
+
+def differentiable_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """:func:`longrope.attention.chunk_attention` with a backward pass."""
+    refuse_others(attention_mask, others)
+    if sliding_window is not None and sliding_window >= key.shape[2]:
+        sliding_window = None
+    output = _Attention.apply(query, key, value, scaling, softcap or None, sliding_window)
+    return output.transpose(1, 2), None  # type: ignore[union-attr]
+
+
+AttentionInterface.register(NAME, differentiable_attention)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of a chunk over all keys up to its end; the scores are made again going back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        if softcap or window:
+            output, lse = blockwise(query, key, value, scaling, softcap, window)
+        else:
+            output, lse = causal(query, key, value, scaling)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.options = (scaling, softcap, window)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        slope = slopes[0].contiguous()
+        scaling, softcap, window = ctx.options
+        if slope.device.type == "cpu" and not (softcap or window):
+            found = _flash_backward(slope, ctx.saved_tensors, scaling)
+        else:
+            found = _block_backward(slope, ctx.saved_tensors, scaling, softcap, window)
+        return (*found, None, None, None)
+
+
+def _block_backward(
+    slope: Tensor,
+    saved: tuple[Tensor, ...],
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With P the weights and O the output: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O))."""
+    query, key, value, output, lse = saved
+    groups, dtype = query.shape[1] // key.shape[1], query.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    shared = (slope.to(exact) * output.to(exact)).sum(dim=-1, keepdim=True)
+    by_query = torch.zeros_like(query, dtype=exact)
+    by_key, by_value = torch.zeros_like(key), torch.zeros_like(value)
+    first, chunk = key.shape[2] - query.shape[2], query.shape[2]
+    for start in range(0, key.shape[2], _KEYS):
+        block = slice(start, min(start + _KEYS, key.shape[2]))
+        # Of the queries, those that see any key of the block.
+        low = max(0, block.start - first)
+        high = chunk if window is None else min(chunk, block.stop - 1 + window - first)
+        if low >= high:
+            continue
+        q, dy, rows = query[:, :, low:high], slope[:, :, low:high], slice(low, high)
+        k, v = repeated(key[:, :, block], groups), repeated(value[:, :, block], groups)
+        scores, capped = (q @ k.transpose(2, 3)).to(exact) * scaling, None
+        if softcap:
+            capped = torch.tanh(scores / softcap)
+            scores = capped * softcap
+        weights = torch.exp(scores - lse[:, :, rows, None].to(exact))
+        if block.stop - 1 > first + low or window is not None:
+            row = torch.arange(first + low, first + high, device=query.device)[:, None]
+            column = torch.arange(block.start, block.stop, device=query.device)[None, :]
+            hidden = column > row
+            if window is not None:
+                hidden |= column <= row - window
+            weights = weights.masked_fill(hidden, 0.0)
+        by_scores = (dy @ v.transpose(2, 3)).to(exact) - shared[:, :, rows]
+        by_scores = by_scores * weights * scaling
+        if capped is not None:
+            by_scores = by_scores * (1 - capped * capped)
+        by_scores = by_scores.to(dtype)
+        by_query[:, :, rows] += (by_scores @ k).to(exact)
+        by_key[:, :, block] = _summed(by_scores.transpose(2, 3) @ q, groups)
+        by_value[:, :, block] = _summed(weights.to(dtype).transpose(2, 3) @ dy, groups)
+    return by_query.to(dtype), by_key, by_value
+
+
+def _flash_backward(
+    slope: Tensor,
+    saved: tuple[Tensor, ...],
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the CPU's kernel: given the log-sum-exp over all keys, parts just add up."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    query, key, value, output, lse = saved
+    groups, past = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    own_key, own_value = (repeated(t[:, :, past:], groups) for t in (key, value))
+    by_query, by_key, by_value = kernel(
+        slope, query, own_key, own_value, output, lse, 0.0, True, scale=scaling
+    )
+    by_own = (_summed(by_key, groups), _summed(by_value, groups))
+    if past == 0:
+        return by_query, *by_own
+
+    def folded(heads: Tensor) -> Tensor:
+        return heads.unflatten(1, (-1, groups)).flatten(2, 3)
+
+    by_folded, *by_past = kernel(
+        *(folded(t) for t in (slope, query)),
+        *(t[:, :, :past] for t in (key, value)),
+        *(folded(t) for t in (output, lse)),
+        0.0,
+        False,
+        scale=scaling,
+    )
+    by_key, by_value = (torch.cat(both, dim=2) for both in zip(by_past, by_own, strict=True))
+    return by_query + by_folded.reshape(by_query.shape), by_key, by_value
+
+
+def _summed(heads: Tensor, groups: int) -> Tensor:
+    """The sum over the query heads that share a key, shape (B, K, T, D)."""
+    return heads.unflatten(1, (-1, groups)).sum(dim=2) if groups > 1 else heads

@@ -1,0 +1,198 @@
+"""The fast search: steps down the loss's slope inside the monotone constraint.
+
+One backward pass says of every factor at once how the loss changes with it, for the price
+of three forwards; Algorithm 1 learns one number from each. Every step takes the slope on one
+search window alone, in turn, so a step costs a fraction of a whole evaluation.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from longrope.search.space import Candidate, Outcome, Price, Space, Trial, distinct
+
+# Adam's averages forget fast: a search has some forty steps.
+_BETA1, _BETA2 = 0.8, 0.95
+# Slopes smaller than this, in nats per unit of ln λ, move a factor less than the full rate.
+_SMALL = 3e-3
+_CLIP = 0.5
+# What turns more often within the original length stays where it starts: its slopes are large,
+# and of either sign from window to window.
+_TURNS = 16
+# The last share of the steps, whose mean is a finalist beside the last point.
+_TAIL = 0.3
+# Start tokens tried on the result, where the space has them.
+_START_TOKENS = (4, 8, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DescentSettings:
+    """Settings of the descent.
+
+    Args:
+        forwards: the budget in forward equivalents; the steps follow from it.
+        rate: of the largest step in ln λ.
+
+    Raises:
+        ValueError: a budget below 1, or a rate that is not positive.
+    """
+
+    forwards: int = 27
+    rate: float = 0.06
+
+    def __post_init__(self) -> None:
+        if self.forwards < 1:
+            raise ValueError(f"--budget is {self.forwards}; it must be at least 1")
+        if not self.rate > 0:
+            raise ValueError(f"--rate is {self.rate}; it must be positive")
+
+
+class Descent:
+    """Ask for trials, tell their outcomes, until ``done``; as ``Evolution`` does.
+
+    The starts are compared on one window; from the best, Adam's steps in ln λ (slope on one
+    window after the other, rate falling to 0), each followed by the nearest monotone point
+    (isotonic regression); then the last point and the mean of the last steps are evaluated on
+    all windows, and so are n̂ > 0 where the space has them.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        starts: Sequence[Candidate],
+        settings: DescentSettings,
+        seed: int,
+        price: Price,
+    ):
+        self.space, self.settings, self.price = space, settings, price
+        self.generation = 0
+        self.done = False
+        self._starts = distinct(starts)
+        self._rng = random.Random(seed)
+        self._order: list[int] = []
+        turns = space.start.original_max_position_embeddings * space.start.inv_freq / (2 * np.pi)
+        self._fixed = int((turns > _TURNS).sum())
+        self._point = np.zeros(space.dimensions)
+        self._mean, self._square = np.zeros_like(self._point), np.zeros_like(self._point)
+        self._last: list[np.ndarray] = []
+        self._steps, self._step = 0, 0
+        self._asked: list[Trial] = []
+        self._phase = self._course()
+        self._next()
+
+    @property
+    def random_state(self) -> list[Any]:
+        """The random generator's state, as JSON holds it."""
+        version, numbers, gauss = self._rng.getstate()
+        return [version, list(numbers), gauss]
+
+    def ask(self) -> list[Trial]:
+        """The next trials; they do not depend on each other."""
+        return self._asked
+
+    def tell(self, trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> None:
+        """Outcomes of the trials asked for; NaN and infinity lose to every number."""
+        self.generation += 1
+        self._next([outcome for _, outcome in zip(trials, outcomes, strict=True)])
+
+    def _next(self, outcomes: Sequence[Outcome] | None = None) -> None:
+        try:
+            self._asked = next(self._phase) if outcomes is None else self._phase.send(outcomes)
+        except StopIteration:
+            self.done, self._asked = True, []
+
+    def _course(self) -> Any:
+        """The whole search, a generator of trials that is sent their outcomes."""
+        begin = yield from self._best(self._starts, self._part(0))
+        yield [Trial(begin)]
+        self._point = np.log(self.space.multipliers(begin))
+        tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
+        tokens = tokens if begin.portable else []
+        self._steps = self._affordable(len(tokens))
+        for _ in range(self._steps):
+            trial = Trial(self._here(begin), self._part(None), slope=True)
+            (outcome,) = yield [trial]
+            self._move(outcome)
+        if not self._steps:
+            return
+        mean = self._monotone(np.mean(self._last, axis=0))
+        finalists = distinct([self._here(begin), self._candidate(mean, begin)])
+        found = yield from self._best(finalists, None)
+        if tokens:
+            others = [dataclasses.replace(found, start_tokens=n) for n in (0, *tokens)]
+            best = yield from self._best(others, self._part(0))
+            if best != found:
+                yield [Trial(best)]
+
+    def _best(self, candidates: list[Candidate], part: int | None) -> Any:
+        outcomes = yield [Trial(candidate, part) for candidate in candidates]
+        # Rounded, so that the last bits of a sum decide nothing; the earlier one wins a tie.
+        losses = [round(o.loss, 6) if math.isfinite(o.loss) else math.inf for o in outcomes]
+        return candidates[losses.index(min(losses))]
+
+    def _affordable(self, start_tokens: int) -> int:
+        """Steps that the budget leaves beside the evaluations before and after them."""
+        one = 1 / self.price.parts
+        around = len(self._starts) * one + 3
+        if start_tokens:
+            around += (start_tokens + 1) * one + 1
+        return max(0, math.floor((self.settings.forwards - around) / (self.price.slope * one)))
+
+    def _part(self, number: int | None) -> int | None:
+        """A window's number, or the next one's in a shuffled round; None where there is one."""
+        if self.price.parts == 1:
+            return None
+        if number is not None:
+            return number
+        if not self._order:
+            self._order = list(range(self.price.parts))
+            self._rng.shuffle(self._order)
+        return self._order.pop()
+
+    def _move(self, outcome: Outcome) -> None:
+        """One step of Adam with a falling rate, and back into the space."""
+        self._step += 1
+        slope = np.array(outcome.slope)
+        if not np.isfinite(slope).all():
+            slope = np.zeros_like(self._point)
+        slope = np.clip(slope, -_CLIP, _CLIP)
+        slope[: self._fixed] = 0
+        self._mean = _BETA1 * self._mean + (1 - _BETA1) * slope
+        self._square = _BETA2 * self._square + (1 - _BETA2) * slope**2
+        mean = self._mean / (1 - _BETA1**self._step)
+        size = np.sqrt(self._square / (1 - _BETA2**self._step))
+        rate = self.settings.rate * min(1.0, 2 * (1 - self._step / (self._steps + 1)))
+        self._point = self._monotone(self._point - rate * mean / (size + _SMALL))
+        if self._step > (1 - _TAIL) * self._steps:
+            self._last.append(self._point)
+
+    def _monotone(self, point: np.ndarray) -> np.ndarray:
+        """The nearest point of the space with the fixed dimensions where they are."""
+        fixed = self._point[: self._fixed]
+        low = fixed[-1] if len(fixed) else 0.0
+        rest = np.clip(isotonic(point[self._fixed :]), low, math.log(self.space.top / 100))
+        return np.concatenate([fixed, rest])
+
+    def _here(self, begin: Candidate) -> Candidate:
+        return self._candidate(self._point, begin)
+
+    def _candidate(self, point: np.ndarray, begin: Candidate) -> Candidate:
+        return self.space.rounded(np.exp(point), begin.start_tokens)
+
+
+def isotonic(values: np.ndarray) -> np.ndarray:
+    """The nearest never-decreasing sequence in the sum of squares (pool adjacent violators)."""
+    means: list[float] = []
+    counts: list[int] = []
+    for value in values:
+        means.append(float(value))
+        counts.append(1)
+        while len(means) > 1 and means[-2] > means[-1]:
+            mean, count = means.pop(), counts.pop()
+            means[-1] = (means[-1] * counts[-1] + mean * count) / (counts[-1] + count)
+            counts[-1] += count
+    return np.repeat(means, counts)

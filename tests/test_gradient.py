@@ -1,0 +1,150 @@
+"""The long gradient, against autograd through transformers' own forward and dense attention."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import FAMILIES, micro_model
+from longrope import attention_gradient
+from longrope import gradient as module
+from longrope.attention_gradient import differentiable_attention
+from longrope.forward import LongForward
+from longrope.gradient import forwards, gradient
+from longrope.model import load_model
+from longrope.rope.install import find_rotary, installed
+from test_attention import dense
+from test_forward import dense_attention, yarn
+
+assert dense_attention is not None  # registered under "dense64"
+
+
+class Differentiable(nn.Module):
+    """The installed rotary module with a multiplier e^x per frequency's factor."""
+
+    def __init__(self, rotary, x):
+        super().__init__()
+        self.config, self._held, self.x = rotary.config, (rotary,), x
+
+    def forward(self, hidden, position_ids, layer_type=None):
+        rotary = self._held[0]
+        if layer_type != rotary.layer_type:
+            return rotary.original(hidden, position_ids, layer_type)
+        positions = position_ids[..., None].double()
+        scaled = positions * rotary.inv_freq.double() * torch.exp(-self.x)
+        first = positions < rotary.rescale.start_tokens
+        phases = torch.where(first, positions * rotary._original_inv_freq.double(), scaled)
+        scaling = torch.where(
+            first, rotary._original_attention_scaling, rotary.attention_scaling
+        ).double()
+        cos, sin = phases.cos() * scaling, phases.sin() * scaling
+        return cos[..., rotary._layout].to(hidden), sin[..., rotary._layout].to(hidden)
+
+
+def by_autograd(model, ids, answer_tokens=0):
+    site = find_rotary(model)
+    rotary = getattr(site.owner, site.name)
+    x = torch.zeros(len(rotary.inv_freq), dtype=torch.float64, requires_grad=True)
+    setattr(site.owner, site.name, Differentiable(rotary, x))
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        losses = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+        loss = losses[-answer_tokens:].mean()
+        (slope,) = torch.autograd.grad(loss, x)
+    finally:
+        setattr(site.owner, site.name, rotary)
+    return loss.item(), slope
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_autograd(ids, family, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(module, "_KEPT", 0)
+    model, row = micro_model(FAMILIES[family]()).double(), ids[:1]
+    model.config._attn_implementation = "dense64"
+    with installed(model, yarn(model, start_tokens=4), always=True):
+        loss, slope = by_autograd(model, row)
+        for chunk in (13, 50, 4096):
+            found = gradient(LongForward(model, chunk), row)
+            # Norms and softmax of some families compute in float32 even in a float64 model.
+            assert found.loss == pytest.approx(loss, rel=1e-6)
+            atol = 1e-5 * slope.abs().max().item()
+            assert_close(found.by_factor, slope, rtol=1e-4, atol=atol)
+    assert slope.abs().max() > 1e-3  # it is a slope of something
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_of_the_answer_alone(micro_models, ids):
+    model, row = micro_models("llama"), ids[:1]
+    with installed(model, yarn(model), always=True):
+        loss, slope = by_autograd(model, row, 5)
+        found = gradient(LongForward(model, 40), row, 5)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert_close(found.by_factor, slope, rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    chunk=st.integers(1, 40),
+    past=st.integers(0, 70),
+    kv_heads=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 3]),
+    window=st.sampled_from([None, 1, 8, 33, 500]),
+    softcap=st.sampled_from([None, 5.0]),
+    keys=st.sampled_from([7, 1024]),
+    blocks=st.booleans(),
+)
+def test_attention_equals_brute_force(chunk, past, kv_heads, groups, window, softcap, keys, blocks):
+    generator = torch.Generator().manual_seed(chunk * 100 + past)
+
+    def normal(heads, tokens):
+        drawn = torch.randn(2, heads, tokens, 8, dtype=torch.float64, generator=generator)
+        return drawn.requires_grad_()
+
+    query = normal(kv_heads * groups, chunk)
+    key, value = normal(kv_heads, past + chunk), normal(kv_heads, past + chunk)
+    weight = torch.randn(2, chunk, kv_heads * groups, 8, dtype=torch.float64, generator=generator)
+    expected = torch.autograd.grad(
+        (dense(query, key, value, 0.3, window, softcap) * weight).sum(), (query, key, value)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_gradient, "_KEYS", keys)
+        if blocks:  # as where there is no kernel of the CPU's
+            block = attention_gradient._block_backward
+            patch.setattr(attention_gradient, "_flash_backward", lambda *a: block(*a, None, None))
+        output, _ = differentiable_attention(
+            None, query, key, value, None, 0.3, sliding_window=window, softcap=softcap
+        )
+        found = torch.autograd.grad((output * weight).sum(), (query, key, value))
+    assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_what_it_costs(monkeypatch):
+    """By torch's own count of the products with weights."""
+    loaded = load_model("bundled", dtype="float32")
+    row = torch.randint(3, 1500, (1, 513), generator=torch.Generator().manual_seed(0))
+    linear, _ = loaded.facts.forward_flops(512)
+    for kept, chunk, passes in ((4e9, 512, 2), (0, 512, 3), (0, 256, 4)):
+        monkeypatch.setattr(module, "_KEPT", kept)
+        forward = LongForward(loaded.model, chunk)
+        with (
+            installed(loaded.model, loaded.facts.rescale("yarn", 2048), always=True),
+            FlopCounterMode(display=False) as counter,
+        ):
+            gradient(forward, row)
+        counts = counter.get_flop_counts()["Global"]
+        products = sum(n for op, n in counts.items() if "mm" in str(op))
+        # The last layers run once less when chunks are run again, the head not again at all.
+        assert products == pytest.approx(passes * linear, rel=0.25)
+        assert products <= passes * linear * 1.01
+        assert 2 < forwards(loaded.facts, 512, chunk) < passes + 2
+    monkeypatch.setattr(module, "_KEPT", 4e9)
+    long = forwards(loaded.facts, 2**20, 2048)
+    assert math.isclose(long, 5.5, rel_tol=0.05)  # nearly all attention, three times and 2.5
