@@ -82,3 +82,16 @@ def test_first_is_bounded_by_the_paper(facts):
     assert problem.space.top == 1000
     assert set(problem.starts) == {"pi", "ntk", "yarn"}
     assert problem.space.start.attention_factor == default_attention_factor(256, 2048)
+
+
+def test_the_ramp_is_ours_alone(facts):
+    problem = first_search(facts, 2048)
+    assert set(problem.starts) == {"pi", "ntk", "yarn"}  # Algorithm 1's
+    rescale = problem.space.rescale(problem.more["ramp"])
+    turns = 256 * facts.rescale("none", 256).inv_freq / (2 * np.pi)
+    factors = np.array(rescale.factors)
+    np.testing.assert_allclose(factors[turns > 16], 1)
+    np.testing.assert_allclose(factors[turns < 0.5], 8)
+    middle = np.abs(turns - np.sqrt(16 * 0.5)).argmin()
+    assert factors[middle] == pytest.approx(8**0.5, rel=0.2)
+    assert (np.diff(factors) >= 0).all()

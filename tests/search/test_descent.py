@@ -1,0 +1,107 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evolution import starts
+from test_space import space
+
+from longrope.search.descent import Descent, DescentSettings, isotonic
+from longrope.search.space import Outcome, Price, Space
+
+HERE = space()
+PRICE = Price(parts=5, slope=2.66)
+BEST = np.linspace(0, math.log(7), HERE.dimensions)
+
+
+def bowl(trial, best=BEST):
+    """Least at a monotone point, a little elsewhere for each window; n̂ = 8 gains a little."""
+    shift = 0.0 if trial.part is None else 0.05 * (trial.part - 2)
+    away = np.log(HERE.multipliers(trial.candidate)) - best - shift
+    loss = float((away**2).sum()) + 0.01 * abs(trial.candidate.start_tokens - 8)
+    return Outcome(loss, tuple((2 * away).tolist()) if trial.slope else ())
+
+
+def run(seed=0, here=HERE, price=PRICE, of=bowl, begin=None, **settings):
+    begin = begin or starts(here)
+    algorithm = Descent(here, begin, DescentSettings(**settings), seed, price)
+    asked, outcomes = [], []
+    while not algorithm.done:
+        trials = algorithm.ask()
+        assert all(here.contains(trial.candidate) for trial in trials)
+        found = [of(trial) for trial in trials]
+        algorithm.tell(trials, found)
+        asked += trials
+        outcomes += found
+    return asked, outcomes
+
+
+def test_steps_down_and_tries_start_tokens():
+    asked, outcomes = run(forwards=40)
+    whole = {t: o.loss for t, o in zip(asked, outcomes, strict=True) if t.part is None}
+    first, best = next(iter(whole)), min(whole, key=lambda trial: whole[trial])
+    assert whole[best] < 0.3 * whole[first]
+    assert best.candidate.start_tokens == 8
+    assert {t.part for t in asked if t.slope} == set(range(5))
+
+
+@pytest.mark.parametrize("forwards", [1, 2, 5, 8, 27, 100])
+@pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=5.5)])
+def test_keeps_its_budget(forwards, price):
+    asked, _ = run(forwards=forwards, price=price)
+    spent = sum(price.of(trial) for trial in dict.fromkeys(asked))
+    around = len(starts(HERE)) / price.parts + 1
+    assert spent <= max(forwards, around)
+    if forwards >= 27:
+        assert spent > forwards - 2 * price.slope - 1
+
+
+def test_fast_dimensions_stay():
+    turns = 256 * HERE.start.inv_freq / (2 * np.pi)
+    yarn = starts(HERE)[2:]
+    asked, _ = run(begin=yarn, of=lambda trial: bowl(trial, np.full(HERE.dimensions, 2.0)))
+    steps = [trial.candidate.hundredths for trial in asked if trial.slope]
+    fixed = int((turns > 16).sum())
+    assert fixed > 0
+    assert len({step[:fixed] for step in steps}) == 1
+    assert len({step[fixed:] for step in steps}) > 10
+
+
+def test_a_seed_is_a_course():
+    assert run(3) == run(3)
+    assert run(3) != run(4)
+
+
+def test_what_is_not_finite_moves_nothing():
+    def broken(trial):
+        return Outcome(math.nan, (math.nan,) * HERE.dimensions if trial.slope else ())
+
+    asked, _ = run(of=broken)
+    assert len({trial.candidate.hundredths for trial in asked if trial.slope}) == 1
+
+
+def test_fixed_start_tokens_stay():
+    fixed = Space(HERE.start, HERE.upper, (0,))
+    assert all(trial.candidate.start_tokens == 0 for trial in run(here=fixed)[0])
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12))
+def test_isotonic_is_the_nearest_monotone_sequence(values):
+    values = np.array(values)
+    found = isotonic(values)
+    assert (np.diff(found) >= -1e-12).all()
+    # The conditions of the projection on a cone: orthogonal to itself, no better direction.
+    rest = values - found
+    assert rest @ found == pytest.approx(0, abs=1e-9)
+    for cut in range(len(values) + 1):
+        direction = (np.arange(len(values)) >= cut).astype(float)
+        assert rest @ direction <= 1e-9
+        if cut == 0:
+            assert rest @ direction == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [{"forwards": 0}, {"rate": 0.0}])
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        DescentSettings(**wrong)
