@@ -210,7 +210,9 @@ def test_kill_9_costs_one_evaluation(small, tmp_path, algorithm, after):
         assert (cut / name).read_text() == (tmp_path / "whole" / name).read_text(), name
 
 
-@pytest.mark.parametrize(("algorithm", "processes"), [(PAPER, 2), (PAPER, 3), (FAST, 2)])
+@pytest.mark.parametrize(
+    ("algorithm", "processes"), [(PAPER, 2), (PAPER, 3), ([*FAST, "--step-windows", 2], 2)]
+)
 def test_ranks_agree_candidate_for_candidate(small, tmp_path, algorithm, processes):
     options = ["--budget", 8, *algorithm]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

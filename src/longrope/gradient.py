@@ -76,14 +76,21 @@ def forwards(facts: ModelFacts, length: int, chunk: int) -> float:
     The weights are frozen: a product with weights is done once forward and once backward.
     """
     linear, attention = facts.forward_flops(length)
-    again = 0 if _is_small(facts.layers, facts.hidden_size, length) else 1 + (length > chunk)
+    kept = graph_bytes(facts.layers, facts.hidden_size, length) is not None
+    again = 0 if kept else 1 + (length > chunk)
     work = (2 + again) * linear + (1 + again + _BACKWARD_ATTENTION) * attention
     return work / (linear + attention)
 
 
-def _is_small(layers: int, hidden_size: int, tokens: int) -> bool:
-    """Whether the graph of all layers may be kept: about 24 float32 hidden states a layer."""
-    return layers * hidden_size * tokens * 24 * 4 <= _KEPT
+def graph_bytes(
+    layers: int, hidden_size: int, tokens: int, most: float | None = None
+) -> float | None:
+    """Bytes of the graph of so many layers, about 24 float32 hidden states each.
+
+    None where that is more than what is kept rather than computed twice.
+    """
+    size = layers * hidden_size * tokens * 24 * 4
+    return size if size <= (_KEPT if most is None else most) else None
 
 
 class _Piece(NamedTuple):
@@ -110,8 +117,8 @@ class _Layer:
         self.held = recordings[0].cache
         self.spans, self.hidden_BTD = spans, hidden_BTD
         config = forward.decoder.config
-        self.keep = _is_small(
-            config.num_hidden_layers, hidden_BTD.shape[-1], hidden_BTD.shape[0] * spans[-1].stop
+        self.keep = (
+            graph_bytes(config.num_hidden_layers, hidden_BTD.shape[-1], spans[-1].stop) is not None
         )
         self.pieces: list[_Piece] = []
 

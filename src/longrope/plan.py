@@ -5,6 +5,7 @@ import math
 
 from longrope.evaluate.perplexity import check_lengths
 from longrope.facts import ModelFacts
+from longrope.gradient import graph_bytes
 from longrope.recipe import Recipe
 from longrope.windows import parse_extension, parse_length
 
@@ -159,10 +160,14 @@ class _Costs:
         self.weights = facts.parameters * self.size
 
     def search(self, name: str, section, length: int) -> Stage:
-        evaluations = section.settings(self.recipe).forwards
         each = section.samples + section.passkeys
-        forwards = evaluations * each if section.method == "search" else 0
-        return self._forwards(name, "search", length, forwards)
+        searches = section.method == "search"
+        forwards = section.settings(self.recipe).forwards * each if searches else 0
+        stage = self._forwards(name, "search", length, forwards)
+        if searches and section.algorithm == "fast":
+            more = self._gradient_memory(length)
+            stage = dataclasses.replace(stage, memory=stage.memory + more)
+        return stage
 
     def training(self, name: str, steps: int, length: int) -> Stage:
         tuning = self.recipe.finetune
@@ -227,6 +232,19 @@ class _Costs:
         chunk = min(length, self.recipe.chunk)
         work = chunk * 12 * facts.hidden_size * self.size
         return self.weights + length * (per_token * self.size + 24) + work + _head(facts)
+
+    def _gradient_memory(self, length: int) -> int:
+        """The long gradient, beside a long forward: every layer's input, and a chunk's graph.
+
+        And the slopes of the hidden states, and of one layer's keys and values.
+        """
+        facts = self.facts
+        kept = graph_bytes(facts.layers, facts.hidden_size, length)
+        if kept is None:
+            chunk = min(length, self.recipe.chunk)
+            kept = graph_bytes(1, facts.hidden_size, chunk, most=math.inf) or 0
+        inputs = 0 if self.recipe.hidden_device else (facts.layers + 1) * facts.hidden_size
+        return int(kept) + length * (inputs + 2 * facts.kv_heads * facts.head_dim) * self.size
 
     def _training_memory(self, length: int) -> int:
         """Weights, gradients and Adam's two moments, and what the backward pass keeps.

@@ -34,6 +34,7 @@ class Search(_Section):
     patience: _Positive | None = None
     upper: Annotated[float, Field(ge=1)] | None = None
     rate: float = DescentSettings.rate
+    step_windows: int = DescentSettings.step_windows
     population: int = 64
     mutations: int = 16
     crossovers: int = 16
@@ -53,6 +54,7 @@ class Search(_Section):
             chunk=recipe.chunk,
             hidden_device=recipe.hidden_device,
             rate=self.rate,
+            step_windows=self.step_windows,
             settings=EvolutionSettings(
                 self.population,
                 self.mutations,

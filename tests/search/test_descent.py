@@ -57,6 +57,14 @@ def test_keeps_its_budget(forwards, price):
         assert spent > forwards - 2 * price.slope - 1
 
 
+def test_a_step_may_look_at_several_windows():
+    one, three = run()[0], run(step_windows=3)[0]
+    slopes = [trial for trial in three if trial.slope]
+    assert [trial.candidate for trial in slopes[0:3]] == [slopes[0].candidate] * 3
+    assert len({trial.part for trial in slopes[0:3]}) > 1
+    assert sum(map(PRICE.of, three)) == pytest.approx(sum(map(PRICE.of, one)), abs=2)
+
+
 def test_fast_dimensions_stay():
     turns = 256 * HERE.start.inv_freq / (2 * np.pi)
     yarn = starts(HERE)[2:]
@@ -101,7 +109,7 @@ def test_isotonic_is_the_nearest_monotone_sequence(values):
             assert rest @ direction == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("wrong", [{"forwards": 0}, {"rate": 0.0}])
+@pytest.mark.parametrize("wrong", [{"forwards": 0}, {"rate": 0.0}, {"step_windows": 0}])
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ValueError, match="must be"):
         DescentSettings(**wrong)

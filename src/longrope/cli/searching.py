@@ -76,6 +76,9 @@ def search(
         typer.Option(help="Forwards of all windows at most; by default 27, the paper's 1,344."),
     ] = None,
     rate: Annotated[float, typer.Option(help="Largest step in ln λ (fast).")] = 0.06,
+    step_windows: Annotated[
+        int, typer.Option(help="Windows a step looks at; processes share them (fast).")
+    ] = 1,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many generations without a new best (paper).")
     ] = None,
@@ -129,6 +132,7 @@ def search(
             chunk=chunk,
             hidden_device=hidden_device,
             rate=rate,
+            step_windows=step_windows,
             settings=EvolutionSettings(
                 population, mutations, crossovers, probability, iterations, parents
             ),

@@ -36,28 +36,32 @@ class DescentSettings:
     Args:
         forwards: the budget in forward equivalents; the steps follow from it.
         rate: of the largest step in ln λ.
+        step_windows: how many windows a step takes the slope on; processes share them.
 
     Raises:
-        ValueError: a budget below 1, or a rate that is not positive.
+        ValueError: a count below 1, or a rate that is not positive.
     """
 
     forwards: int = 27
     rate: float = 0.06
+    step_windows: int = 1
 
     def __post_init__(self) -> None:
         if self.forwards < 1:
             raise ValueError(f"--budget is {self.forwards}; it must be at least 1")
         if not self.rate > 0:
             raise ValueError(f"--rate is {self.rate}; it must be positive")
+        if self.step_windows < 1:
+            raise ValueError(f"--step-windows is {self.step_windows}; it must be at least 1")
 
 
 class Descent:
     """Ask for trials, tell their outcomes, until ``done``; as ``Evolution`` does.
 
     The starts are compared on one window; from the best, Adam's steps in ln λ (slope on one
-    window after the other, rate falling to 0), each followed by the nearest monotone point
-    (isotonic regression); then the last point and the mean of the last steps are evaluated on
-    all windows, and so are n̂ > 0 where the space has them.
+    window after the other, or a few, rate falling to 0), each followed by the nearest monotone
+    point (isotonic regression); then the last point and the mean of the last steps are evaluated
+    on all windows, and so are n̂ > 0 where the space has them.
     """
 
     def __init__(
@@ -114,9 +118,10 @@ class Descent:
         tokens = tokens if begin.portable else []
         self._steps = self._affordable(len(tokens))
         for _ in range(self._steps):
-            trial = Trial(self._here(begin), self._part(None), slope=True)
-            (outcome,) = yield [trial]
-            self._move(outcome)
+            here = self._here(begin)
+            parts = dict.fromkeys(self._part(None) for _ in range(self.settings.step_windows))
+            outcomes = yield [Trial(here, part, slope=True) for part in parts]
+            self._move(outcomes)
         if not self._steps:
             return
         mean = self._monotone(np.mean(self._last, axis=0))
@@ -140,7 +145,8 @@ class Descent:
         around = len(self._starts) * one + 3
         if start_tokens:
             around += (start_tokens + 1) * one + 1
-        return max(0, math.floor((self.settings.forwards - around) / (self.price.slope * one)))
+        step = self.price.slope * one * min(self.settings.step_windows, self.price.parts)
+        return max(0, math.floor((self.settings.forwards - around) / step))
 
     def _part(self, number: int | None) -> int | None:
         """A window's number, or the next one's in a shuffled round; None where there is one."""
@@ -153,10 +159,10 @@ class Descent:
             self._rng.shuffle(self._order)
         return self._order.pop()
 
-    def _move(self, outcome: Outcome) -> None:
+    def _move(self, outcomes: Sequence[Outcome]) -> None:
         """One step of Adam with a falling rate, and back into the space."""
         self._step += 1
-        slope = np.array(outcome.slope)
+        slope = np.mean([outcome.slope for outcome in outcomes], axis=0)
         if not np.isfinite(slope).all():
             slope = np.zeros_like(self._point)
         slope = np.clip(slope, -_CLIP, _CLIP)

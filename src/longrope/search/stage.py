@@ -40,8 +40,8 @@ class SearchSettings:
     """How a search goes about it, whatever it searches.
 
     ``passkeys``: questions asked of every candidate beside the ``samples`` windows. ``budget`` is
-    in forward equivalents (all of them once), ``rate`` the fast algorithm's, ``settings`` and
-    ``patience`` the paper's.
+    in forward equivalents (all of them once), ``rate`` and ``step_windows`` the fast algorithm's,
+    ``settings`` and ``patience`` the paper's.
 
     Raises:
         ValueError: a count below 1, no such algorithm, or an option of the other one.
@@ -56,6 +56,7 @@ class SearchSettings:
     chunk: int = DEFAULT_CHUNK
     hidden_device: str | None = None
     rate: float = DescentSettings.rate
+    step_windows: int = DescentSettings.step_windows
     settings: EvolutionSettings = dataclasses.field(default_factory=EvolutionSettings)
 
     def __post_init__(self) -> None:
@@ -78,7 +79,9 @@ class SearchSettings:
         """The settings of the algorithm chosen."""
         if self.algorithm == "paper":
             return self.settings
-        return DescentSettings(self.budget or DescentSettings.forwards, self.rate)
+        return DescentSettings(
+            self.budget or DescentSettings.forwards, self.rate, self.step_windows
+        )
 
     @property
     def forwards(self) -> int:

@@ -1,0 +1,210 @@
+"""One long forward of a model's shape, random weights: time against the kernels', and memory.
+
+    python benchmarks/long_forward.py --shape smollm2 --tokens 4096,8192,16384
+    python benchmarks/long_forward.py --shape llama2-7b --layers 1 --tokens 4096,8192
+    python benchmarks/long_forward.py --shape llama2-7b --tokens 131072,262144,524288   # a GPU
+    python benchmarks/long_forward.py --shape llama2-7b --layers 2 --tokens 2097152
+
+*Floor*: the same matrix products and attention as bare calls of torch, each measured alone right
+before the forward, at the best rate that torch offers (of one causal call of the whole sequence
+and of calls chunk by chunk). Every length is a process of its own, and the memory another.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import record
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from longrope.forward import LongForward
+
+SHAPES = {
+    "bundled": {
+        "vocab_size": 1536,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 3,
+    },
+    "smollm2": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "llama2-7b": {
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+}
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, least: int = 3) -> float:
+    """The median of a few calls, after one."""
+    times = []
+    for _ in range(least + 1):
+        wait(device)
+        started = time.perf_counter()
+        work()
+        wait(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def products_floor(model: nn.Module, tokens: int, chunk: int) -> float:
+    """Seconds of all products with weights, each shape measured alone on a chunk's rows."""
+    weight = next(model.parameters())
+    shapes = Counter(tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
+    total = 0.0
+    for (out, into), count in shapes.items():
+        rows = min(chunk, 1024) if out > 16_384 else chunk  # the head's, as the loss is made
+        matrix = torch.randn(out, into, dtype=weight.dtype, device=weight.device)
+        x = torch.randn(rows, into, dtype=weight.dtype, device=weight.device)
+        one = seconds_of(lambda x=x, matrix=matrix: F.linear(x, matrix), weight.device)
+        total += one * count * tokens / rows
+    return total
+
+
+@torch.inference_mode()
+def attention_floor(model: nn.Module, tokens: int, chunk: int) -> tuple[float, str]:
+    """Seconds of one causal attention a layer, at the best of what torch offers."""
+    config, weight = model.config, next(model.parameters())
+    dim = config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_attention_heads, tokens, dim)
+    query = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+    queries = query[:, :, :chunk].contiguous()
+    whole = seconds_of(
+        lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True),
+        weight.device,
+        1,
+    )
+    # A chunk against all keys, without a mask: twice the pairs that a causal one needs.
+    against = seconds_of(
+        lambda: F.scaled_dot_product_attention(queries, query, query), weight.device, 1
+    )
+    ways = {"one causal call": whole, "by chunks": against * tokens / chunk / 2}
+    best = min(ways, key=lambda name: ways[name])
+    return config.num_hidden_layers * ways[best], best
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """In a child: the floor, the forward, the floor again, and the memory."""
+    tokens, device = int(args.tokens), torch.device(args.device)
+    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=tokens)
+    with torch.device(device):
+        torch.set_default_dtype(getattr(torch, args.dtype))
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        torch.set_default_dtype(torch.float32)
+    forward = LongForward(model, args.chunk)
+    ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if args.memory:
+        forward.losses(ids)
+        return {"tokens": tokens, "peak_bytes": peak(device), "weight_bytes": weights}
+    forward.losses(ids[:, :257])
+    floors, times = [], []
+    for _ in range(args.runs):
+        products = products_floor(model, tokens, args.chunk)
+        attention, way = attention_floor(model, tokens, args.chunk)
+        floors.append((products, attention))
+        wait(device)
+        started = time.perf_counter()
+        forward.losses(ids)
+        wait(device)
+        times.append(time.perf_counter() - started)
+    products, attention = (statistics.median(part) for part in zip(*floors, strict=True))
+    shares = [(p + a) / t for (p, a), t in zip(floors, times, strict=True)]
+    return {
+        "tokens": tokens,
+        "seconds": statistics.median(times),
+        "products_seconds": products,
+        "attention_seconds": attention,
+        "attention_way": way,
+        "share_of_floor": statistics.median(shares),
+        "weight_bytes": weights,
+        "bytes_per_token": forward.bytes_per_token(),
+    }
+
+
+def peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def child(args: argparse.Namespace, tokens: int, *more: str) -> dict:
+    command = [sys.executable, __file__, "--child", "--tokens", str(tokens), *more]
+    for name in ("shape", "dtype", "device", "chunk", "runs", "layers"):
+        command += [f"--{name}", str(getattr(args, name))]
+    # glibc must give back what is freed, or the peak is that of its heap.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    env = os.environ | (allocator if "--memory" in more else {})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode:
+        raise SystemExit(f"{tokens} tokens: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--layers", type=int, default=0, help="Fewer than the shape has.")
+    parser.add_argument("--tokens", default="4096,8192,16384")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args)))
+        return
+    rows = []
+    for tokens in map(int, args.tokens.split(",")):
+        rows.append(child(args, tokens) | child(args, tokens, "--memory"))
+    print("| tokens | products | attention | forward | share of the floor's rate | peak |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['tokens']:,} | {row['products_seconds']:.2f} s "
+            f"| {row['attention_seconds']:.2f} s ({row['attention_way']}) | {row['seconds']:.2f} s "
+            f"| {row['share_of_floor']:.0%} | {row['peak_bytes'] / 1e9:.2f} GB |"
+        )
+    for a, b in itertools.pairwise(rows):
+        slope = (b["peak_bytes"] - a["peak_bytes"]) / (b["tokens"] - a["tokens"])
+        print(
+            f"bytes a token, {a['tokens']:,} to {b['tokens']:,}: {a['bytes_per_token']:,} "
+            f"predicted, {slope:,.0f} measured"
+        )
+    layers = f"-{args.layers}-layers" if args.layers else ""
+    print(record.write(f"long-forward-{args.shape}{layers}", vars(args), rows))
+
+
+if __name__ == "__main__":
+    main()
