@@ -156,8 +156,8 @@ def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):
 def test_documents_may_be_packed(texts, tmp_path):
     out = tmp_path / "packed"
     arguments = ["--target", "16x", "--data", texts, "--pack"]
-    summary = json.loads(succeeds("search", *arguments, "--budget", 2, "--out", out, "--json"))
-    assert summary["forwards"] <= 2
+    summary = json.loads(succeeds("search", *arguments, "--budget", 4, "--out", out, "--json"))
+    assert summary["forwards"] <= 4
     methods = f"yarn,{out / 'rescale.json'}"
     rows = json.loads(succeeds("compare", *arguments, "--methods", methods, "--json"))["perplexity"]
     assert {(row["length"], row["documents"]) for row in rows} == {(4096, 1)}

@@ -46,13 +46,12 @@ def test_steps_down_and_tries_start_tokens():
     assert {t.part for t in asked if t.slope} == set(range(5))
 
 
-@pytest.mark.parametrize("forwards", [1, 2, 5, 8, 27, 100])
+@pytest.mark.parametrize("forwards", [4, 5, 8, 27, 100])
 @pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=5.5)])
 def test_keeps_its_budget(forwards, price):
     asked, _ = run(forwards=forwards, price=price)
     spent = sum(price.of(trial) for trial in dict.fromkeys(asked))
-    around = len(starts(HERE)) / price.parts + 1
-    assert spent <= max(forwards, around)
+    assert spent <= forwards
     if forwards >= 27:
         assert spent > forwards - 2 * price.slope - 1
 
@@ -109,7 +108,7 @@ def test_isotonic_is_the_nearest_monotone_sequence(values):
             assert rest @ direction == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("wrong", [{"forwards": 0}, {"rate": 0.0}, {"step_windows": 0}])
+@pytest.mark.parametrize("wrong", [{"forwards": 3}, {"rate": 0.0}, {"step_windows": 0}])
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ValueError, match="must be"):
         DescentSettings(**wrong)

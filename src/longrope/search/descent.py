@@ -23,6 +23,10 @@ _CLIP = 0.5
 # What turns more often within the original length stays where it starts: its slopes are large,
 # and of either sign from window to window.
 _TURNS = 16
+# Forward equivalents for comparing the starts.
+_COMPARED = 2
+# With them, the best start on all windows.
+_LEAST = 4
 # The last share of the steps, whose mean is a finalist beside the last point.
 _TAIL = 0.3
 # Start tokens tried on the result, where the space has them.
@@ -39,7 +43,7 @@ class DescentSettings:
         step_windows: how many windows a step takes the slope on; processes share them.
 
     Raises:
-        ValueError: a count below 1, or a rate that is not positive.
+        ValueError: a budget below 4, a count below 1, or a rate that is not positive.
     """
 
     forwards: int = 27
@@ -47,8 +51,11 @@ class DescentSettings:
     step_windows: int = 1
 
     def __post_init__(self) -> None:
-        if self.forwards < 1:
-            raise ValueError(f"--budget is {self.forwards}; it must be at least 1")
+        if self.forwards < _LEAST:
+            raise ValueError(
+                f"--budget is {self.forwards}; it must be at least {_LEAST}, which comparing the "
+                "starts takes"
+            )
         if not self.rate > 0:
             raise ValueError(f"--rate is {self.rate}; it must be positive")
         if self.step_windows < 1:
@@ -111,7 +118,7 @@ class Descent:
 
     def _course(self) -> Any:
         """The whole search, a generator of trials that is sent their outcomes."""
-        begin = yield from self._best(self._starts, self._part(0))
+        begin = yield from self._best(self._starts, self._some)
         yield [Trial(begin)]
         self._point = np.log(self.space.multipliers(begin))
         tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
@@ -119,41 +126,49 @@ class Descent:
         self._steps = self._affordable(len(tokens))
         for _ in range(self._steps):
             here = self._here(begin)
-            parts = dict.fromkeys(self._part(None) for _ in range(self.settings.step_windows))
+            parts = dict.fromkeys(self._part() for _ in range(self.settings.step_windows))
             outcomes = yield [Trial(here, part, slope=True) for part in parts]
             self._move(outcomes)
         if not self._steps:
             return
         mean = self._monotone(np.mean(self._last, axis=0))
         finalists = distinct([self._here(begin), self._candidate(mean, begin)])
-        found = yield from self._best(finalists, None)
+        found = yield from self._best(finalists, (None,))
         if tokens:
             others = [dataclasses.replace(found, start_tokens=n) for n in (0, *tokens)]
-            best = yield from self._best(others, self._part(0))
+            best = yield from self._best(others, self._some[:1])
             if best != found:
                 yield [Trial(best)]
 
-    def _best(self, candidates: list[Candidate], part: int | None) -> Any:
-        outcomes = yield [Trial(candidate, part) for candidate in candidates]
+    def _best(self, candidates: list[Candidate], parts: Sequence[int | None]) -> Any:
+        outcomes = yield [Trial(candidate, part) for candidate in candidates for part in parts]
+        losses = [outcome.loss for outcome in outcomes]
+        sums = [sum(losses[i : i + len(parts)]) for i in range(0, len(losses), len(parts))]
         # Rounded, so that the last bits of a sum decide nothing; the earlier one wins a tie.
-        losses = [round(o.loss, 6) if math.isfinite(o.loss) else math.inf for o in outcomes]
-        return candidates[losses.index(min(losses))]
+        ranks = [round(total, 6) if math.isfinite(total) else math.inf for total in sums]
+        return candidates[ranks.index(min(ranks))]
+
+    @property
+    def _some(self) -> tuple[int | None, ...]:
+        """The windows that all starts are compared on, for about two forward equivalents."""
+        parts = self.price.parts
+        count = max(1, _COMPARED * parts // len(self._starts))
+        return tuple(range(count)) if count < parts else (None,)
 
     def _affordable(self, start_tokens: int) -> int:
         """Steps that the budget leaves beside the evaluations before and after them."""
         one = 1 / self.price.parts
-        around = len(self._starts) * one + 3
+        compared = 1.0 if self._some == (None,) else len(self._some) * one
+        around = len(self._starts) * compared + 3
         if start_tokens:
             around += (start_tokens + 1) * one + 1
         step = self.price.slope * one * min(self.settings.step_windows, self.price.parts)
         return max(0, math.floor((self.settings.forwards - around) / step))
 
-    def _part(self, number: int | None) -> int | None:
-        """A window's number, or the next one's in a shuffled round; None where there is one."""
+    def _part(self) -> int | None:
+        """The next window of a shuffled round; None where there is one."""
         if self.price.parts == 1:
             return None
-        if number is not None:
-            return number
         if not self._order:
             self._order = list(range(self.price.parts))
             self._rng.shuffle(self._order)

@@ -201,13 +201,17 @@ class Evaluations:
         )
 
     def start_losses(self) -> dict[str, float]:
-        """What is known of the named starts: on all windows, or else on the first."""
-        found = {}
-        for name, candidate in self.starts.items():
-            for trial in (Trial(candidate), Trial(candidate, 0)):
-                if name not in found and trial in self.outcomes:
-                    found[name] = self.outcomes[trial].loss
-        return found
+        """Of the named starts: on all windows, or on those that all of them were compared on."""
+        known: dict[str, dict[int | None, float]] = {name: {} for name in self.starts}
+        names = {candidate: name for name, candidate in self.starts.items()}
+        for trial, outcome in self.outcomes.items():
+            if trial.candidate in names and not trial.slope:
+                known[names[trial.candidate]][trial.part] = outcome.loss
+        known = {name: losses for name, losses in known.items() if losses}
+        shared = set.intersection(*map(set, known.values())) if known else set()
+        if not shared or None in shared:
+            return {name: losses[None] for name, losses in known.items() if None in losses}
+        return {n: sum(losses[p] for p in shared) / len(shared) for n, losses in known.items()}
 
     def best(self, portable: bool) -> tuple[float, Candidate] | None:
         """The least loss on all windows, and whose it is."""
