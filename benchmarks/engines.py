@@ -39,6 +39,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     print("| format | engine | " + " | ".join(f"{n:,}" for n in lengths) + " | instead |")
     print("|---|---|" + "---|" * len(lengths) + "---|", flush=True)
+    computed: dict[str, dict] = {}
     for form in (form for form in FORMATS if form in args.formats.split(",")):
         gguf = form.startswith("gguf")
         asked = [name for name in engines if (name == "llamacpp") == gguf]
@@ -48,6 +49,8 @@ def main() -> None:
         if not out.exists():
             export(options(args.model, args.boundary, args.target, out, form))
         reference = Reference(str(out))
+        # Exports of the same weights are computed once.
+        reference.computed = computed.setdefault(reference.loaded.fingerprint(), {})
         for name in asked:
             verdict = verify(
                 reference, name, python=engines[name], lengths=lengths, prompts=args.prompts

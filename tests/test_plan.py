@@ -140,7 +140,10 @@ def test_flops_agree_with_a_counter(micro_models, ids):
         tied=False,
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    made = make_plan(facts, make_recipe({"target": "512", "search": {"budget": 1, "samples": 1}}))
+    made = make_plan(
+        facts,
+        make_recipe({"target": "512", "search": {"algorithm": "paper", "budget": 1, "samples": 1}}),
+    )
     stage = made["search"]
     norms = (2 * 4 + 1) * 64
     linear = 97 / 512 * stage.linear - 2 * 97 * norms

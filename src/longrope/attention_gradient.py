@@ -2,8 +2,13 @@
 
 Forward as in ``attention.py``; backward from the log-sum-exp over all keys, with which the parts
 of a softmax add up: a chunk against the past and against itself, a block of keys at a time.
+What a forward without gradients gave can be remembered, so that no score is computed twice
+before the backward pass.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +19,39 @@ from longrope.attention import blockwise, causal, refuse_others, repeated
 
 NAME = "longrope_differentiable"
 _KEYS = 1024  # at a time, where no kernel fits
+
+
+class Memory:
+    """Outputs and log-sum-exps of attention, call by call, kept on a device of choice."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        self._next = 0
+
+    def remember(self, output: Tensor, lse: Tensor) -> None:
+        self.calls.append((output.to(self.device), lse.to(self.device)))
+
+    def recall(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """The next call's, or None where it is to be computed."""
+        if self._next >= len(self.calls):
+            return None
+        output, lse = self.calls[self._next]
+        self._next += 1
+        return output.to(device), lse.to(device)
+
+    @contextlib.contextmanager
+    def at(self, call: int) -> Iterator[None]:
+        """Within, calls from this number on are recalled, or remembered if they are new."""
+        self._next = call
+        token = _MEMORY.set(self)
+        try:
+            yield
+        finally:
+            _MEMORY.reset(token)
+
+
+_MEMORY: ContextVar[Memory | None] = ContextVar("attention", default=None)
 
 
 def differentiable_attention(
@@ -32,15 +70,36 @@ def differentiable_attention(
     refuse_others(attention_mask, others)
     if sliding_window is not None and sliding_window >= key.shape[2]:
         sliding_window = None
-    output = _Attention.apply(query, key, value, scaling, softcap or None, sliding_window)
+    options = (scaling, softcap or None, sliding_window)
+    memory = _MEMORY.get()
+    known = memory.recall(query.device) if memory else None
+    if known is None:
+        with torch.no_grad():
+            known = _attend(query, key, value, *options)
+        if memory:
+            memory.remember(*known)
+    output = _Attention.apply(query, key, value, *known, options)
     return output.transpose(1, 2), None  # type: ignore[union-attr]
 
 
 AttentionInterface.register(NAME, differentiable_attention)
 
 
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    if softcap or window:
+        return blockwise(query, key, value, scaling, softcap, window)
+    return causal(query, key, value, scaling)
+
+
 class _Attention(torch.autograd.Function):
-    """Attention of a chunk over all keys up to its end; the scores are made again going back."""
+    """Attention that is computed already; the scores are made again going back."""
 
     @staticmethod
     def forward(
@@ -48,17 +107,13 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
+        output: Tensor,
+        lse: Tensor,
+        options: tuple[float, float | None, int | None],
     ) -> Tensor:
-        if softcap or window:
-            output, lse = blockwise(query, key, value, scaling, softcap, window)
-        else:
-            output, lse = causal(query, key, value, scaling)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.options = (scaling, softcap, window)
-        return output
+        ctx.options = options
+        return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:

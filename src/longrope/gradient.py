@@ -4,8 +4,9 @@ The backward pass of the long forward, layer-major too. Going forward it keeps t
 of every layer (where the hidden states live); going back it takes the layers from the last
 to the first and, in each, the chunks from the last to the first: a chunk runs again with
 gradients, its keys and values having gathered by then what all later chunks asked of them.
-Memory: a hidden state per layer and token, one layer's keys and values and their gradients,
-one chunk's graph. Sequences whose graph is small keep it instead, and run once.
+Memory: per layer and token a hidden state and the output of attention (so that attention runs
+forward once), one layer's keys and values and their gradients, one chunk's graph. Sequences
+whose graph is small keep it instead, and nothing runs twice.
 """
 
 import contextlib
@@ -78,7 +79,7 @@ def forwards(facts: ModelFacts, length: int, chunk: int) -> float:
     linear, attention = facts.forward_flops(length)
     kept = graph_bytes(facts.layers, facts.hidden_size, length) is not None
     again = 0 if kept else 1 + (length > chunk)
-    work = (2 + again) * linear + (1 + again + _BACKWARD_ATTENTION) * attention
+    work = (2 + again) * linear + (1 + _BACKWARD_ATTENTION) * attention
     return work / (linear + attention)
 
 
@@ -121,6 +122,7 @@ class _Layer:
             graph_bytes(config.num_hidden_layers, hidden_BTD.shape[-1], spans[-1].stop) is not None
         )
         self.pieces: list[_Piece] = []
+        self.memory = attention_gradient.Memory(forward.hidden_device)
 
     def output(self) -> Tensor:
         """The layer's output, shape as its input."""
@@ -134,6 +136,11 @@ class _Layer:
                 self.pieces.append(piece)
         if not self.keep:
             del self.cache
+            if len(self.memory.calls) != len(self.spans):
+                raise ValueError(
+                    f"{type(self.layer).__name__} calls its attention "
+                    f"{len(self.memory.calls) / len(self.spans):g} times; use --algorithm paper"
+                )
         return result
 
     def backward(self, slope_BTD: Tensor) -> Tensor:
@@ -159,7 +166,10 @@ class _Layer:
         return result
 
     def _run(self, number: int) -> _Piece:
-        """The layer on one chunk, on leaves of its own; keys and values go to the cache."""
+        """The layer on one chunk, on leaves of its own; keys and values go to the cache.
+
+        A layer calls attention once, so a chunk's number is its call's.
+        """
         hidden = self.hidden_BTD[:, self.spans[number]].to(self.device).detach()
         hidden.requires_grad_(torch.is_grad_enabled())
         past = _ChunkCache(self.cache, self.spans[number].start)
@@ -167,7 +177,11 @@ class _Layer:
             name: past if value is self.held else value
             for name, value in self.arguments[number].items()
         }
-        output = self.layer(hidden, **arguments)
+        if self.keep:
+            output = self.layer(hidden, **arguments)
+        else:
+            with self.memory.at(number):
+                output = self.layer(hidden, **arguments)
         return _Piece(hidden, past, output if isinstance(output, Tensor) else output[0])
 
 

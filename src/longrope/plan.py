@@ -234,16 +234,16 @@ class _Costs:
         return self.weights + length * (per_token * self.size + 24) + work + _head(facts)
 
     def _gradient_memory(self, length: int) -> int:
-        """The long gradient, beside a long forward: every layer's input, and a chunk's graph.
-
-        And the slopes of the hidden states, and of one layer's keys and values.
+        """The long gradient, beside a long forward: a chunk's graph, and of every layer its input
+        and attention's output; the slopes of hidden states, and of one layer's keys and values.
         """
         facts = self.facts
         kept = graph_bytes(facts.layers, facts.hidden_size, length)
         if kept is None:
             chunk = min(length, self.recipe.chunk)
             kept = graph_bytes(1, facts.hidden_size, chunk, most=math.inf) or 0
-        inputs = 0 if self.recipe.hidden_device else (facts.layers + 1) * facts.hidden_size
+        width = facts.hidden_size + facts.heads * facts.head_dim
+        inputs = 0 if self.recipe.hidden_device else (facts.layers + 1) * width
         return int(kept) + length * (inputs + 2 * facts.kv_heads * facts.head_dim) * self.size
 
     def _training_memory(self, length: int) -> int:

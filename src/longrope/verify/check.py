@@ -166,7 +166,7 @@ def verify(
 
 
 class Reference:
-    """Our own forward of an export, under each of the three sets; what it computed, it keeps.
+    """Our own forward of an export, under each of the three sets; what it ``computed``, it keeps.
 
     Args:
         path: a directory or a GGUF file with scaled RoPE.
@@ -185,7 +185,7 @@ class Reference:
         boundary, target = import_pair(path).recovery_length, pair.long.max_position_embeddings
         self.boundary = boundary if boundary < target else target // 4
         self.forward = LongForward(loaded.model, chunk)
-        self._computed: dict[tuple[Rescale, tuple[int, ...]], torch.Tensor] = {}
+        self.computed: dict[tuple[Rescale, tuple[int, ...]], torch.Tensor] = {}
         none = pair.long.replace(factors=(1.0,) * len(pair.long.factors), attention_factor=1.0)
         self.candidates: dict[str, Rescale] = {"long": pair.long, "none": none}
         if (pair.short.factors, pair.short.attention_factor) != (
@@ -226,11 +226,11 @@ class Reference:
         return (ours[tokens] - theirs).abs()
 
     def _log_probabilities(self, rescale: Rescale, ids: tuple[int, ...]) -> torch.Tensor:
-        if (rescale, ids) not in self._computed:
+        if (rescale, ids) not in self.computed:
             with installed(self.loaded.model, rescale):
                 logits = self.forward.prefill(torch.tensor([ids]))[0][0]
-            self._computed[rescale, ids] = logits.double().log_softmax(-1).cpu()
-        return self._computed[rescale, ids]
+            self.computed[rescale, ids] = logits.double().log_softmax(-1).cpu()
+        return self.computed[rescale, ids]
 
 
 def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, str]:
