@@ -42,11 +42,25 @@ def cases(folder: Path) -> list[tuple[str, str]]:
     (folder / "unknown.json").write_text(json.dumps(text | {"lambda": 1}))
     (folder / "layers.csv").write_text("1,2\n1,3\n")
     done = folder / "done"
-    run(["search", "--target", "2x", "--samples", "1", "--budget", "2", "--out", str(done)])
+    run(
+        [
+            "search",
+            "--target",
+            "2x",
+            "--samples",
+            "1",
+            "--algorithm",
+            "paper",
+            "--budget",
+            "2",
+            "--out",
+            str(done),
+        ]
+    )
     shutil.copytree(done, folder / "corrupt")
     (folder / "corrupt/state.json").write_text("{")
     search, evaluate = "search --target 2x --out out", "evaluate --lengths 512"
-    again = "search --target 2x --samples 1 --budget 3 --out done"
+    again = "search --target 2x --samples 1 --algorithm paper --budget 3 --out done"
     return [
         ("no RoPE", "search gpt2 --target 2x --out out"),
         ("no such model", "search ./nowhere --target 2x --out out"),
@@ -69,7 +83,7 @@ def cases(folder: Path) -> list[tuple[str, str]]:
         ("rows differ per layer", f"{evaluate} --rescale layers.csv"),
         ("neither method nor file", f"{evaluate} --rescale magic"),
         ("lengths do not tile", "evaluate --lengths 512,768"),
-        ("corrupt state", "search --target 2x --samples 1 --budget 2 --out corrupt"),
+        ("corrupt state", "search --target 2x --samples 1 --budget 4 --out corrupt"),
         ("state of another search", f"{again} --seed 1"),
         ("state of another model", again.replace("search", "search smaller", 1)),
         ("disk full on the state file", "FULL search --target 2x --samples 1 --out full"),

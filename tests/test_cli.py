@@ -338,6 +338,10 @@ class TestMistakes:
         fast = [*small[:-1], "fast", "--out", tmp_path / "b"]
         assert "--patience is 3" in refused(*fast, "--patience", 3)
         assert "--rate is 0.0" in refused(*fast, "--rate", 0)
+        line = refused(*fast, "--population", 16)
+        assert "--population 16: settings of --algorithm paper" in line
+        assert "--budget is 3" in refused(*fast, "--budget", 3)
+        assert "--dtype float16" in refused(*fast, "--dtype", "float16")
 
     def test_full_disk(self, small, tmp_path):
         """A file-size limit stands in for a full disk: the writes fail the same way."""

@@ -81,6 +81,52 @@ def test_equals_autograd(ids, family, kept, monkeypatch):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_in_bfloat16(ids, kept, monkeypatch):
+    """As near to float32 as bfloat16 is, in one chunk and in several."""
+    if not kept:
+        monkeypatch.setattr(module, "_KEPT", 0)
+    for family in ("llama", "gemma2"):  # by the kernel, and block by block
+        model = micro_model(FAMILIES[family]())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        slopes = []
+        for dtype in (torch.float32, torch.bfloat16):
+            model.to(dtype)
+            with installed(model, yarn(model), always=True):
+                slopes.append(gradient(LongForward(model, 40), ids[:1]).by_factor)
+        assert F.cosine_similarity(*slopes, dim=0) > 0.98
+
+
+def test_hidden_states_may_wait_elsewhere(micro_models, ids, monkeypatch):
+    model = micro_models("llama")
+    monkeypatch.setattr(module, "_KEPT", 0)
+    with installed(model, yarn(model), always=True):
+        there = gradient(LongForward(model, 30, torch.device("cpu")), ids[:1])
+        here = gradient(LongForward(model, 30), ids[:1])
+    assert_close(there.by_factor, here.by_factor)
+
+
+def test_out_of_memory_halves_the_chunk(micro_models, ids, monkeypatch):
+    model = micro_models("llama")
+    forward = LongForward(model, 64)
+    own = LongForward.embed
+
+    def embed(self, *args):
+        if self.chunk > 20:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return own(self, *args)
+
+    with installed(model, yarn(model), always=True):
+        expected = gradient(LongForward(model, 16), ids[:1])
+        monkeypatch.setattr(LongForward, "embed", embed)
+        found = gradient(forward, ids[:1])
+    assert forward.chunk == 16
+    assert_close(found.by_factor, expected.by_factor)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_of_the_answer_alone(micro_models, ids):
     model, row = micro_models("llama"), ids[:1]
     with installed(model, yarn(model), always=True):
@@ -98,19 +144,24 @@ def test_of_the_answer_alone(micro_models, ids):
     groups=st.sampled_from([1, 3]),
     window=st.sampled_from([None, 1, 8, 33, 500]),
     softcap=st.sampled_from([None, 5.0]),
+    value_dim=st.sampled_from([8, 5]),
     keys=st.sampled_from([7, 1024]),
     blocks=st.booleans(),
 )
-def test_attention_equals_brute_force(chunk, past, kv_heads, groups, window, softcap, keys, blocks):
+def test_attention_equals_brute_force(
+    chunk, past, kv_heads, groups, window, softcap, value_dim, keys, blocks
+):
     generator = torch.Generator().manual_seed(chunk * 100 + past)
 
-    def normal(heads, tokens):
-        drawn = torch.randn(2, heads, tokens, 8, dtype=torch.float64, generator=generator)
+    def normal(heads, tokens, dim=8):
+        drawn = torch.randn(2, heads, tokens, dim, dtype=torch.float64, generator=generator)
         return drawn.requires_grad_()
 
     query = normal(kv_heads * groups, chunk)
-    key, value = normal(kv_heads, past + chunk), normal(kv_heads, past + chunk)
-    weight = torch.randn(2, chunk, kv_heads * groups, 8, dtype=torch.float64, generator=generator)
+    key, value = normal(kv_heads, past + chunk), normal(kv_heads, past + chunk, value_dim)
+    weight = torch.randn(
+        2, chunk, kv_heads * groups, value_dim, dtype=torch.float64, generator=generator
+    )
     expected = torch.autograd.grad(
         (dense(query, key, value, 0.3, window, softcap) * weight).sum(), (query, key, value)
     )

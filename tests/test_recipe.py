@@ -79,7 +79,8 @@ def scaled_down(name: str, model: str, data: str) -> dict:
     content |= {"model": model, "data": [data], "dtype": "float32", "target": "16x"}
     content.pop("original_length", None)
     for section in ("search", "second_search", "recovery"):
-        content[section] = {**content.get(section, {}), **SMALL, "samples": 1, "budget": 5}
+        small = SMALL if content[section].get("algorithm") == "paper" else {}
+        content[section] = {**content[section], **small, "samples": 1, "budget": 5}
     tuning = content["finetune"]
     tuning |= {"steps": 2, "batch": 2, "micro_batch": 1, "warmup": 1, "precision": "float32"}
     if "through" in tuning:

@@ -119,7 +119,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         slope = slopes[0].contiguous()
         scaling, softcap, window = ctx.options
-        if slope.device.type == "cpu" and not (softcap or window):
+        query, _, value, *_ = ctx.saved_tensors
+        same = query.shape[-1] == value.shape[-1]
+        if slope.device.type == "cpu" and same and not (softcap or window):
             found = _flash_backward(slope, ctx.saved_tensors, scaling)
         else:
             found = _block_backward(slope, ctx.saved_tensors, scaling, softcap, window)
@@ -150,7 +152,8 @@ def _block_backward(
             continue
         q, dy, rows = query[:, :, low:high], slope[:, :, low:high], slice(low, high)
         k, v = repeated(key[:, :, block], groups), repeated(value[:, :, block], groups)
-        scores, capped = (q @ k.transpose(2, 3)).to(exact) * scaling, None
+        # As exact as the kernel's that gave the log-sum-exp, or the weights do not add up to 1.
+        scores, capped = (q.to(exact) @ k.to(exact).transpose(2, 3)) * scaling, None
         if softcap:
             capped = torch.tanh(scores / softcap)
             scores = capped * softcap

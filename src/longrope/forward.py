@@ -113,7 +113,7 @@ class LongForward:
         """
         ids_BT = input_ids.to(self.device)
         # A copy made out here is an ordinary tensor, that callers may change.
-        return self._within_memory(lambda: self._losses(ids_BT)).clone()
+        return self.within_memory(lambda: self._losses(ids_BT)).clone()
 
     def answers(self, input_ids: Tensor, asked: Sequence[Asked]) -> list[Answer]:
         """How likely some tokens are, each after all that stands before it in its row.
@@ -124,7 +124,7 @@ class LongForward:
             asked: any number for each row.
         """
         ids_BT = input_ids.to(self.device)
-        return self._within_memory(lambda: self._answers(ids_BT, asked))
+        return self.within_memory(lambda: self._answers(ids_BT, asked))
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, DynamicCache]:
@@ -140,7 +140,8 @@ class LongForward:
             last = slice(-1, None)
             return self.logits(ids_BT, hidden_BTD[:, last], last)[:, -1], cache
 
-    def _within_memory(self, compute: Callable[[], _T]) -> _T:
+    def within_memory(self, compute: Callable[[], _T]) -> _T:
+        """What ``compute`` gives, with a smaller chunk where a GPU runs out of memory."""
         while True:
             try:
                 return compute()

@@ -6,7 +6,7 @@ to the first and, in each, the chunks from the last to the first: a chunk runs a
 gradients, its keys and values having gathered by then what all later chunks asked of them.
 Memory: per layer and token a hidden state and the output of attention (so that attention runs
 forward once), one layer's keys and values and their gradients, one chunk's graph. Sequences
-whose graph is small keep it instead, and nothing runs twice.
+of one chunk keep it if it is small, and nothing runs twice.
 """
 
 import contextlib
@@ -54,19 +54,25 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
     ids_BT = input_ids.to(forward.device)
     inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
     counted = answer_tokens or targets_BT.shape[1]
-    rotary.tape = []
+
+    def compute() -> Slope:
+        spans = forward.spans(inputs_BT.shape[1])
+        rotary.tape = []
+        hidden_BTD, recordings = forward.embed(inputs_BT, spans)
+        handed_out, rotary.tape = rotary.tape, None  # the head rotates nothing
+        layers = []
+        for index in range(len(forward.layers)):
+            layers.append(_Layer(forward, index, spans, recordings, hidden_BTD))
+            hidden_BTD = layers[-1].output()
+        loss, slope_BTD = _head(forward, inputs_BT, targets_BT, hidden_BTD, counted)
+        del hidden_BTD
+        while layers:
+            slope_BTD = layers.pop().backward(slope_BTD)
+        return Slope(loss, rotary.gradient(handed_out))
+
     try:
         with torch.no_grad(), _frozen(forward.model), forward.attention(attention_gradient.NAME):
-            spans = forward.spans(inputs_BT.shape[1])
-            hidden_BTD, recordings = forward.embed(inputs_BT, spans)
-            layers = []
-            for index in range(len(forward.layers)):
-                layers.append(_Layer(forward, index, spans, recordings, hidden_BTD))
-                hidden_BTD = layers[-1].output()
-            loss, slope_BTD = _head(forward, inputs_BT, targets_BT, hidden_BTD, counted)
-            while layers:
-                slope_BTD = layers.pop().backward(slope_BTD)
-        return Slope(loss, rotary.gradient())
+            return forward.within_memory(compute)
     finally:
         rotary.tape = None
 
@@ -77,21 +83,22 @@ def forwards(facts: ModelFacts, length: int, chunk: int) -> float:
     The weights are frozen: a product with weights is done once forward and once backward.
     """
     linear, attention = facts.forward_flops(length)
-    kept = graph_bytes(facts.layers, facts.hidden_size, length) is not None
-    again = 0 if kept else 1 + (length > chunk)
+    chunks = -(-length // chunk)
+    again = 1 + (chunks > 1)
+    if is_kept(facts.layers, facts.hidden_size, length, chunks):
+        again = 0
     work = (2 + again) * linear + (1 + _BACKWARD_ATTENTION) * attention
     return work / (linear + attention)
 
 
-def graph_bytes(
-    layers: int, hidden_size: int, tokens: int, most: float | None = None
-) -> float | None:
-    """Bytes of the graph of so many layers, about 24 float32 hidden states each.
+def graph_bytes(layers: int, hidden_size: int, tokens: int) -> float:
+    """Bytes of the graph of so many layers, about 24 float32 hidden states each."""
+    return layers * hidden_size * tokens * 24 * 4.0
 
-    None where that is more than what is kept rather than computed twice.
-    """
-    size = layers * hidden_size * tokens * 24 * 4
-    return size if size <= (_KEPT if most is None else most) else None
+
+def is_kept(layers: int, hidden_size: int, tokens: int, chunks: int) -> bool:
+    """Whether the graph of all layers is kept: one chunk (each has its past's copy), and small."""
+    return chunks == 1 and graph_bytes(layers, hidden_size, tokens) <= _KEPT
 
 
 class _Piece(NamedTuple):
@@ -118,8 +125,8 @@ class _Layer:
         self.held = recordings[0].cache
         self.spans, self.hidden_BTD = spans, hidden_BTD
         config = forward.decoder.config
-        self.keep = (
-            graph_bytes(config.num_hidden_layers, hidden_BTD.shape[-1], spans[-1].stop) is not None
+        self.keep = is_kept(
+            config.num_hidden_layers, hidden_BTD.shape[-1], spans[-1].stop, len(spans)
         )
         self.pieces: list[_Piece] = []
         self.memory = attention_gradient.Memory(forward.hidden_device)
@@ -204,7 +211,11 @@ class _Cache:
     def slope(self) -> tuple[Tensor, Tensor]:
         if self.slopes is None:
             assert self.content is not None
-            key, value = (torch.zeros_like(t) for t in self.content)
+            # Summed over chunks in float32: in bfloat16 what is added last would be lost.
+            key, value = (
+                torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+                for t in self.content
+            )
             self.slopes = (key, value)
         return self.slopes
 
@@ -235,7 +246,7 @@ class _ChunkCache:
     def own(self, cache: _Cache) -> Iterator[tuple[Tensor, Tensor]]:
         """The chunk's own keys and values, each with what later chunks asked of it."""
         for made, slope in zip(self.made, cache.slope(), strict=True):
-            yield made, slope[:, :, self.start : self.start + made.shape[2]]
+            yield made, slope[:, :, self.start : self.start + made.shape[2]].to(made.dtype)
 
     def gather(self, cache: _Cache) -> None:
         """Add what this chunk asks of the keys and values before it."""

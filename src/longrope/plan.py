@@ -5,7 +5,7 @@ import math
 
 from longrope.evaluate.perplexity import check_lengths
 from longrope.facts import ModelFacts
-from longrope.gradient import graph_bytes
+from longrope.gradient import graph_bytes, is_kept
 from longrope.recipe import Recipe
 from longrope.windows import parse_extension, parse_length
 
@@ -238,13 +238,15 @@ class _Costs:
         and attention's output; the slopes of hidden states, and of one layer's keys and values.
         """
         facts = self.facts
-        kept = graph_bytes(facts.layers, facts.hidden_size, length)
-        if kept is None:
-            chunk = min(length, self.recipe.chunk)
-            kept = graph_bytes(1, facts.hidden_size, chunk, most=math.inf) or 0
+        chunk = min(length, self.recipe.chunk)
+        chunks = -(-length // chunk)
+        kept = is_kept(facts.layers, facts.hidden_size, length, chunks)
+        graph = graph_bytes(facts.layers if kept else 1, facts.hidden_size, chunk)
         width = facts.hidden_size + facts.heads * facts.head_dim
         inputs = 0 if self.recipe.hidden_device else (facts.layers + 1) * width
-        return int(kept) + length * (inputs + 2 * facts.kv_heads * facts.head_dim) * self.size
+        # One layer's keys and values: a copy for the graph, its slopes, their float32 sums.
+        both = 2 * facts.kv_heads * facts.head_dim
+        return int(graph) + length * ((inputs + 2 * both) * self.size + 4 * both)
 
     def _training_memory(self, length: int) -> int:
         """Weights, gradients and Adam's two moments, and what the backward pass keeps.

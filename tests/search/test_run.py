@@ -211,6 +211,18 @@ def test_a_history_of_something_else_is_refused(tmp_path):
         go(tmp_path)
 
 
+def test_a_history_from_before_there_were_prices_goes_on(tmp_path):
+    go(tmp_path, budget=15)
+    history = tmp_path / "history.jsonl"
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    for line in lines:
+        del line["forwards"]
+    history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loss = Loss()
+    assert go(tmp_path, loss, budget=20).evaluations == 20
+    assert loss.calls == 5
+
+
 def test_a_history_without_state_is_refused(tmp_path):
     (tmp_path / "history.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"without its state\.json"):

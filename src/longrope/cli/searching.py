@@ -73,7 +73,9 @@ def search(
     ] = "fast",
     budget: Annotated[
         int | None,
-        typer.Option(help="Forwards of all windows at most; by default 27, the paper's 1,344."),
+        typer.Option(
+            help="Forwards of all windows; by default 27 (another is another search), paper: 1,344."
+        ),
     ] = None,
     rate: Annotated[float, typer.Option(help="Largest step in ln λ (fast).")] = 0.06,
     step_windows: Annotated[
@@ -156,8 +158,9 @@ def search(
         return
     state = "done" if result.computed else "already done"
     console.print(f"{state}: {result.forwards:g} forwards of all windows; loss in nats per token:")
+    compared = " (on the windows that starts are compared on)" if algorithm == "fast" else ""
     for name, loss in result.starts.items():
-        console.print(f"  {name:9} {loss:.4f}")
+        console.print(f"  {name:9} {loss:.4f}{compared}")
     console.print(f"  best      {result.best_loss:.4f}  (start tokens {result.best.start_tokens})")
     if result.portable_loss is not None:
         console.print(f"  portable  {result.portable_loss:.4f}  (start tokens 0)")

@@ -9,7 +9,7 @@ exact at any position.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,19 +188,19 @@ class RescaledRotary(nn.Module):
         return column.double() * inv_freq, scaling, first
 
     @torch.no_grad()
-    def gradient(self) -> Tensor:
-        """d loss / d ln λ, shape (d/2,), float64, after a backward pass over all on the tape.
+    def gradient(self, tape: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """d loss / d ln λ, shape (d/2,), float64, after a backward pass over what was handed out.
 
         A phase is p = n · θ^(−2i/d) / λ, so d p / d ln λ = −p.
 
         Raises:
-            ValueError: nothing on the tape reached the loss.
+            ValueError: nothing of it reached the loss.
         """
         total = torch.zeros(len(self.inv_freq), dtype=torch.float64)
         reached = False
-        for positions, cos, sin in self.tape or ():
+        for positions, cos, sin in tape:
             if cos.grad is None or sin.grad is None:
-                continue  # made for a head that does not rotate
+                continue
             reached = True
             phases, scaling, first = self._phases(positions)
             layout = self._layout.to(positions.device)

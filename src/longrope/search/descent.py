@@ -136,14 +136,15 @@ class Descent:
         found = yield from self._best(finalists, (None,))
         if tokens:
             others = [dataclasses.replace(found, start_tokens=n) for n in (0, *tokens)]
-            best = yield from self._best(others, self._some[:1])
+            best = yield from self._best(others, (0,) if self.price.parts > 1 else (None,))
             if best != found:
                 yield [Trial(best)]
 
     def _best(self, candidates: list[Candidate], parts: Sequence[int | None]) -> Any:
         outcomes = yield [Trial(candidate, part) for candidate in candidates for part in parts]
-        losses = [outcome.loss for outcome in outcomes]
-        sums = [sum(losses[i : i + len(parts)]) for i in range(0, len(losses), len(parts))]
+        losses, size = [outcome.loss for outcome in outcomes], len(parts)
+        whole = max(1, len(losses) // size)  # a budget that ends here cuts some off
+        sums = [sum(losses[i * size : (i + 1) * size]) for i in range(whole)]
         # Rounded, so that the last bits of a sum decide nothing; the earlier one wins a tie.
         ranks = [round(total, 6) if math.isfinite(total) else math.inf for total in sums]
         return candidates[ranks.index(min(ranks))]

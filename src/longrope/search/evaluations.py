@@ -144,7 +144,8 @@ class Evaluations:
 
     def _replay(self, trial: Trial, generation: int) -> None:
         number = len(self.outcomes)
-        line = self.history[number]
+        # Histories of Algorithm 1 from before there were prices have none.
+        line: dict[str, Any] = {"forwards": 1.0} | self.history[number]
         loss, slope = line.get("loss", "none"), line.get("slope", [])
         fits = loss is None or isinstance(loss, float)
         fits &= len(slope) == (self.space.dimensions if trial.slope else 0)
@@ -155,19 +156,23 @@ class Evaluations:
                 f"{self.record.history} is damaged at evaluation {number}: it is not what this "
                 f"search asked for; delete {self.out} to start over"
             )
-        found = Outcome(math.nan if loss is None else loss, tuple(slope))
+        found = Outcome(
+            math.nan if loss is None else loss,
+            tuple(math.nan if number is None else number for number in slope),
+        )
         self._keep(trial, found, generation, replayed=True)
 
     def _record(self, trial: Trial, outcome: Outcome, generation: int) -> None:
         if self.ranks.first:
-            named = {c: name for name, c in self.starts.items()} if trial.part is None else {}
+            plain = trial.part is None and not trial.slope
+            names = (name for name, c in self.starts.items() if plain and c == trial.candidate)
             line = self._line(trial) | {
                 "loss": outcome.loss if math.isfinite(outcome.loss) else None,
                 "generation": generation,
-                "start": named.get(trial.candidate),
+                "start": next(names, None),
             }
             if trial.slope:
-                line["slope"] = list(outcome.slope)
+                line["slope"] = [x if math.isfinite(x) else None for x in outcome.slope]
             append_line(self.record.history, line)
         self.computed += 1
         self._keep(trial, outcome, generation, replayed=False)
@@ -202,12 +207,12 @@ class Evaluations:
 
     def start_losses(self) -> dict[str, float]:
         """Of the named starts: on all windows, or on those that all of them were compared on."""
-        known: dict[str, dict[int | None, float]] = {name: {} for name in self.starts}
-        names = {candidate: name for name, candidate in self.starts.items()}
-        for trial, outcome in self.outcomes.items():
-            if trial.candidate in names and not trial.slope:
-                known[names[trial.candidate]][trial.part] = outcome.loss
-        known = {name: losses for name, losses in known.items() if losses}
+        known: dict[str, dict[int | None, float]] = {}
+        for name, candidate in self.starts.items():
+            for part in (None, *range(self.price.parts)):
+                outcome = self.outcomes.get(Trial(candidate, part))
+                if outcome is not None:
+                    known.setdefault(name, {})[part] = outcome.loss
         shared = set.intersection(*map(set, known.values())) if known else set()
         if not shared or None in shared:
             return {name: losses[None] for name, losses in known.items() if None in losses}

@@ -37,32 +37,41 @@ class Objective:
 
     def __call__(self, rescale: Rescale, part: int | None = None, slope: bool = False) -> Outcome:
         """The loss; NaN where the model's losses are not finite. And its slope, where asked for."""
-        windows, questions = self.windows, list(self.questions)
+        windows, questions, share = self.windows, list(self.questions), 1
         if part is not None:
-            windows = windows[part : part + 1]
-            questions = questions[part :: len(self.windows)]
+            share = len(windows)
+            windows, questions = windows[part : part + 1], questions[part::share]
+        # Weighed so that the whole is the mean of its parts: by tokens, windows being equally long.
+        answer_tokens = sum(question.answer_tokens for question in self.questions)
+        weights = [share * q.answer_tokens / answer_tokens for q in questions]
         if slope:
-            return self._slope(rescale, windows, questions)
+            return self._slope(rescale, windows, questions, weights)
         with installed(self.forward.model, rescale):
             loss = _mean(self.forward.batches(windows))
-            if questions:
-                loss += _mean(self._answer(question) for question in questions)
+            for question, weight in zip(questions, weights, strict=True):
+                loss += weight * _mean([self._answer(question)])
         return Outcome(loss if math.isfinite(loss) else math.nan)
 
     def _answer(self, question: Prompt) -> torch.Tensor:
         ids = torch.from_numpy(question.ids)[None]
         return self.forward.losses(ids)[:, -question.answer_tokens :]
 
-    def _slope(self, rescale: Rescale, windows: np.ndarray, questions: Sequence[Prompt]) -> Outcome:
+    def _slope(
+        self,
+        rescale: Rescale,
+        windows: np.ndarray,
+        questions: Sequence[Prompt],
+        weights: Sequence[float],
+    ) -> Outcome:
         loss, by_factor = 0.0, torch.zeros(len(rescale.factors), dtype=torch.float64)
         texts = [(ids, 0, 1 / len(windows)) for ids in windows]
-        answers = [(q.ids, q.answer_tokens, 1 / len(questions)) for q in questions]
+        answers = [(q.ids, q.answer_tokens, w) for q, w in zip(questions, weights, strict=True)]
         with installed(self.forward.model, rescale, always=True):
-            for ids, counted, share in texts + answers:
+            for ids, counted, weight in texts + answers:
                 row = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
                 found = gradient(self.forward, row, counted)
-                loss += share * found.loss
-                by_factor += share * found.by_factor
+                loss += weight * found.loss
+                by_factor += weight * found.by_factor
         return Outcome(loss if math.isfinite(loss) else math.nan, tuple(by_factor.tolist()))
 
 

@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import longrope
 from longrope.data import check_sources
 from longrope.facts import ModelFacts
@@ -73,6 +75,13 @@ class SearchSettings:
                 f"--patience is {self.patience}; the fast search has no generations to wait for: "
                 "leave it out, or give --algorithm paper"
             )
+        if self.algorithm == "fast" and self.settings != EvolutionSettings():
+            changed = [
+                f"--{field.name} {value}"
+                for field in dataclasses.fields(EvolutionSettings)
+                if (value := getattr(self.settings, field.name)) != field.default
+            ]
+            raise ValueError(f"{', '.join(changed)}: settings of --algorithm paper; this is fast")
         self.of_algorithm()
 
     def of_algorithm(self) -> EvolutionSettings | DescentSettings:
@@ -165,6 +174,10 @@ def search_stage(
         ValueError: ``out`` holds another search, or no candidate has a finite loss.
     """
     facts, space = loaded.facts, problem.space
+    if how.algorithm == "fast" and loaded.model.dtype == torch.float16:
+        raise ValueError(
+            "--dtype float16: slopes are too small for it; give bfloat16 or --algorithm paper"
+        )
     start, length = space.start, space.start.max_position_embeddings
     questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
     seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
@@ -195,7 +208,7 @@ def search_stage(
         + (f", {len(questions)} pass keys" if questions else "")
     )
     with progress(title, how.forwards, show=ranks.first) as advance:
-        return search(
+        result = search(
             config,
             space,
             starts,
@@ -214,6 +227,8 @@ def search_stage(
             },
             report=_Reporter(headline, advance) if ranks.first else lambda now: None,
         )
+        advance(how.forwards, f"best {result.best_loss:.4f}")
+        return result
 
 
 class _Reporter:
@@ -231,7 +246,7 @@ class _Reporter:
         if not self.estimated and now.seconds_left is not None:
             self.estimated = True
             console.print(
-                f"{now.total - now.forwards:.0f} evaluations to go, about "
+                f"{now.total - now.forwards:.0f} forwards of all windows to go, about "
                 f"{duration(now.seconds_left)}; it can be stopped and run again at any time",
                 highlight=False,
             )
