@@ -26,7 +26,7 @@ from longrope.search.stage import SearchOptions, SearchSettings, search_factors
 
 RECIPE: dict[str, Any] = {
     "target": "16x",
-    "search": {"budget": 64},
+    "search": {"algorithm": "paper", "budget": 64},
     "finetune": {
         "precision": "float32",
         "steps": 80,
@@ -40,9 +40,10 @@ RECIPE: dict[str, Any] = {
         "short_share": 1,
         "gradient_checkpointing": False,
     },
-    "second_search": {"budget": 32, "samples": 2, "passkeys": 4, "population": 12}
-    | {"mutations": 4, "crossovers": 4, "parents": 8},
-    "recovery": {"budget": 32, "samples": 8, "population": 16, "mutations": 4, "crossovers": 4},
+    "second_search": {"algorithm": "paper", "budget": 32, "samples": 2, "passkeys": 4}
+    | {"population": 12, "mutations": 4, "crossovers": 4, "parents": 8},
+    "recovery": {"algorithm": "paper", "budget": 32, "samples": 8, "population": 16}
+    | {"mutations": 4, "crossovers": 4},
     "evaluate": {
         "methods": ["none"],
         "lengths": ["512", "1024"],

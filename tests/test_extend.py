@@ -28,7 +28,7 @@ SMALL = {"population": 6, "mutations": 2, "crossovers": 2, "iterations": 3, "par
 RECIPE = {
     "target": "16x",
     "dtype": "float32",
-    "search": {"samples": 2, **SMALL},
+    "search": {"samples": 2, "budget": 9},
     "finetune": {
         "steps": 6,
         "batch": 2,
@@ -39,8 +39,8 @@ RECIPE = {
         "passkey_share": 0.3,
         "short_share": 0.5,
     },
-    "second_search": {"samples": 1, **SMALL},
-    "recovery": {"samples": 2, **SMALL},
+    "second_search": {"samples": 1, "algorithm": "paper", **SMALL},
+    "recovery": {"samples": 2, "budget": 9},
     "evaluate": {
         "methods": ["none", "yarn"],
         "documents": 2,
