@@ -85,7 +85,7 @@ def main() -> None:
                 "curve": curve(directory),
             }
             rows.append(row | held_out_losses(loaded, directory, held_out))
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "name")}
     config |= {"windows": [d.name for d in windows.documents], "held_out_windows": len(held_out)}
     print(record.write(args.name, config, rows))
     table(rows)
@@ -172,7 +172,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         spent, [min(x) for x in losses], [max(x) for x in losses], color=FAST, alpha=0.25, lw=0
     )
     middle = sorted(y for points in papers for _, y in points)
-    axes.set_ylim(top=middle[int(0.9 * (len(middle) - 1))] + 0.02)
+    least = min(middle[0], *(min(x) for x in losses))
+    axes.set_ylim(least - 0.01, middle[int(0.9 * (len(middle) - 1))] + 0.02)
     axes.set(xscale="log", xlabel="forwards of all windows", ylabel="loss, nats per token")
     axes.set_title("The search windows' loss, seeds' median and range")
     axes.legend()
