@@ -341,6 +341,7 @@ class TestMistakes:
         line = refused(*fast, "--population", 16)
         assert "--population 16: settings of --algorithm paper" in line
         assert "--budget is 3" in refused(*fast, "--budget", 3)
+        assert "--rate 0.1" in refused(*small, "--rate", 0.1, "--out", tmp_path / "b")
         assert "--dtype float16" in refused(*fast, "--dtype", "float16")
 
     def test_full_disk(self, small, tmp_path):

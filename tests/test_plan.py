@@ -196,3 +196,10 @@ def test_where_bfloat16_is_slow_it_is_said(facts, monkeypatch):
     assert "dtype: float32 and finetune.precision: float32" in found
     exact = make_recipe({"target": "8x", "dtype": "float32"})
     assert not dry_run(make_plan(facts, exact), facts, exact).advice
+
+
+def test_float16_is_refused_where_a_search_takes_slopes(facts):
+    with pytest.raises(ValueError, match="dtype is float16, too small for the slopes of search"):
+        plan(facts, target="8x", dtype="float16")
+    paper = {"algorithm": "paper"}
+    plan(facts, target="8x", dtype="float16", search=paper, recovery=paper)

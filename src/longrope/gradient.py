@@ -224,13 +224,12 @@ class _ChunkCache:
     """What a layer takes for its cache while one chunk runs: the past as leaves, and its own."""
 
     def __init__(self, cache: _Cache, start: int):
-        self.cache: _Cache | None = cache
+        self.cache = cache
         self.start = start
         self.leaves: list[Tensor] = []
         self.made: list[Tensor] = []
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        assert self.cache is not None
         content = self.cache.write(self.start, (key, value))
         end = self.start + key.shape[2]
         if not torch.is_grad_enabled():

@@ -154,9 +154,8 @@ class _Costs:
 
     def __init__(self, facts: ModelFacts, recipe: Recipe):
         self.facts, self.recipe = facts, recipe
-        self.size = {"float32": 4, "float64": 8}.get(
-            facts.dtype if recipe.dtype == "auto" else recipe.dtype, 2
-        )
+        self.dtype = facts.dtype if recipe.dtype == "auto" else recipe.dtype
+        self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = facts.parameters * self.size
 
     def search(self, name: str, section, length: int) -> Stage:
@@ -165,6 +164,11 @@ class _Costs:
         forwards = section.settings(self.recipe).forwards * each if searches else 0
         stage = self._forwards(name, "search", length, forwards)
         if searches and section.algorithm == "fast":
+            if self.dtype == "float16":
+                raise ValueError(
+                    f"dtype is float16, too small for the slopes of {name}; make it bfloat16, or "
+                    "its algorithm paper"
+                )
             more = self._gradient_memory(length)
             stage = dataclasses.replace(stage, memory=stage.memory + more)
         return stage

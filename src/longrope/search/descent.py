@@ -19,6 +19,7 @@ from longrope.search.space import Candidate, Outcome, Price, Space, Trial, disti
 _BETA1, _BETA2 = 0.8, 0.95
 # Slopes smaller than this, in nats per unit of ln λ, move a factor less than the full rate.
 _SMALL = 3e-3
+# A slope counts for no more than this: Adam's average of squares would remember it too long.
 _CLIP = 0.5
 # What turns more often within the original length stays where it starts: its slopes are large,
 # and of either sign from window to window.
@@ -65,10 +66,10 @@ class DescentSettings:
 class Descent:
     """Ask for trials, tell their outcomes, until ``done``; as ``Evolution`` does.
 
-    The starts are compared on one window; from the best, Adam's steps in ln λ (slope on one
-    window after the other, or a few, rate falling to 0), each followed by the nearest monotone
-    point (isotonic regression); then the last point and the mean of the last steps are evaluated
-    on all windows, and so are n̂ > 0 where the space has them.
+    The starts are compared on some windows; from the best, Adam's steps in ln λ (slope on one
+    window after the other, or a few; the rate falls to 0 over the second half), each followed by
+    the nearest monotone point (isotonic regression); then the last point and the mean of the last
+    steps are evaluated on all windows, and n̂ > 0 is tried where the space has it.
     """
 
     def __init__(

@@ -82,6 +82,12 @@ class SearchSettings:
                 if (value := getattr(self.settings, field.name)) != field.default
             ]
             raise ValueError(f"{', '.join(changed)}: settings of --algorithm paper; this is fast")
+        of_fast = (DescentSettings.rate, DescentSettings.step_windows)
+        if self.algorithm == "paper" and (self.rate, self.step_windows) != of_fast:
+            raise ValueError(
+                f"--rate {self.rate}, --step-windows {self.step_windows}: settings of --algorithm "
+                "fast; this is paper"
+            )
         self.of_algorithm()
 
     def of_algorithm(self) -> EvolutionSettings | DescentSettings:
