@@ -4,6 +4,7 @@
     python benchmarks/long_forward.py --shape llama2-7b --layers 1 --tokens 4096,8192
     python benchmarks/long_forward.py --shape llama2-7b --tokens 131072,262144,524288   # a GPU
     python benchmarks/long_forward.py --shape llama2-7b --layers 2 --tokens 2097152
+    python benchmarks/long_forward.py --shape llama2-70b --layers 4 --tokens 4096 --offload weights
 
 *Floor*: the same matrix products and attention as bare calls of torch, each measured alone right
 before the forward, at the best rate that torch offers (of one causal call of the whole sequence
@@ -29,6 +30,7 @@ import transformers
 from torch import nn
 
 from longrope.forward import LongForward
+from longrope.offload import offload
 
 SHAPES = {
     "bundled": {
@@ -53,6 +55,14 @@ SHAPES = {
         "intermediate_size": 11_008,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+    },
+    "llama2-70b": {
+        "vocab_size": 32_000,
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
     },
 }
 
@@ -116,11 +126,13 @@ def measure(args: argparse.Namespace) -> dict:
     tokens, device = int(args.tokens), torch.device(args.device)
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = transformers.LlamaConfig(**shape, max_position_embeddings=tokens)
-    with torch.device(device):
+    with torch.device("cpu" if args.offload else device):
         torch.set_default_dtype(getattr(torch, args.dtype))
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         torch.set_default_dtype(torch.float32)
-    forward = LongForward(model, args.chunk)
+    if args.offload:
+        offload(model, device)
+    forward = LongForward(model, args.chunk, offloaded=args.offload is not None)
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if args.memory:
@@ -161,6 +173,7 @@ def child(args: argparse.Namespace, tokens: int, *more: str) -> dict:
     command = [sys.executable, __file__, "--child", "--tokens", str(tokens), *more]
     for name in ("shape", "dtype", "device", "chunk", "runs", "layers"):
         command += [f"--{name}", str(getattr(args, name))]
+    command += ["--offload", "weights"] if args.offload else []
     # glibc must give back what is freed, or the peak is that of its heap.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     env = os.environ | (allocator if "--memory" in more else {})
@@ -179,6 +192,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--offload", choices=["weights"], help="Two layers on the device.")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

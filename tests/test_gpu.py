@@ -5,6 +5,8 @@ import torch
 
 from conftest import FAMILIES, micro_model
 from longrope.forward import LongForward
+from longrope.gradient import gradient
+from longrope.offload import offload
 from longrope.rope.install import installed
 from test_forward import plain_losses, yarn
 
@@ -36,4 +38,23 @@ def test_the_chunk_halves_until_it_fits():
     losses = forward.losses(ids)
     del hog
     assert forward.chunk < 65_536
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_that_do_not_fit_pass_through():
+    """A model of 24 layers on a device that has room for ten, and its slope."""
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 24, 2048, 8192
+    model = micro_model(config)
+    ids = torch.randint(3, 1536, (1, 301))
+    expected = LongForward(model, 64).losses(ids)
+    size = sum(p.nbytes for p in model.parameters())
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    offload(model, torch.device("cuda"))
+    forward = LongForward(model, 64, offloaded=True)
+    losses = forward.losses(ids)
+    with installed(model, yarn(model), always=True):
+        gradient(forward, ids)
+    assert torch.cuda.max_memory_allocated() < size * 10 / 24
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)

@@ -95,7 +95,7 @@ def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
     for stage in stages:
         free = memory.of(stage)
         if stage.memory > free:
-            helps = "hidden_device cpu, a smaller --target, or a larger machine"
+            helps = "hidden_device cpu, offload weights, a smaller --target, or a larger machine"
             if stage.kind == "finetune":
                 helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
             raise ValueError(

@@ -24,7 +24,6 @@ from longrope.export.huggingface import export_model
 from longrope.export.intent import Intent
 from longrope.facts import inspect_model
 from longrope.files import only_process
-from longrope.forward import LongForward
 from longrope.model import LoadedModel, find_device
 from longrope.parallel import Ranks
 from longrope.plan import Stage, make_plan
@@ -42,7 +41,7 @@ from longrope.search.problem import (
     second_search,
     step_factors,
 )
-from longrope.search.stage import search_stage
+from longrope.search.stage import require_slopes, search_stage
 from longrope.train.finetune import finetune, require_peft
 from longrope.train.pieces import Pieces
 from longrope.workspace import Run
@@ -100,6 +99,9 @@ def _preflight(run: Run) -> None:
                 f"{run.directory(stage.name)} was made from an earlier {todo[0].name}, which is "
                 "gone; delete it too, and it is made again"
             )
+    for stage in todo:
+        if stage.kind == "search" and _section(recipe, stage).method == "search":
+            require_slopes(_section(recipe, stage).algorithm, run.ranks)
     if any(stage.kind == "finetune" for stage in todo):
         recipe.finetune.accumulation(run.ranks.size)
         if recipe.finetune.lora is not None:
@@ -121,9 +123,18 @@ def _asks(recipe: Recipe, stage: Stage) -> str:
         return "finetune.passkey_share"
     if stage.kind != "search":
         return ""
-    name = stage.name.removeprefix("through-").replace("-", "_").rstrip("_12")
-    section: Search = getattr(recipe, name)
-    return f"{name}.passkeys" if section.passkeys and section.method == "search" else ""
+    section = _section(recipe, stage)
+    asks = section.passkeys and section.method == "search"
+    return f"{_key(stage)}.passkeys" if asks else ""
+
+
+def _key(stage: Stage) -> str:
+    """The recipe's key for a search: ``recovery`` has two, ``search`` one on the way perhaps."""
+    return stage.name.removeprefix("through-").replace("-", "_").rstrip("_12")
+
+
+def _section(recipe: Recipe, stage: Stage) -> Search:
+    return getattr(recipe, _key(stage))
 
 
 def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
@@ -217,7 +228,7 @@ def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Res
 
 def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     on_the_way = stage.name == "through-finetune"
-    loaded = run.original() if on_the_way else run.underway()
+    loaded = run.to_train(stage.name)
     tuning, original = run.recipe.finetune, run.plan.original
     settings = tuning.model_copy(update={"steps": stage.steps})
     pieces = Pieces(
@@ -245,7 +256,7 @@ def _choose(run: Run, stage: Stage) -> dict[str, Any]:
     """Of the two sets for short sequences, the one that serves both lengths better."""
     names = [name for name in ("recovery-1", "recovery-2") if name in run.plan]
     loaded, recipe = run.trained(), run.recipe
-    forward = LongForward(loaded.model, recipe.chunk)
+    forward = loaded.forward(recipe.chunk, recipe.hidden_device)
     lengths = [run.plan[name].length for name in names]
     windows = {
         length: run.pools.search_windows(length, recipe.recovery.samples, recipe.seed + 1).ids

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
 from longrope import attention
+from longrope.chunks import Chunk, Chunks
 from longrope.layers import (
     Injector,
     LayerCache,
@@ -32,6 +33,7 @@ from longrope.layers import (
     cache_name,
     find_layers,
 )
+from longrope.parallel import Team
 from longrope.rope.install import column_layout, find_rotary
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
@@ -41,7 +43,7 @@ DEFAULT_CHUNK = 2048
 # Short windows go through a model together, up to this many tokens.
 BATCH_TOKENS = 4096
 # Rows of logits in memory at a time; a row is vocabulary × 4 bytes.
-_HEAD_ROWS = 1024
+HEAD_ROWS = 1024
 _T = TypeVar("_T")
 
 
@@ -71,6 +73,9 @@ class LongForward:
         hidden_device: where the hidden states of the sequence wait; the model's
             device by default, the CPU to save GPU memory.
         attention_name: what all attention goes through; ours by default.
+        offloaded: the layers' weights come and go, so no graph may wait for them.
+        team: the processes that share every sequence: at any time each has a chunk of it at work,
+            all the same layer, and they give each other its keys and values.
 
     Raises:
         ValueError: the model's layers are not where a decoder keeps them.
@@ -82,6 +87,8 @@ class LongForward:
         chunk: int = DEFAULT_CHUNK,
         hidden_device: torch.device | None = None,
         attention_name: str = attention.NAME,
+        offloaded: bool = False,
+        team: Team | None = None,
     ):
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
@@ -91,6 +98,8 @@ class LongForward:
         self.device = next(model.parameters()).device
         self.hidden_device = hidden_device or self.device
         self.attention_name = attention_name
+        self.offloaded = offloaded
+        self.team = team or Team()
 
     def batches(self, windows: np.ndarray) -> Iterator[Tensor]:
         """Losses of windows of one length, shape (windows, tokens): short ones go together."""
@@ -136,7 +145,7 @@ class LongForward:
         ids_BT = input_ids.to(self.device)
         cache = DynamicCache()
         with self.attention():
-            hidden_BTD = self._hidden(ids_BT, cache)
+            hidden_BTD = self._hidden(ids_BT, self.chunks(ids_BT.shape[1]), cache)
             last = slice(-1, None)
             return self.logits(ids_BT, hidden_BTD[:, last], last)[:, -1], cache
 
@@ -146,7 +155,7 @@ class LongForward:
             try:
                 return compute()
             except torch.cuda.OutOfMemoryError:
-                if self.chunk == 1:
+                if self.chunk == 1 or self.team.size > 1:  # all of a team have the same chunks
                     raise
                 self.chunk //= 2
                 log.warning("out of memory: going on with --chunk %d", self.chunk)
@@ -177,54 +186,59 @@ class LongForward:
     @torch.inference_mode()
     def _losses(self, ids_BT: Tensor) -> Tensor:
         inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+        chunks = self.chunks(inputs_BT.shape[1])
         with self.attention():
-            hidden_BTD = self._hidden(inputs_BT)
-            losses = []
-            for span in self.head_spans(inputs_BT.shape[1]):
-                logits = self.logits(inputs_BT, hidden_BTD[:, span], span)
+            hidden_BTD = self._hidden(inputs_BT, chunks)
+            found = []
+            for span, place in chunks.own(HEAD_ROWS):
+                logits = self.logits(inputs_BT, hidden_BTD[:, place], span)
                 exact = torch.promote_types(logits.dtype, torch.float32)
                 targets = targets_BT[:, span]
                 loss = F.cross_entropy(
                     logits.to(exact).flatten(0, 1), targets.flatten(), reduction="none"
                 )
-                losses.append(loss.view_as(targets).cpu())
-            return torch.cat(losses, dim=1)
+                found.append(loss.view_as(targets).cpu())
+        return chunks.part(torch.cat(found, dim=1), slice(0, chunks.tokens))
 
     @torch.inference_mode()
     def _answers(self, ids_BT: Tensor, asked: Sequence[Asked]) -> list[Answer]:
+        chunks = self.chunks(ids_BT.shape[1])
         with self.attention():
-            hidden_BTD = self._hidden(ids_BT)
+            hidden_BTD = self._hidden(ids_BT, chunks)
             answers = []
             for row, first, tokens in asked:
                 before = slice(first - 1, first - 1 + len(tokens))
                 rows = slice(row, row + 1)
-                logits_TV = self.logits(ids_BT[rows], hidden_BTD[rows, before], before)[0].float()
+                hidden = chunks.part(hidden_BTD[rows], before)
+                logits_TV = self.logits(ids_BT[rows], hidden, before)[0].float()
                 tokens_T = torch.tensor(tokens, device=logits_TV.device)
                 loss = F.cross_entropy(logits_TV, tokens_T, reduction="sum")
                 greedy = bool((logits_TV.argmax(dim=-1) == tokens_T).all())
                 answers.append(Answer(-loss.item(), greedy))
             return answers
 
-    def _hidden(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        """The last layer's output for a whole sequence; keys and values go to ``cache``."""
-        spans = self.spans(ids_BT.shape[1])
-        hidden_BTD, recordings = self.embed(ids_BT, spans)
+    def _hidden(self, ids_BT: Tensor, chunks: Chunks, cache: DynamicCache | None = None) -> Tensor:
+        """The last layer's output for this process's chunks; keys and values go to ``cache``."""
+        own = chunks.own()
+        hidden_BTD, recordings = self.embed(ids_BT, own)
         for index, layer in enumerate(self.layers):
             # One layer's keys and values at a time: the next layer writes over them.
-            for span, recording in zip(spans, recordings, strict=True):
+            for number, (span, place) in enumerate(own):
+                recording = recordings[number]
                 recording.cache.start = span.start
-                chunk = hidden_BTD[:, span].to(self.device)
+                recording.cache.together = chunks.together(number)
+                chunk = hidden_BTD[:, place].to(self.device)
                 output = layer(chunk, **recording.arguments[index])
-                hidden_BTD[:, span] = output if isinstance(output, Tensor) else output[0]
+                hidden_BTD[:, place] = output if isinstance(output, Tensor) else output[0]
             if cache is not None:
                 cache.update(*recordings[0].cache.contents(), index)
         return hidden_BTD
 
-    def embed(self, ids_BT: Tensor, spans: list[slice]) -> tuple[Tensor, list[Recording]]:
+    def embed(self, ids_BT: Tensor, own: list[Chunk]) -> tuple[Tensor, list[Recording]]:
         """The input of the first layer, and what else every layer gets, chunk by chunk."""
-        cache = LayerCache(ids_BT.shape[1])
+        cache = LayerCache(ids_BT.shape[1], self.team)
         hidden, recordings = None, []
-        for span in spans:
+        for span, place in own:
             recording = Recording(cache)
             stand_ins = [Recorder(layer, recording) for layer in self.layers]
             with self._exchanged(stand_ins):
@@ -237,9 +251,9 @@ class LongForward:
             embedded = recording.hidden
             assert embedded is not None
             if hidden is None:
-                shape = (*ids_BT.shape, embedded.shape[-1])
+                shape = (ids_BT.shape[0], own[-1].place.stop, embedded.shape[-1])
                 hidden = torch.empty(shape, dtype=embedded.dtype, device=self.hidden_device)
-            hidden[:, span] = embedded
+            hidden[:, place] = embedded
             recording.hidden = None
             recordings.append(recording)
         assert hidden is not None
@@ -253,14 +267,9 @@ class LongForward:
                 input_ids=ids_BT[:, span], position_ids=_positions(ids_BT, span), use_cache=False
             ).logits
 
-    def spans(self, tokens: int, chunk: int | None = None) -> list[slice]:
-        """The chunks of a sequence, in order."""
-        size = chunk or self.chunk
-        return [slice(s, min(s + size, tokens)) for s in range(0, tokens, size)]
-
-    def head_spans(self, tokens: int) -> list[slice]:
-        """The chunks whose logits are in memory at a time."""
-        return self.spans(tokens, min(self.chunk, _HEAD_ROWS))
+    def chunks(self, tokens: int) -> Chunks:
+        """The chunks of a sequence, and which of them are this process's."""
+        return Chunks(tokens, self.chunk, self.team)
 
     @contextlib.contextmanager
     def _exchanged(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:

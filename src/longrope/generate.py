@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from longrope.export.gguf import read_pair
-from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.forward import DEFAULT_CHUNK
 from longrope.layers import cache_name
 from longrope.model import LoadedModel, load_model
 from longrope.rope.install import installed
@@ -101,7 +101,7 @@ def stream(
     if not ids:
         raise ValueError("--prompt is empty; give some text")
     model, ids = loaded.model, list(ids)
-    forward = LongForward(model, chunk)
+    forward = loaded.forward(chunk)
     chance = torch.Generator().manual_seed(seed)
     stop = model.generation_config.eos_token_id
     stops = set(stop if isinstance(stop, list) else [stop])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longrope import attention_gradient
 from longrope.facts import ModelFacts
-from longrope.forward import LongForward
+from longrope.forward import HEAD_ROWS, LongForward
 from longrope.layers import Recording
 from longrope.rope.install import RescaledRotary, find_rotary
 
@@ -51,14 +51,16 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
     assert site is not None
     rotary = getattr(site.owner, site.name)
     assert isinstance(rotary, RescaledRotary), "installed(…, always=True) is missing"
+    assert forward.team.size == 1, "slopes are not shared by a team"
     ids_BT = input_ids.to(forward.device)
     inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
     counted = answer_tokens or targets_BT.shape[1]
 
     def compute() -> Slope:
-        spans = forward.spans(inputs_BT.shape[1])
+        chunks = forward.chunks(inputs_BT.shape[1]).own()
+        spans = [chunk.span for chunk in chunks]
         rotary.tape = []
-        hidden_BTD, recordings = forward.embed(inputs_BT, spans)
+        hidden_BTD, recordings = forward.embed(inputs_BT, chunks)
         handed_out, rotary.tape = rotary.tape, None  # the head rotates nothing
         layers = []
         for index in range(len(forward.layers)):
@@ -125,7 +127,7 @@ class _Layer:
         self.held = recordings[0].cache
         self.spans, self.hidden_BTD = spans, hidden_BTD
         config = forward.decoder.config
-        self.keep = is_kept(
+        self.keep = not forward.offloaded and is_kept(
             config.num_hidden_layers, hidden_BTD.shape[-1], spans[-1].stop, len(spans)
         )
         self.pieces: list[_Piece] = []
@@ -260,7 +262,7 @@ def _head(
     """The mean loss of the last ``counted`` tokens, and its slope by the last hidden states."""
     slope_BTD, total = torch.zeros_like(hidden_BTD), 0.0
     tokens = targets_BT.shape[1]
-    for span in forward.head_spans(tokens):
+    for span, _ in forward.chunks(tokens).own(HEAD_ROWS):
         span = slice(max(span.start, tokens - counted), span.stop)
         if span.start >= span.stop:
             continue

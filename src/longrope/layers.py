@@ -1,10 +1,13 @@
 """A model's decoder layers, and what stands in for them while the long forward is at work."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longrope.parallel import Team
 from longrope.rope.install import find_rotary
 
 
@@ -37,12 +40,15 @@ class LayerCache:
     """Keys and values of the layer at work, for the whole sequence; allocated once.
 
     Passed to the model as its cache. Every layer writes the chunk at ``start`` and
-    reads all up to its end.
+    reads all up to its end. Where a team shares the sequence, each process writes the chunks of all
+    of them: ``together``, in the order of the team.
     """
 
-    def __init__(self, tokens: int):
+    def __init__(self, tokens: int, team: Team):
         self.tokens = tokens
+        self.team = team
         self.start = 0
+        self.together: Sequence[slice] = ()
         self._buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._latest: tuple[Tensor, Tensor] | None = None
 
@@ -51,9 +57,16 @@ class LayerCache:
         shapes = tuple((*t.shape[:2], self.tokens, t.shape[3]) for t in (key, value))
         if shapes not in self._buffers:  # layers of one shape share a pair
             self._buffers[shapes] = (key.new_empty(shapes[0]), value.new_empty(shapes[1]))
-        keys, values = self._latest = self._buffers[shapes]
-        keys[:, :, self.start : end] = key
-        values[:, :, self.start : end] = value
+        self._latest = self._buffers[shapes]
+        for buffer, own in zip(self._latest, (key, value), strict=True):
+            if not self.together:
+                buffer[:, :, self.start : end] = own
+                continue
+            longest = max(span.stop - span.start for span in self.together)
+            padded = F.pad(own, (0, 0, 0, longest - own.shape[2]))
+            for span, found in zip(self.together, self.team.gather(padded), strict=True):
+                buffer[:, :, span] = found[:, :, : span.stop - span.start]
+        keys, values = self._latest
         return keys[:, :, :end], values[:, :, :end]
 
     def contents(self) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longrope.facts import Existing, ModelFacts, inspect_model, skeleton, unscaled
+from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.offload import offload as offload_layers
+from longrope.parallel import Team
 from longrope.probe import why_not
 from longrope.rope.install import find_rotary
 from longrope.source import quiet, read_pretrained
@@ -16,11 +19,26 @@ from longrope.source import quiet, read_pretrained
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, and its facts."""
+    """A model in evaluation mode, its tokenizer, and its facts.
+
+    ``offloaded``: its layers are on the device only while they work (:mod:`longrope.offload`).
+    ``team``: the processes that share every sequence.
+    """
 
     model: Any
     tokenizer: Any
     facts: ModelFacts
+    offloaded: bool = False
+    team: Team = dataclasses.field(default_factory=Team)
+
+    def forward(self, chunk: int = DEFAULT_CHUNK, hidden_device: str | None = None) -> LongForward:
+        """Its long forward.
+
+        Raises:
+            ValueError: no such device on this machine.
+        """
+        hidden = find_device("--hidden-device", hidden_device) if hidden_device else None
+        return LongForward(self.model, chunk, hidden, offloaded=self.offloaded, team=self.team)
 
     def fingerprint(self) -> str:
         """A hash of a sample of every weight: tells one model from another."""
@@ -37,6 +55,8 @@ def load_model(
     *,
     device: str | None = None,
     dtype: str = "auto",
+    offload: str | None = None,
+    team: Team | None = None,
     existing_scaling: Existing | None = None,
     original_length: int | None = None,
     trust_remote_code: bool = False,
@@ -49,6 +69,9 @@ def load_model(
             ``"bundled"`` for the small model in the package.
         device: such as ``"cuda:1"``; a GPU where there is one by default.
         dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        offload: ``"weights"`` leaves the layers' weights on the host, two layers at a time on
+            the device; in the checkpoint's dtype they are not even read into memory.
+        team: the processes that share every sequence of a long forward.
         existing_scaling: what to do with scaling that the model already has.
         check: called with the facts before any weight is read; may refuse.
 
@@ -56,6 +79,8 @@ def load_model(
         ValueError: no such model, or one that cannot be extended, with the reason;
             a model without RoPE is refused before its weights are read.
     """
+    if offload not in (None, "weights"):
+        raise ValueError(f"--offload {offload}: there is only weights")
     facts = inspect_model(
         source,
         existing_scaling=existing_scaling,
@@ -74,12 +99,16 @@ def load_model(
             site = find_rotary(skeleton(source, config, trust_remote_code)[0])
             options["config"] = unscaled(config, site.layer_type if site else None)
         model = read_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options)
-    model = model.to(where).eval()
+    model.eval()
+    if offload:
+        offload_layers(model, where)
+    else:
+        model.to(where)
     assert facts.original_max_position_embeddings
     reason = why_not(model, facts.rescale("none", facts.original_max_position_embeddings))
     if reason is not None:
         raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {reason}")
-    return LoadedModel(model, tokenizer, facts)
+    return LoadedModel(model, tokenizer, facts, offload is not None, team or Team())
 
 
 def find_device(option: str, name: str | None) -> torch.device:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _LOST = (
     "another process of this run died; what is computed is saved, and the same command goes on "
@@ -21,15 +22,51 @@ class RankLost(RuntimeError):
     """Another process of the run died."""
 
 
+class Team:
+    """The processes that share each sequence, some chunks of it each; one alone shares nothing.
+
+    Exchanges tensors on whatever device they are: gloo on CPUs, nccl on GPUs.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None):
+        self.rank = rank
+        self.size = size
+        self._group = group
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every process, in order; all of one shape.
+
+        Raises:
+            RankLost: a process is gone.
+        """
+        raw = tensor.contiguous().view(torch.uint8)  # gloo does not know every dtype
+        found = [torch.empty_like(raw) for _ in range(self.size)]
+        with _losses_named():
+            dist.all_gather(found, raw, group=self._group)
+        return [one.view(tensor.dtype) for one in found]
+
+
 class Ranks:
     """This process among those that torchrun started; alone, every call is trivial.
 
-    Exchanges numbers and JSON over gloo, on the CPU, whatever the model runs on.
+    Exchanges numbers and JSON over gloo, on the CPU, whatever the model runs on. The processes of a
+    team do the same work together; by default each is a team of its own.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1):
+    def __init__(self, rank: int = 0, size: int = 1, team: Team | None = None):
         self.rank = rank
         self.size = size
+        self.team = team or Team()
+
+    @property
+    def teams(self) -> int:
+        """How many teams there are: so many things are computed at a time."""
+        return self.size // self.team.size
+
+    @property
+    def own_team(self) -> int:
+        """The number of this process's team."""
+        return self.rank // self.team.size
 
     @property
     def first(self) -> bool:
@@ -78,9 +115,21 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun started, or the one process that there is."""
+def ranks(sequence_parallel: int = 1) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or the one process that there is.
+
+    Args:
+        sequence_parallel: how many of them make a team.
+
+    Raises:
+        ValueError: there are not so many, or not a multiple of it.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if sequence_parallel < 1 or size % sequence_parallel:
+        raise ValueError(
+            f"--sequence-parallel is {sequence_parallel}, of {size} processes; it must divide "
+            "them: torchrun --nproc-per-node N starts N"
+        )
     if size == 1:
         yield Ranks()
         return
@@ -91,10 +140,22 @@ def ranks() -> Iterator[Ranks]:
     # torchrun ends the others when one dies: say the same, whichever word comes first.
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), size, _own_team(sequence_parallel))
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _own_team(members: int) -> Team:
+    """Neighbours are a team: torchrun numbers the processes of a node one after the other."""
+    rank, own = dist.get_rank(), None
+    if members == 1:
+        return Team()
+    for first in range(0, dist.get_world_size(), members):  # every process makes every group
+        group = dist.new_group(list(range(first, first + members)))
+        if first <= rank < first + members:
+            own = group
+    return Team(rank % members, members, own)
 
 
 def local_device(name: str | None) -> str | None:

@@ -235,7 +235,15 @@ class _Costs:
             per_token += facts.hidden_size
         chunk = min(length, self.recipe.chunk)
         work = chunk * 12 * facts.hidden_size * self.size
-        return self.weights + length * (per_token * self.size + 24) + work + _head(facts)
+        return self._held() + length * (per_token * self.size + 24) + work + _head(facts)
+
+    def _held(self) -> int:
+        """Weights that are on the device at a time: all, or what is no layer and two layers."""
+        facts = self.facts
+        if self.recipe.offload is None:
+            return self.weights
+        outside = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden_size * self.size
+        return outside + 2 * (self.weights - outside) // facts.layers
 
     def _gradient_memory(self, length: int) -> int:
         """The long gradient, beside a long forward: a chunk's graph, and of every layer its input

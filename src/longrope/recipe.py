@@ -110,7 +110,10 @@ class Evaluate(_Section):
 
 
 class Recipe(_Section):
-    """All that decides a run of ``longrope extend``."""
+    """All that decides a run of ``longrope extend``.
+
+    With ``offload: weights`` all but training keeps two layers at a time on the device.
+    """
 
     model: str = "bundled"
     target: str
@@ -122,6 +125,7 @@ class Recipe(_Section):
     device: str | None = None
     chunk: _Positive = DEFAULT_CHUNK
     hidden_device: str | None = None
+    offload: Literal["weights"] | None = None
     existing_scaling: Literal["keep", "replace"] | None = None
     original_length: _Positive | None = None
     trust_remote_code: bool = False

@@ -22,7 +22,7 @@ from longrope.rope.switch import Pair
 from longrope.search.problem import starting_point
 
 # What may be changed in a run that has begun: it does not touch what is searched or trained.
-_FREE = ("evaluate", "device", "hidden_device")
+_FREE = ("evaluate", "device", "hidden_device", "offload")
 # The stages that another evaluation does again.
 _MEASURED = ("evaluate", "report")
 
@@ -35,7 +35,7 @@ class Run:
     ):
         self.recipe, self.facts, self.plan = recipe, facts, plan
         self.out, self.ranks = out, ranks
-        self._loaded: tuple[str, LoadedModel] | None = None
+        self._loaded: tuple[tuple[str, bool], LoadedModel] | None = None
         self._remeasures = False
 
     def claim(self) -> None:
@@ -105,9 +105,16 @@ class Run:
 
     def underway(self) -> LoadedModel:
         """The model before it is trained at its length: as it came, or trained on the way."""
-        if "through-finetune" not in self.plan:
-            return self.original()
-        return self._load(str(self.out / "through-finetune" / "model"))
+        return self._load(self._untrained("finetune"))
+
+    def to_train(self, name: str) -> LoadedModel:
+        """The model that a stage trains, all of it on the device."""
+        return self._load(self._untrained(name), offload=False)
+
+    def _untrained(self, name: str) -> str:
+        if name == "finetune" and "through-finetune" in self.plan:
+            return str(self.out / "through-finetune" / "model")
+        return self.recipe.model
 
     def forget(self) -> None:
         """Let go of the model in memory: it was changed."""
@@ -140,19 +147,22 @@ class Run:
                     )
         write_atomically(file, json.dumps(now, indent=1) + "\n")
 
-    def _load(self, source: str) -> LoadedModel:
-        if self._loaded is None or self._loaded[0] != source:
+    def _load(self, source: str, offload: bool = True) -> LoadedModel:
+        recipe = self.recipe
+        asked = source, offload and recipe.offload is not None
+        if self._loaded is None or self._loaded[0] != asked:
             self.forget()  # one model in memory at a time
-            recipe = self.recipe
             loaded = load_model(
                 source,
                 device=local_device(recipe.device),
                 dtype=recipe.dtype,
+                offload=recipe.offload if offload else None,
+                team=self.ranks.team,
                 existing_scaling=recipe.existing_scaling,
                 original_length=recipe.original_length,
                 trust_remote_code=recipe.trust_remote_code,
             )
-            self._loaded = source, loaded
+            self._loaded = asked, loaded
         return self._loaded[1]
 
     @functools.cached_property

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from longrope.cli.app import app
-from longrope.cli.options import Chunk, Data, Device, Dtype, Json, TrustRemoteCode
+from longrope.cli.options import (
+    Chunk,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    SequenceParallel,
+    TrustRemoteCode,
+)
 from longrope.cli.tables import console, print_json
 
 
@@ -34,6 +42,7 @@ def extend(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything that is by chance.")] = None,
     device: Device = None,
+    sequence_parallel: SequenceParallel = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what each stage would cost, and stop.")
     ] = False,
@@ -61,7 +70,7 @@ def extend(
         finetune=finetune,
     )
     directory = out or Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
-    with ranks() as these:
+    with ranks(sequence_parallel) as these:
         run = open_run(chosen, directory, these)
         estimated = estimate(run.plan, run.facts, chosen, memory if dry_run else None)
         if these.first and not json_:

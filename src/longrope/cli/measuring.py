@@ -18,8 +18,10 @@ from longrope.cli.options import (
     HiddenDevice,
     Json,
     Model,
+    Offload,
     OriginalLength,
     Pack,
+    SequenceParallel,
     TokensPerDocument,
     TrustRemoteCode,
     existing_choice,
@@ -94,6 +96,8 @@ def evaluate(
     dtype: Dtype = "auto",
     chunk: Chunk = 2048,
     hidden_device: HiddenDevice = None,
+    offload: Offload = None,
+    sequence_parallel: SequenceParallel = 1,
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -106,6 +110,7 @@ def evaluate(
     from longrope.evaluate.paired import compare_with_original
     from longrope.generate import load_extended
     from longrope.model import load_model
+    from longrope.parallel import local_device, ranks
 
     kind = _kind(passkey, needle, benchmarks)
     measured_at = _made_for(rescale, target) if kind == "benchmarks" else lengths
@@ -154,32 +159,41 @@ def evaluate(
             standard.check(facts)
 
     loading: dict[str, Any] = {
-        "device": device,
         "dtype": dtype,
+        "offload": offload,
         "original_length": original_length,
         "trust_remote_code": trust_remote_code,
         "check": check,
     }
-    pair = None
-    if rescale is None and existing_scaling is None:
-        loaded, pair = load_extended(model, **loading)
-    else:
-        scaling = existing_choice(existing_scaling)
-        loaded = load_model(model, existing_scaling=scaling, **loading)
-    entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
-    if kind == "benchmarks":
-        long = pair.long if pair else entry.rescale(options.resolve(loaded.facts)[1])
-        before = _original(model, original, loading)
-        rows = compare_with_original(
-            loaded, entry.rescale, long.max_position_embeddings, before, standard
-        )
-        show = print_benchmarks
-    elif kind == "perplexity":
-        rows = run_comparison(loaded, options, exclude_searched=False, entries=[entry]).rows()
-        show = print_rows
-    else:
-        rows = [dataclasses.asdict(row) for row in ask(loaded, asked, entry.rescale)]
-        show = print_answers
+    with ranks(sequence_parallel) as these:
+        if these.teams > 1:
+            raise ValueError(
+                f"--sequence-parallel is {sequence_parallel}, of {these.size} processes; evaluate "
+                "has one thing to do at a time: make it all of them"
+            )
+        loading |= {"device": local_device(device), "team": these.team}
+        pair = None
+        if rescale is None and existing_scaling is None:
+            loaded, pair = load_extended(model, **loading)
+        else:
+            scaling = existing_choice(existing_scaling)
+            loaded = load_model(model, existing_scaling=scaling, **loading)
+        entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
+        if kind == "benchmarks":
+            long = pair.long if pair else entry.rescale(options.resolve(loaded.facts)[1])
+            before = _original(model, original, loading)
+            rows = compare_with_original(
+                loaded, entry.rescale, long.max_position_embeddings, before, standard
+            )
+            show = print_benchmarks
+        elif kind == "perplexity":
+            rows = run_comparison(loaded, options, exclude_searched=False, entries=[entry]).rows()
+            show = print_rows
+        else:
+            rows = [dataclasses.asdict(row) for row in ask(loaded, asked, entry.rescale)]
+            show = print_answers
+    if not these.first:
+        return
     if json_:
         print_json({kind: rows})
     else:
@@ -207,7 +221,8 @@ def _original(model: str, named: str | None, loading: dict[str, Any]) -> Any:
     source: dict[str, Any] | None = {"source": named} if named else original_of(model)
     if source is None:
         return None
-    known = {name: loading[name] for name in ("device", "dtype", "trust_remote_code")}
+    of_the_other = ("original_length", "check")
+    known = {name: value for name, value in loading.items() if name not in of_the_other}
     return load_model(**known, **source)
 
 
@@ -244,6 +259,7 @@ def compare(
     dtype: Dtype = "auto",
     chunk: Chunk = 2048,
     hidden_device: HiddenDevice = None,
+    offload: Offload = None,
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -271,6 +287,7 @@ def compare(
         model,
         device=device,
         dtype=dtype,
+        offload=offload,
         existing_scaling=existing_choice(existing_scaling),
         original_length=original_length,
         trust_remote_code=trust_remote_code,

@@ -26,6 +26,13 @@ Chunk = Annotated[int, typer.Option(help="Tokens that go through a layer at a ti
 HiddenDevice = Annotated[
     str | None, typer.Option(help="Where hidden states wait: cpu saves GPU memory.")
 ]
+Offload = Annotated[
+    str | None,
+    typer.Option(help="weights: leave them on the host, two layers at a time on the device."),
+]
+SequenceParallel = Annotated[
+    int, typer.Option(help="Processes of torchrun that share every sequence.")
+]
 ExistingScaling = Annotated[
     str | None,
     typer.Option(help="For a model that is scaled already: keep its scaling, or replace it."),

@@ -18,8 +18,10 @@ from longrope.cli.options import (
     HiddenDevice,
     Json,
     Model,
+    Offload,
     OriginalLength,
     Pack,
+    SequenceParallel,
     TrustRemoteCode,
     existing_choice,
 )
@@ -104,6 +106,8 @@ def search(
     dtype: Dtype = "auto",
     chunk: Chunk = 2048,
     hidden_device: HiddenDevice = None,
+    offload: Offload = None,
+    sequence_parallel: SequenceParallel = 1,
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -140,16 +144,18 @@ def search(
             ),
         ),
     )
-    loaded = load_model(
-        model,
-        device=local_device(device),
-        dtype=dtype,
-        existing_scaling=existing_choice(existing_scaling),
-        original_length=original_length,
-        trust_remote_code=trust_remote_code,
-        check=options.check,
-    )
-    with ranks() as these:
+    with ranks(sequence_parallel) as these:
+        loaded = load_model(
+            model,
+            device=local_device(device),
+            dtype=dtype,
+            offload=offload,
+            team=these.team,
+            existing_scaling=existing_choice(existing_scaling),
+            original_length=original_length,
+            trust_remote_code=trust_remote_code,
+            check=options.check,
+        )
         result = search_factors(loaded, options, these)
     if not these.first:
         return

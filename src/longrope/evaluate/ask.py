@@ -15,8 +15,8 @@ from longrope.evaluate.retrieval import (
     retrieve,
 )
 from longrope.facts import ModelFacts
-from longrope.forward import DEFAULT_CHUNK, LongForward
-from longrope.model import LoadedModel, find_device
+from longrope.forward import DEFAULT_CHUNK
+from longrope.model import LoadedModel
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
 from longrope.windows import load_documents, parse_length
@@ -76,10 +76,9 @@ def ask(
             return needle_prompt(tokenizer, lines, length, depth, rng, options.digits)
         return passkey_prompt(tokenizer, length, depth, rng, options.digits)
 
-    hidden = options.hidden_device and find_device("--hidden-device", options.hidden_device)
-    forward = LongForward(loaded.model, options.chunk, hidden or None)
+    forward = loaded.forward(options.chunk, options.hidden_device)
     rows: list[Row] = []
-    with progress(options.kind, len(lengths)) as advance:
+    with progress(options.kind, len(lengths), show=loaded.team.rank == 0) as advance:
         for number, length in enumerate(lengths, 1):
             found = retrieve(
                 forward,

@@ -12,8 +12,8 @@ from longrope.data import check_sources
 from longrope.evaluate.perplexity import Scores, check_lengths, paired_difference, score
 from longrope.facts import ModelFacts, load_rescale
 from longrope.files import write_atomically
-from longrope.forward import DEFAULT_CHUNK, LongForward
-from longrope.model import LoadedModel, find_device
+from longrope.forward import DEFAULT_CHUNK
+from longrope.model import LoadedModel
 from longrope.progress import progress
 from longrope.rope.install import check_fits, installed
 from longrope.rope.methods import METHODS
@@ -266,10 +266,9 @@ def _score_all(
     lengths: Sequence[int],
 ) -> dict[tuple[str, int], Scores]:
     bos = bos_token(loaded.tokenizer)
-    hidden = options.hidden_device and find_device("--hidden-device", options.hidden_device)
-    forward = LongForward(loaded.model, options.chunk, hidden or None)
+    forward = loaded.forward(options.chunk, options.hidden_device)
     scores: dict[tuple[str, int], Scores] = {}
-    with progress("evaluate", len(entries) * len(lengths)) as advance:
+    with progress("evaluate", len(entries) * len(lengths), show=loaded.team.rank == 0) as advance:
         for entry in entries:
             for length in lengths:
                 with installed(loaded.model, entry.rescale(length)):

@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 
 from longrope.evaluate.benchmarks import generation_settings
-from longrope.forward import BATCH_TOKENS, Answer, Asked, LongForward
+from longrope.forward import BATCH_TOKENS, Answer, Asked
 from longrope.generate import stream
 from longrope.model import LoadedModel
 from longrope.progress import progress
@@ -41,8 +41,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.loaded, self.choose, self.longest, self.title = loaded, choose, longest, title
         self.tokenizer = loaded.tokenizer
-        hidden = torch.device(hidden_device) if hidden_device else None
-        self.forward = LongForward(loaded.model, chunk, hidden)
+        self.forward = loaded.forward(chunk, hidden_device)
 
     @property
     def eot_token_id(self) -> int:
@@ -66,7 +65,9 @@ class HarnessModel(TemplateLM):
             ((context + answer)[-self.longest :], answer) for _, context, answer in requests
         ]
         found: dict[int, Answer] = {}
-        with progress(self.title, len(requests), show=bool(self.title)) as advance:
+        with progress(
+            self.title, len(requests), show=bool(self.title) and self.loaded.team.rank == 0
+        ) as advance:
             for rescale, batch in self._batches(sequences):
                 with installed(self.loaded.model, rescale):
                     answers = self._answers([sequences[index] for index in batch])
@@ -112,7 +113,9 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         found: list[str] = []
-        with progress(self.title, len(requests), show=bool(self.title)) as advance:
+        with progress(
+            self.title, len(requests), show=bool(self.title) and self.loaded.team.rank == 0
+        ) as advance:
             for request in requests:
                 found.append(self._generated(*request.args))
                 advance(len(found), "")

@@ -10,8 +10,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from longrope.evaluate.benchmarks import RULER_TOKENS, BenchmarkOptions, ask_benchmark
 from longrope.evaluate.compare import finite_or_none
 from longrope.evaluate.perplexity import score
@@ -51,12 +49,14 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     missing = ranks.broadcast([i for i, cell in enumerate(wanted) if cell.key not in cells])
     # By model, and then the longest first, so that processes end together.
     missing.sort(key=lambda i: (wanted[i].method in _EXTENDED, -wanted[i].length, i))
-    mine = [wanted[i] for i in missing[ranks.rank :: ranks.size]]
+    mine = [wanted[i] for i in missing[ranks.own_team :: ranks.teams]]
     with progress("evaluate", len(mine), show=ranks.first) as advance:
         for number, cell in enumerate(mine, 1):
             loaded = run.trained() if cell.method in _EXTENDED else run.original()
             measure = _MEASURES[cell.kind]
-            cells[cell.key] = measure(run, loaded, _chosen(run, cell.method), cell)
+            found = measure(run, loaded, _chosen(run, cell.method), cell)
+            if ranks.team.rank == 0:
+                cells[cell.key] = found
             del loaded  # one model in memory at a time
             advance(number, f"{cell.kind}, {cell.method} at {cell.length:,}")
     ranks.gather(0.0)  # all is on disk
@@ -138,8 +138,7 @@ def _chosen(run: Run, method: str) -> Chosen:
 
 
 def _forward(run: Run, loaded: LoadedModel) -> LongForward:
-    hidden = run.recipe.hidden_device
-    return LongForward(loaded.model, run.recipe.chunk, torch.device(hidden) if hidden else None)
+    return loaded.forward(run.recipe.chunk, run.recipe.hidden_device)
 
 
 def _perplexity(run: Run, loaded: LoadedModel, choose: Chosen, cell: Cell) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The evaluations of one search: known from its history, or computed, a trial per rank."""
+"""The evaluations of one search: known from its history, or computed, a trial per team of ranks."""
 
 import dataclasses
 import math
@@ -103,12 +103,12 @@ class Evaluations:
         return chosen
 
     def evaluate(self, asked: Sequence[Trial], generation: int) -> list[Outcome]:
-        """Outcomes of a generation: first what the history knows, then a trial per rank."""
+        """Outcomes of a generation: first what the history knows, then a trial per team."""
         fresh = [trial for trial in asked if trial not in self.outcomes]
         while fresh and len(self.outcomes) < len(self.history):
             self._replay(fresh.pop(0), generation)
-        for first in range(0, len(fresh), self.ranks.size):
-            share = fresh[first : first + self.ranks.size]
+        for first in range(0, len(fresh), self.ranks.teams):
+            share = fresh[first : first + self.ranks.teams]
             started = time.monotonic()
             for trial, outcome in zip(share, self._compute(share), strict=True):
                 seconds = (time.monotonic() - started) / len(share)
@@ -117,14 +117,14 @@ class Evaluations:
         return [self.outcomes[trial] for trial in asked]
 
     def _compute(self, share: Sequence[Trial]) -> list[Outcome]:
-        """One trial a rank; the numbers of all of them, on every rank."""
+        """One trial a team; the numbers of all of them, on every rank."""
         outcome = Outcome(math.nan)
-        if self.ranks.rank < len(share):
-            mine = share[self.ranks.rank]
+        if self.ranks.own_team < len(share):
+            mine = share[self.ranks.own_team]
             outcome = self.loss(self.space.rescale(mine.candidate), mine.part, mine.slope)
         numbers = self.space.dimensions if any(trial.slope for trial in share) else 0
         slope = outcome.slope or (math.nan,) * numbers
-        rows = self.ranks.gather_rows([outcome.loss, *slope])
+        rows = self.ranks.gather_rows([outcome.loss, *slope])[:: self.ranks.team.size]
         return [
             Outcome(row[0], tuple(row[1:]) if trial.slope else ())
             for trial, row in zip(share, rows, strict=False)

@@ -13,9 +13,9 @@ import torch
 import longrope
 from longrope.data import check_sources
 from longrope.facts import ModelFacts
-from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.forward import DEFAULT_CHUNK
 from longrope.gradient import forwards as slope_forwards
-from longrope.model import LoadedModel, find_device
+from longrope.model import LoadedModel
 from longrope.parallel import Ranks
 from longrope.progress import Advance, console, duration, progress
 from longrope.search.descent import DescentSettings
@@ -184,6 +184,7 @@ def search_stage(
         raise ValueError(
             "--dtype float16: slopes are too small for it; give bfloat16 or --algorithm paper"
         )
+    require_slopes(how.algorithm, ranks)
     start, length = space.start, space.start.max_position_embeddings
     questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
     seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
@@ -203,8 +204,7 @@ def search_stage(
         upper=space.upper,
         start_tokens=space.start_tokens,
     )
-    hidden = how.hidden_device and find_device("--hidden-device", how.hidden_device)
-    forward = LongForward(loaded.model, how.chunk, hidden or None)
+    forward = loaded.forward(how.chunk, how.hidden_device)
     starts = problem.starts | (problem.more if how.algorithm == "fast" else {})
     slope = slope_forwards(facts, length, how.chunk) if how.algorithm == "fast" else math.nan
     names = ", ".join(document.name for document in windows.documents)
@@ -235,6 +235,19 @@ def search_stage(
         )
         advance(how.forwards, f"best {result.best_loss:.4f}")
         return result
+
+
+def require_slopes(algorithm: str, ranks: Ranks) -> None:
+    """The fast search's slopes are one process's work.
+
+    Raises:
+        ValueError: it would have to share them with a team.
+    """
+    if algorithm == "fast" and ranks.team.size > 1:
+        raise ValueError(
+            f"--sequence-parallel is {ranks.team.size}, and the fast search cannot share a slope: "
+            "give --algorithm paper, or --step-windows and no --sequence-parallel"
+        )
 
 
 class _Reporter:

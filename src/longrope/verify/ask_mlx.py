@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+STEP = 1024
+
 
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
@@ -24,10 +26,18 @@ def main() -> None:
 
 
 def next_token(model: Any, ids: list[int], top: int) -> dict[str, float]:
-    """Token id → log-probability of being the next, the likeliest ones."""
-    import mlx.core as mx  # pyright: ignore[reportMissingImports]
+    """Token id → log-probability of being the next, the likeliest ones.
 
-    logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
+    In steps, as mlx-lm's own generation takes a prompt: whole, its scores would not fit.
+    """
+    import mlx.core as mx  # pyright: ignore[reportMissingImports]
+    from mlx_lm.models.cache import make_prompt_cache  # pyright: ignore[reportMissingImports]
+
+    cache, last = make_prompt_cache(model), len(ids) - 1
+    for start in range(0, last, STEP):
+        model(mx.array([ids[start : min(start + STEP, last)]]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+    logits = model(mx.array([ids[last:]]), cache=cache)[0, -1].astype(mx.float32)
     found = logits - mx.logsumexp(logits)
     best = mx.argsort(-found)[:top].tolist()
     return {str(i): found[i].item() for i in best}

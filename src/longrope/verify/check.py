@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from longrope.forward import LongForward
 from longrope.generate import load_extended
 from longrope.importing import import_pair
 from longrope.library import library_texts
@@ -184,7 +183,7 @@ class Reference:
         # A static export has a boundary only in its note.
         boundary, target = import_pair(path).recovery_length, pair.long.max_position_embeddings
         self.boundary = boundary if boundary < target else target // 4
-        self.forward = LongForward(loaded.model, chunk)
+        self.forward = loaded.forward(chunk)
         self.computed: dict[tuple[Rescale, tuple[int, ...]], torch.Tensor] = {}
         none = pair.long.replace(factors=(1.0,) * len(pair.long.factors), attention_factor=1.0)
         self.candidates: dict[str, Rescale] = {"long": pair.long, "none": none}

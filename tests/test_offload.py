@@ -1,0 +1,115 @@
+"""Weights on the host: the same numbers, with two layers on the device."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing import assert_close
+
+from conftest import FAMILIES, micro_model
+from longrope.facts import inspect_model
+from longrope.forward import LongForward
+from longrope.gradient import gradient
+from longrope.model import load_model
+from longrope.offload import offload
+from longrope.plan import make_plan
+from longrope.recipe import make_recipe
+from longrope.rope.install import installed
+from test_cli import succeeds
+from test_forward import plain_losses, yarn
+
+CPU = torch.device("cpu")
+
+
+def on_the_host(model):
+    """A stream that leaves NaN behind wherever a layer's weights are not on the device."""
+    stream = offload(model, CPU)
+    put = stream._put
+
+    def absent(index, tensors):
+        if index is not None and tensors is None:
+            tensors = [torch.full_like(t, float("nan")) for t in stream.host[index].values()]
+        put(index, tensors)
+
+    stream._put = absent
+    for index in range(len(stream.host)):
+        absent(index, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_losses_and_slopes(ids, family):
+    resident, model = micro_model(FAMILIES[family]()), micro_model(FAMILIES[family]())
+    on_the_host(model)
+    for chunk in (20, 500):
+        with installed(resident, yarn(resident)), installed(model, yarn(model)):
+            expected = LongForward(resident, chunk).losses(ids)
+            found = LongForward(model, chunk, offloaded=True).losses(ids)
+        assert_close(found, expected, rtol=0, atol=0)
+        with (
+            installed(resident, yarn(resident), always=True),
+            installed(model, yarn(model), always=True),
+        ):
+            expected = gradient(LongForward(resident, 20), ids[:1])
+            found = gradient(LongForward(model, 20, offloaded=True), ids[:1])
+            whole = gradient(LongForward(model, 500, offloaded=True), ids[:1])
+        assert found.loss == expected.loss
+        assert_close(found.by_factor, expected.by_factor, rtol=0, atol=0)
+        assert_close(whole.by_factor, expected.by_factor, rtol=1e-3, atol=1e-6)
+
+
+def test_never_more_than_two_layers_are_here(ids, monkeypatch):
+    """A model of eight layers under a limit of two and a half layers' bytes."""
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 8
+    model = micro_model(config)
+    plain = plain_losses(model, ids)
+    stream = offload(model, CPU)
+    limit, most, came = 2.5 * stream.largest, 0, []
+    fetch = stream._fetch
+
+    def counted(index):
+        nonlocal most
+        arrived = fetch(index)
+        came.extend((StorageWeakRef(t.untyped_storage()), t.nbytes) for t in arrived)
+        most = max(most, sum(size for storage, size in came if not storage.expired()))
+        return arrived
+
+    monkeypatch.setattr(stream, "_fetch", counted)
+    forward = LongForward(model, 20, offloaded=True)
+    for _ in range(2):
+        assert_close(forward.losses(ids), plain, rtol=1e-4, atol=1e-4)
+    with installed(model, yarn(model), always=True):
+        gradient(forward, ids[:1])
+    assert sum(t.nbytes for tensors in stream.host for t in tensors.values()) > 3 * limit
+    assert 1.5 * stream.largest < most <= limit  # the next one did come while one was at work
+
+
+def test_from_disk_nothing_is_read_before_it_is_needed(checkpoints, ids):
+    resident = load_model(str(checkpoints("llama")))
+    loaded = load_model(str(checkpoints("llama")), offload="weights")
+    assert loaded.fingerprint() == resident.fingerprint()
+    assert_close(loaded.forward(20).losses(ids), resident.forward(20).losses(ids), rtol=0, atol=0)
+    assert loaded.fingerprint() == resident.fingerprint()
+
+
+@pytest.mark.parametrize("algorithm", ["fast", "paper"])
+def test_a_search_finds_the_same(texts, tmp_path, algorithm):
+    search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    search += ["--budget", 4, "--algorithm", algorithm, "--chunk", 200, "--dtype", "float32"]
+    succeeds(*search, "--out", tmp_path / "resident")
+    succeeds(*search, "--out", tmp_path / "host", "--offload", "weights")
+    for name in ("history.jsonl", "rescale.json"):
+        found, expected = ((tmp_path / side / name).read_text() for side in ("host", "resident"))
+        assert found == expected
+
+
+def test_the_plan_counts_what_is_on_the_device():
+    facts = inspect_model("bundled")
+    whole = make_plan(facts, make_recipe({"target": "8x"}))["search"].memory
+    less = make_plan(facts, make_recipe({"target": "8x", "offload": "weights"}))["search"].memory
+    layers = facts.parameters - facts.vocabulary * facts.hidden_size * (1 if facts.tied else 2)
+    assert whole - less == pytest.approx(4 * layers * (facts.layers - 2) / facts.layers, rel=0.01)
+
+
+def test_a_mistake_is_refused():
+    with pytest.raises(ValueError, match="--offload layers: there is only weights"):
+        load_model(offload="layers")

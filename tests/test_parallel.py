@@ -1,0 +1,134 @@
+"""Processes that share a sequence: each a chunk of it at a time, and the numbers of one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from longrope.chunks import Chunks
+from longrope.forward import Asked, LongForward
+from longrope.parallel import Ranks, Team
+from longrope.rope.install import installed
+from longrope.search.stage import require_slopes
+from test_cli import losses as history
+from test_cli import refused, succeeds
+from test_forward import yarn
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+import json
+from test_parallel import shared_forward
+from longrope.parallel import ranks
+
+with ranks({members}) as these:
+    found = shared_forward(these.team, {families!r})
+    if these.first:
+        json.dump(found, open({out!r}, "w"))
+"""
+
+FAMILIES = ["llama", "qwen2", "gemma3", "gpt_neox"]  # sliding windows and soft-caps among them
+
+
+def torchrun(processes):
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes),
+    ]  # fmt: skip
+
+
+def shared_forward(team, families, chunk=9):
+    """Losses of sequences of several lengths, and answers about tokens of many chunks."""
+    import conftest
+
+    found = {}
+    ids = torch.randint(3, 1536, (2, 97), generator=torch.Generator().manual_seed(0))
+    asked = [Asked(0, 5, [7, 8]), Asked(1, 30, list(range(40))), Asked(1, 97, [3])]
+    for family in families:
+        model = conftest.micro_model(conftest.FAMILIES[family]())
+        forward = LongForward(model, chunk, team=team)
+        with installed(model, yarn(model)):
+            for tokens in (2, 3, 4, 40, 97):  # 1 to 96 go in
+                found[f"{family} {tokens}"] = forward.losses(ids[:, :tokens]).tolist()
+            found[f"{family} answers"] = [list(a) for a in forward.answers(ids, asked)]
+    return found
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_a_team_computes_what_one_process_does(tmp_path, members):
+    out, program = tmp_path / "found.json", tmp_path / "program.py"
+    names = {"tests": os.path.dirname(__file__), "families": FAMILIES, "out": str(out)}
+    program.write_text(PROGRAM.format(members=members, **names))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun(members), program], check=True, timeout=300, env=env)
+    found, expected = json.loads(out.read_text()), shared_forward(Team(), FAMILIES)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        ours, theirs = (torch.tensor(side[name]) for side in (found, expected))
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@given(tokens=st.integers(1, 300), size=st.integers(1, 50), members=st.integers(1, 5))
+def test_every_token_is_in_one_chunk(tokens, size, members):
+    teams = [Chunks(tokens, size, Team(rank, members)) for rank in range(members)]
+    alone = tokens < members
+    owned = [token for c in teams[: 1 if alone else None] for own in c.own() for token in
+             range(*own.span.indices(tokens))]  # fmt: skip
+    assert sorted(owned) == list(range(tokens))
+    assert len({len(c.own()) for c in teams}) == 1  # or they would wait for each other for ever
+    for chunks in teams:
+        place = 0
+        for number, own in enumerate(chunks.own()):
+            assert own.place == slice(place, place + own.span.stop - own.span.start)
+            place = own.place.stop
+            if members > 1 and not alone:
+                assert chunks.together(number)[chunks.team.rank] == own.span
+        pieces = chunks.own(7)
+        assert sum(p.span.stop - p.span.start for p in pieces) == place
+        assert all(p.span.stop - p.span.start <= 7 for p in pieces)
+
+
+@pytest.fixture
+def small(texts):
+    search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    return [*search, "--algorithm", "paper", "--population", 4, "--mutations", 2, "--crossovers", 1]
+
+
+def test_the_commands_of_a_user(small, tmp_path):
+    """A search of four processes in two teams, and an evaluation of two in one."""
+    options = ["--budget", 4, "--chunk", 50]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    succeeds(*small, *options, "--out", tmp_path / "one", env=env)
+    launcher = [*torchrun(4), "-m", "longrope"]
+    team = ["--sequence-parallel", 2]
+    succeeds(*small, *options, *team, "--out", tmp_path / "many", launcher=launcher, env=env)
+    lines = zip(history(tmp_path / "many"), history(tmp_path / "one"), strict=True)
+    for found, expected in lines:  # the chunks differ, so the last digits may
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["factors"] == expected["factors"]
+    model, texts = small[1], small[small.index("--data") + 1]
+    asked = ["evaluate", model, "--lengths", "512", "--data", texts, "--chunk", 100, "--json"]
+    launcher = [*torchrun(2), "-m", "longrope"]
+    alone = json.loads(succeeds(*asked, env=env))
+    together = json.loads(succeeds(*asked, *team, launcher=launcher, env=env))
+    (one,), (two,) = alone["perplexity"], together["perplexity"]
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+    assert two["tokens"] == one["tokens"]
+
+
+def test_a_slope_is_not_shared():
+    with pytest.raises(ValueError, match="--sequence-parallel is 2, and the fast search cannot"):
+        require_slopes("fast", Ranks(0, 2, Team(0, 2)))
+    require_slopes("paper", Ranks(0, 2, Team(0, 2)))
+
+
+def test_mistakes(small, tmp_path):
+    assert "--sequence-parallel is 2, of 1 processes; it must divide" in refused(
+        *small, "--sequence-parallel", 2, "--out", tmp_path / "out"
+    )
