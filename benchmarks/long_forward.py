@@ -15,13 +15,13 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import record
 import torch
@@ -136,6 +136,7 @@ def measure(args: argparse.Namespace) -> dict:
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if args.memory:
+        forget_peak(device)
         forward.losses(ids)
         return {"tokens": tokens, "peak_bytes": peak(device), "weight_bytes": weights}
     forward.losses(ids[:, :257])
@@ -163,10 +164,19 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+def forget_peak(device: torch.device) -> None:
+    """That of making the model, which may be larger than a short forward's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def child(args: argparse.Namespace, tokens: int, *more: str) -> dict:
