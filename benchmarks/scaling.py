@@ -1,0 +1,191 @@
+"""What more processes bring, and what every stage costs at 7B and 70B: docs/scaling.md.
+
+    python benchmarks/scaling.py processes        # searches and a shared sequence, on 1, 2, 4
+    python benchmarks/scaling.py stages           # FLOPs, bytes, hours at true shape; nothing runs
+
+The first starts torchrun with one thread a process. The second takes the rates of a device that
+is given (--linear, --attention: FLOPs a second that a forward reaches there).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import record
+import torch
+import transformers
+
+from longrope.facts import inspect_model
+from longrope.model import load_model
+from longrope.parallel import Ranks, ranks
+from longrope.plan import make_plan
+from longrope.recipe import load_recipe, make_recipe
+from longrope.search.evolution import EvolutionSettings
+from longrope.search.problem import first_search
+from longrope.search.stage import SearchSettings, search_stage
+from longrope.windows import bos_token, load_documents, search_windows
+
+SHAPES = {
+    "7B": {
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+PAPER = EvolutionSettings(population=8, mutations=4, crossovers=4, iterations=1, parents=4)
+SEARCHES = {
+    "paper": SearchSettings(algorithm="paper", samples=2, settings=PAPER),
+    "fast": SearchSettings(samples=4, budget=8),
+    "fast, 4 windows a step": SearchSettings(samples=4, budget=8, step_windows=4),
+}
+
+
+def child(args: argparse.Namespace) -> None:
+    """One process of several: seconds of each kind of work, printed by the first."""
+    torch.set_num_threads(1)
+    found = {}
+    with ranks() as these, tempfile.TemporaryDirectory() as out:
+        for name, how in SEARCHES.items():
+            found[name] = _search(how, these, Path(out) / name)
+    if these.first:
+        print(json.dumps(found), flush=True)
+
+
+def _search(how: SearchSettings, these: Ranks, out: Path) -> float:
+    loaded = load_model("bundled", dtype="float32", device="cpu")
+    documents = load_documents(loaded, (), field="text", held_out=False)
+    windows = search_windows(documents, 2048, how.samples, 0, bos_token(loaded.tokenizer))
+    problem = first_search(loaded.facts, 2048)
+    these.gather(0.0)
+    started = time.perf_counter()
+    search_stage(loaded, problem, windows, how, out, these)
+    return time.perf_counter() - started
+
+
+def shared(args: argparse.Namespace) -> None:
+    """One process of a team: seconds of one sequence."""
+    torch.set_num_threads(1)
+    with ranks(int(os.environ.get("WORLD_SIZE", "1"))) as these:
+        loaded = load_model("bundled", dtype="float32", device="cpu", team=these.team)
+        ids = torch.randint(3, 1536, (1, 16_385), generator=torch.Generator().manual_seed(0))
+        forward = loaded.forward(1024)
+        these.gather(0.0)
+        started = time.perf_counter()
+        forward.losses(ids)
+        seconds = time.perf_counter() - started
+    if these.first:
+        print(json.dumps({"one sequence of 16,384": seconds}), flush=True)
+
+
+def processes(args: argparse.Namespace) -> None:
+    """The table of 1, 2 and 4 processes."""
+    rows = []
+    for count in (1, 2, 4):
+        row: dict = {"processes": count}
+        for part in ("child", "shared"):
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            command = [sys.executable, *launcher, str(count), __file__, part]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+            if done.returncode:
+                raise SystemExit(done.stderr[-2000:])
+            row |= json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+    names = [name for name in rows[0] if name != "processes"]
+    print("| processes | " + " | ".join(names) + " |")
+    print("|---|" + "---|" * len(names))
+    for row in rows:
+        cells = []
+        for name in names:
+            gain = rows[0][name] / row[name]
+            cells.append(f"{gain:.2f}× ({gain / row['processes']:.0%})")
+        print(f"| {row['processes']} | " + " | ".join(cells) + " |")
+    print(record.write("scaling-processes", {"cores": os.cpu_count()}, rows))
+
+
+def stages(args: argparse.Namespace) -> None:
+    """The paper's recipe at every target, priced by ``ContextPlan``."""
+    rows = []
+    for shape, sizes in SHAPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = transformers.LlamaConfig(
+                **sizes,
+                vocab_size=32_000,
+                max_position_embeddings=4096,
+                dtype="bfloat16",
+                architectures=["LlamaForCausalLM"],
+            )
+            config.save_pretrained(folder)
+            facts = inspect_model(folder)
+            for target in ("128k", "256k", "512k", "1024k", "2048k"):
+                rows += _stages(facts, shape, target, folder, args)
+    print("| model | target | stage | length | FLOPs | hours | GB | GB, offload and host |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['model']} | {row['target']} | {row['stage']} | {row['length']:,} "
+            f"| {row['flops']:.1e} | {row['hours']:,.1f} | {row['gigabytes']:.0f} "
+            f"| {row['gigabytes_offloaded']:.0f} |"
+        )
+    config = {"linear": args.linear, "attention": args.attention, "algorithm": args.algorithm}
+    print(record.write("scaling-stages", config, rows))
+
+
+def _stages(facts, shape: str, target: str, folder: str, args: argparse.Namespace) -> list[dict]:
+    paper = load_recipe("llama2-7b").model_dump(mode="json")
+    changes: dict = {"model": folder, "target": target, "hidden_device": None}
+    if target != "2048k":  # trained at an eighth, which for the others is 128k at most
+        changes["finetune"] = paper["finetune"] | {"through": None}
+    if args.algorithm == "fast":
+        fast = {"algorithm": "fast", "budget": 27}
+        changes |= {name: fast for name in ("search", "second_search", "recovery")}
+    plan = make_plan(facts, make_recipe(paper | changes))
+    moved = changes | {"hidden_device": "cpu", "offload": "weights"}
+    less = make_plan(facts, make_recipe(paper | moved))
+    rows = []
+    for stage in plan.stages:
+        if stage.linear + stage.attention == 0:
+            continue
+        seconds = stage.linear / args.linear + stage.attention / args.attention
+        rows.append(
+            {
+                "model": shape,
+                "target": target,
+                "stage": stage.name,
+                "length": stage.length,
+                "forwards": stage.forwards,
+                "flops": stage.linear + stage.attention,
+                "attention_share": stage.attention / (stage.linear + stage.attention),
+                "hours": seconds / 3600,
+                "gigabytes": stage.memory / 1e9,
+                "gigabytes_offloaded": less[stage.name].memory / 1e9,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["processes", "stages", "child", "shared"])
+    parser.add_argument("--linear", type=float, default=5e14, help="FLOPs a second of products.")
+    parser.add_argument("--attention", type=float, default=3.5e14, help="And of attention.")
+    parser.add_argument("--algorithm", choices=["paper", "fast"], default="fast")
+    args = parser.parse_args()
+    {"processes": processes, "stages": stages, "child": child, "shared": shared}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
