@@ -51,10 +51,11 @@ def test_weights_that_do_not_fit_pass_through():
     size = sum(p.nbytes for p in model.parameters())
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    # What waits for kernels to be freed counts too, so not max_memory_allocated.
     offload(model, torch.device("cuda"))
     forward = LongForward(model, 64, offloaded=True)
     losses = forward.losses(ids)
     with installed(model, yarn(model), always=True):
         gradient(forward, ids)
-    assert torch.cuda.max_memory_allocated() < size * 10 / 24
+    assert torch.cuda.memory_stats()["active_bytes.all.peak"] < size * 10 / 24
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)

@@ -66,9 +66,9 @@ def test_never_more_than_two_layers_are_here(ids, monkeypatch):
     limit, most, came = 2.5 * stream.largest, 0, []
     fetch = stream._fetch
 
-    def counted(index):
+    def counted(*asked):
         nonlocal most
-        arrived = fetch(index)
+        arrived = fetch(*asked)
         came.extend((StorageWeakRef(t.untyped_storage()), t.nbytes) for t in arrived)
         most = max(most, sum(size for storage, size in came if not storage.expired()))
         return arrived
@@ -104,10 +104,16 @@ def test_a_search_finds_the_same(texts, tmp_path, algorithm):
 
 def test_the_plan_counts_what_is_on_the_device():
     facts = inspect_model("bundled")
-    whole = make_plan(facts, make_recipe({"target": "8x"}))["search"].memory
-    less = make_plan(facts, make_recipe({"target": "8x", "offload": "weights"}))["search"].memory
+    asked = {"target": "8x", "chunk": 512}  # several chunks: no graph is kept either way
+    whole = make_plan(facts, make_recipe(asked))["search"].memory
+    less = make_plan(facts, make_recipe(asked | {"offload": "weights"}))["search"].memory
     layers = facts.parameters - facts.vocabulary * facts.hidden_size * (1 if facts.tied else 2)
     assert whole - less == pytest.approx(4 * layers * (facts.layers - 2) / facts.layers, rel=0.01)
+    converted = asked | {"dtype": "bfloat16"}  # held in a CPU's memory, whatever is asked
+    if not torch.cuda.is_available():
+        whole = make_plan(facts, make_recipe(converted))["search"].memory
+        less = make_plan(facts, make_recipe(converted | {"offload": "weights"}))["search"].memory
+        assert less == whole
 
 
 def test_a_mistake_is_refused():

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from longrope.chunks import Chunks
 from longrope.forward import Asked, LongForward
+from longrope.layers import cache_name
 from longrope.parallel import Ranks, Team
 from longrope.rope.install import installed
 from longrope.search.stage import require_slopes
@@ -56,6 +57,12 @@ def shared_forward(team, families, chunk=9):
         with installed(model, yarn(model)):
             for tokens in (2, 3, 4, 40, 97):  # 1 to 96 go in
                 found[f"{family} {tokens}"] = forward.losses(ids[:, :tokens]).tolist()
+            logits, cache = forward.prefill(ids)
+            found[f"{family} first token"] = logits.tolist()
+            following = logits.argmax(-1, keepdim=True)
+            with torch.no_grad():
+                after = model(input_ids=following, **{cache_name(model): cache}).logits
+            found[f"{family} next token"] = after.tolist()
             found[f"{family} answers"] = [list(a) for a in forward.answers(ids, asked)]
     return found
 
@@ -123,7 +130,7 @@ def test_the_commands_of_a_user(small, tmp_path):
 
 
 def test_a_slope_is_not_shared():
-    with pytest.raises(ValueError, match="--sequence-parallel is 2, and the fast search cannot"):
+    with pytest.raises(ValueError, match="--sequence-parallel is 2, and --algorithm is fast"):
         require_slopes("fast", Ranks(0, 2, Team(0, 2)))
     require_slopes("paper", Ranks(0, 2, Team(0, 2)))
 

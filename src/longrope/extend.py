@@ -101,7 +101,8 @@ def _preflight(run: Run) -> None:
             )
     for stage in todo:
         if stage.kind == "search" and _section(recipe, stage).method == "search":
-            require_slopes(_section(recipe, stage).algorithm, run.ranks)
+            key = f"{_key(stage)}.algorithm"
+            require_slopes(_section(recipe, stage).algorithm, run.ranks, key)
     if any(stage.kind == "finetune" for stage in todo):
         recipe.finetune.accumulation(run.ranks.size)
         if recipe.finetune.lora is not None:

@@ -144,10 +144,11 @@ class LongForward:
         """
         ids_BT = input_ids.to(self.device)
         cache = DynamicCache()
+        tokens = ids_BT.shape[1]
+        chunks, last = self.chunks(tokens), slice(tokens - 1, tokens)
         with self.attention():
-            hidden_BTD = self._hidden(ids_BT, self.chunks(ids_BT.shape[1]), cache)
-            last = slice(-1, None)
-            return self.logits(ids_BT, hidden_BTD[:, last], last)[:, -1], cache
+            hidden_BTD = chunks.part(self._hidden(ids_BT, chunks, cache), last)
+            return self.logits(ids_BT, hidden_BTD, last)[:, -1], cache
 
     def within_memory(self, compute: Callable[[], _T]) -> _T:
         """What ``compute`` gives, with a smaller chunk where a GPU runs out of memory."""

@@ -82,7 +82,8 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
 def forwards(facts: ModelFacts, length: int, chunk: int) -> float:
     """What one gradient costs, in forwards of the same sequence, by FLOPs.
 
-    The weights are frozen: a product with weights is done once forward and once backward.
+    The weights are frozen: a product with weights is done once forward and once backward. The same
+    where weights are offloaded, whose graphs are never kept, so that histories are the same too.
     """
     linear, attention = facts.forward_flops(length)
     chunks = -(-length // chunk)

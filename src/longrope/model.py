@@ -70,7 +70,7 @@ def load_model(
         device: such as ``"cuda:1"``; a GPU where there is one by default.
         dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         offload: ``"weights"`` leaves the layers' weights on the host, two layers at a time on
-            the device; in the checkpoint's dtype they are not even read into memory.
+            the device; in the checkpoint's dtype the host does not hold them either.
         team: the processes that share every sequence of a long forward.
         existing_scaling: what to do with scaling that the model already has.
         check: called with the facts before any weight is read; may refuse.

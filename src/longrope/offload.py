@@ -65,12 +65,14 @@ class Stream:
         step = -1 if self._here is not None and index == self._here - 1 else 1
         self._put(self._here, None)
         self._here = None
+        # Without this the next would come while kernels that wait in line still need the last.
+        left = self._side and torch.cuda.current_stream(self.device).record_event()
         arrived = self._arrived(index)
         self._put(index, arrived)
         self._here = index
         following = index + step
         if 0 <= following < len(self.host):
-            self._coming = following, self._porter.submit(self._fetch, following)
+            self._coming = following, self._porter.submit(self._fetch, following, left)
 
     def _arrived(self, index: int) -> list[Tensor]:
         coming, self._coming = self._coming, None
@@ -86,8 +88,10 @@ class Stream:
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return arrived
 
-    def _fetch(self, index: int) -> list[Tensor]:
-        """Copies of a layer's tensors on the device; complete when it returns."""
+    def _fetch(self, index: int, left: Any = None) -> list[Tensor]:
+        """Copies of a layer's tensors on the device, once another left; complete on return."""
+        if left is not None:
+            left.synchronize()
         with torch.cuda.stream(self._side):
             arrived = [t.to(self.device, copy=True) for t in self.host[index].values()]
         if self._side is not None:

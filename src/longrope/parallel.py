@@ -18,6 +18,10 @@ _LOST = (
 )
 
 
+# A process that dies is noticed at once; one that works for days on its share is waited for.
+_PATIENCE = datetime.timedelta(days=7)
+
+
 class RankLost(RuntimeError):
     """Another process of the run died."""
 
@@ -135,8 +139,7 @@ def ranks(sequence_parallel: int = 1) -> Iterator[Ranks]:
         return
     # Losses and JSON travel over gloo; gradients, where there are GPUs, over nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # A process that dies is noticed at once; one that works for days on its share is waited for.
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    dist.init_process_group(backend, timeout=_PATIENCE)
     # torchrun ends the others when one dies: say the same, whichever word comes first.
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -152,7 +155,7 @@ def _own_team(members: int) -> Team:
     if members == 1:
         return Team()
     for first in range(0, dist.get_world_size(), members):  # every process makes every group
-        group = dist.new_group(list(range(first, first + members)))
+        group = dist.new_group(list(range(first, first + members)), timeout=_PATIENCE)
         if first <= rank < first + members:
             own = group
     return Team(rank % members, members, own)
@@ -170,6 +173,8 @@ def local_device(name: str | None) -> str | None:
 def _losses_named() -> Iterator[None]:
     try:
         yield
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankLost(f"{_LOST} ({str(error).splitlines()[0]})") from None
 

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import torch
+
 from longrope.evaluate.perplexity import check_lengths
 from longrope.facts import ModelFacts
 from longrope.gradient import graph_bytes, is_kept
@@ -238,9 +240,13 @@ class _Costs:
         return self._held() + length * (per_token * self.size + 24) + work + _head(facts)
 
     def _held(self) -> int:
-        """Weights that are on the device at a time: all, or what is no layer and two layers."""
+        """Weights that are on the device at a time: all, or what is no layer and two layers.
+
+        On a CPU converted ones are all in its memory: only the files themselves are mapped.
+        """
         facts = self.facts
-        if self.recipe.offload is None:
+        mapped = self.dtype == facts.dtype and not facts.source.endswith(".gguf")
+        if self.recipe.offload is None or not (mapped or torch.cuda.is_available()):
             return self.weights
         outside = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden_size * self.size
         return outside + 2 * (self.weights - outside) // facts.layers
@@ -252,7 +258,7 @@ class _Costs:
         facts = self.facts
         chunk = min(length, self.recipe.chunk)
         chunks = -(-length // chunk)
-        kept = is_kept(facts.layers, facts.hidden_size, length, chunks)
+        kept = not self.recipe.offload and is_kept(facts.layers, facts.hidden_size, length, chunks)
         graph = graph_bytes(facts.layers if kept else 1, facts.hidden_size, chunk)
         width = facts.hidden_size + facts.heads * facts.head_dim
         inputs = 0 if self.recipe.hidden_device else (facts.layers + 1) * width

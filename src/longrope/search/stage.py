@@ -237,7 +237,7 @@ def search_stage(
         return result
 
 
-def require_slopes(algorithm: str, ranks: Ranks) -> None:
+def require_slopes(algorithm: str, ranks: Ranks, key: str = "--algorithm") -> None:
     """The fast search's slopes are one process's work.
 
     Raises:
@@ -245,8 +245,8 @@ def require_slopes(algorithm: str, ranks: Ranks) -> None:
     """
     if algorithm == "fast" and ranks.team.size > 1:
         raise ValueError(
-            f"--sequence-parallel is {ranks.team.size}, and the fast search cannot share a slope: "
-            "give --algorithm paper, or --step-windows and no --sequence-parallel"
+            f"--sequence-parallel is {ranks.team.size}, and {key} is fast, which cannot share a "
+            "slope: make it paper, or leave --sequence-parallel out"
         )
 
 
