@@ -4,7 +4,8 @@
     python benchmarks/long_forward.py --shape llama2-7b --layers 1 --tokens 4096,8192
     python benchmarks/long_forward.py --shape llama2-7b --tokens 131072,262144,524288   # a GPU
     python benchmarks/long_forward.py --shape llama2-7b --layers 2 --tokens 2097152
-    python benchmarks/long_forward.py --shape llama2-70b --layers 4 --tokens 4096 --offload weights
+    python benchmarks/long_forward.py --shape llama2-70b --layers 4 --tokens 131072 \\
+        --offload weights                                                               # a GPU
 
 *Floor*: the same matrix products and attention as bare calls of torch, each measured alone right
 before the forward, at the best rate that torch offers (of one causal call of the whole sequence
@@ -174,7 +175,8 @@ def forget_peak(device: torch.device) -> None:
 
 def peak(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        # With what waits for kernels to be freed: offloaded layers do.
+        return torch.cuda.memory_stats()["active_bytes.all.peak"]
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

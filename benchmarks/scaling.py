@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import long_forward
 import record
 import torch
 import transformers
@@ -30,21 +31,7 @@ from longrope.search.problem import first_search
 from longrope.search.stage import SearchSettings, search_stage
 from longrope.windows import bos_token, load_documents, search_windows
 
-SHAPES = {
-    "7B": {
-        "hidden_size": 4096,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
+NAMES = {"7B": "llama2-7b", "70B": "llama2-70b"}
 PAPER = EvolutionSettings(population=8, mutations=4, crossovers=4, iterations=1, parents=4)
 SEARCHES = {
     "paper": SearchSettings(algorithm="paper", samples=2, settings=PAPER),
@@ -119,11 +106,10 @@ def processes(args: argparse.Namespace) -> None:
 def stages(args: argparse.Namespace) -> None:
     """The paper's recipe at every target, priced by ``ContextPlan``."""
     rows = []
-    for shape, sizes in SHAPES.items():
+    for shape, name in NAMES.items():
         with tempfile.TemporaryDirectory() as folder:
             config = transformers.LlamaConfig(
-                **sizes,
-                vocab_size=32_000,
+                **long_forward.SHAPES[name],
                 max_position_embeddings=4096,
                 dtype="bfloat16",
                 architectures=["LlamaForCausalLM"],

@@ -224,6 +224,33 @@ def test_processes_share_the_evaluation(finished, arguments, tmp_path):
     assert done.stdout.count("report.html") == 1
 
 
+def test_a_team_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("evaluate", "report"):
+        shutil.rmtree(out / name)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    team = ["--sequence-parallel", "2", "--out", out]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(*arguments, *team)[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    leaders = [(out / "evaluate" / name).read_text() for name in ("cells.jsonl", "cells.2.jsonl")]
+    others = [(out / "evaluate" / name).read_text() for name in ("cells.1.jsonl", "cells.3.jsonl")]
+    assert all(leaders)
+    assert not any(others)
+    rows = zip(results(out)["perplexity"], results(whole)["perplexity"], strict=True)
+    for found, expected in rows:
+        assert found.pop("perplexity") == pytest.approx(expected.pop("perplexity"), rel=1e-4)
+        assert found["method"] == expected["method"]
+        assert found["tokens"] == expected["tokens"]
+
+
 def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, benchmark_data):
     """Pass keys, and what lm-eval asks of the model before, and after without and with recovery."""
     out, _ = finished

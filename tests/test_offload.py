@@ -1,5 +1,10 @@
 """Weights on the host: the same numbers, with two layers on the device."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -14,6 +19,7 @@ from longrope.offload import offload
 from longrope.plan import make_plan
 from longrope.recipe import make_recipe
 from longrope.rope.install import installed
+from longrope.source import BUNDLED
 from test_cli import succeeds
 from test_forward import plain_losses, yarn
 
@@ -83,12 +89,44 @@ def test_never_more_than_two_layers_are_here(ids, monkeypatch):
     assert 1.5 * stream.largest < most <= limit  # the next one did come while one was at work
 
 
-def test_from_disk_nothing_is_read_before_it_is_needed(checkpoints, ids):
+def test_a_checkpoint_on_disk(checkpoints, ids):
     resident = load_model(str(checkpoints("llama")))
     loaded = load_model(str(checkpoints("llama")), offload="weights")
     assert loaded.fingerprint() == resident.fingerprint()
     assert_close(loaded.forward(20).losses(ids), resident.forward(20).losses(ids), rtol=0, atol=0)
     assert loaded.fingerprint() == resident.fingerprint()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is held")
+def test_the_host_does_not_hold_the_weights_either(tmp_path):
+    """A checkpoint of 240 MB: a forward takes less than half of it in memory of its own."""
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 12, 512, 6400
+    model = micro_model(config)
+    size = sum(p.nbytes for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    for file in BUNDLED.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    program = (
+        "import sys, threading, torch\n"
+        "from longrope.model import load_model\n"
+        "def held():\n"
+        "    status = open('/proc/self/status').read()\n"
+        "    return int(status.split('RssAnon:')[1].split()[0]) * 1024\n"
+        "load_model('bundled')\n"  # what any load imports
+        "before, most = held(), []\n"
+        "loaded = load_model(sys.argv[1], offload='weights')\n"
+        "for layer in loaded.model.model.layers:\n"
+        "    layer.register_forward_hook(lambda *_: most.append(held()))\n"
+        "loaded.forward(64).losses(torch.arange(3, 300)[None])\n"
+        "print(max(most) - before)\n"
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < size / 2
 
 
 @pytest.mark.parametrize("algorithm", ["fast", "paper"])
@@ -110,10 +148,10 @@ def test_the_plan_counts_what_is_on_the_device():
     layers = facts.parameters - facts.vocabulary * facts.hidden_size * (1 if facts.tied else 2)
     assert whole - less == pytest.approx(4 * layers * (facts.layers - 2) / facts.layers, rel=0.01)
     converted = asked | {"dtype": "bfloat16"}  # held in a CPU's memory, whatever is asked
-    if not torch.cuda.is_available():
-        whole = make_plan(facts, make_recipe(converted))["search"].memory
-        less = make_plan(facts, make_recipe(converted | {"offload": "weights"}))["search"].memory
-        assert less == whole
+    moved = make_recipe(converted | {"offload": "weights"})
+    whole = make_plan(facts, make_recipe(converted), on_cpu=True)["search"].memory
+    assert make_plan(facts, moved, on_cpu=True)["search"].memory == whole
+    assert make_plan(facts, moved)["search"].memory < whole
 
 
 def test_a_mistake_is_refused():

@@ -18,7 +18,7 @@ from longrope.parallel import Ranks, Team
 from longrope.rope.install import installed
 from longrope.search.stage import require_slopes
 from test_cli import losses as history
-from test_cli import refused, succeeds
+from test_cli import refused, run, succeeds
 from test_forward import yarn
 
 PROGRAM = """
@@ -34,7 +34,7 @@ with ranks({members}) as these:
         json.dump(found, open({out!r}, "w"))
 """
 
-FAMILIES = ["llama", "qwen2", "gemma3", "gpt_neox"]  # sliding windows and soft-caps among them
+FAMILIES = ["llama", "qwen2", "gemma2", "gpt_neox"]  # sliding windows and soft-caps among them
 
 
 def torchrun(processes):
@@ -133,6 +133,17 @@ def test_a_slope_is_not_shared():
     with pytest.raises(ValueError, match="--sequence-parallel is 2, and --algorithm is fast"):
         require_slopes("fast", Ranks(0, 2, Team(0, 2)))
     require_slopes("paper", Ranks(0, 2, Team(0, 2)))
+
+
+def test_an_extension_names_its_search_that_cannot(tmp_path):
+    launcher = [*torchrun(2), "-m", "longrope"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    out = ["--out", tmp_path / "out"]
+    done = run(
+        "extend", "--target", "2x", "--sequence-parallel", 2, *out, launcher=launcher, env=env
+    )
+    assert done.returncode != 0
+    assert "--sequence-parallel is 2, and search.algorithm is fast, which cannot" in done.stderr
 
 
 def test_mistakes(small, tmp_path):

@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from longrope.cost import check_memory
-from longrope.evaluate.retrieval import require_room
-from longrope.evaluate.run import benchmark_options, evaluate_run
+from longrope.evaluate.run import evaluate_run
 from longrope.export.huggingface import export_model
 from longrope.export.intent import Intent
 from longrope.facts import inspect_model
@@ -27,6 +25,7 @@ from longrope.files import only_process
 from longrope.model import LoadedModel, find_device
 from longrope.parallel import Ranks
 from longrope.plan import Stage, make_plan
+from longrope.preflight import preflight
 from longrope.progress import console
 from longrope.recipe import Recipe, Search
 from longrope.recovery import choose
@@ -41,8 +40,8 @@ from longrope.search.problem import (
     second_search,
     step_factors,
 )
-from longrope.search.stage import require_slopes, search_stage
-from longrope.train.finetune import finetune, require_peft
+from longrope.search.stage import search_stage
+from longrope.train.finetune import finetune
 from longrope.train.pieces import Pieces
 from longrope.workspace import Run
 
@@ -65,7 +64,7 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
         if ranks.first:
             run.claim()
         if not all(run.done(stage.name) for stage in run.plan.stages):
-            _preflight(run)
+            preflight(run)
         if ranks.first:
             run.remeasure()
         for stage in run.plan.stages:
@@ -79,63 +78,6 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
             counted = {"forwards": stage.forwards, "tokens": stage.tokens}
             run.finish(stage, counted | found | {"seconds": seconds})
     return out / "report.html"
-
-
-def _preflight(run: Run) -> None:
-    """Refuse what would fail after hours: memory, devices, text, stages out of order.
-
-    Raises:
-        ValueError: names what is wrong and what helps.
-    """
-    recipe, plan = run.recipe, run.plan
-    if recipe.hidden_device:
-        find_device("hidden_device", recipe.hidden_device)
-    done = [run.done(stage.name) for stage in plan.stages]
-    todo = [stage for stage, is_done in zip(plan.stages, done, strict=True) if not is_done]
-    for stage, is_done in zip(plan.stages, done, strict=True):
-        later = plan.stages.index(stage) > plan.stages.index(todo[0])
-        if is_done and later and stage.kind not in ("evaluate", "report"):
-            raise ValueError(
-                f"{run.directory(stage.name)} was made from an earlier {todo[0].name}, which is "
-                "gone; delete it too, and it is made again"
-            )
-    for stage in todo:
-        if stage.kind == "search" and _section(recipe, stage).method == "search":
-            key = f"{_key(stage)}.algorithm"
-            require_slopes(_section(recipe, stage).algorithm, run.ranks, key)
-    if any(stage.kind == "finetune" for stage in todo):
-        recipe.finetune.accumulation(run.ranks.size)
-        if recipe.finetune.lora is not None:
-            require_peft(recipe.finetune.lora)
-    if recipe.evaluate.benchmarks:
-        asked = benchmark_options(run)
-        asked.check(run.facts)
-        asked.require_data(run.original().tokenizer, plan.original)
-    check_memory([stage for stage in todo if stage.memory])
-    run.keep_pools()
-    for stage in todo:
-        if field := _asks(recipe, stage):
-            require_room(field, run.original().tokenizer, stage.length)
-
-
-def _asks(recipe: Recipe, stage: Stage) -> str:
-    """The recipe's key that asks for pass keys in a stage, if any does."""
-    if stage.kind == "finetune" and recipe.finetune.passkey_share:
-        return "finetune.passkey_share"
-    if stage.kind != "search":
-        return ""
-    section = _section(recipe, stage)
-    asks = section.passkeys and section.method == "search"
-    return f"{_key(stage)}.passkeys" if asks else ""
-
-
-def _key(stage: Stage) -> str:
-    """The recipe's key for a search: ``recovery`` has two, ``search`` one on the way perhaps."""
-    return stage.name.removeprefix("through-").replace("-", "_").rstrip("_12")
-
-
-def _section(recipe: Recipe, stage: Stage) -> Search:
-    return getattr(recipe, _key(stage))
 
 
 def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
@@ -152,7 +94,8 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
     )
     if not facts.extendable:
         raise ValueError(f"{recipe.model} cannot be extended: {facts.reason}")
-    return Run(recipe, facts, make_plan(facts, recipe), out, ranks)
+    on_cpu = find_device("--device", recipe.device).type == "cpu"
+    return Run(recipe, facts, make_plan(facts, recipe, on_cpu=on_cpu), out, ranks)
 
 
 def _search(run: Run, stage: Stage) -> dict[str, Any]:

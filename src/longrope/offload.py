@@ -67,14 +67,14 @@ class Stream:
         self._here = None
         # Without this the next would come while kernels that wait in line still need the last.
         left = self._side and torch.cuda.current_stream(self.device).record_event()
-        arrived = self._arrived(index)
+        arrived = self._arrived(index, left)
         self._put(index, arrived)
         self._here = index
         following = index + step
         if 0 <= following < len(self.host):
             self._coming = following, self._porter.submit(self._fetch, following, left)
 
-    def _arrived(self, index: int) -> list[Tensor]:
+    def _arrived(self, index: int, left: Any) -> list[Tensor]:
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] == index:
             arrived = coming[1].result()
@@ -82,7 +82,7 @@ class Stream:
             if coming is not None:
                 coming[1].result()  # let it come and go: never more than two are here
             del coming
-            arrived = self._porter.submit(self._fetch, index).result()
+            arrived = self._porter.submit(self._fetch, index, left).result()
         if self._side is not None:
             for tensor in arrived:  # their memory was taken on the other stream
                 tensor.record_stream(torch.cuda.current_stream(self.device))

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 
-import torch
-
 from longrope.evaluate.perplexity import check_lengths
 from longrope.facts import ModelFacts
 from longrope.gradient import graph_bytes, is_kept
@@ -58,8 +56,8 @@ class ContextPlan:
         return next(stage for stage in self.stages if stage.name == name)
 
 
-def make_plan(facts: ModelFacts, recipe: Recipe) -> ContextPlan:
-    """The stages for a target, each with its cost.
+def make_plan(facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False) -> ContextPlan:
+    """The stages for a target, each with its cost; on a GPU, or on a CPU.
 
     Raises:
         ValueError: the target is no extension, or further than one fine-tuning reaches.
@@ -84,7 +82,7 @@ def make_plan(facts: ModelFacts, recipe: Recipe) -> ContextPlan:
                 f"extension reaches {FURTHEST * STEP}x ({FURTHEST * STEP * original:,}): extend "
                 "its result again"
             )
-    cost = _Costs(facts, recipe)
+    cost = _Costs(facts, recipe, on_cpu)
     stages = []
     tuning = recipe.finetune
     if trained is not None and tuning.through is not None:
@@ -154,8 +152,8 @@ def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
 class _Costs:
     """FLOPs and bytes of a model's forwards and training steps."""
 
-    def __init__(self, facts: ModelFacts, recipe: Recipe):
-        self.facts, self.recipe = facts, recipe
+    def __init__(self, facts: ModelFacts, recipe: Recipe, on_cpu: bool):
+        self.facts, self.recipe, self.on_cpu = facts, recipe, on_cpu
         self.dtype = facts.dtype if recipe.dtype == "auto" else recipe.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = facts.parameters * self.size
@@ -246,7 +244,7 @@ class _Costs:
         """
         facts = self.facts
         mapped = self.dtype == facts.dtype and not facts.source.endswith(".gguf")
-        if self.recipe.offload is None or not (mapped or torch.cuda.is_available()):
+        if self.recipe.offload is None or (self.on_cpu and not mapped):
             return self.weights
         outside = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden_size * self.size
         return outside + 2 * (self.weights - outside) // facts.layers

@@ -86,8 +86,9 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Which factors an engine applies, by its log-probabilities; exit code 1 if not those meant."""
-    from longrope.verify.check import Reference, advice, require_engine
+    from longrope.verify.check import Reference, advice
     from longrope.verify.check import verify as ask
+    from longrope.verify.engines import require_engine
     from longrope.windows import parse_length
 
     points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()

@@ -1,4 +1,4 @@
-"""The verbs that measure and draw."""
+"""The verb that measures."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +30,6 @@ from longrope.cli.tables import (
     console,
     print_answers,
     print_benchmarks,
-    print_differences,
     print_json,
     print_rows,
 )
@@ -232,92 +231,3 @@ def _kind(passkey: bool, needle: bool, benchmarks: str | None) -> str:
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(f'--{name}' for name in chosen)}: ask for one at a time")
     return chosen[0] if chosen else "perplexity"
-
-
-@app.command()
-def compare(
-    model: Model = "bundled",
-    target: Annotated[str, typer.Option(help="Tokens the methods are made for.")] = ...,  # type: ignore[assignment]
-    methods: Annotated[
-        str, typer.Option(help="Methods and rescale files, with commas between.")
-    ] = "none,pi,ntk,dynamic-ntk,yarn",
-    lengths: Annotated[
-        str | None, typer.Option(help="Such as 512,1024; by default the target alone.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory for compare.json and the plots; by default the rescale file's."
-        ),
-    ] = None,
-    data: Data = None,
-    field: Field = "text",
-    pack: Pack = False,
-    tokens_per_document: TokensPerDocument = None,
-    attention_factor: AttentionFactor = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    chunk: Chunk = 2048,
-    hidden_device: HiddenDevice = None,
-    offload: Offload = None,
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json_: Json = False,
-) -> None:
-    """Compare methods and searched factors on documents that no search has seen."""
-    from longrope.evaluate.compare import CompareOptions, run_comparison
-    from longrope.model import load_model
-    from longrope.report.run import report as write_report
-
-    options = CompareOptions(
-        methods=tuple(methods.split(",")),
-        lengths=tuple((lengths or target).split(",")),
-        target=target,
-        data=tuple(data or ()),
-        field=field,
-        pack=pack,
-        tokens_per_document=tokens_per_document,
-        attention_factor=attention_factor,
-        chunk=chunk,
-        hidden_device=hidden_device,
-        own_attention_factors=True,
-    )
-    loaded = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        offload=offload,
-        existing_scaling=existing_choice(existing_scaling),
-        original_length=original_length,
-        trust_remote_code=trust_remote_code,
-        check=options.check,
-    )
-    comparison = run_comparison(loaded, options, exclude_searched=True)
-    directory = out or options.directory
-    comparison.save(directory / "compare.json")
-    figures = write_report(directory)
-    if json_:
-        print_json(comparison.to_json() | {"figures": [str(path) for path in figures]})
-        return
-    print_rows(comparison.rows())
-    print_differences(comparison.differences())
-    for path in figures:
-        console.print(str(path), soft_wrap=True)
-
-
-@app.command()
-def report(
-    directory: Annotated[Path, typer.Argument(help="What extend, search or compare wrote to.")],
-    json_: Json = False,
-) -> None:
-    """Write a run's page again, or draw a search's and a comparison's pictures."""
-    from longrope.report.page import write_page
-    from longrope.report.run import report as draw
-
-    written = write_page(directory) if (directory / "results.json").exists() else draw(directory)
-    if json_:
-        print_json({"figures": [str(path) for path in written]})
-    else:
-        for path in written:
-            console.print(str(path), soft_wrap=True)

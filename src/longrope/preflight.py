@@ -1,0 +1,68 @@
+"""What is refused before an extension begins, because it would fail after hours."""
+
+from longrope.cost import check_memory
+from longrope.evaluate.retrieval import require_room
+from longrope.evaluate.run import benchmark_options
+from longrope.model import find_device
+from longrope.plan import Stage
+from longrope.recipe import Recipe, Search
+from longrope.search.stage import require_slopes
+from longrope.train.finetune import require_peft
+from longrope.workspace import Run
+
+
+def preflight(run: Run) -> None:
+    """Refuse what cannot work: memory, devices, text, stages out of order.
+
+    Raises:
+        ValueError: names what is wrong and what helps.
+    """
+    recipe, plan = run.recipe, run.plan
+    if recipe.hidden_device:
+        find_device("hidden_device", recipe.hidden_device)
+    done = [run.done(stage.name) for stage in plan.stages]
+    todo = [stage for stage, is_done in zip(plan.stages, done, strict=True) if not is_done]
+    for stage, is_done in zip(plan.stages, done, strict=True):
+        later = plan.stages.index(stage) > plan.stages.index(todo[0])
+        if is_done and later and stage.kind not in ("evaluate", "report"):
+            raise ValueError(
+                f"{run.directory(stage.name)} was made from an earlier {todo[0].name}, which is "
+                "gone; delete it too, and it is made again"
+            )
+    for stage in todo:
+        if stage.kind == "search" and _section(recipe, stage).method == "search":
+            key = f"{_key(stage)}.algorithm"
+            require_slopes(_section(recipe, stage).algorithm, run.ranks, key)
+    if any(stage.kind == "finetune" for stage in todo):
+        recipe.finetune.accumulation(run.ranks.size)
+        if recipe.finetune.lora is not None:
+            require_peft(recipe.finetune.lora)
+    if recipe.evaluate.benchmarks:
+        asked = benchmark_options(run)
+        asked.check(run.facts)
+        asked.require_data(run.original().tokenizer, plan.original)
+    check_memory([stage for stage in todo if stage.memory])
+    run.keep_pools()
+    for stage in todo:
+        if field := _asks(recipe, stage):
+            require_room(field, run.original().tokenizer, stage.length)
+
+
+def _asks(recipe: Recipe, stage: Stage) -> str:
+    """The recipe's key that asks for pass keys in a stage, if any does."""
+    if stage.kind == "finetune" and recipe.finetune.passkey_share:
+        return "finetune.passkey_share"
+    if stage.kind != "search":
+        return ""
+    section = _section(recipe, stage)
+    asks = section.passkeys and section.method == "search"
+    return f"{_key(stage)}.passkeys" if asks else ""
+
+
+def _key(stage: Stage) -> str:
+    """The recipe's key for a search: ``recovery`` has two, ``search`` one on the way perhaps."""
+    return stage.name.removeprefix("through-").replace("-", "_").rstrip("_12")
+
+
+def _section(recipe: Recipe, stage: Stage) -> Search:
+    return getattr(recipe, _key(stage))
