@@ -16,6 +16,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import record
+
 from longrope.evaluate.compare import CompareOptions, run_comparison
 from longrope.extend import extend
 from longrope.model import load_model
@@ -80,13 +82,24 @@ def main() -> None:
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.untrained:
+        rows = []
         for target in args.untrained.split(","):
-            print(json.dumps(untrained(args.out, target, seeds)), flush=True)
+            rows.append(untrained(args.out, target, seeds))
+            print(json.dumps(rows[-1]), flush=True)
+        print(record.write("ablations-untrained", vars(args), rows))
         return
+    rows = []
     print("| | 256 without | 256 | 512 | 1,024 | 4,096 | passkey 512 | 4,096 |")
     for name, change in CHANGES.items():
         if args.only is None or args.only in name:
-            print(row(name, [run(args.out, name, change, seed) for seed in seeds]), flush=True)
+            found = [run(args.out, name, change, seed) for seed in seeds]
+            print(row(name, found), flush=True)
+            rows += [
+                {"name": name, "change": change, "seed": seed}
+                | {key: results[key] for key in ("perplexity", "passkey", "recovery")}
+                for seed, results in zip(seeds, found, strict=True)
+            ]
+    print(record.write("ablations", vars(args) | {"recipe": RECIPE}, rows))
 
 
 def run(out: Path, name: str, change: dict[str, Any], seed: int) -> dict[str, Any]:

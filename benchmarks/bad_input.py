@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import record
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -116,6 +117,7 @@ def main() -> None:
         tensors = load_file(folder / "smaller/model.safetensors")
         tensors["model.norm.weight"] *= 1.5
         save_file(tensors, folder / "smaller/model.safetensors", metadata={"format": "pt"})
+        rows = []
         print("| what is wrong | exit | the line |\n|---|---|---|")
         for what, command in table:
             done = run(command.split(), folder)
@@ -124,6 +126,9 @@ def main() -> None:
             extra = f" (+{len(lines) - 1} lines)" if len(lines) > 1 else ""
             shown = shown.removeprefix("longrope: error: ")
             print(f"| {what} | {done.returncode} | {shown}{extra} |", flush=True)
+            found = {"exit": done.returncode, "line": shown, "lines": len(lines)}
+            rows.append({"what": what, "command": command} | found)
+    print(record.write("bad-input", {}, rows))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ The bundled Llama (256 tokens) is extended to 16,384 by YaRN factors, with short
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
+
+import record
 
 from longrope.export.intent import FORMATS
 from longrope.export.run import ExportOptions, export
@@ -40,6 +43,7 @@ def main() -> None:
     print("| format | engine | " + " | ".join(f"{n:,}" for n in lengths) + " | instead |")
     print("|---|---|" + "---|" * len(lengths) + "---|", flush=True)
     computed: dict[str, dict] = {}
+    rows = []
     for form in (form for form in FORMATS if form in args.formats.split(",")):
         gguf = form.startswith("gguf")
         asked = [name for name in engines if (name == "llamacpp") == gguf]
@@ -56,6 +60,9 @@ def main() -> None:
                 reference, name, python=engines[name], lengths=lengths, prompts=args.prompts
             )
             print(row(form, verdict), flush=True)
+            rows.append({"format": form} | dataclasses.asdict(verdict))
+    config = vars(args) | {"engine": list(engines)}
+    print(record.write(f"engines-{Path(args.model).name}", config, rows))
 
 
 def options(model: str, boundary: int, target: int, out: Path, form: str) -> ExportOptions:

@@ -17,6 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import record
 
 KINDS = ("long", "plain")
 
@@ -136,8 +139,11 @@ def main() -> None:
         measure(args)
         return
     sizes = [int(n) for n in args.tokens.split(",")]
-    result = memory(args, sizes) if args.memory else [side_by_side(args, n) for n in sizes]
-    print(json.dumps({"date": time.strftime("%Y-%m-%d"), "config": vars(args), "result": result}))
+    result = [memory(args, sizes)] if args.memory else [side_by_side(args, n) for n in sizes]
+    for row in result:
+        print(json.dumps({key: value for key, value in row.items() if key != "runs"}))
+    kind = "forward-memory" if args.memory else "forward-cost"
+    print(record.write(f"{kind}-{Path(args.model).name}", vars(args), result))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import record
 import xllamacpp
 from transformers import AutoTokenizer
 
@@ -41,6 +42,7 @@ def main() -> None:
         tokenizer = read_pretrained(AutoTokenizer, str(args.model), False)
     text = args.text.read_text(encoding="utf-8")
     print("| model | " + " | ".join(f"{n:,}" for n in lengths) + " |", flush=True)
+    rows = []
     bare = args.model.with_name(f"{args.model.stem}-without.gguf")
     drop_factors(args.model, bare)
     for model in [bare] if args.only_without else [args.model, bare]:
@@ -50,8 +52,10 @@ def main() -> None:
             story = told(tokenizer, text, length)
             found = {fact: said(server, tokenizer, story, fact) for fact in FACTS}
             right = sum(found[fact].startswith(answer) for fact, answer in FACTS.items())
+            rows.append({"model": model.name, "length": length, "right": right, "answers": found})
             cells.append(f"{right} of {len(FACTS)} ({', '.join(found.values())!r})")
         print(f"| {model.name} | " + " | ".join(cells) + " |", flush=True)
+    print(record.write("llamacpp-question", vars(args) | {"facts": FACTS}, rows))
 
 
 def drop_factors(source: Path, path: Path) -> None:

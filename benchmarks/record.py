@@ -36,9 +36,18 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Write ``benchmarks/results/DATE-NAME.json``."""
+    """Write ``benchmarks/results/DATE-NAME.json``; of paths in the config their last part."""
     date = datetime.date.today().isoformat()
     path = RESULTS / f"{date}-{name}.json"
+    config = {key: _last_part(value) for key, value in config.items()}
     content = {"date": date, "machine": machine(), "config": config, "rows": rows}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path
+
+
+def _last_part(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_last_part(each) for each in value]
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
+        return Path(value).name
+    return value

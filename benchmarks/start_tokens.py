@@ -9,13 +9,10 @@ The LongRoPE paper's table 2 in miniature.
 """
 
 import argparse
-import json
-import platform
-import time
+from pathlib import Path
 
-import torch
+import record
 
-import longrope
 from longrope.evaluate.perplexity import paired_difference, score
 from longrope.forward import LongForward
 from longrope.model import load_model
@@ -71,17 +68,8 @@ def main() -> None:
             best = min(own, key=lambda row: row["perplexity"])
             line = " ".join(f"{row['start_tokens']}:{row['perplexity']:.2f}" for row in own)
             print(f"{length} {method} best n̂ {best['start_tokens']} — {line}", flush=True)
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "longrope": longrope.__version__,
-        "config": vars(args),
-        "documents": [document.name for document in documents],
-        "rows": rows,
-    }
-    print(json.dumps(record))
+    config = vars(args) | {"documents": [document.name for document in documents]}
+    print(record.write(f"start-tokens-{Path(args.model).name}", config, rows))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import record
+
 from longrope.evaluate.perplexity import score
 from longrope.evaluate.retrieval import passkey_prompt, retrieve
 from longrope.extend import open_run
@@ -38,25 +40,34 @@ def main() -> None:
     lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
     lengths = [n for n in lengths if n <= (args.up_to or run.plan.target)]
     methods = args.methods.split(",")
-    kept = Kept(args.run / "steps.jsonl")
     asked = [n for n in lengths if args.passkeys and n <= args.passkeys_up_to]
-    for method in methods:
-        for length in asked:
-            key = f"passkey {method} {length} {args.passkeys}"
-            if key not in kept:
+    kept = Kept(args.run / "steps.jsonl")
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for cell in [
+        *(("passkey", method, n) for method in methods for n in asked),
+        *(("perplexity", method, n) for n in lengths for method in methods),
+    ]:
+        kind, method, length = cell
+        trials = f" {args.passkeys}" if kind == "passkey" else ""
+        key = f"{kind} {method} {length}{trials}"
+        if key not in kept:
+            if kind == "passkey":
                 kept[key] = passkeys(run, method, length, args.passkeys)
-    for length in lengths:
-        for method in methods:
-            key = f"perplexity {method} {length}"
-            if key not in kept:
+            else:
                 kept[key] = perplexity(run, method, length, lengths)
+        found[cell] = kept[key]
     print("| perplexity | " + " | ".join(f"{n:,}" for n in lengths) + " |")
     for method in methods:
-        row = [f"{kept[f'perplexity {method} {n}']['perplexity']:.2f}" for n in lengths]
+        row = [f"{found['perplexity', method, n]['perplexity']:.2f}" for n in lengths]
         print(f"| {method} | " + " | ".join(row) + " |")
     for method in methods:
-        row = [f"{kept[f'passkey {method} {n} {args.passkeys}']['correct']}" for n in asked]
+        row = [f"{found['passkey', method, n]['correct']}" for n in asked]
         print(f"| {method}, keys of {args.passkeys} | " + " | ".join(row) + " |")
+    rows = [
+        {"kind": kind, "method": method, "length": length} | values
+        for (kind, method, length), values in found.items()
+    ]
+    print(record.write(f"steps-{args.run.name}", vars(args), rows))
 
 
 def long_factors(run: Run, method: str) -> Rescale:
