@@ -38,6 +38,7 @@ RECIPE = {
         "save_every": 2,
         "passkey_share": 0.3,
         "short_share": 0.5,
+        "distill": True,
     },
     "second_search": {"samples": 1, "algorithm": "paper", **SMALL},
     "recovery": {"samples": 2, "budget": 9},

@@ -88,6 +88,7 @@ def test_without_recovery(facts):
         ({"target": 1000}, r"--target is 1,000; .* multiple of the original length, 256"),
         ({"target": "8x", "evaluate": {"lengths": [384]}}, "384 does not divide 2048"),
         ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "4,096 is beyond the target, 2,048"),
+        ({"target": "8x", "finetune": {"distill": True}}, "finetune.short_share is 0"),
         ({"target": "8x", "finetune": {"beta2": 1.5}}, "finetune.beta2 is 1.5"),
         ({"target": "8x", "seed": -1}, "seed is -1"),
         ({"target": "8x", "search": {"upper": 0.5}}, "search.upper is 0.5"),
@@ -118,6 +119,15 @@ def test_costs_are_those_of_the_work(facts):
     )["finetune"]
     assert training.tokens == 2 * 5 * 4 * 2048
     assert training.memory > 16 * facts.parameters
+
+
+def test_a_teacher_costs_its_forwards_and_its_weights(facts):
+    tuning = {"enabled": True, "steps": 5, "batch": 4, "short_share": 1.0}
+    alone = plan(facts, target="8x", finetune=tuning)["finetune"]
+    taught = plan(facts, target="8x", finetune=tuning | {"distill": True})["finetune"]
+    more = taught.linear - alone.linear
+    assert more == pytest.approx(2 * facts.parameters * 5 * 4 * 2048)  # all short windows once
+    assert taught.memory - alone.memory == 4 * facts.parameters
 
 
 def test_flops_agree_with_a_counter(micro_models, ids):

@@ -182,7 +182,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
         stage.steps * tuning.batch,
         seed=run.recipe.seed,
         passkey_share=tuning.passkey_share,
-        answer_weight=tuning.answer_weight,
+        answer_share=tuning.answer_share,
         short=round(tuning.short_share * stage.length / original),
         short_length=original,
     )
@@ -191,7 +191,10 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     short = run.facts.rescale("none", original)
     short = short.replace(attention_factor=run.attention_factor(run.plan.target))
     directory, seed = run.directory(stage.name), run.recipe.seed
-    lines = finetune(loaded, rescale, short, pieces, settings, directory, run.ranks, seed=seed)
+    teacher = run.teacher() if tuning.distill and pieces.short else None
+    lines = finetune(
+        loaded, rescale, short, pieces, settings, directory, run.ranks, teacher=teacher, seed=seed
+    )
     run.forget()
     return {"first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"], "epochs": pieces.epochs}
 

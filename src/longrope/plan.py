@@ -183,8 +183,8 @@ class _Costs:
         short = round(tuning.short_share * length / original) * original * pieces
         if short:
             more = self.facts.forward_flops(original)
-            linear += passes * short / original * more[0]
-            attention += passes * short / original * more[1]
+            times = (passes + tuning.distill) * short / original  # the teacher's forward
+            linear, attention = linear + times * more[0], attention + times * more[1]
         return Stage(
             name,
             "finetune",
@@ -267,7 +267,8 @@ class _Costs:
     def _training_memory(self, length: int) -> int:
         """Weights, gradients and Adam's two moments, and what the backward pass keeps.
 
-        With checkpointing a hidden state per layer and token, and one layer whole.
+        With checkpointing a hidden state per layer and token, and one layer whole. A teacher is
+        the model once more.
         """
         facts, tuning = self.facts, self.recipe.finetune
         master = 2 if tuning.precision == "pure-bf16" else 4
@@ -275,6 +276,8 @@ class _Costs:
         states = facts.parameters * master * 4
         if tuning.lora is not None:
             states = facts.parameters * master + facts.vocabulary * facts.hidden_size * 32
+        if tuning.distill and tuning.short_share:
+            states += self.weights
         kept = facts.layers * facts.hidden_size
         layer = 24 * facts.hidden_size
         if not tuning.gradient_checkpointing:

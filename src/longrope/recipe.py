@@ -151,6 +151,11 @@ class Recipe(_Section):
                 kinds = (*kinds, "yarn-log")
             if section.method not in kinds:
                 raise ValueError(f"{name}.method is {section.method!r}; choose {', '.join(kinds)}")
+        if self.finetune.distill and not self.finetune.short_share:
+            raise ValueError(
+                "finetune.distill is true and finetune.short_share is 0: only short windows learn "
+                "from the model as it came; give a share of them, such as 0.25"
+            )
         for method in self.evaluate.methods:
             if method not in METHODS:
                 raise ValueError(

@@ -4,7 +4,7 @@ import functools
 import gc
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -147,23 +147,30 @@ class Run:
                     )
         write_atomically(file, json.dumps(now, indent=1) + "\n")
 
+    def teacher(self) -> LoadedModel:
+        """The model as it came, beside the one that is trained towards it."""
+        return self._read(self.recipe.model, offload=None)
+
     def _load(self, source: str, offload: bool = True) -> LoadedModel:
-        recipe = self.recipe
-        asked = source, offload and recipe.offload is not None
+        asked = source, offload and self.recipe.offload is not None
         if self._loaded is None or self._loaded[0] != asked:
             self.forget()  # one model in memory at a time
-            loaded = load_model(
-                source,
-                device=local_device(recipe.device),
-                dtype=recipe.dtype,
-                offload=recipe.offload if offload else None,
-                team=self.ranks.team,
-                existing_scaling=recipe.existing_scaling,
-                original_length=recipe.original_length,
-                trust_remote_code=recipe.trust_remote_code,
-            )
+            loaded = self._read(source, self.recipe.offload if offload else None)
             self._loaded = asked, loaded
         return self._loaded[1]
+
+    def _read(self, source: str, offload: Literal["weights"] | None) -> LoadedModel:
+        recipe = self.recipe
+        return load_model(
+            source,
+            device=local_device(recipe.device),
+            dtype=recipe.dtype,
+            offload=offload,
+            team=self.ranks.team,
+            existing_scaling=recipe.existing_scaling,
+            original_length=recipe.original_length,
+            trust_remote_code=recipe.trust_remote_code,
+        )
 
     @functools.cached_property
     def pools(self) -> Pools:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,38 @@ def test_short_windows_count_under_a_rescale_of_their_own(micro_models, ids):
         without = model(input_ids=ids)["loss"]
     torch.testing.assert_close(found, torch.cat([one, other]).mean())
     torch.testing.assert_close(without, one.mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_short_windows_learn_the_predictions_of_a_teacher(micro_models, ids, family):
+    """Against cross-entropy with the teacher's whole distribution, both models' logits in full."""
+    model = micro_models(family)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    rotary_dim = 32 if family == "gemma2" else 16
+    short = identity(10_000.0, rotary_dim, 64, 64).replace(attention_factor=1.2)
+    windows = ids[:, :60].reshape(2, 3, 20)
+    flat = windows.flatten(0, 1)
+    with torch.no_grad():
+        wanted = teacher(input_ids=flat, use_cache=False).logits[:, :-1].float().softmax(-1)
+    with installed(model, short):
+        logits = model(input_ids=flat, use_cache=False).logits[:, :-1].float()
+    taught = -(wanted * logits.log_softmax(-1)).sum(-1).flatten()
+    expected = torch.cat([losses(model, ids), taught]).mean()
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with chunked_loss(model, short, teacher=teacher, rows=7):
+        found = model(input_ids=ids, short_ids=windows)["loss"]
+        found.backward()
+    torch.testing.assert_close(found, expected)
+    for name, gradient in gradients.items():
+        found = model.get_parameter(name).grad
+        torch.testing.assert_close(found, gradient, atol=1e-4, rtol=1e-3)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    model.zero_grad()
 
 
 def losses(model, ids):

@@ -50,7 +50,7 @@ def test_an_epoch_uses_the_text_once(tokenizer):
 
 
 def test_a_piece_is_a_function_of_its_number(tokenizer):
-    options = {"seed": 5, "passkey_share": 0.5, "answer_weight": 10.0}
+    options = {"seed": 5, "passkey_share": 0.5, "answer_share": 0.2}
     docs = documents(3000, 2000)
     one = Pieces(docs, tokenizer, 256, 10, **options)
     other = Pieces(docs[::-1], tokenizer, 256, 50, **options)
@@ -61,11 +61,13 @@ def test_a_piece_is_a_function_of_its_number(tokenizer):
 
 
 def test_a_share_of_passkey_prompts_with_the_answer_weighted(tokenizer):
-    pieces = Pieces(documents(5000), tokenizer, 256, 200, passkey_share=0.25, answer_weight=10.0)
+    pieces = Pieces(documents(5000), tokenizer, 256, 200, passkey_share=0.25, answer_share=0.2)
     asked = [p for p in (pieces[i] for i in range(200)) if (p["weights"] > 1).any()]
     assert 30 <= len(asked) <= 70
     for piece in asked:
-        answer = tokenizer.decode(piece["input_ids"][piece["weights"] > 1]).strip()
+        heavy = piece["weights"] > 1
+        assert piece["weights"][heavy].sum().item() == pytest.approx(0.2 * 256)
+        answer = tokenizer.decode(piece["input_ids"][heavy]).strip()
         text = tokenizer.decode(piece["input_ids"])
         assert len(answer) == 5
         assert answer.isdigit()

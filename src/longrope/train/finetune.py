@@ -42,11 +42,13 @@ def finetune(
     out: Path,
     ranks: Ranks,
     *,
+    teacher: LoadedModel | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Train under a rescale, or go on from the last whole checkpoint.
 
-    ``short`` is for the short windows that pieces may bring.
+    ``short`` is for the short windows that pieces may bring, which learn a ``teacher``'s
+    predictions, where there is one.
 
     Leaves ``out/model`` (a checkpoint in the dtype that the model came in, unscaled config),
     and ``out/loss.jsonl``, a line per step, which is returned.
@@ -72,7 +74,7 @@ def finetune(
     arguments = _arguments(settings, work, model.device, ranks, seed)
     with (
         installed(loaded.model, rescale),
-        chunked_loss(model, short),
+        chunked_loss(model, short, teacher=teacher and teacher.model),
         progress("fine-tune", settings.steps, show=ranks.first) as advance,
         warnings.catch_warnings(),
     ):

@@ -19,34 +19,37 @@ ROWS = 1024
 
 
 @contextlib.contextmanager
-def chunked_loss(model: Any, short: Rescale | None = None, rows: int = ROWS) -> Iterator[None]:
+def chunked_loss(
+    model: Any, short: Rescale | None = None, *, teacher: Any = None, rows: int = ROWS
+) -> Iterator[None]:
     """Within, ``model(input_ids=…, weights=…)`` gives ``{"loss": …}`` and no logits.
 
     The loss is the mean over tokens of weight × negative log-likelihood in nats. With
     ``short_ids``, shape (batch, windows, tokens), their losses under the rescale ``short``
-    count too: each window on its own, whatever is installed for the rest. The
+    count too: each window on its own, whatever is installed for the rest. With a ``teacher``, a
+    model of the same vocabulary, these are cross-entropies with its predictions in place of
+    the text's next tokens. The
     model's own head makes the logits of ``rows`` tokens at a time, and again in the
     backward pass, from the decoder's output; so scalings and soft-caps of the logits are the
     model's, and memory does not grow with vocabulary × tokens.
     """
-    decoder, _ = find_layers(model)
-    owner, name = _place(model, decoder)
-    own_forward = model.forward
+    student = _Head(model)
+    taught_by = None if teacher is None else _Head(teacher)
 
-    def chunk(hidden: Tensor, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        setattr(owner, name, _Given(hidden))
-        try:
-            logits = own_forward(input_ids=ids, use_cache=False).logits
-        finally:
-            setattr(owner, name, decoder)
-        exact = torch.promote_types(logits.dtype, torch.float32)
+    def chunk(
+        hidden: Tensor, ids: Tensor, targets: Tensor, weights: Tensor, taught: Tensor | None
+    ) -> Tensor:
+        wanted = targets.flatten()
+        if taught_by is not None and taught is not None:
+            with torch.no_grad():
+                wanted = taught_by.logits(taught, ids).flatten(0, 1).softmax(-1)
         losses = F.cross_entropy(
-            logits.to(exact).flatten(0, 1), targets.flatten(), reduction="none"
+            student.logits(hidden, ids).flatten(0, 1), wanted, reduction="none"
         )
         return (losses * weights.flatten()).sum()
 
-    def total_loss(input_ids: Tensor, weights: Tensor) -> Tensor:
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    def total_loss(input_ids: Tensor, weights: Tensor, taught: Tensor | None = None) -> Tensor:
+        hidden = student.hidden(input_ids)
         total = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, input_ids.shape[1] - 1, rows):
             here = slice(first, min(first + rows, input_ids.shape[1] - 1))
@@ -57,6 +60,7 @@ def chunked_loss(model: Any, short: Rescale | None = None, rows: int = ROWS) -> 
                 input_ids[:, here],
                 input_ids[:, following],
                 weights[:, following],
+                None if taught is None else taught[:, here],
                 use_reentrant=False,
             )
         return total
@@ -72,8 +76,11 @@ def chunked_loss(model: Any, short: Rescale | None = None, rows: int = ROWS) -> 
         total, tokens = total_loss(input_ids, weights), input_ids[:, 1:].numel()
         if short_ids is not None:
             windows = short_ids.flatten(0, 1)
+            even = torch.ones_like(windows, dtype=torch.float32)
+            with torch.no_grad():
+                taught = None if taught_by is None else taught_by.hidden(windows)
             with installed(model, short):
-                total = total + total_loss(windows, torch.ones_like(windows, dtype=torch.float32))
+                total = total + total_loss(windows, even, taught)
             tokens += windows[:, 1:].numel()
         return {"loss": total / tokens}
 
@@ -82,6 +89,26 @@ def chunked_loss(model: Any, short: Rescale | None = None, rows: int = ROWS) -> 
         yield
     finally:
         del model.forward
+
+
+class _Head:
+    """A model taken apart: its decoder's hidden states, and what its own head makes of them."""
+
+    def __init__(self, model: Any):
+        self._decoder, _ = find_layers(model)
+        self._owner, self._name = _place(model, self._decoder)
+        self._forward = model.forward
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        setattr(self._owner, self._name, _Given(hidden))
+        try:
+            logits = self._forward(input_ids=ids, use_cache=False).logits
+        finally:
+            setattr(self._owner, self._name, self._decoder)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:

@@ -22,8 +22,9 @@ class Pieces(Dataset):
     in another order.
 
     A share of the pieces may be passkey prompts of a length by chance (ours: a model of a
-    few million parameters forgets what it is not shown), followed by text; the tokens of
-    the answer then weigh ``answer_weight`` in the loss. With ``short`` windows a piece brings
+    few million parameters forgets what it is not shown), followed by text. The answer then
+    weighs as much in the loss as ``answer_share`` of the piece's tokens, so that it is not lost
+    among more of them. With ``short`` windows a piece brings
     so many of ``short_length`` tokens, which are trained under the original RoPE
     (LongRoPE2's mixed-context training, so that the short context is not lost).
 
@@ -43,12 +44,12 @@ class Pieces(Dataset):
         *,
         seed: int = 0,
         passkey_share: float = 0.0,
-        answer_weight: float = 1.0,
+        answer_share: float = 0.0,
         short: int = 0,
         short_length: int = 0,
     ):
         self.tokenizer, self.length, self.count, self.seed = tokenizer, length, count, seed
-        self.passkey_share, self.answer_weight = passkey_share, answer_weight
+        self.passkey_share, self.answer_share = passkey_share, answer_share
         self.short, self.short_length = short, short_length
         bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
         self._shortest = question_tokens(tokenizer)
@@ -87,7 +88,7 @@ class Pieces(Dataset):
             longest = rng.randint(self._shortest, self.length)
             prompt = passkey_prompt(self.tokenizer, longest, rng.random(), rng)
             answer = slice(len(prompt.ids) - prompt.answer_tokens, len(prompt.ids))
-            weights[answer] = self.answer_weight
+            weights[answer] = max(1.0, self.answer_share * self.length / prompt.answer_tokens)
             text = np.concatenate([prompt.ids, text[len(self._start) :]])[: self.length]
         piece = {
             "input_ids": torch.from_numpy(text.astype(np.int64)),

@@ -15,8 +15,10 @@ class FinetuneSettings(BaseModel):
     ``batch`` counts pieces a step over all processes; ``micro_batch`` of them go through
     a device at a time. ``precision``: bf16 is float32 weights under bf16 autocast,
     pure-bf16 keeps the weights in bf16 too. ``lora`` is a rank. ``passkey_share``,
-    ``answer_weight`` and ``short_share`` (tokens of short windows per token of a long piece)
-    are not the paper's; see :class:`longrope.train.pieces.Pieces`.
+    ``answer_share`` and ``short_share`` (tokens of short windows per token of a long piece)
+    are not the paper's; see :class:`longrope.train.pieces.Pieces`. Nor is ``distill``: short
+    windows learn the predictions of the model as it came, in place of the text (after LongReD,
+    arXiv 2502.07365, which distils hidden states).
 
     Raises:
         ValueError: a field out of range, or none of these; names it and its value.
@@ -35,8 +37,9 @@ class FinetuneSettings(BaseModel):
     precision: Literal["bf16", "pure-bf16", "float32"] = "bf16"
     gradient_checkpointing: bool = True
     passkey_share: _Share = 0.0
-    answer_weight: _Positive = 1.0
+    answer_share: _Share = 0.0
     short_share: _Share = 0.0
+    distill: bool = False
     save_every: _Count = 50
     lora: _Count | None = None
 
