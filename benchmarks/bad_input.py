@@ -122,10 +122,11 @@ def main() -> None:
         for what, command in table:
             done = run(command.split(), folder)
             lines = done.stderr.strip().splitlines()
-            shown = lines[-1].replace(scratch, "").replace("|", "\\|") if lines else ""
+            shown = lines[-1].replace(scratch, "") if lines else ""
             extra = f" (+{len(lines) - 1} lines)" if len(lines) > 1 else ""
             shown = shown.removeprefix("longrope: error: ")
-            print(f"| {what} | {done.returncode} | {shown}{extra} |", flush=True)
+            cell = shown.replace("|", "\\|")
+            print(f"| {what} | {done.returncode} | {cell}{extra} |", flush=True)
             found = {"exit": done.returncode, "line": shown, "lines": len(lines)}
             rows.append({"what": what, "command": command} | found)
     print(record.write("bad-input", {}, rows))

@@ -1,6 +1,7 @@
 """What a benchmark writes down: its rows, with the machine, the versions and the whole config."""
 
 import datetime
+import itertools
 import json
 import platform
 from importlib.metadata import version
@@ -36,17 +37,25 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Write ``benchmarks/results/DATE-NAME.json``; of paths in the config their last part."""
+    """Write ``benchmarks/results/DATE-NAME.json``; of paths in the config their last part.
+
+    Another config of the same day gets a number behind its name; the same one is replaced.
+    """
     date = datetime.date.today().isoformat()
-    path = RESULTS / f"{date}-{name}.json"
-    config = {key: _last_part(value) for key, value in config.items()}
-    content = {"date": date, "machine": machine(), "config": config, "rows": rows}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
-    return path
+    content = {"date": date, "machine": machine(), "config": _last_part(config), "rows": rows}
+    text = json.dumps(content, indent=1) + "\n"
+    for number in itertools.count(1):
+        path = RESULTS / f"{date}-{name}{'' if number == 1 else f'-{number}'}.json"
+        if not path.exists() or json.loads(path.read_text())["config"] == content["config"]:
+            write_atomically(path, text)
+            return path
+    raise AssertionError
 
 
 def _last_part(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, dict):
+        return {key: _last_part(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
         return [_last_part(each) for each in value]
     if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
         return Path(value).name

@@ -67,7 +67,8 @@ def main() -> None:
         {"kind": kind, "method": method, "length": length} | values
         for (kind, method, length), values in found.items()
     ]
-    print(record.write(f"steps-{args.run.name}", vars(args), rows))
+    config = vars(args) | {"recipe": run.recipe.model_dump(mode="json")}
+    print(record.write(f"steps-{args.run.name}", config, rows))
 
 
 def long_factors(run: Run, method: str) -> Rescale:

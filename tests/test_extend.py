@@ -9,8 +9,13 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
+from longrope.extend import open_run
+from longrope.parallel import Ranks
+from longrope.recipe import make_recipe
 from longrope.rope.rescale import Rescale
 
 STAGES = [
@@ -293,6 +298,43 @@ def test_refusals_are_one_line(finished, arguments, changes, message):
     done = run(*arguments, "--out", out, *changes, code=2)
     (line,) = done.stderr.strip().splitlines()
     assert message in line
+
+
+def test_a_run_begun_by_an_older_version_is_gone_on_with_where_nothing_differs(
+    finished, arguments, tmp_path
+):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    del recipe["finetune"]["lora"]  # as if it had not been known: it has its default
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run(*arguments, "--out", out)
+    recipe["finetune"] |= {"answer_weight": 10.0, "steps": 7}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = run(*arguments, "--out", out, code=2)
+    assert "finetune.steps (there 7, now 6)" in done.stderr
+    assert "finetune.answer_weight (there 10.0, now not known)" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_the_teacher_is_the_model_as_it_came(checkpoints, texts, tmp_path, kind):
+    """Also where its scaling is replaced in what is trained."""
+    scaling = {"rope_theta": 1e4, "rope_type": kind, "factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 16} if kind == "yarn" else {}
+    path = tmp_path / "model"
+    shutil.copytree(checkpoints("llama"), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
+    recipe = make_recipe({"model": str(path), "target": "2x", "existing_scaling": "replace"})
+    opened = open_run(recipe, tmp_path / "out", Ranks())
+    length = opened.plan.original
+    ids = torch.randint(3, 1500, (1, length), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        torch.testing.assert_close(opened.teacher().model(input_ids=ids).logits, expected)
+        other = opened.original().model(input_ids=ids).logits
+    assert ((other - expected).abs().max() > 0.01) == (kind == "yarn")
 
 
 def test_a_directory_of_something_else_is_left_alone(arguments, tmp_path):

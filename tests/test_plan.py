@@ -88,6 +88,7 @@ def test_without_recovery(facts):
         ({"target": 1000}, r"--target is 1,000; .* multiple of the original length, 256"),
         ({"target": "8x", "evaluate": {"lengths": [384]}}, "384 does not divide 2048"),
         ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "4,096 is beyond the target, 2,048"),
+        ({"target": "8x", "finetune": {"answer_share": 0.1}}, "finetune.passkey_share is 0"),
         ({"target": "8x", "finetune": {"distill": True}}, "finetune.short_share is 0"),
         ({"target": "8x", "finetune": {"beta2": 1.5}}, "finetune.beta2 is 1.5"),
         ({"target": "8x", "seed": -1}, "seed is -1"),
@@ -127,7 +128,7 @@ def test_a_teacher_costs_its_forwards_and_its_weights(facts):
     taught = plan(facts, target="8x", finetune=tuning | {"distill": True})["finetune"]
     more = taught.linear - alone.linear
     assert more == pytest.approx(2 * facts.parameters * 5 * 4 * 2048)  # all short windows once
-    assert taught.memory - alone.memory == 4 * facts.parameters
+    assert taught.memory - alone.memory > 4 * facts.parameters
 
 
 def test_flops_agree_with_a_counter(micro_models, ids):
@@ -180,6 +181,16 @@ def test_training_may_be_spread_over_devices_and_a_forward_not(facts):
         check_memory([made["second-search"]], eight)
     kept = plan(facts, target="64x", hidden_device="cpu")
     check_memory([kept["second-search"]], eight)
+
+
+def test_every_device_has_a_teacher_of_its_own(facts):
+    tuning = {"enabled": True, "short_share": 1.0, "distill": True}
+    stage = plan(facts, target="8x", finetune=tuning)["finetune"]
+    assert stage.replicated == 4 * facts.parameters
+    each = (stage.memory - stage.replicated) // 8 + stage.replicated + 8
+    check_memory([stage], Memory(each, 8))
+    with pytest.raises(ValueError, match=r"try finetune.distill false, finetune.lora"):
+        check_memory([stage], Memory(each - 16, 8))
 
 
 def test_the_estimate_has_a_time_for_every_stage_that_computes(facts):

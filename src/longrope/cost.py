@@ -81,8 +81,10 @@ class Memory:
     devices: int = 1
 
     def of(self, stage: Stage) -> int:
-        """Training may be spread over all of them (FSDP); a forward is on one."""
-        return self.each * (self.devices if stage.kind == "finetune" else 1)
+        """A forward is on one; training may be spread over all (FSDP), but for what each has."""
+        if stage.kind != "finetune":
+            return self.each
+        return self.each * self.devices - stage.replicated * (self.devices - 1)
 
 
 def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
@@ -98,6 +100,8 @@ def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
             helps = "hidden_device cpu, offload weights, a smaller --target, or a larger machine"
             if stage.kind == "finetune":
                 helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
+                if stage.replicated:
+                    helps = f"finetune.distill false, {helps}"
             raise ValueError(
                 f"{stage.name} at {stage.length:,} tokens needs about {gigabytes(stage.memory)} "
                 f"and {gigabytes(free)} are free; try {helps}"

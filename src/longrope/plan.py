@@ -21,7 +21,8 @@ class Stage:
     """One stage: its directory's name, what it does, and its cost.
 
     ``tokens`` go through the model in all, in windows of ``length``; ``linear`` and
-    ``attention`` are FLOPs; ``memory`` bytes at the peak.
+    ``attention`` are FLOPs; ``memory`` bytes at the peak, of which ``replicated`` are on every
+    device whatever is shared out over them.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stage:
     attention: float = 0.0
     memory: int = 0
     steps: int = 0
+    replicated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,21 +182,23 @@ class _Costs:
         passes = 4 if tuning.gradient_checkpointing else 3
         linear, attention = (passes * pieces * flops for flops in self.facts.forward_flops(length))
         original = self.facts.original_max_position_embeddings or 0
-        short = round(tuning.short_share * length / original) * original * pieces
-        if short:
-            more = self.facts.forward_flops(original)
-            times = (passes + tuning.distill) * short / original  # the teacher's forward
-            linear, attention = linear + times * more[0], attention + times * more[1]
+        windows = round(tuning.short_share * length / original)  # beside a piece
+        taught = tuning.distill and windows > 0
+        more = self.facts.forward_flops(original)
+        times = (passes + taught) * windows * pieces  # the teacher's forward
+        short = windows * original
+        teacher = self.weights if taught else 0
         return Stage(
             name,
             "finetune",
             length,
             pieces,
-            pieces * length + short,
-            linear,
-            attention,
-            self._training_memory(length),
+            pieces * (length + short),
+            linear + times * more[0],
+            attention + times * more[1],
+            self._training_memory(length + short, taught) + teacher,
             steps,
+            teacher,
         )
 
     def choice(self, recovery: Stage) -> Stage:
@@ -264,11 +268,11 @@ class _Costs:
         both = 2 * facts.kv_heads * facts.head_dim
         return int(graph) + length * ((inputs + 2 * both) * self.size + 4 * both)
 
-    def _training_memory(self, length: int) -> int:
+    def _training_memory(self, tokens: int, taught: bool) -> int:
         """Weights, gradients and Adam's two moments, and what the backward pass keeps.
 
-        With checkpointing a hidden state per layer and token, and one layer whole. A teacher is
-        the model once more.
+        With checkpointing a hidden state per layer and token, and one layer whole; ``tokens`` are
+        a piece's and its short windows'. What is ``taught`` is probabilities beside logits.
         """
         facts, tuning = self.facts, self.recipe.finetune
         master = 2 if tuning.precision == "pure-bf16" else 4
@@ -276,13 +280,12 @@ class _Costs:
         states = facts.parameters * master * 4
         if tuning.lora is not None:
             states = facts.parameters * master + facts.vocabulary * facts.hidden_size * 32
-        if tuning.distill and tuning.short_share:
-            states += self.weights
         kept = facts.layers * facts.hidden_size
         layer = 24 * facts.hidden_size
         if not tuning.gradient_checkpointing:
             kept, layer = facts.layers * 24 * facts.hidden_size, 0
-        return states + tuning.micro_batch * length * (kept + layer) * half + _head(facts)
+        head = _head(facts) * (2.5 if taught else 1)
+        return int(states + tuning.micro_batch * tokens * (kept + layer) * half + head)
 
 
 def _head(facts: ModelFacts) -> int:

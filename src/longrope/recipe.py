@@ -151,6 +151,12 @@ class Recipe(_Section):
                 kinds = (*kinds, "yarn-log")
             if section.method not in kinds:
                 raise ValueError(f"{name}.method is {section.method!r}; choose {', '.join(kinds)}")
+        if self.finetune.answer_share and not self.finetune.passkey_share:
+            raise ValueError(
+                f"finetune.answer_share is {self.finetune.answer_share:g} and "
+                "finetune.passkey_share is 0: there are no answers; give a share of passkey "
+                "prompts, such as 0.1"
+            )
         if self.finetune.distill and not self.finetune.short_share:
             raise ValueError(
                 "finetune.distill is true and finetune.short_share is 0: only short windows learn "

@@ -4,12 +4,12 @@ import functools
 import gc
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 
-from longrope.facts import ModelFacts
+from longrope.facts import Existing, ModelFacts
 from longrope.files import write_atomically
 from longrope.model import LoadedModel, load_model
 from longrope.parallel import Ranks, local_device
@@ -49,10 +49,13 @@ class Run:
         file, now = self.out / "recipe.yaml", self.recipe.model_dump(mode="json")
         if file.exists():
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            there, here = _leaves(before), _leaves(now)
+            default = _leaves(Recipe(target=self.recipe.target).model_dump(mode="json"))
             differing = [
-                f"{key} (there {before.get(key)}, now {now[key]})"
-                for key in now
-                if key not in _FREE and before.get(key) != now[key]
+                f"{key} (there {there.get(key, 'not known')}, now {here.get(key, 'not known')})"
+                for key in here | there
+                if key.partition(".")[0] not in _FREE
+                and there.get(key, default.get(key)) != here.get(key)
             ]
             if differing:
                 raise ValueError(
@@ -148,18 +151,27 @@ class Run:
         write_atomically(file, json.dumps(now, indent=1) + "\n")
 
     def teacher(self) -> LoadedModel:
-        """The model as it came, beside the one that is trained towards it."""
-        return self._read(self.recipe.model, offload=None)
+        """The model as it came, beside the one that is trained towards it.
+
+        With the scaling that it has, also where that is replaced: its predictions are made with it.
+        """
+        scaling, how = self.facts.existing_scaling, self.recipe.existing_scaling
+        if scaling and scaling["rope_type"] != "dynamic":  # which leaves short windows alone
+            how = "keep"
+        return self._read(self.recipe.model, offload=None, existing_scaling=how)
 
     def _load(self, source: str, offload: bool = True) -> LoadedModel:
         asked = source, offload and self.recipe.offload is not None
         if self._loaded is None or self._loaded[0] != asked:
             self.forget()  # one model in memory at a time
-            loaded = self._read(source, self.recipe.offload if offload else None)
+            how = self.recipe.existing_scaling
+            loaded = self._read(source, self.recipe.offload if offload else None, how)
             self._loaded = asked, loaded
         return self._loaded[1]
 
-    def _read(self, source: str, offload: Literal["weights"] | None) -> LoadedModel:
+    def _read(
+        self, source: str, offload: str | None, existing_scaling: Existing | None
+    ) -> LoadedModel:
         recipe = self.recipe
         return load_model(
             source,
@@ -167,7 +179,7 @@ class Run:
             dtype=recipe.dtype,
             offload=offload,
             team=self.ranks.team,
-            existing_scaling=recipe.existing_scaling,
+            existing_scaling=existing_scaling,
             original_length=recipe.original_length,
             trust_remote_code=recipe.trust_remote_code,
         )
@@ -198,3 +210,12 @@ class Run:
         if "recovery" in self.plan:
             return Pair(self.rescale("recovery"), long)
         return Pair(long.replace(max_position_embeddings=self.plan.original), long)
+
+
+def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key and value of nested sections: ``search.budget``."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = isinstance(value, dict)
+        found |= _leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found

@@ -25,6 +25,7 @@ LENGTH = 128
 FAST = FinetuneSettings(
     steps=6, batch=2, learning_rate=1e-3, warmup=2, precision="float32", save_every=2
 )
+TAUGHT = FAST.model_copy(update={"distill": True})
 
 PROGRAM = """
 import sys, json
@@ -36,22 +37,31 @@ from longrope.train.settings import FinetuneSettings
 from longrope.windows import load_documents
 from pathlib import Path
 model, data, out, changes = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
-loaded = load_model(model, dtype="float32")
 settings = FinetuneSettings(**changes)
-documents = load_documents(loaded, [data], held_out=False)
-pieces = Pieces(documents, loaded.tokenizer, 128, settings.steps * settings.batch)
 with ranks() as these:
-    finetune(loaded, loaded.facts.rescale("yarn", 256), None, pieces, settings, out, these)
+    loaded = load_model(model, dtype="float32")
+    documents = load_documents(loaded, [data], held_out=False)
+    windows = {"short": 2, "short_length": 64} if settings.distill else {}
+    pieces = Pieces(documents, loaded.tokenizer, 128, settings.steps * settings.batch, **windows)
+    short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
+    teacher = load_model(model) if settings.distill else None
+    rescale = loaded.facts.rescale("yarn", 256)
+    finetune(loaded, rescale, short, pieces, settings, out, these, teacher=teacher)
 """
 
 
 def train(checkpoint, texts, out, settings=FAST, **changes):
     loaded = load_model(str(checkpoint), dtype="float32")
     documents = load_documents(loaded, [str(texts)], held_out=False)
-    pieces = Pieces(documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch)
+    windows = {"short": 2, "short_length": 64} if settings.distill else {}
+    pieces = Pieces(documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch, **windows)
     rescale = loaded.facts.rescale("yarn", 256)
+    short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
+    teacher = load_model(str(checkpoint)) if settings.distill else None
     return (
-        finetune(loaded, rescale, None, pieces, settings, out, Ranks(), **changes),
+        finetune(
+            loaded, rescale, short, pieces, settings, out, Ranks(), teacher=teacher, **changes
+        ),
         loaded,
         pieces,
     )
@@ -231,16 +241,20 @@ def launched(*command, **environment):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.fixture(scope="module")
+def taught(checkpoints, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("taught")
+    lines, *_ = train(checkpoints("llama"), texts, out, TAUGHT)
+    return out, lines
+
+
+@pytest.mark.parametrize("distill", [False, True], ids=["text", "teacher"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_train_as_one(checkpoints, texts, tmp_path, trained, sharded):
-    changes = {
-        "steps": 6,
-        "batch": 2,
-        "learning_rate": 1e-3,
-        "warmup": 2,
-        "precision": "float32",
-        "save_every": 2,
-    }
+def test_two_processes_train_as_one(
+    checkpoints, texts, tmp_path, trained, taught, sharded, distill
+):
+    one = taught if distill else trained
+    changes = (TAUGHT if distill else FAST).model_dump()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = {}
@@ -252,13 +266,13 @@ def test_two_processes_train_as_one(checkpoints, texts, tmp_path, trained, shard
             "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
             "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
             "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # the launcher's default
         }
     out = tmp_path / "out"
     command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program)
     launched(*command, checkpoints("llama"), texts, out, json.dumps(changes), **environment)
     lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
-    expected = trained[1]
+    expected = one[1]
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     torch.testing.assert_close(
         torch.tensor([line["loss"] for line in lines]),
@@ -266,8 +280,15 @@ def test_two_processes_train_as_one(checkpoints, texts, tmp_path, trained, shard
         atol=2e-3,
         rtol=0,
     )
-    for name, weight in weights(trained[0]).items():
+    for name, weight in weights(one[0]).items():
         torch.testing.assert_close(weights(out)[name], weight, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"lora": 2}], ids=["bf16", "lora"])
+def test_a_teacher_is_there_in_every_way_of_training(checkpoints, texts, tmp_path, taught, changes):
+    settings = TAUGHT.model_copy(update=changes)
+    lines, *_ = train(checkpoints("llama"), texts, tmp_path, settings)
+    assert lines[0]["loss"] == pytest.approx(taught[1][0]["loss"], abs=0.02)
 
 
 def test_lora_trains_embeddings_and_norms_too_and_leaves_a_plain_checkpoint(

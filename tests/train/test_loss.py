@@ -34,14 +34,19 @@ def test_loss_and_gradients_equal_those_of_full_logits(micro_models, ids, family
 
 
 def test_the_logits_of_the_whole_sequence_are_never_made(micro_models, ids):
-    model, largest = micro_models("llama"), []
-    hook = model.lm_head.register_forward_hook(lambda m, a, out: largest.append(out.shape[1]))
-    with chunked_loss(model, rows=10):
+    """Of a batch's sequences, or of all short windows, no more rows together than asked for."""
+    model, rows = micro_models("llama"), []
+    hook = model.lm_head.register_forward_hook(
+        lambda m, a, out: rows.append(out.shape[0] * out.shape[1])
+    )
+    with chunked_loss(model, identity(10_000.0, 16, 64, 64), rows=10):
         model(input_ids=ids)["loss"].backward()
+        assert max(rows) == 10
+        assert len(rows) == 2 * 20  # once forward, once again in the backward pass
+        model(input_ids=ids[:1], short_ids=ids[:, :80].reshape(1, 5, 32))["loss"].backward()
     hook.remove()
     model.zero_grad()
-    assert max(largest) == 10
-    assert len(largest) == 2 * 10  # once forward, once again in the backward pass
+    assert max(rows) == 10
 
 
 def test_short_windows_count_under_a_rescale_of_their_own(micro_models, ids):

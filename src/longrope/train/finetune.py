@@ -72,6 +72,8 @@ def finetune(
     if settings.lora is not None:
         model = _with_lora(model, settings.lora)
     arguments = _arguments(settings, work, model.device, ranks, seed)
+    if teacher is not None:  # the Trainer chooses the device; autocast copies what may be trained
+        teacher.model.to(arguments.device).requires_grad_(False)
     with (
         installed(loaded.model, rescale),
         chunked_loss(model, short, teacher=teacher and teacher.model),

@@ -28,10 +28,11 @@ def chunked_loss(
     ``short_ids``, shape (batch, windows, tokens), their losses under the rescale ``short``
     count too: each window on its own, whatever is installed for the rest. With a ``teacher``, a
     model of the same vocabulary, these are cross-entropies with its predictions in place of
-    the text's next tokens. The
-    model's own head makes the logits of ``rows`` tokens at a time, and again in the
-    backward pass, from the decoder's output; so scalings and soft-caps of the logits are the
-    model's, and memory does not grow with vocabulary × tokens.
+    the text's next tokens.
+
+    The model's own head makes the logits of ``rows`` tokens at a time (of one token of each
+    window at least), and again in the backward pass, from the decoder's output; so scalings and
+    soft-caps of the logits are the model's, and memory does not grow with vocabulary × tokens.
     """
     student = _Head(model)
     taught_by = None if teacher is None else _Head(teacher)
@@ -51,8 +52,9 @@ def chunked_loss(
     def total_loss(input_ids: Tensor, weights: Tensor, taught: Tensor | None = None) -> Tensor:
         hidden = student.hidden(input_ids)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for first in range(0, input_ids.shape[1] - 1, rows):
-            here = slice(first, min(first + rows, input_ids.shape[1] - 1))
+        each = max(1, rows // len(input_ids))
+        for first in range(0, input_ids.shape[1] - 1, each):
+            here = slice(first, min(first + each, input_ids.shape[1] - 1))
             following = slice(here.start + 1, here.stop + 1)
             total = total + checkpoint(
                 chunk,
