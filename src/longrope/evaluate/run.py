@@ -47,8 +47,9 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     shortest = question_tokens(run.original().tokenizer, recipe.evaluate.digits)
     wanted = list(_wanted(run, lengths, shortest))
     missing = ranks.broadcast([i for i, cell in enumerate(wanted) if cell.key not in cells])
-    # By model, and then the longest first, so that processes end together.
-    missing.sort(key=lambda i: (wanted[i].method in _EXTENDED, -wanted[i].length, i))
+    # By model; then the longest first, so that processes end together, or alone the shortest.
+    order = -1 if ranks.teams > 1 else 1
+    missing.sort(key=lambda i: (wanted[i].method in _EXTENDED, order * wanted[i].length, i))
     mine = [wanted[i] for i in missing[ranks.own_team :: ranks.teams]]
     with progress("evaluate", len(mine), show=ranks.first) as advance:
         for number, cell in enumerate(mine, 1):

@@ -116,7 +116,7 @@ def loss_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
     ]
     axes.plot(steps, losses, color="#bdc3c7", linewidth=1, label="each step")
     axes.plot(steps, means, color=_SEARCHED, label=f"mean of {width}")
-    axes.set(xlabel="steps", ylabel="loss, nats per token")
+    axes.set(xlabel="steps", ylabel="training loss, nats per token")
     axes.set_title("Fine-tuning")
     return _finished(figure, axes)
 
