@@ -38,7 +38,7 @@ RECIPE: dict[str, Any] = {
         "beta2": 0.95,
         "warmup": 8,
         "passkey_share": 0.4,
-        "answer_share": 60 / 512,  # ten for each of its tokens, as when the table was made
+        "answer_share": 60 / 512,  # ten for each of its tokens at 512
         "short_share": 1,
         "gradient_checkpointing": False,
     },

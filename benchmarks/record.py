@@ -1,7 +1,6 @@
 """What a benchmark writes down: its rows, with the machine, the versions and the whole config."""
 
 import datetime
-import itertools
 import json
 import platform
 from importlib.metadata import version
@@ -43,13 +42,12 @@ def write(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> Path
     """
     date = datetime.date.today().isoformat()
     content = {"date": date, "machine": machine(), "config": _last_part(config), "rows": rows}
-    text = json.dumps(content, indent=1) + "\n"
-    for number in itertools.count(1):
-        path = RESULTS / f"{date}-{name}{'' if number == 1 else f'-{number}'}.json"
-        if not path.exists() or json.loads(path.read_text())["config"] == content["config"]:
-            write_atomically(path, text)
-            return path
-    raise AssertionError
+    path, number = RESULTS / f"{date}-{name}.json", 1
+    while path.exists() and json.loads(path.read_text())["config"] != content["config"]:
+        number += 1
+        path = RESULTS / f"{date}-{name}-{number}.json"
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return path
 
 
 def _last_part(value: Any) -> Any:

@@ -37,36 +37,6 @@ def chunked_loss(
     student = _Head(model)
     taught_by = None if teacher is None else _Head(teacher)
 
-    def chunk(
-        hidden: Tensor, ids: Tensor, targets: Tensor, weights: Tensor, taught: Tensor | None
-    ) -> Tensor:
-        wanted = targets.flatten()
-        if taught_by is not None and taught is not None:
-            with torch.no_grad():
-                wanted = taught_by.logits(taught, ids).flatten(0, 1).softmax(-1)
-        losses = F.cross_entropy(
-            student.logits(hidden, ids).flatten(0, 1), wanted, reduction="none"
-        )
-        return (losses * weights.flatten()).sum()
-
-    def total_loss(input_ids: Tensor, weights: Tensor, taught: Tensor | None = None) -> Tensor:
-        hidden = student.hidden(input_ids)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        each = max(1, rows // len(input_ids))
-        for first in range(0, input_ids.shape[1] - 1, each):
-            here = slice(first, min(first + each, input_ids.shape[1] - 1))
-            following = slice(here.start + 1, here.stop + 1)
-            total = total + checkpoint(
-                chunk,
-                hidden[:, here],
-                input_ids[:, here],
-                input_ids[:, following],
-                weights[:, following],
-                None if taught is None else taught[:, here],
-                use_reentrant=False,
-            )
-        return total
-
     def forward(
         input_ids: Tensor,
         weights: Tensor | None = None,
@@ -75,14 +45,12 @@ def chunked_loss(
     ) -> dict[str, Tensor]:
         if weights is None:
             weights = torch.ones_like(input_ids, dtype=torch.float32)
-        total, tokens = total_loss(input_ids, weights), input_ids[:, 1:].numel()
+        total, tokens = _total_loss(student, input_ids, weights, rows), input_ids[:, 1:].numel()
         if short_ids is not None:
             windows = short_ids.flatten(0, 1)
             even = torch.ones_like(windows, dtype=torch.float32)
-            with torch.no_grad():
-                taught = None if taught_by is None else taught_by.hidden(windows)
             with installed(model, short):
-                total = total + total_loss(windows, even, taught)
+                total = total + _total_loss(student, windows, even, rows, taught_by)
             tokens += windows[:, 1:].numel()
         return {"loss": total / tokens}
 
@@ -91,6 +59,44 @@ def chunked_loss(
         yield
     finally:
         del model.forward
+
+
+def _total_loss(
+    student: "_Head", ids: Tensor, weights: Tensor, rows: int, teacher: "_Head | None" = None
+) -> Tensor:
+    """The sum of weight × loss over tokens, ``rows`` of them at a time."""
+    taught = None
+    if teacher is not None:
+        with torch.no_grad():
+            taught = teacher.hidden(ids)
+
+    def chunk(
+        hidden: Tensor, ids: Tensor, targets: Tensor, weights: Tensor, taught: Tensor | None
+    ) -> Tensor:
+        wanted = targets.flatten()
+        if teacher is not None and taught is not None:
+            with torch.no_grad():
+                wanted = teacher.logits(taught, ids).flatten(0, 1).softmax(-1)
+        logits = student.logits(hidden, ids).flatten(0, 1)
+        losses = F.cross_entropy(logits, wanted, reduction="none")
+        return (losses * weights.flatten()).sum()
+
+    hidden = student.hidden(ids)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    each, last = max(1, rows // len(ids)), ids.shape[1] - 1
+    for first in range(0, last, each):
+        here = slice(first, min(first + each, last))
+        following = slice(here.start + 1, here.stop + 1)
+        total = total + checkpoint(
+            chunk,
+            hidden[:, here],
+            ids[:, here],
+            ids[:, following],
+            weights[:, following],
+            None if taught is None else taught[:, here],
+            use_reentrant=False,
+        )
+    return total
 
 
 class _Head:
