@@ -83,7 +83,7 @@ def long_factors(run: Run, method: str) -> Rescale:
 
 
 def perplexity(run: Run, method: str, length: int, lengths: list[int]) -> dict[str, Any]:
-    loaded, target = run.trained(), run.plan.target
+    loaded, target = run.model_before("second-search"), run.plan.target
     documents = run.pools.evaluation_documents(target, run.recipe.evaluate.documents)
     with installed(loaded.model, long_factors(run, method)):
         scores = score(
@@ -98,7 +98,7 @@ def perplexity(run: Run, method: str, length: int, lengths: list[int]) -> dict[s
 
 
 def passkeys(run: Run, method: str, length: int, trials: int) -> dict[str, Any]:
-    loaded = run.trained()
+    loaded = run.model_before("second-search")
     rows = retrieve(
         LongForward(loaded.model, run.recipe.chunk),
         lambda n, depth, rng: passkey_prompt(

@@ -22,6 +22,7 @@ STAGES = [
     "search",
     "finetune",
     "second-search",
+    "settle",
     "recovery-1",
     "recovery-2",
     "recovery",
@@ -36,6 +37,7 @@ RECIPE = {
     "search": {"samples": 2, "budget": 9},
     "finetune": {
         "steps": 6,
+        "settle_steps": 4,
         "batch": 2,
         "learning_rate": 1e-3,
         "precision": "float32",
@@ -114,6 +116,19 @@ def test_leaves_what_other_programs_read(finished):
     assert "perplexity at 1,024 tokens" in done.stdout
 
 
+def test_what_was_trained_last_is_exported(finished):
+    from safetensors.torch import load_file
+
+    out, _ = finished
+    exported, settled, tuned = (
+        load_file(out / name / "model.safetensors")
+        for name in ("model", "settle/model", "finetune/model")
+    )
+    for name, weight in exported.items():
+        assert weight.equal(settled[name])
+    assert any(not weight.equal(tuned[name]) for name, weight in settled.items())
+
+
 def test_the_factors_are_in_their_bounds(finished):
     out, _ = finished
     trained, long, short = (
@@ -167,6 +182,7 @@ def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
         ("finetune/checkpoints/checkpoint-2/complete.json", 1),
         ("finetune/done.json", 1),
         ("second-search/history.jsonl", 4),
+        ("settle/checkpoints/checkpoint-2/complete.json", 1),
         ("recovery-1/history.jsonl", 2),
         ("recovery-2/done.json", 1),
         ("model/config.json", 1),
@@ -197,7 +213,12 @@ def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
     assert results(out) == results(whole)
     for name in ("rescale.json", "short.json"):
         assert Rescale.load(out / name) == Rescale.load(whole / name)
-    for name in ("finetune/loss.jsonl", "search/history.jsonl", "second-search/history.jsonl"):
+    for name in (
+        "finetune/loss.jsonl",
+        "settle/loss.jsonl",
+        "search/history.jsonl",
+        "second-search/history.jsonl",
+    ):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     weights = [d / "model" / "model.safetensors" for d in (out, whole)]
     assert weights[0].read_bytes() == weights[1].read_bytes()

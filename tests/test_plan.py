@@ -67,6 +67,24 @@ def test_by_way_of_another_length(facts):
         plan(facts, target="64x", finetune={"through": "2k"})
 
 
+def test_trained_once_more_under_the_target_s_factors(facts):
+    made = plan(facts, target="64x", finetune={"settle_steps": 7, "through": "1k"})
+    assert names(made)[4:] == ["second-search", "settle", *END]
+    assert (made["settle"].steps, made["settle"].length) == (7, made["finetune"].length)
+    with pytest.raises(ValueError, match=r"finetune.settle_steps is 7.* trains at the target"):
+        plan(facts, target="8x", finetune={"enabled": True, "settle_steps": 7})
+
+
+def test_a_stage_begins_with_what_those_before_it_left(facts):
+    made = plan(facts, target="64x", finetune={"settle_steps": 7, "through": "1k"})
+    assert made.before("through-finetune", "finetune") is None
+    assert made.before("finetune", "finetune") == "through-finetune"
+    assert made.before("second-search", "finetune") == "finetune"
+    assert made.before("settle", "search") == "second-search"
+    for name in ("recovery-1", "recovery-2", "export", "evaluate"):
+        assert made.before(name, "finetune") == "settle"
+
+
 def test_without_recovery(facts):
     made = plan(facts, target="64x", recovery={"enabled": False})
     assert names(made)[3:] == ["export", "evaluate", "report"]

@@ -7,6 +7,9 @@ run that is read by the next::
     factors   weights      factors for      factors     model/    results.json
     for L₁    at L₁        8 · L₁           for short             report.html
 
+A recipe may train on the way to L₁ (``through-search``, ``through-finetune``), and once more
+under the second search's factors (``settle``).
+
 A stage that is done says so in a file written last, and is not run again; one that was
 interrupted goes on from what it had. So the same command goes on, whatever ended it.
 """
@@ -22,7 +25,7 @@ from longrope.export.huggingface import export_model
 from longrope.export.intent import Intent
 from longrope.facts import inspect_model
 from longrope.files import only_process
-from longrope.model import LoadedModel, find_device
+from longrope.model import find_device
 from longrope.parallel import Ranks
 from longrope.plan import Stage, make_plan
 from longrope.preflight import preflight
@@ -107,7 +110,7 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
         if run.ranks.first:
             known.save(directory / "rescale.json")
         return {"forwards": 0, "tokens": 0}
-    loaded = _searched_model(run, stage.name)
+    loaded = run.model_before(stage.name)
     windows = run.pools.search_windows(stage.length, section.samples, run.recipe.seed)
     settings = section.settings(run.recipe)
     result = search_stage(loaded, problem, windows, settings, directory, run.ranks, stage.name)
@@ -123,44 +126,33 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     }
 
 
-def _searched_model(run: Run, name: str) -> LoadedModel:
-    if name == "through-search":
-        return run.original()
-    return run.underway() if name == "search" else run.trained()
-
-
 def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
     recipe, factor = run.recipe, run.attention_factor(stage.length)
-    if stage.name == "search" and "through-search" in run.plan:
-        return recipe.search, second_search(
+    key, section = recipe.section(stage.name)
+    before = run.plan.before(stage.name, "search")
+    if key == "recovery":
+        exported = run.attention_factor(run.plan.target)
+        return section, recovery_search(run.facts, run.rescale("search"), stage.length, exported)
+    if before:
+        return section, second_search(
             run.facts,
-            run.rescale("through-search"),
+            run.rescale(before),
             stage.length,
             attention_factor=factor,
-            upper=recipe.search.upper,
+            upper=section.upper,
         )
-    if stage.name in ("through-search", "search"):
-        return recipe.search, first_search(
-            run.facts,
-            stage.length,
-            attention_factor=factor,
-            start_tokens=(recipe.start_tokens,),
-            upper=recipe.search.upper,
-        )
-    searched = run.rescale("search")
-    if stage.name == "second-search":
-        upper = recipe.second_search.upper
-        return recipe.second_search, second_search(
-            run.facts, searched, stage.length, attention_factor=factor, upper=upper
-        )
-    exported = run.attention_factor(run.plan.target)
-    return recipe.recovery, recovery_search(run.facts, searched, stage.length, exported)
+    return section, first_search(
+        run.facts,
+        stage.length,
+        attention_factor=factor,
+        start_tokens=(recipe.start_tokens,),
+        upper=section.upper,
+    )
 
 
 def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Rescale:
     """A known method's factors in place of searched ones, under the same attention factor."""
-    before = {"second-search": "search", "search": "through-search"}.get(stage.name, "")
-    if before in run.plan:
+    if before := run.plan.before(stage.name, "search"):
         factors = step_factors(run.facts, run.rescale(before), method, stage.length)
         return multiplied(problem.space.start, factors)
     known = run.facts.rescale(method, stage.length)
@@ -171,29 +163,39 @@ def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Res
 
 
 def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
-    on_the_way = stage.name == "through-finetune"
-    loaded = run.to_train(stage.name)
+    loaded = run.model_before(stage.name, offload=False)
     tuning, original = run.recipe.finetune, run.plan.original
     settings = tuning.model_copy(update={"steps": stage.steps})
+    # The last training goes on in the text where the one before it, of the same length, ended.
+    first = run.plan["finetune"].steps * tuning.batch if stage.name == "settle" else 0
     pieces = Pieces(
         run.pools.training,
         loaded.tokenizer,
         stage.length,
         stage.steps * tuning.batch,
+        first=first,
         seed=run.recipe.seed,
         passkey_share=tuning.passkey_share,
         answer_share=tuning.answer_share,
         short=round(tuning.short_share * stage.length / original),
         short_length=original,
     )
-    rescale = run.rescale("through-search" if on_the_way else "search")
+    searched = run.plan.before(stage.name, "search")
+    assert searched is not None
     # Short windows are trained as they will be used: under the factor that is exported.
     short = run.facts.rescale("none", original)
     short = short.replace(attention_factor=run.attention_factor(run.plan.target))
-    directory, seed = run.directory(stage.name), run.recipe.seed
     teacher = run.teacher() if tuning.distill and pieces.short else None
     lines = finetune(
-        loaded, rescale, short, pieces, settings, directory, run.ranks, teacher=teacher, seed=seed
+        loaded,
+        run.rescale(searched),
+        short,
+        pieces,
+        settings,
+        run.directory(stage.name),
+        run.ranks,
+        teacher=teacher,
+        seed=run.recipe.seed,
     )
     run.forget()
     return {"first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"], "epochs": pieces.epochs}

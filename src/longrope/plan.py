@@ -57,6 +57,11 @@ class ContextPlan:
     def __getitem__(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
+    def before(self, name: str, kind: str) -> str | None:
+        """The last stage of a kind before a named one."""
+        earlier = self.stages[: self.stages.index(self[name])]
+        return next((stage.name for stage in reversed(earlier) if stage.kind == kind), None)
+
 
 def make_plan(facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False) -> ContextPlan:
     """The stages for a target, each with its cost; on a GPU, or on a CPU.
@@ -101,6 +106,13 @@ def make_plan(facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False) -> Con
         stages.append(cost.training("finetune", tuning.steps, trained))
         if trained < target:
             stages.append(cost.search("second-search", recipe.second_search, target))
+            if tuning.settle_steps:
+                stages.append(cost.training("settle", tuning.settle_steps, trained))
+        elif tuning.settle_steps:
+            raise ValueError(
+                f"finetune.settle_steps is {tuning.settle_steps}, steps after a second search, and "
+                f"this plan trains at the target, {target:,}: make it 0, or finetune.length shorter"
+            )
     if recipe.recovery.enabled:
         for times in (1, 2):
             if times * original < target:

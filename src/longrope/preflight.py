@@ -5,7 +5,7 @@ from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import benchmark_options
 from longrope.model import find_device
 from longrope.plan import Stage
-from longrope.recipe import Recipe, Search
+from longrope.recipe import Recipe
 from longrope.search.stage import require_slopes
 from longrope.train.finetune import require_peft
 from longrope.workspace import Run
@@ -30,9 +30,10 @@ def preflight(run: Run) -> None:
                 "gone; delete it too, and it is made again"
             )
     for stage in todo:
-        if stage.kind == "search" and _section(recipe, stage).method == "search":
-            key = f"{_key(stage)}.algorithm"
-            require_slopes(_section(recipe, stage).algorithm, run.ranks, key)
+        if stage.kind == "search":
+            key, section = recipe.section(stage.name)
+            if section.method == "search":
+                require_slopes(section.algorithm, run.ranks, f"{key}.algorithm")
     if any(stage.kind == "finetune" for stage in todo):
         recipe.finetune.accumulation(run.ranks.size)
         if recipe.finetune.lora is not None:
@@ -54,15 +55,6 @@ def _asks(recipe: Recipe, stage: Stage) -> str:
         return "finetune.passkey_share"
     if stage.kind != "search":
         return ""
-    section = _section(recipe, stage)
+    key, section = recipe.section(stage.name)
     asks = section.passkeys and section.method == "search"
-    return f"{_key(stage)}.passkeys" if asks else ""
-
-
-def _key(stage: Stage) -> str:
-    """The recipe's key for a search: ``recovery`` has two, ``search`` one on the way perhaps."""
-    return stage.name.removeprefix("through-").replace("-", "_").rstrip("_12")
-
-
-def _section(recipe: Recipe, stage: Stage) -> Search:
-    return getattr(recipe, _key(stage))
+    return f"{key}.passkeys" if asks else ""

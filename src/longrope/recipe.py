@@ -72,13 +72,15 @@ class Finetune(FinetuneSettings):
     ``enabled`` null: where the target is beyond 8 times the original length. ``length``, such
     as 128k or 8x, is the one to train at, by default an eighth of such a target. With
     ``through`` the model is trained at that length first, for ``through_steps`` (the paper
-    goes to 256k by way of 128k).
+    goes to 256k by way of 128k). After the second search ``settle_steps`` more, of the same length,
+    are under the target's factors (ours: the paper stops at the search).
     """
 
     enabled: bool | None = None
     length: str | None = None
     through: str | None = None
     through_steps: _Positive = 400
+    settle_steps: _Count = 0
 
 
 class Recovery(Search):
@@ -136,6 +138,11 @@ class Recipe(_Section):
     second_search: Search = Search()
     recovery: Recovery = Recovery()
     evaluate: Evaluate = Evaluate()
+
+    def section(self, stage: str) -> tuple[str, Search]:
+        """The key and the settings of a search: ``recovery`` has two stages, ``search`` often."""
+        key = stage.removeprefix("through-").replace("-", "_").rstrip("_12")
+        return key, getattr(self, key)
 
     def check(self) -> None:
         """Refuse values that no stage can work with.

@@ -98,26 +98,17 @@ class Run:
 
     def original(self) -> LoadedModel:
         """The model as it came."""
-        return self._load(self.recipe.model)
+        return self._load(self.recipe.model, offload=True)
 
     def trained(self) -> LoadedModel:
         """The model that the result is for: fine-tuned, if the plan says so."""
-        if self.plan.trained is None:
-            return self.original()
-        return self._load(str(self.out / "finetune" / "model"))
+        return self.model_before("export")
 
-    def underway(self) -> LoadedModel:
-        """The model before it is trained at its length: as it came, or trained on the way."""
-        return self._load(self._untrained("finetune"))
-
-    def to_train(self, name: str) -> LoadedModel:
-        """The model that a stage trains, all of it on the device."""
-        return self._load(self._untrained(name), offload=False)
-
-    def _untrained(self, name: str) -> str:
-        if name == "finetune" and "through-finetune" in self.plan:
-            return str(self.out / "through-finetune" / "model")
-        return self.recipe.model
+    def model_before(self, stage: str, offload: bool = True) -> LoadedModel:
+        """The model that a stage begins with: as it came, or as the last training left it."""
+        trained = self.plan.before(stage, "finetune")
+        source = str(self.out / trained / "model") if trained else self.recipe.model
+        return self._load(source, offload)
 
     def forget(self) -> None:
         """Let go of the model in memory: it was changed."""
@@ -160,7 +151,7 @@ class Run:
             how = "keep"
         return self._read(self.recipe.model, offload=None, existing_scaling=how)
 
-    def _load(self, source: str, offload: bool = True) -> LoadedModel:
+    def _load(self, source: str, offload: bool) -> LoadedModel:
         asked = source, offload and self.recipe.offload is not None
         if self._loaded is None or self._loaded[0] != asked:
             self.forget()  # one model in memory at a time

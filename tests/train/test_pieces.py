@@ -60,6 +60,16 @@ def test_a_piece_is_a_function_of_its_number(tokenizer):
     assert not torch.equal(one[0]["input_ids"], one[1]["input_ids"])
 
 
+def test_a_later_training_goes_on_in_the_text(tokenizer):
+    options = {"seed": 5, "passkey_share": 0.3}
+    docs = documents(3000, 2000)
+    whole = Pieces(docs, tokenizer, 256, 10, **options)
+    rest = Pieces(docs, tokenizer, 256, 4, first=6, **options)
+    assert len(rest) == 4
+    for i in range(4):
+        assert torch.equal(rest[i]["input_ids"], whole[6 + i]["input_ids"])
+
+
 def test_a_share_of_passkey_prompts_with_the_answer_weighted(tokenizer):
     pieces = Pieces(documents(5000), tokenizer, 256, 200, passkey_share=0.25, answer_share=0.2)
     asked = [p for p in (pieces[i] for i in range(200)) if (p["weights"] > 1).any()]

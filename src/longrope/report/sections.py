@@ -212,12 +212,11 @@ def _factors(directory: Path) -> Section:
 
 
 def _training(directory: Path) -> Section | None:
-    lines = read_lines(directory / "finetune" / "loss.jsonl")
     pictures = []
-    if lines:
-        pictures.append(
-            Picture("loss.png", "Loss of every step of fine-tuning.", plots.loss_figure(lines))
-        )
+    for name in ("through-finetune", "finetune", "settle"):
+        if lines := read_lines(directory / name / "loss.jsonl"):
+            caption = f"Loss of every step of {name.replace('-', ' ')}."
+            pictures.append(Picture(f"loss-{name}.png", caption, plots.loss_figure(lines)))
     for name in ("search", "second-search"):
         history = [x for x in read_lines(directory / name / "history.jsonl") if x.get("loss")]
         if any("part" not in line for line in history):

@@ -30,6 +30,7 @@ class Pieces(Dataset):
 
     Args:
         count: pieces in all: steps × batch.
+        first: the number of the first; those before it were trained on already.
 
     Raises:
         ValueError: the documents hold not even one piece.
@@ -42,13 +43,15 @@ class Pieces(Dataset):
         length: int,
         count: int,
         *,
+        first: int = 0,
         seed: int = 0,
         passkey_share: float = 0.0,
         answer_share: float = 0.0,
         short: int = 0,
         short_length: int = 0,
     ):
-        self.tokenizer, self.length, self.count, self.seed = tokenizer, length, count, seed
+        self.tokenizer, self.length, self.seed = tokenizer, length, seed
+        self.count, self.first = count, first
         self.passkey_share, self.answer_share = passkey_share, answer_share
         self.short, self.short_length = short, short_length
         bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
@@ -81,6 +84,7 @@ class Pieces(Dataset):
 
         With short windows also ``short_ids``, shape (short, short_length).
         """
+        number += self.first
         rng = random.Random(f"{self.seed} {number}")
         text = self._text(number)
         weights = np.ones(self.length, dtype=np.float32)
