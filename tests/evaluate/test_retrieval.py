@@ -18,6 +18,7 @@ from longrope.evaluate.retrieval import (
     totals,
     wilson,
 )
+from longrope.files import Kept
 from longrope.forward import LongForward
 from longrope.model import load_model
 
@@ -91,6 +92,31 @@ def test_right_is_what_greedy_generation_says(bundled):
             )
             assert row.trials == 1
         assert {row.correct for row in rows} <= outcomes
+
+
+def test_a_killed_one_asks_only_what_is_left(bundled, tmp_path, monkeypatch):
+    def make(length, depth, rng):
+        return passkey_prompt(bundled.tokenizer, length, depth, rng)
+
+    forward, file = LongForward(bundled.model), tmp_path / "parts.jsonl"
+    answers, batches = forward.answers, []
+
+    def counted(ids, asked):
+        if len(batches) == most:
+            raise KeyboardInterrupt
+        batches.append(len(ids))
+        return answers(ids, asked)
+
+    monkeypatch.setattr(forward, "answers", counted)
+    monkeypatch.setattr("longrope.evaluate.retrieval.BATCH_TOKENS", 900)
+    most = 3
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(forward, make, 420, None, trials=9, seed=1, answered=Kept(file, "one"))
+    first, most = sum(batches), 99
+    found = retrieve(forward, make, 420, None, trials=9, seed=1, answered=Kept(file, "one"))
+    assert first > 0
+    assert sum(batches) == 9  # none twice
+    assert found == retrieve(forward, make, 420, None, trials=9, seed=1)
 
 
 def test_interval_of_a_share():

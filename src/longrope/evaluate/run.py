@@ -190,15 +190,20 @@ def _asked(
         choose(cell.length),
         trials=cell.options["trials"],
         seed=cell.options["seed"],
+        answered=_parts(run, cell),
     )
     return {"rows": [[row.depth, row.correct, row.trials] for row in rows]}
 
 
 def _benchmark(run: Run, loaded: LoadedModel, choose: Chosen, cell: Cell) -> dict[str, Any]:
-    """A benchmark takes hours: each part of it is kept as it is answered."""
     task, asked = cell.options["task"], benchmark_options(run)
-    parts = Kept(run.directory("evaluate") / "parts.jsonl", cell.key, run.ranks.rank)
-    return {"scores": ask_benchmark(loaded, choose, cell.length, task, asked, parts)}
+    scores = ask_benchmark(loaded, choose, cell.length, task, asked, _parts(run, cell))
+    return {"scores": scores}
+
+
+def _parts(run: Run, cell: Cell) -> Kept:
+    """What is answered of a cell that takes hours, kept as it is."""
+    return Kept(run.directory("evaluate") / "parts.jsonl", cell.key, run.ranks.rank)
 
 
 _MEASURES = {
