@@ -71,6 +71,10 @@ def test_trained_once_more_under_the_target_s_factors(facts):
     made = plan(facts, target="64x", finetune={"settle_steps": 7, "through": "1k"})
     assert names(made)[4:] == ["second-search", "settle", *END]
     assert (made["settle"].steps, made["settle"].length) == (7, made["finetune"].length)
+    shorter = {"settle_steps": 7, "settle_length": "1k"}
+    assert plan(facts, target="64x", finetune=shorter)["settle"].length == 1024
+    with pytest.raises(ValueError, match=r"finetune.settle_length is 4,096; .* at most .* 2,048"):
+        plan(facts, target="64x", finetune=shorter | {"settle_length": "4k"})
     with pytest.raises(ValueError, match=r"finetune.settle_steps is 7.* trains at the target"):
         plan(facts, target="8x", finetune={"enabled": True, "settle_steps": 7})
 

@@ -166,15 +166,14 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     loaded = run.model_before(stage.name, offload=False)
     tuning, original = run.recipe.finetune, run.plan.original
     settings = tuning.model_copy(update={"steps": stage.steps})
-    # The last training goes on in the text where the one before it, of the same length, ended.
-    first = run.plan["finetune"].steps * tuning.batch if stage.name == "settle" else 0
+    settles, seed = stage.name == "settle", run.recipe.seed
     pieces = Pieces(
         run.pools.training,
         loaded.tokenizer,
         stage.length,
         stage.steps * tuning.batch,
-        first=first,
-        seed=run.recipe.seed,
+        reach=run.plan.target if settles else 0,
+        seed=seed + settles,  # other pieces than fine-tuning's
         passkey_share=tuning.passkey_share,
         answer_share=tuning.answer_share,
         short=round(tuning.short_share * stage.length / original),
@@ -195,7 +194,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
         run.directory(stage.name),
         run.ranks,
         teacher=teacher,
-        seed=run.recipe.seed,
+        seed=seed,
     )
     run.forget()
     return {"first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"], "epochs": pieces.epochs}

@@ -107,7 +107,8 @@ def make_plan(facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False) -> Con
         if trained < target:
             stages.append(cost.search("second-search", recipe.second_search, target))
             if tuning.settle_steps:
-                stages.append(cost.training("settle", tuning.settle_steps, trained))
+                length = _settled_length(recipe, original, trained)
+                stages.append(cost.training("settle", tuning.settle_steps, length))
         elif tuning.settle_steps:
             raise ValueError(
                 f"finetune.settle_steps is {tuning.settle_steps}, steps after a second search, and "
@@ -137,6 +138,18 @@ def _trained_length(recipe: Recipe, original: int, target: int) -> int:
     if target <= STEP * original:
         return target
     return max(math.ceil(target / STEP), min(2 * original, target))
+
+
+def _settled_length(recipe: Recipe, original: int, trained: int) -> int:
+    if recipe.finetune.settle_length is None:
+        return trained
+    length = parse_length(recipe.finetune.settle_length, original)
+    if not original < length <= trained:
+        raise ValueError(
+            f"finetune.settle_length is {length:,}; it must be beyond the original length, "
+            f"{original:,}, and at most the one that is trained at, {trained:,}"
+        )
+    return length
 
 
 def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:

@@ -72,8 +72,9 @@ class Finetune(FinetuneSettings):
     ``enabled`` null: where the target is beyond 8 times the original length. ``length``, such
     as 128k or 8x, is the one to train at, by default an eighth of such a target. With
     ``through`` the model is trained at that length first, for ``through_steps`` (the paper
-    goes to 256k by way of 128k). After the second search ``settle_steps`` more, of the same length,
-    are under the target's factors (ours: the paper stops at the search).
+    goes to 256k by way of 128k). After the second search ``settle_steps`` more are under the
+    target's factors, on pieces of ``settle_length`` (by default ``length``) whose positions jump
+    as far as the target (ours: the paper stops at the search).
     """
 
     enabled: bool | None = None
@@ -81,6 +82,7 @@ class Finetune(FinetuneSettings):
     through: str | None = None
     through_steps: _Positive = 400
     settle_steps: _Count = 0
+    settle_length: str | None = None
 
 
 class Recovery(Search):

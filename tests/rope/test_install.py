@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.rope import methods
-from longrope.rope.install import RescaledRotary, find_rotary, installed
+from longrope.rope.install import RescaledRotary, find_rotary, installed, placed
 from longrope.rope.rescale import Rescale
 
 
@@ -214,6 +214,24 @@ def test_position_ids_of_the_caller_count(micro_models, ids):
         with_mask = logits(model, ids, position_ids=positions + 3, attention_mask=mask)
     assert (shifted - given).abs().max() > 1e-2  # n̂ sees other tokens
     assert_close(with_mask, shifted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_rotated_as_if_they_stood_elsewhere(micro_models, ids, family):
+    """Against the caller's own position ids, with a mask so that no jump begins a new sequence."""
+    model = micro_models(family)
+    places = torch.arange(ids.shape[1])[None].repeat(2, 1)
+    places[0, 30:] += 100
+    places[1, 50:] += 7
+    with installed(model, a_rescale(model)):
+        plain = logits(model, ids)
+        with placed(model, places):
+            found = logits(model, ids)
+        assert torch.equal(logits(model, ids), plain)
+        expected = logits(model, ids, position_ids=places, attention_mask=torch.ones_like(ids))
+    assert (found - plain).abs().max() > 1e-3
+    if find_rotary(model).layer_type is None:  # a sliding window sees no jump
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longrope.rope.install import installed
+from longrope.rope.install import installed, placed
 from longrope.rope.methods import identity, yarn
 from longrope.train.loss import chunked_loss
 
@@ -63,6 +63,22 @@ def test_short_windows_count_under_a_rescale_of_their_own(micro_models, ids):
         without = model(input_ids=ids)["loss"]
     torch.testing.assert_close(found, torch.cat([one, other]).mean())
     torch.testing.assert_close(without, one.mean())
+
+
+def test_places_are_for_the_long_piece_alone(micro_models, ids):
+    model = micro_models("llama")
+    long, short = yarn(10_000.0, 16, 64, 256), identity(10_000.0, 16, 64, 64)
+    windows, places = ids[:, :60].reshape(2, 3, 20), torch.arange(ids.shape[1]).repeat(2, 1)
+    places[:, 40:] += 150
+    with installed(model, long), placed(model, places):
+        one = losses(model, ids)
+    with installed(model, short):
+        other = losses(model, windows.flatten(0, 1))
+    with installed(model, long), chunked_loss(model, short):
+        found = model(input_ids=ids, short_ids=windows, places=places)["loss"]
+        plain = model(input_ids=ids, short_ids=windows)["loss"]
+    torch.testing.assert_close(found, torch.cat([one, other]).mean())
+    assert abs(found - plain) > 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])

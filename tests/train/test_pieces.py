@@ -60,14 +60,30 @@ def test_a_piece_is_a_function_of_its_number(tokenizer):
     assert not torch.equal(one[0]["input_ids"], one[1]["input_ids"])
 
 
-def test_a_later_training_goes_on_in_the_text(tokenizer):
-    options = {"seed": 5, "passkey_share": 0.3}
-    docs = documents(3000, 2000)
-    whole = Pieces(docs, tokenizer, 256, 10, **options)
-    rest = Pieces(docs, tokenizer, 256, 4, first=6, **options)
-    assert len(rest) == 4
-    for i in range(4):
-        assert torch.equal(rest[i]["input_ids"], whole[6 + i]["input_ids"])
+def test_positions_jump_as_far_as_the_reach(tokenizer):
+    options = {"passkey_share": 0.5, "answer_share": 0.2, "reach": 2000}
+    pieces = Pieces(documents(5000), tokenizer, 256, 300, **options)
+    between, sizes = 0, []
+    for piece in (pieces[i] for i in range(300)):
+        places = piece["places"]
+        steps = places.diff()
+        jump = steps > 1
+        assert places[0] == 0
+        assert places[-1] < 2000
+        assert (steps[~jump] == 1).all()
+        assert jump.sum() <= 1
+        sizes.append(int(places[-1]) - 255)
+        if (heavy := piece["weights"] > 1).any() and jump.any():
+            at = int(jump.nonzero()[0]) + 1
+            assert at < int(heavy.nonzero()[0])  # never after the question
+            answer = tokenizer.decode(piece["input_ids"][heavy]).strip()
+            between += answer not in tokenizer.decode(
+                piece["input_ids"][at : int(heavy.nonzero()[0])]
+            )
+    assert min(sizes) < 100
+    assert max(sizes) > 1600
+    assert 40 < between < 110  # about half of the keys stand before the jump
+    assert "places" not in Pieces(documents(5000), tokenizer, 256, 3, reach=256)[0]
 
 
 def test_a_share_of_passkey_prompts_with_the_answer_weighted(tokenizer):

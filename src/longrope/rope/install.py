@@ -145,6 +145,8 @@ class RescaledRotary(nn.Module):
         self.attention_scaling = rescale.attention_factor
         # Where a list: all that was handed out, as leaves whose gradients are asked for.
         self.tape: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        # Where tokens are said to stand, (batch, tokens), by their number; see placed.
+        self.places: Tensor | None = None
         # Held in a tuple so that the original is no submodule of ours.
         self._held = (site.module,)
         self._original_inv_freq = site.inv_freq.detach().float().cpu()
@@ -165,6 +167,8 @@ class RescaledRotary(nn.Module):
             return self.original(x, position_ids, layer_type)
         # Apple's GPUs have no float64: there the angles are made on the CPU.
         where = torch.device("cpu") if x.device.type == "mps" else x.device
+        if self.places is not None:
+            position_ids = torch.take_along_dim(self.places, position_ids, 1)
         positions = position_ids.to(where)
         phases, scaling, _ = self._phases(positions)
         layout, dtype = self._layout.to(where), x.dtype
@@ -254,6 +258,25 @@ def installed(model: nn.Module, rescale: Rescale | None, *, always: bool = False
     finally:
         setattr(site.owner, site.name, before)
         hook.remove()
+
+
+@contextlib.contextmanager
+def placed(model: nn.Module, places: Tensor | None) -> Iterator[None]:
+    """Tokens rotated as if they stood at ``places``, (batch, tokens), under the installed rescale.
+
+    Attention and its masks go on counting tokens, so that no jump is taken for another sequence.
+    """
+    if places is None:
+        yield
+        return
+    site = find_rotary(model)
+    rotary = site and getattr(site.owner, site.name)
+    assert isinstance(rotary, RescaledRotary), "places are for a model with a rescale installed"
+    rotary.places = places
+    try:
+        yield
+    finally:
+        rotary.places = None
 
 
 def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longrope.layers import find_layers
-from longrope.rope.install import installed
+from longrope.rope.install import installed, placed
 from longrope.rope.rescale import Rescale
 
 # Rows of logits in memory at a time; a row is vocabulary × 4 bytes, and its gradient.
@@ -24,11 +24,11 @@ def chunked_loss(
 ) -> Iterator[None]:
     """Within, ``model(input_ids=…, weights=…)`` gives ``{"loss": …}`` and no logits.
 
-    The loss is the mean over tokens of weight × negative log-likelihood in nats. With
-    ``short_ids``, shape (batch, windows, tokens), their losses under the rescale ``short``
-    count too: each window on its own, whatever is installed for the rest. With a ``teacher``, a
-    model of the same vocabulary, these are cross-entropies with its predictions in place of
-    the text's next tokens.
+    The loss is the mean over tokens of weight × negative log-likelihood in nats, the tokens
+    standing at ``places``, shape (batch, tokens), where these are given. With ``short_ids``,
+    shape (batch, windows, tokens), their losses under the rescale ``short`` count too: each window
+    on its own, whatever is installed for the rest. With a ``teacher``, a model of the same
+    vocabulary, these are cross-entropies with its predictions in place of the text's next tokens.
 
     The model's own head makes the logits of ``rows`` tokens at a time (of one token of each
     window at least), and again in the backward pass, from the decoder's output; so scalings and
@@ -41,11 +41,14 @@ def chunked_loss(
         input_ids: Tensor,
         weights: Tensor | None = None,
         short_ids: Tensor | None = None,
+        places: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Tensor]:
         if weights is None:
             weights = torch.ones_like(input_ids, dtype=torch.float32)
-        total, tokens = _total_loss(student, input_ids, weights, rows), input_ids[:, 1:].numel()
+        with placed(model, places):
+            total = _total_loss(student, input_ids, weights, rows)
+        tokens = input_ids[:, 1:].numel()
         if short_ids is not None:
             windows = short_ids.flatten(0, 1)
             even = torch.ones_like(windows, dtype=torch.float32)

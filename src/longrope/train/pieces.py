@@ -30,7 +30,8 @@ class Pieces(Dataset):
 
     Args:
         count: pieces in all: steps × batch.
-        first: the number of the first; those before it were trained on already.
+        reach: a length beyond the pieces' that their positions shall span, by a jump at a place
+            and of a size by chance (PoSE, arXiv 2309.10400, with two chunks).
 
     Raises:
         ValueError: the documents hold not even one piece.
@@ -43,7 +44,7 @@ class Pieces(Dataset):
         length: int,
         count: int,
         *,
-        first: int = 0,
+        reach: int = 0,
         seed: int = 0,
         passkey_share: float = 0.0,
         answer_share: float = 0.0,
@@ -51,7 +52,7 @@ class Pieces(Dataset):
         short_length: int = 0,
     ):
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
-        self.count, self.first = count, first
+        self.count, self.reach = count, reach
         self.passkey_share, self.answer_share = passkey_share, answer_share
         self.short, self.short_length = short, short_length
         bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
@@ -82,22 +83,28 @@ class Pieces(Dataset):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """``input_ids`` and ``weights`` (of predicting each token), shape (length,).
 
-        With short windows also ``short_ids``, shape (short, short_length).
+        With short windows also ``short_ids``, shape (short, short_length); with a reach ``places``,
+        the positions of the tokens, shape (length,).
         """
-        number += self.first
         rng = random.Random(f"{self.seed} {number}")
         text = self._text(number)
         weights = np.ones(self.length, dtype=np.float32)
+        jump = self.length  # the last token that it may be before
         if rng.random() < self.passkey_share:
             longest = rng.randint(self._shortest, self.length)
             prompt = passkey_prompt(self.tokenizer, longest, rng.random(), rng)
             answer = slice(len(prompt.ids) - prompt.answer_tokens, len(prompt.ids))
             weights[answer] = max(1.0, self.answer_share * self.length / prompt.answer_tokens)
+            jump = answer.start  # so that the key is far away, by half of the pieces
             text = np.concatenate([prompt.ids, text[len(self._start) :]])[: self.length]
         piece = {
             "input_ids": torch.from_numpy(text.astype(np.int64)),
             "weights": torch.from_numpy(weights),
         }
+        if self.reach > self.length:
+            places = torch.arange(self.length)
+            places[rng.randrange(1, jump) :] += rng.randint(0, self.reach - self.length)
+            piece["places"] = places
         if self.short:
             windows = np.stack([self._window(rng) for _ in range(self.short)])
             piece["short_ids"] = torch.from_numpy(windows.astype(np.int64))
