@@ -1,5 +1,8 @@
 """The known methods in place of the second search, on a run's fine-tuned model: same training.
 
+That is the model before it is settled, where a recipe does that; ``searched`` are the second
+search's own.
+
 Perplexity at every length of the evaluation on the run's held-out documents, and pass keys,
 under PI, NTK, YaRN and ``yarn-log`` taken from the fine-tuned length to the target, or no step at
 all (``stay``). Interrupted, it goes on; it may run beside the run's own evaluation.
@@ -79,6 +82,8 @@ def long_factors(run: Run, method: str) -> Rescale:
     )
     if method == "stay":
         return start
+    if method == "searched":
+        return run.rescale("second-search")
     return multiplied(start, step_factors(run.facts, finetuned, method, target))
 
 

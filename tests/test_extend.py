@@ -13,9 +13,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from longrope.extend import open_run
+from longrope.extend import _finetune, open_run
 from longrope.parallel import Ranks
-from longrope.recipe import make_recipe
+from longrope.recipe import load_recipe, make_recipe
 from longrope.rope.rescale import Rescale
 
 STAGES = [
@@ -129,6 +129,28 @@ def test_what_was_trained_last_is_exported(finished):
     assert any(not weight.equal(tuned[name]) for name, weight in settled.items())
 
 
+def test_every_training_is_under_the_factors_and_on_the_pieces_for_it(finished, monkeypatch):
+    out, _ = finished
+    opened = open_run(load_recipe(out / "recipe.yaml"), out, Ranks())
+    given = {}
+
+    def kept(loaded, rescale, short, pieces, settings, directory, *_, **__):
+        given[directory.name] = rescale, pieces
+        return [{"loss": 1.0}]
+
+    monkeypatch.setattr("longrope.extend.finetune", kept)
+    for name in ("finetune", "settle"):
+        _finetune(opened, opened.plan[name])
+    rescale, pieces = given["finetune"]
+    assert rescale == Rescale.load(out / "search" / "rescale.json")
+    assert "places" not in pieces[0]
+    settled, jumping = given["settle"]
+    assert settled == Rescale.load(out / "second-search" / "rescale.json")
+    assert settled.max_position_embeddings == jumping.reach == 1024
+    assert max(int(jumping[i]["places"].max()) for i in range(8)) > 300
+    assert not torch.equal(pieces[0]["input_ids"], jumping[0]["input_ids"])
+
+
 def test_the_factors_are_in_their_bounds(finished):
     out, _ = finished
     trained, long, short = (
@@ -147,7 +169,6 @@ def test_the_factors_are_in_their_bounds(finished):
 
 def test_the_checkpoint_computes_what_was_measured(finished):
     """Plain transformers' perplexity on the exported model against the pair's."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from longrope.generate import load_extended
@@ -293,6 +314,8 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     assert (out / "search" / "done.json").stat().st_mtime_ns == before
     found = json.loads((out / "results.json").read_text())
     assert sum(row["trials"] for row in found["passkey"]) == 2  # at 128; 64 holds no question
+    parts = (out / "evaluate" / "parts.jsonl").read_text().splitlines()
+    assert sum("passkey" in json.loads(part)["of"] for part in parts) == 2  # kept one by one
     (row,) = found["benchmarks"]
     assert (row["task"], row["questions"]) == ("arc_challenge", 4)
     assert row["difference"] == pytest.approx(row["with"] - row["original"])

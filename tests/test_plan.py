@@ -112,6 +112,7 @@ def test_without_recovery(facts):
         ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "4,096 is beyond the target, 2,048"),
         ({"target": "8x", "finetune": {"answer_share": 0.1}}, "finetune.passkey_share is 0"),
         ({"target": "8x", "finetune": {"distill": True}}, "finetune.short_share is 0"),
+        ({"target": "8x", "finetune": {"settle_length": "1k"}}, "finetune.settle_steps is 0"),
         ({"target": "8x", "finetune": {"beta2": 1.5}}, "finetune.beta2 is 1.5"),
         ({"target": "8x", "seed": -1}, "seed is -1"),
         ({"target": "8x", "search": {"upper": 0.5}}, "search.upper is 0.5"),

@@ -86,7 +86,7 @@ def scaled_down(name: str, model: str, data: str) -> dict:
     if "through" in tuning:
         tuning |= {"through": "96", "through_steps": 2}
     if "settle_steps" in tuning:
-        tuning |= {"settle_steps": 2}
+        tuning |= {"settle_steps": 2, "settle_length": "96"}
     content["evaluate"] = {"documents": 1, "methods": ["none"], "lengths": ["64", "128", "1024"]}
     return content
 

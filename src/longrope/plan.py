@@ -99,13 +99,13 @@ def make_plan(facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False) -> Con
                 f"finetune.through is {through:,}; it must lie between the original length, "
                 f"{original:,}, and the one that is trained at, {trained:,}"
             )
-        stages.append(cost.search("through-search", recipe.search, through))
+        stages.append(cost.search("through-search", through))
         stages.append(cost.training("through-finetune", tuning.through_steps, through))
-    stages.append(cost.search("search", recipe.search, trained or target))
+    stages.append(cost.search("search", trained or target))
     if trained is not None:
         stages.append(cost.training("finetune", tuning.steps, trained))
         if trained < target:
-            stages.append(cost.search("second-search", recipe.second_search, target))
+            stages.append(cost.search("second-search", target))
             if tuning.settle_steps:
                 length = _settled_length(recipe, original, trained)
                 stages.append(cost.training("settle", tuning.settle_steps, length))
@@ -117,8 +117,7 @@ def make_plan(facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False) -> Con
     if recipe.recovery.enabled:
         for times in (1, 2):
             if times * original < target:
-                stage = cost.search(f"recovery-{times}", recipe.recovery, times * original)
-                stages.append(stage)
+                stages.append(cost.search(f"recovery-{times}", times * original))
         stages.append(cost.choice(stages[-1]))
     stages.append(Stage("export", "export", target, 0, memory=cost.weights))
     stages.append(cost.evaluation(original, trained or target, target))
@@ -185,7 +184,8 @@ class _Costs:
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = facts.parameters * self.size
 
-    def search(self, name: str, section, length: int) -> Stage:
+    def search(self, name: str, length: int) -> Stage:
+        _, section = self.recipe.section(name)
         each = section.samples + section.passkeys
         searches = section.method == "search"
         forwards = section.settings(self.recipe).forwards * each if searches else 0

@@ -142,8 +142,12 @@ class Recipe(_Section):
     evaluate: Evaluate = Evaluate()
 
     def section(self, stage: str) -> tuple[str, Search]:
-        """The key and the settings of a search: ``recovery`` has two stages, ``search`` often."""
-        key = stage.removeprefix("through-").replace("-", "_").rstrip("_12")
+        """The key and the settings of a search's stage.
+
+        ``search`` serves the one on the way too, ``recovery`` both of its lengths.
+        """
+        key = "second_search" if stage == "second-search" else stage.partition("-")[0]
+        key = "search" if key == "through" else key
         return key, getattr(self, key)
 
     def check(self) -> None:
@@ -170,6 +174,12 @@ class Recipe(_Section):
             raise ValueError(
                 "finetune.distill is true and finetune.short_share is 0: only short windows learn "
                 "from the model as it came; give a share of them, such as 0.25"
+            )
+        if self.finetune.settle_length and not self.finetune.settle_steps:
+            raise ValueError(
+                f"finetune.settle_length is {self.finetune.settle_length!r} and "
+                "finetune.settle_steps is 0: nothing is trained after the second search; give "
+                "steps, such as 100"
             )
         for method in self.evaluate.methods:
             if method not in METHODS:

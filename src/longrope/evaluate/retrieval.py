@@ -172,31 +172,29 @@ def retrieve(
     bins: int = 10,
     seed: int = 0,
     report: Callable[[int], None] = lambda done: None,
-    answered: MutableMapping[str, list[bool]] | None = None,
+    answered: MutableMapping[str, bool] | None = None,
 ) -> list[Row]:
     """Ask ``trials`` questions of one length, their depths stratified, under a rescale.
 
     ``make`` gives the prompt for a length, a depth and a random generator; the same
-    seed asks every rescale the same questions. What is ``answered`` is not asked again, and what is
-    asked is added to it.
+    seed asks every rescale the same questions. What is ``answered``, by its number, is not asked
+    again, and what is asked is added to it.
     """
     answered = {} if answered is None else answered
     rng = random.Random(f"{seed} {length}")
     prompts = [make(length, depth, rng) for depth in depths(trials, rng)]
-    outcomes: list[bool] = []
+    left = [number for number in range(trials) if str(number) not in answered]
     with installed(forward.model, rescale):
-        for batch in _batches(prompts):
-            first = str(len(outcomes))
-            if first not in answered:
-                answered[first] = _right(forward, batch)
-            outcomes += answered[first]
-            report(len(outcomes))
+        for batch in _batches([prompts[number] for number in left]):
+            for right in _right(forward, batch):
+                answered[str(left.pop(0))] = right
+            report(trials - len(left))
     rows = []
     edges = np.linspace(0, 1, min(bins, trials) + 1)
     for low, high in pairwise(edges.tolist()):
         inside = [
-            right
-            for prompt, right in zip(prompts, outcomes, strict=True)
+            answered[str(number)]
+            for number, prompt in enumerate(prompts)
             if low <= prompt.depth < high
         ]
         rows.append(Row(length, round((low + high) / 2, 4), sum(inside), len(inside)))

@@ -215,7 +215,7 @@ def _training(directory: Path) -> Section | None:
     pictures = []
     for name in ("through-finetune", "finetune", "settle"):
         if lines := read_lines(directory / name / "loss.jsonl"):
-            caption = f"Loss of every step of {name.replace('-', ' ')}."
+            caption = f"Loss of every step: {name.replace('-', ' ')}."
             pictures.append(Picture(f"loss-{name}.png", caption, plots.loss_figure(lines)))
     for name in ("search", "second-search"):
         history = [x for x in read_lines(directory / name / "history.jsonl") if x.get("loss")]

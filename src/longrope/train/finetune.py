@@ -75,7 +75,7 @@ def finetune(
     if teacher is not None:  # the Trainer chooses the device; autocast copies what may be trained
         teacher.model.to(arguments.device).requires_grad_(False)
     with (
-        installed(loaded.model, rescale),
+        installed(loaded.model, rescale, always=pieces.reach > 0),  # it is asked for places
         chunked_loss(model, short, teacher=teacher and teacher.model),
         progress("fine-tune", settings.steps, show=ranks.first) as advance,
         warnings.catch_warnings(),

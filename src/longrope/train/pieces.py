@@ -30,8 +30,8 @@ class Pieces(Dataset):
 
     Args:
         count: pieces in all: steps × batch.
-        reach: a length beyond the pieces' that their positions shall span, by a jump at a place
-            and of a size by chance (PoSE, arXiv 2309.10400, with two chunks).
+        reach: a length beyond the pieces' that their positions may span, by a jump at a place and
+            of a size by chance (PoSE, arXiv 2309.10400, with two chunks).
 
     Raises:
         ValueError: the documents hold not even one piece.
@@ -89,13 +89,13 @@ class Pieces(Dataset):
         rng = random.Random(f"{self.seed} {number}")
         text = self._text(number)
         weights = np.ones(self.length, dtype=np.float32)
-        jump = self.length  # the last token that it may be before
+        end = self.length  # of where positions may jump
         if rng.random() < self.passkey_share:
             longest = rng.randint(self._shortest, self.length)
             prompt = passkey_prompt(self.tokenizer, longest, rng.random(), rng)
             answer = slice(len(prompt.ids) - prompt.answer_tokens, len(prompt.ids))
             weights[answer] = max(1.0, self.answer_share * self.length / prompt.answer_tokens)
-            jump = answer.start  # so that the key is far away, by half of the pieces
+            end = answer.start  # in half of these pieces the jump parts the key from its question
             text = np.concatenate([prompt.ids, text[len(self._start) :]])[: self.length]
         piece = {
             "input_ids": torch.from_numpy(text.astype(np.int64)),
@@ -103,7 +103,7 @@ class Pieces(Dataset):
         }
         if self.reach > self.length:
             places = torch.arange(self.length)
-            places[rng.randrange(1, jump) :] += rng.randint(0, self.reach - self.length)
+            places[rng.randrange(1, end) :] += rng.randint(0, self.reach - self.length)
             piece["places"] = places
         if self.short:
             windows = np.stack([self._window(rng) for _ in range(self.short)])
