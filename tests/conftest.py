@@ -14,8 +14,8 @@ import transformers
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
-from longrope.rope.install import find_rotary
 from longrope.rope.rescale import Rescale
+from longrope.rope.site import find_rotary
 from longrope.rope.switch import Pair
 from longrope.source import BUNDLED
 

@@ -11,7 +11,8 @@ from transformers import AttentionInterface
 from conftest import FAMILIES, ORIGINAL, micro_model
 from longrope.forward import LongForward
 from longrope.rope import methods
-from longrope.rope.install import find_rotary, installed
+from longrope.rope.install import installed
+from longrope.rope.site import find_rotary
 from test_attention import dense
 
 

@@ -18,7 +18,8 @@ from longrope.attention_gradient import differentiable_attention
 from longrope.forward import LongForward
 from longrope.gradient import forwards, gradient
 from longrope.model import load_model
-from longrope.rope.install import find_rotary, installed
+from longrope.rope.install import installed
+from longrope.rope.site import find_rotary
 from test_attention import dense
 from test_forward import dense_attention, yarn
 

@@ -11,8 +11,9 @@ from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.facts import inspect_model
 from longrope.forward import LongForward
 from longrope.model import load_model
-from longrope.rope.install import find_rotary, installed
+from longrope.rope.install import installed
 from longrope.rope.rescale import default_inv_freq
+from longrope.rope.site import find_rotary
 from longrope.source import BUNDLED
 
 SCALED = {

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from longrope.facts import ModelFacts
 from longrope.model import find_device
-from longrope.plan import ContextPlan, Stage
+from longrope.plan import ContextPlan
 from longrope.progress import duration
 from longrope.recipe import Recipe
+from longrope.stages import Stage
 
 _SECONDS = 0.2  # of each kind of work
 # Norms, activations, copies: what a forward does beside the products that are counted.

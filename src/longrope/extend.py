@@ -27,7 +27,7 @@ from longrope.facts import inspect_model
 from longrope.files import only_process
 from longrope.model import find_device
 from longrope.parallel import Ranks
-from longrope.plan import Stage, make_plan
+from longrope.plan import make_plan
 from longrope.preflight import preflight
 from longrope.progress import console
 from longrope.recipe import Recipe, Search
@@ -44,6 +44,7 @@ from longrope.search.problem import (
     step_factors,
 )
 from longrope.search.stage import search_stage
+from longrope.stages import Stage
 from longrope.train.finetune import finetune
 from longrope.train.pieces import Pieces
 from longrope.workspace import Run

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longrope.layers import find_layers
-from longrope.rope.install import RotarySite, column_layout, existing_factors, find_rotary
 from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
+from longrope.rope.site import RotarySite, column_layout, existing_factors, find_rotary
 from longrope.source import quiet, read_pretrained, refuse_scaled_gguf
 
 Existing = Literal["keep", "replace"]

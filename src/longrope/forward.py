@@ -34,7 +34,7 @@ from longrope.layers import (
     find_layers,
 )
 from longrope.parallel import Team
-from longrope.rope.install import column_layout, find_rotary
+from longrope.rope.site import column_layout, find_rotary
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
 log = logging.getLogger(__name__)

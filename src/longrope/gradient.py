@@ -21,7 +21,8 @@ from longrope import attention_gradient
 from longrope.facts import ModelFacts
 from longrope.forward import HEAD_ROWS, LongForward
 from longrope.layers import Recording
-from longrope.rope.install import RescaledRotary, find_rotary
+from longrope.rope.install import RescaledRotary
+from longrope.rope.site import find_rotary
 
 # Graphs of up to so many bytes, roughly, are kept rather than computed twice.
 _KEPT = 4e9

@@ -7,9 +7,9 @@ from transformers import AutoConfig
 from longrope.export.gguf import read_pair
 from longrope.export.intent import Intent
 from longrope.facts import skeleton
-from longrope.rope.install import RotarySite, existing_factors
 from longrope.rope.methods import dynamic_ntk
 from longrope.rope.rescale import Rescale
+from longrope.rope.site import RotarySite, existing_factors
 from longrope.rope.switch import Pair
 from longrope.source import quiet, read_pretrained
 

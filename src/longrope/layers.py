@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longrope.parallel import Team
-from longrope.rope.install import find_rotary
+from longrope.rope.site import find_rotary
 
 
 def find_layers(model: nn.Module) -> tuple[Any, str]:

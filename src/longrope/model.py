@@ -13,7 +13,7 @@ from longrope.forward import DEFAULT_CHUNK, LongForward
 from longrope.offload import offload as offload_layers
 from longrope.parallel import Team
 from longrope.probe import why_not
-from longrope.rope.install import find_rotary
+from longrope.rope.site import find_rotary
 from longrope.source import quiet, read_pretrained
 
 

@@ -4,9 +4,9 @@ from longrope.cost import check_memory
 from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import benchmark_options
 from longrope.model import find_device
-from longrope.plan import Stage
 from longrope.recipe import Recipe
 from longrope.search.stage import require_slopes
+from longrope.stages import Stage
 from longrope.train.finetune import require_peft
 from longrope.workspace import Run
 

@@ -13,13 +13,14 @@ from longrope.facts import Existing, ModelFacts
 from longrope.files import write_atomically
 from longrope.model import LoadedModel, load_model
 from longrope.parallel import Ranks, local_device
-from longrope.plan import ContextPlan, Stage
+from longrope.plan import ContextPlan
 from longrope.pools import Pools, make_pools
 from longrope.progress import console, duration
 from longrope.recipe import Recipe
 from longrope.rope.rescale import Rescale
 from longrope.rope.switch import Pair
 from longrope.search.problem import starting_point
+from longrope.stages import Stage
 
 # What may be changed in a run that has begun: it does not touch what is searched or trained.
 _FREE = ("evaluate", "device", "hidden_device", "offload")

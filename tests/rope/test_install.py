@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.rope import methods
-from longrope.rope.install import RescaledRotary, find_rotary, installed, placed
+from longrope.rope.install import RescaledRotary, installed, placed
 from longrope.rope.rescale import Rescale
+from longrope.rope.site import find_rotary
 
 
 def a_rescale(model, target=256, **changes) -> Rescale:

@@ -25,10 +25,11 @@ from longrope.evaluate.retrieval import (
 from longrope.files import Kept, write_atomically
 from longrope.forward import LongForward
 from longrope.model import LoadedModel
-from longrope.plan import Stage, evaluation_lengths
+from longrope.plan import evaluation_lengths
 from longrope.progress import progress
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
+from longrope.stages import Stage
 from longrope.workspace import Run
 
 # Measured on the extended model.

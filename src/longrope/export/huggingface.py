@@ -14,7 +14,7 @@ from longrope.export.fold import fold_attention_factor
 from longrope.export.intent import Intent
 from longrope.files import whole_directory
 from longrope.model import LoadedModel
-from longrope.rope.install import find_rotary
+from longrope.rope.site import find_rotary
 from longrope.rope.switch import Pair
 from longrope.source import quiet, read_pretrained, weight_files
 

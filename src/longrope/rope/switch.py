@@ -17,14 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from longrope.layers import cache_name
-from longrope.rope.install import (
-    RescaledRotary,
-    RotarySite,
-    check_fits,
-    find_rotary,
-    positions_of,
-)
+from longrope.rope.install import RescaledRotary, check_fits, positions_of
 from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.rope.site import RotarySite, find_rotary
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""Where a model keeps its rotary embedding, and what that does as it came."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longrope.rope.rescale import Rescale, default_inv_freq
+
+# The layer type whose rotary embedding is scaled where a model has several:
+# a sliding window never sees positions further apart than it was trained on.
+_SCALED_LAYER_TYPE = "full_attention"
+# Kinds whose frequencies do not depend on the sequence: what they are is what they do.
+_STATIC = ("default", "linear", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class RotarySite:
+    """Where a model keeps the rotary embedding that a rescale replaces."""
+
+    owner: nn.Module  # the decoder: it calls the rotary module and owns the layers
+    name: str
+    module: Any
+    layer_type: str | None  # the attention kind in models with one embedding per kind
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Frequencies as the model has them now, shape (d/2,), float32."""
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        if self.rope_type == "longrope":  # the module keeps the short set until a long input comes
+            config = self.module.config
+            return _longrope_frequencies(config, self.layer_type)
+        return getattr(self.module, f"{prefix}original_inv_freq")
+
+    @property
+    def attention_factor(self) -> float:
+        """What the model multiplies cosines and sines by now."""
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        return float(getattr(self.module, f"{prefix}attention_scaling"))
+
+    @property
+    def rope_type(self) -> str:
+        kind = self.module.rope_type
+        return kind if self.layer_type is None else kind[self.layer_type]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The ``rope_parameters`` of the config that apply here."""
+        parameters = self.module.config.rope_parameters
+        return dict(parameters if self.layer_type is None else parameters[self.layer_type])
+
+
+def _longrope_frequencies(config: Any, layer_type: str | None) -> Tensor:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = (
+        config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    )
+    beyond = parameters["original_max_position_embeddings"] + 1
+    return ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=beyond, layer_type=layer_type)[0]
+
+
+def find_rotary(model: nn.Module) -> RotarySite | None:
+    """The one rotary site of a model, or None if it has none that longrope knows.
+
+    Works by structure (a child module with an ``inv_freq`` buffer and a config),
+    not by architecture.
+    """
+    for owner in model.modules():
+        for name, module in owner.named_children():
+            if not hasattr(module, "config") or not hasattr(module, "rope_type"):
+                continue
+            # the model's own is what counts
+            module = getattr(module, "original", module)
+            if hasattr(module, "inv_freq"):
+                return RotarySite(owner, name, module, None)
+            if hasattr(module, f"{_SCALED_LAYER_TYPE}_inv_freq"):
+                return RotarySite(owner, name, module, _SCALED_LAYER_TYPE)
+    return None
+
+
+def column_layout(site: RotarySite) -> Tensor:
+    """For each column of the module's cosines, the index of the frequency behind it.
+
+    Found by calling the module at position 1, so that any layout (halves repeated,
+    interleaved, not repeated) is handled without a list of architectures.
+
+    Raises:
+        ValueError: the module computes something else than cosines and sines of
+            position · frequency.
+    """
+    kind = type(site.module).__name__
+    module = type(site.module)(config=site.module.config)
+    extra = () if site.layer_type is None else (site.layer_type,)
+    try:
+        cos, sin = module(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), *extra)
+    except Exception as error:
+        raise ValueError(
+            f"{kind} cannot be rescaled: it does not give cosines and sines ({error})"
+        ) from None
+    here = RotarySite(site.owner, site.name, module, site.layer_type)
+    prefix = "" if site.layer_type is None else f"{site.layer_type}_"
+    frequencies = getattr(module, f"{prefix}inv_freq").double()
+    angles = torch.atan2(sin.flatten().double(), cos.flatten().double())
+    layout = (angles[:, None] - frequencies[None, :]).abs().argmin(dim=1)
+    expected = (
+        torch.stack([frequencies.cos(), frequencies.sin()])[:, layout] * here.attention_factor
+    )
+    actual = torch.stack([cos.flatten(), sin.flatten()]).double()
+    if not torch.allclose(actual, expected, atol=1e-5):
+        raise ValueError(
+            f"{kind} cannot be rescaled: it does not compute cosines and sines of position times "
+            "frequency"
+        )
+    return layout
+
+
+def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
+    """Whether a rescale is what the model does already."""
+    return (
+        site.rope_type in _STATIC
+        and rescale.attention_factor == site.attention_factor
+        # transformers computes its frequencies in float32: equal to rounding is equal
+        and np.allclose(rescale.inv_freq, site.inv_freq.double().cpu().numpy(), rtol=1e-6, atol=0)
+    )
+
+
+def existing_factors(site: RotarySite) -> np.ndarray:
+    """The factors that a model already applies, shape (d/2,): 1 where it is unscaled."""
+    theta = float(site.parameters["rope_theta"])
+    inv_freq = site.inv_freq.double().cpu().numpy()
+    factors = default_inv_freq(theta, 2 * len(inv_freq)) / inv_freq
+    return np.where(np.abs(factors - 1) < 1e-6, 1.0, factors)

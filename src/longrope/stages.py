@@ -1,0 +1,178 @@
+"""The stages of an extension, each with what it costs: FLOPs, tokens, bytes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from longrope.facts import ModelFacts
+from longrope.gradient import graph_bytes, is_kept
+from longrope.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage: its directory's name, what it does, and its cost.
+
+    ``tokens`` go through the model in all, in windows of ``length``; ``linear`` and
+    ``attention`` are FLOPs; ``memory`` bytes at the peak, of which ``replicated`` are on every
+    device whatever is shared out over them.
+    """
+
+    name: str
+    kind: str
+    length: int
+    forwards: int
+    tokens: int = 0
+    linear: float = 0.0
+    attention: float = 0.0
+    memory: int = 0
+    steps: int = 0
+    replicated: int = 0
+
+
+class Costs:
+    """FLOPs and bytes of a model's forwards and training steps."""
+
+    def __init__(self, facts: ModelFacts, recipe: Recipe, on_cpu: bool):
+        self.facts, self.recipe, self.on_cpu = facts, recipe, on_cpu
+        self.dtype = facts.dtype if recipe.dtype == "auto" else recipe.dtype
+        self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
+        self.weights = facts.parameters * self.size
+
+    def search(self, name: str, length: int) -> Stage:
+        """A search at a length, as the recipe's section for it goes about it.
+
+        Raises:
+            ValueError: the fast one in float16, which is too small for its slopes.
+        """
+        _, section = self.recipe.section(name)
+        each = section.samples + section.passkeys
+        searches = section.method == "search"
+        forwards = section.settings(self.recipe).forwards * each if searches else 0
+        stage = self._forwards(name, "search", length, forwards)
+        if searches and section.algorithm == "fast":
+            if self.dtype == "float16":
+                raise ValueError(
+                    f"dtype is float16, too small for the slopes of {name}; make it bfloat16, or "
+                    "its algorithm paper"
+                )
+            more = self._gradient_memory(length)
+            stage = dataclasses.replace(stage, memory=stage.memory + more)
+        return stage
+
+    def training(self, name: str, steps: int, length: int) -> Stage:
+        """Steps of a batch of pieces of a length, their short windows, and a teacher's forwards."""
+        tuning = self.recipe.finetune
+        pieces = steps * tuning.batch
+        # Forward and twice that backward; with checkpointing the forward once again.
+        passes = 4 if tuning.gradient_checkpointing else 3
+        linear, attention = (passes * pieces * flops for flops in self.facts.forward_flops(length))
+        original = self.facts.original_max_position_embeddings or 0
+        windows = round(tuning.short_share * length / original)  # beside a piece
+        taught = tuning.distill and windows > 0
+        more = self.facts.forward_flops(original)
+        times = (passes + taught) * windows * pieces  # the teacher's forward
+        short = windows * original
+        teacher = self.weights if taught else 0
+        return Stage(
+            name,
+            "finetune",
+            length,
+            pieces,
+            pieces * (length + short),
+            linear + times * more[0],
+            attention + times * more[1],
+            self._training_memory(length + short, taught) + teacher,
+            steps,
+            teacher,
+        )
+
+    def choice(self, recovery: Stage) -> Stage:
+        """Both short sets and the long one at both lengths."""
+        forwards = 6 * self.recipe.recovery.samples
+        return self._forwards("recovery", "choose", recovery.length, forwards)
+
+    def evaluation(self, lengths: Sequence[int], trained: int) -> Stage:
+        """Perplexity at every length for every method, and retrieval; benchmarks are not priced.
+
+        At the lengths of recovery also without it, and of the unscaled model. ``lengths`` go from
+        the original one to the target.
+        """
+        section, original, target = self.recipe.evaluate, lengths[0], lengths[-1]
+        others, unasked = len(section.methods), 1 + ("none" not in section.methods)
+        forwards, tokens, linear, attention = 0, 0, 0.0, 0.0
+        for length in lengths:
+            trials = section.passkey_trials if length <= trained else section.passkey_trials_beyond
+            methods = others + 1 + (unasked if length <= 2 * original else 0)
+            count = methods * section.documents * (target // length)
+            count += trials + others * section.passkey_trials_others + section.needle_trials
+            one = self.facts.forward_flops(length)
+            forwards, tokens = forwards + count, tokens + count * length
+            linear, attention = linear + count * one[0], attention + count * one[1]
+        memory = self._forward_memory(target)
+        return Stage("evaluate", "evaluate", target, forwards, tokens, linear, attention, memory)
+
+    def _forwards(self, name: str, kind: str, length: int, forwards: int) -> Stage:
+        linear, attention = (forwards * flops for flops in self.facts.forward_flops(length))
+        memory = self._forward_memory(length)
+        return Stage(name, kind, length, forwards, forwards * length, linear, attention, memory)
+
+    def _forward_memory(self, length: int) -> int:
+        """The long forward: weights, and per token hidden states, one layer's KV and angles."""
+        facts = self.facts
+        per_token = 2 * facts.kv_heads * facts.head_dim + 2 * facts.head_dim
+        if self.recipe.hidden_device is None:
+            per_token += facts.hidden_size
+        chunk = min(length, self.recipe.chunk)
+        work = chunk * 12 * facts.hidden_size * self.size
+        return self._held() + length * (per_token * self.size + 24) + work + _head(facts)
+
+    def _held(self) -> int:
+        """Weights that are on the device at a time: all, or what is no layer and two layers.
+
+        On a CPU converted ones are all in its memory: only the files themselves are mapped.
+        """
+        facts = self.facts
+        mapped = self.dtype == facts.dtype and not facts.source.endswith(".gguf")
+        if self.recipe.offload is None or (self.on_cpu and not mapped):
+            return self.weights
+        outside = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden_size * self.size
+        return outside + 2 * (self.weights - outside) // facts.layers
+
+    def _gradient_memory(self, length: int) -> int:
+        """The long gradient, beside a long forward: a chunk's graph, and of every layer its input
+        and attention's output; the slopes of hidden states, and of one layer's keys and values.
+        """
+        facts = self.facts
+        chunk = min(length, self.recipe.chunk)
+        chunks = -(-length // chunk)
+        kept = not self.recipe.offload and is_kept(facts.layers, facts.hidden_size, length, chunks)
+        graph = graph_bytes(facts.layers if kept else 1, facts.hidden_size, chunk)
+        width = facts.hidden_size + facts.heads * facts.head_dim
+        inputs = 0 if self.recipe.hidden_device else (facts.layers + 1) * width
+        # One layer's keys and values: a copy for the graph, its slopes, their float32 sums.
+        both = 2 * facts.kv_heads * facts.head_dim
+        return int(graph) + length * ((inputs + 2 * both) * self.size + 4 * both)
+
+    def _training_memory(self, tokens: int, taught: bool) -> int:
+        """Weights, gradients and Adam's two moments, and what the backward pass keeps.
+
+        With checkpointing a hidden state per layer and token, and one layer whole; ``tokens`` are
+        a piece's and its short windows'. What is ``taught`` is probabilities beside logits.
+        """
+        facts, tuning = self.facts, self.recipe.finetune
+        master = 2 if tuning.precision == "pure-bf16" else 4
+        half = 4 if tuning.precision == "float32" else 2
+        states = facts.parameters * master * 4
+        if tuning.lora is not None:
+            states = facts.parameters * master + facts.vocabulary * facts.hidden_size * 32
+        kept = facts.layers * facts.hidden_size
+        layer = 24 * facts.hidden_size
+        if not tuning.gradient_checkpointing:
+            kept, layer = facts.layers * 24 * facts.hidden_size, 0
+        head = _head(facts) * (2.5 if taught else 1)
+        return int(states + tuning.micro_batch * tokens * (kept + layer) * half + head)
+
+
+def _head(facts: ModelFacts) -> int:
+    """A thousand rows of logits in float32, and their gradient."""
+    return 2 * 1024 * facts.vocabulary * 4
