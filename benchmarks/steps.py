@@ -1,30 +1,34 @@
 """The known methods in place of the second search, on a run's fine-tuned model: same training.
 
-That is the model before it is settled, where a recipe does that; ``searched`` are the second
-search's own.
-
 Perplexity at every length of the evaluation on the run's held-out documents, and pass keys,
 under PI, NTK, YaRN and ``yarn-log`` taken from the fine-tuned length to the target, or no step at
-all (``stay``). Interrupted, it goes on; it may run beside the run's own evaluation.
+all (``stay``); ``searched`` is the second search's own. On the model before it is settled, where a
+recipe does that; or, with ``--settled``, settled under each in the same way, in ``RUN-METHOD``
+beside the run. Interrupted, it goes on; it may run beside the run's own evaluation.
 
-    longrope extend --recipe bundled-512x --out runs/x512
-    python benchmarks/steps.py runs/x512 --passkeys 20 --passkeys-up-to 16384
+    longrope extend --target 512x --out runs/x512
+    python benchmarks/steps.py runs/x512 --settled --methods searched,yarn,ntk,pi \
+        --passkeys 20 --passkeys-up-to 131072 --dtype bfloat16
 """
 
 import argparse
+import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import record
+import torch
 
 from longrope.evaluate.perplexity import score
 from longrope.evaluate.retrieval import passkey_prompt, retrieve
-from longrope.extend import open_run
+from longrope.extend import extend, open_run
 from longrope.files import Kept
 from longrope.forward import LongForward
+from longrope.model import LoadedModel
 from longrope.parallel import Ranks
 from longrope.plan import evaluation_lengths
-from longrope.recipe import load_recipe
+from longrope.recipe import Evaluate, load_recipe
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 from longrope.search.problem import multiplied, step_factors
@@ -38,8 +42,11 @@ def main() -> None:
     parser.add_argument("--up-to", type=int, help="The longest length; by default the target.")
     parser.add_argument("--passkeys", type=int, default=0, help="Asked at each length.")
     parser.add_argument("--passkeys-up-to", type=int, default=16384)
+    parser.add_argument("--settled", action="store_true", help="Settle each in the same way first.")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="To measure in.")
     args = parser.parse_args()
     run = open_run(load_recipe(args.run / "recipe.yaml"), args.run, Ranks())
+    model = functools.cache(lambda method: extended(run, method, args.settled, args.dtype))
     lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
     lengths = [n for n in lengths if n <= (args.up_to or run.plan.target)]
     methods = args.methods.split(",")
@@ -52,12 +59,17 @@ def main() -> None:
     ]:
         kind, method, length = cell
         trials = f" {args.passkeys}" if kind == "passkey" else ""
-        key = f"{kind} {method} {length}{trials}"
+        how = f"{' settled' if args.settled else ''} {args.dtype or ''}".rstrip()
+        key = f"{kind} {method} {length}{trials}{how}"
         if key not in kept:
             if kind == "passkey":
-                kept[key] = passkeys(run, method, length, args.passkeys)
+                kept[key] = passkeys(
+                    run, model(method), long_factors(run, method), length, args.passkeys
+                )
             else:
-                kept[key] = perplexity(run, method, length, lengths)
+                kept[key] = perplexity(
+                    run, model(method), long_factors(run, method), length, lengths
+                )
         found[cell] = kept[key]
     print("| perplexity | " + " | ".join(f"{n:,}" for n in lengths) + " |")
     for method in methods:
@@ -87,10 +99,41 @@ def long_factors(run: Run, method: str) -> Rescale:
     return multiplied(start, step_factors(run.facts, finetuned, method, target))
 
 
-def perplexity(run: Run, method: str, length: int, lengths: list[int]) -> dict[str, Any]:
-    loaded, target = run.model_before("second-search"), run.plan.target
+def extended(run: Run, method: str, settled: bool, dtype: str | None) -> LoadedModel:
+    """The fine-tuned model; or settled under a method's factors, by a run of its own."""
+    if not settled:
+        loaded = run.model_before("second-search")
+    elif method == "searched":
+        loaded = run.trained()
+    else:
+        loaded = settled_run(run, method).trained()
+    if dtype:
+        loaded.model.to(getattr(torch, dtype))
+    return loaded
+
+
+def settled_run(run: Run, method: str) -> Run:
+    """A run like another up to fine-tuning, with a known method in place of its second search."""
+    out = run.out.with_name(f"{run.out.name}-{method}")
+    evaluate = Evaluate(documents=1, methods=(), lengths=(str(run.plan.original),))
+    step = run.recipe.second_search.model_copy(update={"method": method})
+    recipe = run.recipe.model_copy(update={"second_search": step, "evaluate": evaluate})
+    if not out.exists():
+        for stage in run.plan.stages:
+            if stage.name == "second-search":
+                break
+            shutil.copytree(run.directory(stage.name), out / stage.name)
+        recipe.save(out / "recipe.yaml")
+    extend(recipe, out)
+    return open_run(recipe, out, Ranks())
+
+
+def perplexity(
+    run: Run, loaded: LoadedModel, rescale: Rescale, length: int, lengths: list[int]
+) -> dict[str, Any]:
+    target = run.plan.target
     documents = run.pools.evaluation_documents(target, run.recipe.evaluate.documents)
-    with installed(loaded.model, long_factors(run, method)):
+    with installed(loaded.model, rescale):
         scores = score(
             LongForward(loaded.model, run.recipe.chunk),
             documents,
@@ -102,15 +145,16 @@ def perplexity(run: Run, method: str, length: int, lengths: list[int]) -> dict[s
     return {"perplexity": scores.perplexity, "tokens": scores.tokens}
 
 
-def passkeys(run: Run, method: str, length: int, trials: int) -> dict[str, Any]:
-    loaded = run.model_before("second-search")
+def passkeys(
+    run: Run, loaded: LoadedModel, rescale: Rescale, length: int, trials: int
+) -> dict[str, Any]:
     rows = retrieve(
         LongForward(loaded.model, run.recipe.chunk),
         lambda n, depth, rng: passkey_prompt(
             loaded.tokenizer, n, depth, rng, run.recipe.evaluate.digits
         ),
         length,
-        long_factors(run, method),
+        rescale,
         trials=trials,
         seed=run.recipe.seed,
     )

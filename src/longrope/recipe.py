@@ -74,7 +74,7 @@ class Finetune(FinetuneSettings):
     ``through`` the model is trained at that length first, for ``through_steps`` (the paper
     goes to 256k by way of 128k). After the second search ``settle_steps`` more are under the
     target's factors, on pieces of ``settle_length`` (by default ``length``) whose positions jump
-    as far as the target (ours: the paper stops at the search).
+    as far as 1.25 times the target (ours: the paper stops at the search).
     """
 
     enabled: bool | None = None
