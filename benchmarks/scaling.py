@@ -53,7 +53,7 @@ def child(args: argparse.Namespace) -> None:
 
 def _search(how: SearchSettings, these: Ranks, out: Path) -> float:
     loaded = load_model("bundled", dtype="float32", device="cpu")
-    documents = load_documents(loaded, (), field="text", held_out=False)
+    documents = load_documents(loaded.tokenizer, (), field="text", held_out=False)
     windows = search_windows(documents, 2048, how.samples, 0, bos_token(loaded.tokenizer))
     problem = first_search(loaded.facts, 2048)
     these.gather(0.0)

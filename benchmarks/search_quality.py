@@ -59,7 +59,7 @@ def main() -> None:
     check_sources(args.data)
     loaded = load_model(args.model, dtype=args.dtype)
     length, bos = parse_extension(args.target, loaded.facts), bos_token(loaded.tokenizer)
-    documents = load_documents(loaded, args.data, held_out=False)
+    documents = load_documents(loaded.tokenizer, args.data, held_out=False)
     windows = search_windows(documents, length, args.samples, 0, bos)
     held_out = unseen_windows(loaded, args.data, documents, windows, length, args.held_out)
     rows = []
@@ -97,7 +97,11 @@ def unseen_windows(
 ) -> np.ndarray:
     """A window of each held-out document, shape (documents, tokens)."""
     searched = [h for document in windows.documents for h in document.sha256]
-    others = load_documents(loaded, [], held_out=True) if not data else unseen(documents, searched)
+    others = (
+        load_documents(loaded.tokenizer, [], held_out=True)
+        if not data
+        else unseen(documents, searched)
+    )
     bos = bos_token(loaded.tokenizer)
     rows = [with_bos(d.ids[:length], bos) for d in others if len(d) >= length]
     return np.stack(rows[:most])

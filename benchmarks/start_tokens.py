@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
 
     loaded = load_model(args.model, dtype=args.dtype)
-    documents = load_documents(loaded, args.data, held_out=True)
+    documents = load_documents(loaded.tokenizer, args.data, held_out=True)
     bos = bos_token(loaded.tokenizer)
     forward = LongForward(loaded.model)
     rows = []

@@ -4,7 +4,8 @@ Perplexity at every length of the evaluation on the run's held-out documents, an
 under PI, NTK, YaRN and ``yarn-log`` taken from the fine-tuned length to the target, or no step at
 all (``stay``); ``searched`` is the second search's own. On the model before it is settled, where a
 recipe does that; or, with ``--settled``, settled under each in the same way, in ``RUN-METHOD``
-beside the run. Interrupted, it goes on; it may run beside the run's own evaluation.
+beside the run. All without recovery, so not to be compared with the run's own table at the short
+lengths. Interrupted, it goes on; it may run beside the run's own evaluation.
 
     longrope extend --target 512x --out runs/x512
     python benchmarks/steps.py runs/x512 --settled --methods searched,yarn,ntk,pi \
@@ -23,7 +24,7 @@ import torch
 from longrope.evaluate.perplexity import score
 from longrope.evaluate.retrieval import passkey_prompt, retrieve
 from longrope.extend import extend, open_run
-from longrope.files import Kept
+from longrope.files import Kept, whole_directory
 from longrope.forward import LongForward
 from longrope.model import LoadedModel
 from longrope.parallel import Ranks
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="To measure in.")
     args = parser.parse_args()
     run = open_run(load_recipe(args.run / "recipe.yaml"), args.run, Ranks())
+    if args.settled and ("settle" not in run.plan or "stay" in args.methods):
+        parser.error("--settled needs a run that settles, and a second search's methods")
     model = functools.cache(lambda method: extended(run, method, args.settled, args.dtype))
     lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
     lengths = [n for n in lengths if n <= (args.up_to or run.plan.target)]
@@ -118,12 +121,13 @@ def settled_run(run: Run, method: str) -> Run:
     evaluate = Evaluate(documents=1, methods=(), lengths=(str(run.plan.original),))
     step = run.recipe.second_search.model_copy(update={"method": method})
     recipe = run.recipe.model_copy(update={"second_search": step, "evaluate": evaluate})
-    if not out.exists():
-        for stage in run.plan.stages:
-            if stage.name == "second-search":
-                break
-            shutil.copytree(run.directory(stage.name), out / stage.name)
-        recipe.save(out / "recipe.yaml")
+    recipe.save(out / "recipe.yaml")
+    for stage in run.plan.stages:
+        if stage.name == "second-search":
+            break
+        if not (out / stage.name / "done.json").exists():
+            with whole_directory(out / stage.name) as directory:
+                shutil.copytree(run.directory(stage.name), directory, dirs_exist_ok=True)
     extend(recipe, out)
     return open_run(recipe, out, Ranks())
 

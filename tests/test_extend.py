@@ -407,6 +407,19 @@ def test_dry_run_prices_every_stage_and_runs_none(arguments, tmp_path):
     assert "are free; try" in done.stderr.splitlines()[-1]
 
 
+def test_dry_run_counts_the_text(arguments, tmp_path, checkpoints):
+    text, out = tmp_path / "short.txt", tmp_path / "out"
+    text.write_text("import os\n" * 50)
+    done = run(*arguments, "--data", text, "--out", out, "--dry-run", code=2)
+    assert "one window of the target needs 1,024" in done.stderr.splitlines()[-1]
+    assert not out.exists()
+    bare = tmp_path / "model"
+    bare.mkdir()
+    shutil.copy(checkpoints("llama") / "config.json", bare)
+    done = run(bare, "--target", "2x", "--data", text, "--out", out, "--dry-run")
+    assert "the text was not counted" in done.stderr
+
+
 def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments, tmp_path):
     whole, _ = finished
     out = tmp_path / "copy"

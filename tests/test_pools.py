@@ -20,7 +20,10 @@ def hashes(documents):
 
 def pools(bundled, target=2048, **content):
     return make_pools(
-        bundled, make_recipe({"target": "8x", **content}), target, trained=min(target, 256)
+        bundled.tokenizer,
+        make_recipe({"target": "8x", **content}),
+        target,
+        trained=min(target, 256),
     )
 
 

@@ -36,7 +36,6 @@ from longrope.report.page import write_page
 from longrope.rope.rescale import Rescale
 from longrope.rope.switch import Pair
 from longrope.search.problem import (
-    MARGIN,
     Problem,
     first_search,
     multiplied,
@@ -174,8 +173,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
         loaded.tokenizer,
         stage.length,
         stage.steps * tuning.batch,
-        # Distances near the reach are the rarest in training, so it lies beyond the target.
-        reach=round(MARGIN * run.plan.target) if settles else 0,
+        reach=round(tuning.settle_reach * run.plan.target) if settles else 0,
         seed=seed + settles,  # other pieces than fine-tuning's
         passkey_share=tuning.passkey_share,
         answer_share=tuning.answer_share,

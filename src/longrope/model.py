@@ -92,8 +92,8 @@ def load_model(
     check(facts)
     where = find_device("--device", device)
     options: dict[str, Any] = {"dtype": _dtype(dtype), "use_safetensors": True}
+    tokenizer = load_tokenizer(source, trust_remote_code)
     with quiet():
-        tokenizer = read_pretrained(AutoTokenizer, source, trust_remote_code)
         if facts.existing_scaling and existing_scaling == "replace":
             config = read_pretrained(AutoConfig, source, trust_remote_code)
             site = find_rotary(skeleton(source, config, trust_remote_code)[0])
@@ -109,6 +109,16 @@ def load_model(
     if reason is not None:
         raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {reason}")
     return LoadedModel(model, tokenizer, facts, offload is not None, team or Team())
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """A model's tokenizer alone.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with quiet():
+        return read_pretrained(AutoTokenizer, source, trust_remote_code)
 
 
 def find_device(option: str, name: str | None) -> torch.device:

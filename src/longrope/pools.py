@@ -2,8 +2,8 @@
 
 import dataclasses
 import random
+from typing import Any
 
-from longrope.model import LoadedModel
 from longrope.recipe import Recipe
 from longrope.windows import (
     TokenDocument,
@@ -44,17 +44,17 @@ class Pools:
         return joined(self.evaluation, length, self.bos, self.eos)[:count]
 
 
-def make_pools(loaded: LoadedModel, recipe: Recipe, target: int, trained: int | None) -> Pools:
+def make_pools(tokenizer: Any, recipe: Recipe, target: int, trained: int | None) -> Pools:
     """Read the documents and share them out, by chance and by their texts, not their order.
 
     Raises:
         ValueError: too few documents, or none long enough for the target even when joined;
             says how many tokens there are and how many are needed.
     """
-    documents = load_documents(loaded, recipe.data, field=recipe.field, held_out=False)
+    documents = load_documents(tokenizer, recipe.data, field=recipe.field, held_out=False)
     if recipe.evaluation_data or not recipe.data:
         evaluation = load_documents(
-            loaded, recipe.evaluation_data, field=recipe.field, held_out=True
+            tokenizer, recipe.evaluation_data, field=recipe.field, held_out=True
         )
         documents = unseen(documents, [h for document in evaluation for h in document.sha256])
     else:
@@ -80,7 +80,7 @@ def make_pools(loaded: LoadedModel, recipe: Recipe, target: int, trained: int | 
             f"too few tokens are left to train on: {left:,} of {total:,}, and one piece needs "
             f"{trained:,}; the other documents are for search and evaluation; give more with --data"
         )
-    bos, eos = bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id
+    bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
     return Pools(tuple(search), tuple(remaining), tuple(evaluation), bos, eos)
 
 

@@ -1,5 +1,7 @@
 """What is refused before an extension begins, because it would fail after hours."""
 
+from collections.abc import Sequence
+
 from longrope.cost import check_memory
 from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import benchmark_options
@@ -41,12 +43,22 @@ def preflight(run: Run) -> None:
     if recipe.evaluate.benchmarks:
         asked = benchmark_options(run)
         asked.check(run.facts)
-        asked.require_data(run.original().tokenizer, plan.original)
+        asked.require_data(run.tokenizer, plan.original)
     check_memory([stage for stage in todo if stage.memory])
+    check_text(run, todo)
     run.keep_pools()
-    for stage in todo:
-        if field := _asks(recipe, stage):
-            require_room(field, run.original().tokenizer, stage.length)
+
+
+def check_text(run: Run, stages: Sequence[Stage]) -> None:
+    """Refuse too little text, or lengths that do not hold the pass keys asked for.
+
+    Raises:
+        ValueError: says how many tokens there are and how many are needed.
+    """
+    assert run.pools
+    for stage in stages:
+        if field := _asks(run.recipe, stage):
+            require_room(field, run.tokenizer, stage.length)
 
 
 def _asks(recipe: Recipe, stage: Stage) -> str:

@@ -74,7 +74,8 @@ class Finetune(FinetuneSettings):
     ``through`` the model is trained at that length first, for ``through_steps`` (the paper
     goes to 256k by way of 128k). After the second search ``settle_steps`` more are under the
     target's factors, on pieces of ``settle_length`` (by default ``length``) whose positions jump
-    as far as 1.25 times the target (ours: the paper stops at the search).
+    as far as ``settle_reach`` times the target: beyond it, since distances near the reach are the
+    rarest in training (ours: the paper stops at the search).
     """
 
     enabled: bool | None = None
@@ -83,6 +84,7 @@ class Finetune(FinetuneSettings):
     through_steps: _Positive = 400
     settle_steps: _Count = 0
     settle_length: str | None = None
+    settle_reach: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.25
 
 
 class Recovery(Search):

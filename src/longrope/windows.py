@@ -16,7 +16,6 @@ import numpy as np
 from longrope.data import Document, library_documents, read_documents
 from longrope.facts import ModelFacts
 from longrope.files import write_atomically
-from longrope.model import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
 
 
 def load_documents(
-    loaded: LoadedModel,
+    tokenizer: Any,
     data: Sequence[str],
     *,
     field: str = "text",
@@ -80,7 +79,7 @@ def load_documents(
     Of the library, ``held_out`` chooses the packages that the bundled model never saw.
     """
     documents = read_documents(data, field) if data else library_documents(held_out)
-    return tokenize(documents, loaded.tokenizer)
+    return tokenize(documents, tokenizer)
 
 
 def _load_ids(file: Path) -> np.ndarray | None:

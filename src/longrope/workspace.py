@@ -11,7 +11,7 @@ import yaml
 
 from longrope.facts import Existing, ModelFacts
 from longrope.files import write_atomically
-from longrope.model import LoadedModel, load_model
+from longrope.model import LoadedModel, load_model, load_tokenizer
 from longrope.parallel import Ranks, local_device
 from longrope.plan import ContextPlan
 from longrope.pools import Pools, make_pools
@@ -179,8 +179,12 @@ class Run:
     @functools.cached_property
     def pools(self) -> Pools:
         """The documents, shared out."""
-        loaded = self._loaded[1] if self._loaded else self.original()
-        return make_pools(loaded, self.recipe, self.plan.target, self.plan.trained)
+        return make_pools(self.tokenizer, self.recipe, self.plan.target, self.plan.trained)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's, which needs none of its weights."""
+        return load_tokenizer(self.recipe.model, self.recipe.trust_remote_code)
 
     def attention_factor(self, length: int) -> float:
         """The recipe's, or √(1 + ln s / ln L) for a length; the target's is what is exported."""

@@ -40,7 +40,7 @@ model, data, out, changes = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.lo
 settings = FinetuneSettings(**changes)
 with ranks() as these:
     loaded = load_model(model, dtype="float32")
-    documents = load_documents(loaded, [data], held_out=False)
+    documents = load_documents(loaded.tokenizer, [data], held_out=False)
     windows = {"short": 2, "short_length": 64} if settings.distill else {}
     pieces = Pieces(documents, loaded.tokenizer, 128, settings.steps * settings.batch, **windows)
     short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
@@ -52,7 +52,7 @@ with ranks() as these:
 
 def train(checkpoint, texts, out, settings=FAST, **changes):
     loaded = load_model(str(checkpoint), dtype="float32")
-    documents = load_documents(loaded, [str(texts)], held_out=False)
+    documents = load_documents(loaded.tokenizer, [str(texts)], held_out=False)
     windows = {"short": 2, "short_length": 64} if settings.distill else {}
     pieces = Pieces(documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch, **windows)
     rescale = loaded.facts.rescale("yarn", 256)

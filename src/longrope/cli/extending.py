@@ -1,8 +1,9 @@
 """The verbs that extend a model, and try the result."""
 
 import json
+import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +18,11 @@ from longrope.cli.options import (
     TrustRemoteCode,
 )
 from longrope.cli.tables import console, print_json
+
+if TYPE_CHECKING:
+    from longrope.workspace import Run
+
+log = logging.getLogger(__name__)
 
 
 @app.command()
@@ -81,6 +87,7 @@ def extend(
             if json_:
                 print_json(estimated.to_json())
             estimated.check()
+            _count_text(run)
             return
         page = run_extension(chosen, directory, these)
     if not these.first:
@@ -94,6 +101,18 @@ def extend(
     for line in headline(results):
         console.print(f"- {line}", highlight=False, soft_wrap=True)
     console.print(str(page), soft_wrap=True)
+
+
+def _count_text(run: "Run") -> None:
+    """Refuse too little text; a model that is only a config so far has no tokens to count."""
+    from longrope.preflight import check_text
+
+    try:
+        run.tokenizer  # noqa: B018
+    except ValueError as error:
+        log.warning("the text was not counted: %s", error)
+    else:
+        check_text(run, run.plan.stages)
 
 
 @app.command()

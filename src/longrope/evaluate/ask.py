@@ -68,7 +68,9 @@ def ask(
     tokenizer = loaded.tokenizer
     lines = []
     if options.kind == "needle":
-        documents = load_documents(loaded, options.data, field=options.field, held_out=True)
+        documents = load_documents(
+            loaded.tokenizer, options.data, field=options.field, held_out=True
+        )
         lines = haystack_lines(documents, tokenizer)
 
     def make(length: int, depth: float, rng: Any) -> Prompt:

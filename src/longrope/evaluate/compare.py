@@ -196,7 +196,7 @@ def run_comparison(
     facts = loaded.facts
     lengths, target = options.resolve(facts)
     entries = entries or options.entries(facts)
-    documents = load_documents(loaded, options.data, field=options.field, held_out=True)
+    documents = load_documents(loaded.tokenizer, options.data, field=options.field, held_out=True)
     documents = _held_out(documents, options.methods, exclude_searched)
     if options.pack:
         documents = [pack(documents, bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id)]

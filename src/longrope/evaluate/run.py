@@ -45,7 +45,7 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     lengths = evaluation_lengths(recipe, plan.original, plan.target)
     ranks, file = run.ranks, run.directory(stage.name) / "cells.jsonl"
     cells = Kept(file, rank=ranks.rank)
-    shortest = question_tokens(run.original().tokenizer, recipe.evaluate.digits)
+    shortest = question_tokens(run.tokenizer, recipe.evaluate.digits)
     wanted = list(_wanted(run, lengths, shortest))
     missing = ranks.broadcast([i for i, cell in enumerate(wanted) if cell.key not in cells])
     # By model; then the longest first, so that processes end together, or alone the shortest.

@@ -157,7 +157,7 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
         upper=options.upper,
     )
     bos, seed = bos_token(loaded.tokenizer), options.how.seed
-    documents = load_documents(loaded, options.data, field=options.field, held_out=False)
+    documents = load_documents(loaded.tokenizer, options.data, field=options.field, held_out=False)
     if options.pack:
         documents = half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
