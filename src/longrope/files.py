@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:
@@ -56,7 +58,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
+    # A full disk is an OSError to Python, another thing to safetensors.
+    except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -166,8 +169,9 @@ def only_process(directory: Path) -> Iterator[None]:
         yield
 
 
-def _cannot_write(path: Path, error: OSError) -> ValueError:
+def _cannot_write(path: Path, error: Exception) -> ValueError:
+    why = getattr(error, "strerror", None) or str(error)
     return ValueError(
-        f"{path}: cannot be written ({error.strerror}); free space there or give another "
+        f"{path}: cannot be written ({why}); free space there or give another "
         "directory, then run the same command again: what was finished is kept"
     )

@@ -169,6 +169,26 @@ def local_device(name: str | None) -> str | None:
     return name
 
 
+def of_a_lost_rank(error: Exception) -> bool:
+    """Whether another process's end is what an error, of anything that computes, tells of."""
+    return isinstance(error, RankLost | dist.DistError) or "gloo" in str(error)
+
+
+@contextlib.contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Around what talks to the other processes on its own, as a training does.
+
+    Raises:
+        RankLost: a process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RankLost) or not of_a_lost_rank(error):
+            raise
+        raise RankLost(f"{_LOST} ({str(error).splitlines()[0]})") from None
+
+
 @contextlib.contextmanager
 def _losses_named() -> Iterator[None]:
     try:

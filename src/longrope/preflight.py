@@ -9,7 +9,7 @@ from longrope.model import find_device
 from longrope.recipe import Recipe
 from longrope.search.stage import require_slopes
 from longrope.stages import Stage
-from longrope.train.finetune import require_peft
+from longrope.train.finetune import require_lora
 from longrope.workspace import Run
 
 
@@ -39,7 +39,7 @@ def preflight(run: Run) -> None:
     if any(stage.kind == "finetune" for stage in todo):
         recipe.finetune.accumulation(run.ranks.size)
         if recipe.finetune.lora is not None:
-            require_peft(recipe.finetune.lora)
+            require_lora(recipe.finetune.lora)
     if recipe.evaluate.benchmarks:
         asked = benchmark_options(run)
         asked.check(run.facts)

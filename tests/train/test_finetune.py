@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+import longrope.train.finetune as finetune_module
 from longrope.model import load_model
 from longrope.parallel import Ranks
 from longrope.rope.install import installed
@@ -29,6 +31,7 @@ TAUGHT = FAST.model_copy(update={"distill": True})
 
 PROGRAM = """
 import sys, json
+import longrope.train.finetune as finetune_module
 from longrope.model import load_model
 from longrope.parallel import ranks
 from longrope.train.finetune import finetune
@@ -47,6 +50,36 @@ with ranks() as these:
     teacher = load_model(model) if settings.distill else None
     rescale = loaded.facts.rescale("yarn", 256)
     finetune(loaded, rescale, short, pieces, settings, out, these, teacher=teacher)
+"""
+
+# accelerate leaves its FSDP configuration aside on CPUs, without a word: made to shard here too.
+SHARDED = """
+import accelerate.state as state
+began = state.AcceleratorState.__init__
+def begin(self, *given, fsdp_plugin=None, **named):
+    began(self, *given, fsdp_plugin=fsdp_plugin, **named)
+    self.fsdp_plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)
+    if self.fsdp_plugin is not None:
+        self.distributed_type = state.DistributedType.FSDP
+state.AcceleratorState.__init__ = begin
+import longrope.train.finetune as module
+from torch.distributed.tensor import DTensor
+unwrapped = module._unwrapped
+def shards(trainer):
+    assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
+    return unwrapped(trainer)
+module._unwrapped = shards
+"""
+
+DYING = """
+import os, signal
+from longrope.train.pieces import Pieces
+asked = Pieces.__getitem__
+def dying(self, number):
+    if os.environ["RANK"] == "1" and number > 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return asked(self, number)
+Pieces.__getitem__ = dying
 """
 
 
@@ -114,11 +147,16 @@ def test_leaves_a_plain_checkpoint(trained, checkpoints):
     assert loaded.tokenizer("import os")["input_ids"][0] == 0
 
 
-@pytest.mark.parametrize("fail_at", [0, 3, 8])
+@pytest.mark.parametrize(("fail_at", "lora"), [(0, None), (3, None), (8, None), (8, 2)])
 def test_an_interrupted_training_ends_as_if_it_was_not(
-    trained, checkpoints, texts, tmp_path, monkeypatch, fail_at
+    trained, checkpoints, texts, tmp_path, monkeypatch, fail_at, lora
 ):
-    asked = Pieces.__getitem__
+    settings = FAST.model_copy(update={"lora": lora})
+    whole, expected, _ = trained
+    if lora:
+        whole = tmp_path / "whole"
+        expected, *_ = train(checkpoints("llama"), texts, whole, settings)
+    out, asked = tmp_path / "out", Pieces.__getitem__
 
     def failing(self, number):
         if number == fail_at:
@@ -128,12 +166,11 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
     with monkeypatch.context() as patched:
         patched.setattr(Pieces, "__getitem__", failing)
         with pytest.raises(KeyboardInterrupt):
-            train(checkpoints("llama"), texts, tmp_path)
-    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
-    out, expected, _ = trained
+            train(checkpoints("llama"), texts, out, settings)
+    lines, _, _ = train(checkpoints("llama"), texts, out, settings)
     assert lines == expected
-    for name, weight in weights(out).items():
-        assert torch.equal(weight, weights(tmp_path)[name]), name
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(out)[name]), name
 
 
 def test_killed_after_the_model_was_written_it_is_not_trained_again(
@@ -186,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stands(
     ids=["python", "torch", "safetensors"],
 )
 def test_a_full_disk_is_one_line_and_the_checkpoint_stands(
-    checkpoints, texts, tmp_path, monkeypatch, error
+    checkpoints, texts, tmp_path, monkeypatch, trained, error
 ):
     from transformers import Trainer
 
@@ -201,6 +238,52 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stands(
     with pytest.raises(ValueError, match=r"No space left on device.*last whole checkpoint"):
         train(checkpoints("llama"), texts, tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()
+    monkeypatch.undo()
+    lines, *_ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_last_steps_at_most(
+    checkpoints, texts, tmp_path, monkeypatch, trained
+):
+    from transformers import PreTrainedModel
+
+    saved = PreTrainedModel.save_pretrained
+
+    def full(self, directory, *args, **kwargs):
+        if "checkpoint-" in str(directory):
+            return saved(self, directory, *args, **kwargs)
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(ValueError, match=r"model: cannot be written \(Error while.*No space left"):
+        train(checkpoints("llama"), texts, tmp_path)
+    assert not (tmp_path / "model").exists()
+    monkeypatch.undo()
+    lines, *_ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+    for name, weight in weights(trained[0]).items():
+        assert torch.equal(weight, weights(tmp_path)[name]), name
+
+
+def test_a_process_that_dies_ends_the_training_and_one_goes_on(
+    checkpoints, texts, tmp_path, trained
+):
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(DYING + PROGRAM)
+    command = (
+        *("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program),
+        *(checkpoints("llama"), texts, out, json.dumps(FAST.model_dump())),
+    )
+    done = launched(*command, code=1)
+    assert "another process of this run died" in done.stderr
+    assert "cannot be written" not in done.stderr
+    whole = [c.parent.name for c in (out / "checkpoints").glob("*/complete.json")]
+    assert whole == ["checkpoint-2"]
+    program.write_text(PROGRAM)
+    launched(*command)
+    lines = [json.loads(line)["loss"] for line in (out / "loss.jsonl").read_text().splitlines()]
+    assert lines == pytest.approx([line["loss"] for line in trained[1]], abs=2e-3)
 
 
 def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monkeypatch):
@@ -230,7 +313,7 @@ def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monk
     assert not (tmp_path / "owned").exists()
 
 
-def launched(*command, **environment):
+def launched(*command, code=0, **environment):
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -238,7 +321,8 @@ def launched(*command, **environment):
         timeout=100,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +340,7 @@ def test_two_processes_train_as_one(
     one = taught if distill else trained
     changes = (TAUGHT if distill else FAST).model_dump()
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(SHARDED + PROGRAM if sharded else PROGRAM)
     environment = {}
     if sharded:
         environment = {
@@ -306,3 +390,34 @@ def test_lora_trains_embeddings_and_norms_too_and_leaves_a_plain_checkpoint(
     update = after["model.layers.1.self_attn.q_proj.weight"].double()
     update -= before["model.layers.1.self_attn.q_proj.weight"].double()
     assert torch.linalg.matrix_rank(update, atol=1e-5) <= 2
+
+
+def test_lora_on_a_tied_model_leaves_what_was_trained(texts, tmp_path, monkeypatch):
+    """The bundled model's embeddings are its head too: trained apart, one would be lost."""
+    trained_loss = {}
+
+    def keep(model, state, loaded, path):
+        ids = torch.arange(100, 160)[None]
+        with torch.no_grad():
+            trained_loss["at"] = model.eval()(input_ids=ids).logits
+        return saved(model, state, loaded, path)
+
+    saved = finetune_module._save
+    monkeypatch.setattr(finetune_module, "_save", keep)
+    settings = FAST.model_copy(update={"lora": 2, "steps": 3, "learning_rate": 1e-2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train("bundled", texts, tmp_path, settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert model.config.tie_word_embeddings
+    before = load_model("bundled", dtype="float32").model.state_dict()
+    assert not torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(100, 160)[None]).logits
+    torch.testing.assert_close(logits, trained_loss["at"], atol=1e-4, rtol=1e-4)
+
+
+def test_lora_on_a_sharded_model_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"finetune.lora is 8 and ACCELERATE_USE_FSDP is true"):
+        finetune_module.require_lora(8)

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from longrope.files import append_line, read_lines, whole_directory, write_atomically
 from longrope.model import LoadedModel
-from longrope.parallel import Ranks
+from longrope.parallel import Ranks, lost_ranks_named, of_a_lost_rank
 from longrope.progress import Advance, duration, progress
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
@@ -55,6 +55,7 @@ def finetune(
 
     Raises:
         ValueError: the loss is not finite, the disk is full, or a batch that does not divide.
+        RankLost: another process died; what was trained up to the last checkpoint stands.
     """
     work = out / "checkpoints"
     if (out / "model").exists():  # whole, since it is renamed into place: only tidying was left
@@ -78,6 +79,7 @@ def finetune(
         installed(loaded.model, rescale, always=pieces.reach > 0),  # it is asked for places
         chunked_loss(model, short, teacher=teacher and teacher.model),
         progress("fine-tune", settings.steps, show=ranks.first) as advance,
+        lost_ranks_named(),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", module="(accelerate|torch)\\.")
@@ -165,6 +167,8 @@ class _Trainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
         # A full disk is an OSError to Python, other things to torch and to safetensors.
         except (OSError, RuntimeError, SafetensorError) as error:
+            if of_a_lost_rank(error):
+                raise
             raise ValueError(
                 f"{self.args.output_dir}: cannot be written ({str(error).splitlines()[0]}); free "
                 "space there, then run the same command again: it goes on from the last whole "
@@ -236,19 +240,24 @@ def _last_whole(work: Path) -> Path | None:
     return max(whole, key=lambda d: int(d.name.rpartition("-")[2]), default=None)
 
 
-def require_peft(rank: int) -> None:
-    """Refuse LoRA where its library is missing.
+def require_lora(rank: int) -> None:
+    """Refuse LoRA where its library is missing, or the model is to be sharded.
 
     Raises:
-        ValueError: names the extra that brings it.
+        ValueError: names the extra that brings it, or what to train instead.
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"finetune.lora {rank} needs: pip install 'longrope[lora]'")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            f"finetune.lora is {rank} and ACCELERATE_USE_FSDP is true: adapters are not merged "
+            "into a sharded model; start the processes without FSDP, or make finetune.lora null"
+        )
 
 
 def _with_lora(model: Any, rank: int) -> Any:
     """LoRA on every linear layer, and embeddings and norms in full, as LongLoRA found needed."""
-    require_peft(rank)
+    require_lora(rank)
     from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
 
     whole = {
@@ -261,6 +270,8 @@ def _with_lora(model: Any, rank: int) -> Any:
         lora_alpha=2 * rank,
         target_modules="all-linear",
         modules_to_save=sorted(whole),
+        # Where the embeddings are the head too, they stay one.
+        ensure_weight_tying=bool(model.config.get_text_config().tie_word_embeddings),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
