@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,10 +110,17 @@ def test_leaves_what_other_programs_read(finished):
             row = rows[method, length]
             assert row["perplexity"] > 1
             assert row["tokens"] == rows["none", 64]["tokens"]
+            assert row["standard_error"] is None  # of one document
     short = [64, 128][: found["recovery_length"] // 64]
     assert [row["length"] for row in found["recovery"]] == short
     assert {stage["name"] for stage in found["stages"]} == set(STAGES[:-2])
     assert all(stage["seconds"] >= 0 for stage in found["stages"])
+    work = {stage["name"]: stage["forwards"] for stage in found["stages"]}
+    assert all(work[name] > 0 for name in STAGES[:6])
+    assert [stage["name"] for stage in found["plan"]] == STAGES
+    plan = (out / "report.md").read_text().partition("## Plan and cost")[2]
+    for stage in found["plan"][:6]:
+        assert f"| {stage['name']} | {stage['length']:,} | {stage['tokens']:,} |" in plan
     assert yaml.safe_load((out / "recipe.yaml").read_text())["finetune"]["steps"] == 6
     assert done.stdout.strip().endswith("report.html")
     assert "perplexity at 1,024 tokens" in done.stdout
@@ -190,6 +200,40 @@ def test_the_checkpoint_computes_what_was_measured(finished):
         torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
+def test_the_readme_goes_on_from_a_run(finished, tmp_path):
+    """Its command that generates, and its code that loads the result."""
+    out, _ = finished
+    readme = (
+        (Path(__file__).parents[1] / "README.md").read_text().replace("runs/bundled-64x", str(out))
+    )
+    (line,) = [line for line in readme.splitlines() if line.startswith("longrope generate")]
+    (tmp_path / "long.py").write_text("import os\n" * 60)
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if str(out) in c]
+    module = ["-m", *shlex.split(line), "--max-new-tokens", "5"]
+    for asked in (module, ["-c", code]):
+        done = subprocess.run(
+            [sys.executable, *asked], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+    assert done.stdout.startswith("<|bos|>import os")
+
+
+def test_a_free_attention_factor_is_our_own_runtimes(finished, tmp_path):
+    from longrope.generate import load_extended
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    short = Rescale.load(out / "short.json")
+    provenance = {**short.provenance, "free_attention_factor": 1.03125}
+    short.replace(provenance=provenance).save(out / "short.json")
+    _, pair = load_extended(str(out))
+    assert pair.short == short.replace(attention_factor=1.03125, provenance=provenance)
+    assert pair.long == Rescale.load(out / "rescale.json")
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert config["rope_parameters"]["attention_factor"] == pair.long.attention_factor
+
+
 def test_run_again_it_computes_nothing(finished, arguments):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json*")}
@@ -211,7 +255,7 @@ def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
         ("evaluate/cells.jsonl", 5),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = 0
+    within = []  # the stages that had begun and were not done
     for name, lines in signs:
         process = subprocess.Popen(
             command(*arguments, "--out", out),
@@ -225,11 +269,12 @@ def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
             if process.poll() is not None:
                 break
             assert time.monotonic() < deadline, name
-            time.sleep(0.005)
-        killed += process.poll() is None
+            time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert killed >= 6  # a short stage may be over before the signal
+        within += [s for s in STAGES if (out / s).exists() and not (out / s / "done.json").exists()]
+    # A short stage may be over before the signal.
+    assert {"search", "finetune", "second-search", "settle", "evaluate"} <= set(within), within
     run(*arguments, "--out", out)
     whole, _ = finished
     assert results(out) == results(whole)
@@ -304,7 +349,7 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     """Pass keys, and what lm-eval asks of the model before, and after without and with recovery."""
     out, _ = finished
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    recipe["evaluate"]["passkey_trials"] = 2
+    recipe["evaluate"] |= {"passkey_trials": 2, "needle_trials": 1}
     recipe["evaluate"]["lengths"] = ["128", "512", "1024", "64", "256"]
     recipe["evaluate"] |= {"benchmarks": ["arc_challenge"], "benchmark_data": str(benchmark_data)}
     recipe["evaluate"] |= {"benchmark_questions": 4, "benchmark_shots": 1}
@@ -315,6 +360,11 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     assert (out / "search" / "done.json").stat().st_mtime_ns == before
     found = json.loads((out / "results.json").read_text())
     assert sum(row["trials"] for row in found["passkey"]) == 2  # at 128; 64 holds no question
+    for kind, lengths in (("passkey", {128}), ("needle", {128, 256, 512, 1024})):
+        assert {row["length"] for row in found[kind]} == lengths
+        assert all(0 <= row["correct"] <= row["trials"] for row in found[kind])
+        assert all(0 < row["depth"] < 1 for row in found[kind])
+        assert (out / "images" / f"{kind}.png").exists()
     parts = (out / "evaluate" / "parts.jsonl").read_text().splitlines()
     assert sum("passkey" in json.loads(part)["of"] for part in parts) == 2  # kept one by one
     (row,) = found["benchmarks"]

@@ -210,10 +210,19 @@ def test_every_device_has_a_teacher_of_its_own(facts):
     tuning = {"enabled": True, "short_share": 1.0, "distill": True}
     stage = plan(facts, target="8x", finetune=tuning)["finetune"]
     assert stage.replicated == 4 * facts.parameters
-    each = (stage.memory - stage.replicated) // 8 + stage.replicated + 8
-    check_memory([stage], Memory(each, 8))
+    each = (stage.memory - stage.replicated) // 2 + stage.replicated + 2
+    check_memory([stage], Memory(each, 2))
     with pytest.raises(ValueError, match=r"try finetune.distill false, finetune.lora"):
-        check_memory([stage], Memory(each - 16, 8))
+        check_memory([stage], Memory(each - 4, 2))
+
+
+def test_the_whole_model_is_on_every_device_before_it_is_shared_out(facts):
+    stage = plan(facts, target="8x", finetune={"enabled": True})["finetune"]
+    whole = 4 * facts.parameters
+    assert stage.memory < 64 * whole
+    check_memory([stage], Memory(whole, 64))
+    with pytest.raises(ValueError, match=r"finetune starts with the whole model on every device"):
+        check_memory([stage], Memory(whole - 1, 64))
 
 
 def test_the_estimate_has_a_time_for_every_stage_that_computes(facts):

@@ -145,6 +145,9 @@ def test_the_command_line_goes_before_the_file(tmp_path):
     recipe = resolve_recipe("bundled", None, target="16x", seed=3, finetune=False)
     assert (recipe.target, recipe.seed, recipe.finetune.enabled) == ("16x", 3, False)
     assert resolve_recipe(None, "some/model", target="8x").finetune.learning_rate == 2e-5
+    assert resolve_recipe("bundled", None, lora=8).finetune.lora == 8
+    with pytest.raises(ValueError, match=r"finetune\.lora is 0"):
+        resolve_recipe("bundled", None, lora=0)
     with pytest.raises(ValueError, match="--target is missing"):
         resolve_recipe(None, "some/model")
 

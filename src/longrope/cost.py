@@ -96,6 +96,13 @@ def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
     """
     memory = memory or available()
     for stage in stages:
+        if memory.devices > 1 and stage.unshared > memory.each:
+            raise ValueError(
+                f"{stage.name} starts with the whole model on every device, "
+                f"{gigabytes(stage.unshared)} before FSDP shares it out, and "
+                f"{gigabytes(memory.each)} are free on each; try finetune.precision pure-bf16, or "
+                "larger GPUs"
+            )
         free = memory.of(stage)
         if stage.memory > free:
             helps = "hidden_device cpu, offload weights, a smaller --target, or a larger machine"

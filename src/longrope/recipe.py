@@ -220,7 +220,12 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
 
 
 def resolve_recipe(
-    source: str | None, model: str | None, *, finetune: bool | None = None, **changes: Any
+    source: str | None,
+    model: str | None,
+    *,
+    finetune: bool | None = None,
+    lora: int | None = None,
+    **changes: Any,
 ) -> Recipe:
     """The recipe that the command line asks for: a file's, the bundled one, or the defaults.
 
@@ -238,10 +243,9 @@ def resolve_recipe(
         raise ValueError("--target is missing; give the tokens to reach, such as 8x or 128k")
     else:
         recipe = make_recipe(changes)
-    if finetune is not None:
-        tuning = recipe.finetune.model_copy(update={"enabled": finetune})
-        recipe = recipe.model_copy(update={"finetune": tuning})
-    return recipe
+    given = {"enabled": finetune, "lora": lora}
+    given = {name: value for name, value in given.items() if value is not None}
+    return make_recipe(recipe.model_dump() | {"finetune": recipe.finetune.model_dump() | given})
 
 
 def make_recipe(content: dict[str, Any]) -> Recipe:

@@ -14,7 +14,7 @@ class Stage:
 
     ``tokens`` go through the model in all, in windows of ``length``; ``linear`` and
     ``attention`` are FLOPs; ``memory`` bytes at the peak, of which ``replicated`` are on every
-    device whatever is shared out over them.
+    device whatever is shared out over them, and ``unshared`` before anything is.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Stage:
     memory: int = 0
     steps: int = 0
     replicated: int = 0
+    unshared: int = 0
 
 
 class Costs:
@@ -84,6 +85,7 @@ class Costs:
             self._training_memory(length + short, taught) + teacher,
             steps,
             teacher,
+            self.facts.parameters * self._master + teacher,
         )
 
     def choice(self, recovery: Stage) -> Stage:
@@ -153,6 +155,11 @@ class Costs:
         both = 2 * facts.kv_heads * facts.head_dim
         return int(graph) + length * ((inputs + 2 * both) * self.size + 4 * both)
 
+    @property
+    def _master(self) -> int:
+        """Bytes of a weight while it is trained."""
+        return 2 if self.recipe.finetune.precision == "pure-bf16" else 4
+
     def _training_memory(self, tokens: int, taught: bool) -> int:
         """Weights, gradients and Adam's two moments, and what the backward pass keeps.
 
@@ -160,11 +167,10 @@ class Costs:
         a piece's and its short windows'. What is ``taught`` is probabilities beside logits.
         """
         facts, tuning = self.facts, self.recipe.finetune
-        master = 2 if tuning.precision == "pure-bf16" else 4
         half = 4 if tuning.precision == "float32" else 2
-        states = facts.parameters * master * 4
+        states = facts.parameters * self._master * 4
         if tuning.lora is not None:
-            states = facts.parameters * master + facts.vocabulary * facts.hidden_size * 32
+            states = facts.parameters * self._master + facts.vocabulary * facts.hidden_size * 32
         kept = facts.layers * facts.hidden_size
         layer = 24 * facts.hidden_size
         if not tuning.gradient_checkpointing:

@@ -42,6 +42,9 @@ def extend(
     finetune: Annotated[
         bool | None, typer.Option(help="Train, or not, whatever the target needs.")
     ] = None,
+    lora: Annotated[
+        int | None, typer.Option(help="Train by LoRA of this rank, embeddings and norms in full.")
+    ] = None,
     start_tokens: Annotated[
         int | None,
         typer.Option(help="First tokens left unscaled (n̂); no engine but ours applies them."),
@@ -74,6 +77,7 @@ def extend(
         seed=seed,
         device=device,
         finetune=finetune,
+        lora=lora,
     )
     directory = out or Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
     with ranks(sequence_parallel) as these:

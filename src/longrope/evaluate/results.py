@@ -59,6 +59,11 @@ def run_results(run: Run, measured: Measured) -> dict[str, Any]:
         "needle": _answers(measured, "needle"),
         "recovery": _recovery(perplexity),
         "benchmarks": _benchmarks(measured),
+        "plan": [
+            {"name": stage.name, "length": stage.length, "tokens": stage.tokens}
+            | {"flops": stage.linear + stage.attention, "memory": stage.memory}
+            for stage in plan.stages
+        ],
         "stages": [
             {"name": stage.name} | {k: record.get(k, 0) for k in ("seconds", "forwards", "tokens")}
             for stage in plan.stages

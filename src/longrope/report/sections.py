@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
+from longrope.cost import gigabytes
 from longrope.evaluate.results import RESULT
 from longrope.evaluate.retrieval import totals, wilson
 from longrope.files import read_lines
@@ -88,7 +89,7 @@ def all_sections(directory: Path, results: dict[str, Any]) -> list[Section]:
         _recovery(directory, results),
         _factors(directory),
         _training(directory),
-        _cost(results),
+        _plan(directory, results),
         _reproduce(directory, results),
     ]
     return [section for section in sections if section]
@@ -225,18 +226,33 @@ def _training(directory: Path) -> Section | None:
     return Section("Searches and training", figures=pictures) if pictures else None
 
 
-def _cost(results: dict[str, Any]) -> Section:
-    rows = [
-        [
-            stage["name"],
-            duration(stage["seconds"]),
-            f"{stage['forwards']:,}",
-            f"{stage['tokens']:,}",
-        ]
-        for stage in results["stages"]
+def _plan(directory: Path, results: dict[str, Any]) -> Section:
+    taken = {stage["name"]: stage for stage in results["stages"]}
+    evaluated = directory / "evaluate" / "done.json"  # after the results were written
+    if evaluated.exists():
+        taken["evaluate"] = json.loads(evaluated.read_text(encoding="utf-8"))
+    rows = []
+    for stage in results.get("plan", results["stages"]):  # a run of an earlier version has none
+        found = taken.get(stage["name"])
+        rows.append(
+            [
+                stage["name"],
+                f"{stage.get('length', 0):,}",
+                f"{stage['tokens']:,}",
+                f"{stage.get('flops', 0):.2g}",
+                gigabytes(stage.get("memory", 0)),
+                duration(found["seconds"]) if found else "",
+                f"{found['forwards']:,}" if found else "",
+                f"{found['tokens']:,}" if found else "",
+            ]
+        )
+    header = ["stage", "length", "tokens", "FLOPs", "memory"]
+    header += ["time taken", "forwards", "tokens taken"]
+    text = [
+        "As it was planned before anything ran, and what it took. Of a stage that was "
+        "interrupted, the time since its last start."
     ]
-    text = ["Of a stage that was interrupted, the time since its last start."]
-    return Section("Cost", text, tables=[Table(["stage", "time", "forwards", "tokens"], rows)])
+    return Section("Plan and cost", text, tables=[Table(header, rows)])
 
 
 def _reproduce(directory: Path, results: dict[str, Any]) -> Section:
