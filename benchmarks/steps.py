@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--methods", default="pi,ntk,yarn")
+    parser.add_argument("--from", type=int, default=0, dest="at_least", help="Shortest length.")
     parser.add_argument("--up-to", type=int, help="The longest length; by default the target.")
     parser.add_argument("--passkeys", type=int, default=0, help="Asked at each length.")
     parser.add_argument("--passkeys-up-to", type=int, default=16384)
@@ -51,7 +52,7 @@ def main() -> None:
         parser.error("--settled needs a run that settles, and a second search's methods")
     model = functools.cache(lambda method: extended(run, method, args.settled, args.dtype))
     lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
-    lengths = [n for n in lengths if n <= (args.up_to or run.plan.target)]
+    lengths = [n for n in lengths if args.at_least <= n <= (args.up_to or run.plan.target)]
     methods = args.methods.split(",")
     asked = [n for n in lengths if args.passkeys and n <= args.passkeys_up_to]
     kept = Kept(args.run / "steps.jsonl")
