@@ -74,6 +74,17 @@ def run(*arguments, code=0):
     return done
 
 
+def evaluated(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "longrope", "evaluate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(scope="module")
 def arguments(checkpoints, texts, tmp_path_factory):
     """Model, recipe and data of every run here."""
@@ -372,6 +383,14 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     assert row["difference"] == pytest.approx(row["with"] - row["original"])
     assert 0 <= row["without"] <= 1
     assert "| arc_challenge | 4 |" in (out / "report.md").read_text()
+    # What the other verb asks of a run: the same questions, of the same two models.
+    asked = ["--benchmarks", "arc_challenge", "--benchmark-data", benchmark_data, "--json"]
+    (again,) = evaluated(out, *asked, "--questions", 4, "--shots", 1)["benchmarks"]
+    assert (again["task"], again["questions"]) == ("arc_challenge", 4)
+    assert again["original"] == row["original"]
+    keys = evaluated(out, "--passkey", "--lengths", "128", "--trials", 2, "--json")["passkey"]
+    own = [(r["correct"], r["trials"]) for r in found["passkey"] if r["length"] == 128]
+    assert [(r["correct"], r["trials"]) for r in keys] == own
     recipe["evaluate"]["benchmark_data"] = "nowhere"
     file.write_text(yaml.safe_dump(recipe))
     before = (out / "recipe.yaml").read_text()

@@ -49,6 +49,10 @@ def results():
             | {"with": 0.39, "difference": -0.01, "low": -0.03, "high": 0.01}
         ],
         "stages": [{"name": "search", "seconds": 61.0, "forwards": 5, "tokens": 10240}],
+        "plan": [
+            {"name": "search", "length": 2048, "tokens": 12288, "flops": 1.5e11, "memory": 3e9},
+            {"name": "report", "length": 2048, "tokens": 0, "flops": 0.0, "memory": 0},
+        ],
         "versions": {"longrope": "0.1.0"},
     }
 
@@ -77,6 +81,7 @@ def test_markdown_has_the_same_tables(run):
     assert "| none | 10.00 ± 0.50 | 25.00 ± 0.50 | 60.00 ± 0.50 | ∞ ± 0.50 |" in text
     assert "| longrope | 10/10 (72%–100%) | 8/10 (49%–94%) |" in text
     assert "| 256 | 10.00 | 11.00 | 10.10 | +1.0% |" in text
+    assert "| search | 2,048 | 12,288 | 1.5e+11 | 3.0 GB | 61 s | 5 | 10,240 |" in text
     for name in re.findall(r"\]\((images/[^)]+)\)", text):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 

@@ -231,21 +231,17 @@ def _plan(directory: Path, results: dict[str, Any]) -> Section:
     evaluated = directory / "evaluate" / "done.json"  # after the results were written
     if evaluated.exists():
         taken["evaluate"] = json.loads(evaluated.read_text(encoding="utf-8"))
+    planned = {stage["name"]: stage for stage in results.get("plan", [])}  # not in older runs
     rows = []
-    for stage in results.get("plan", results["stages"]):  # a run of an earlier version has none
-        found = taken.get(stage["name"])
-        rows.append(
-            [
-                stage["name"],
-                f"{stage.get('length', 0):,}",
-                f"{stage['tokens']:,}",
-                f"{stage.get('flops', 0):.2g}",
-                gigabytes(stage.get("memory", 0)),
-                duration(found["seconds"]) if found else "",
-                f"{found['forwards']:,}" if found else "",
-                f"{found['tokens']:,}" if found else "",
-            ]
-        )
+    for name in planned or taken:
+        plan, found = planned.get(name), taken.get(name)
+        before, after = [""] * 4, [""] * 3
+        if plan:
+            before = [f"{plan['length']:,}", f"{plan['tokens']:,}", f"{plan['flops']:.2g}"]
+            before.append(gigabytes(plan["memory"]))
+        if found:
+            after = [duration(found["seconds"]), f"{found['forwards']:,}", f"{found['tokens']:,}"]
+        rows.append([name, *before, *after])
     header = ["stage", "length", "tokens", "FLOPs", "memory"]
     header += ["time taken", "forwards", "tokens taken"]
     text = [
