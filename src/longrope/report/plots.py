@@ -97,8 +97,9 @@ def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
             axes.axhline(math.exp(line["loss"]), **style)
     # Bad candidates and starts lie far above everything of interest.
     starts = [math.exp(line["loss"]) for line in finite if line.get("start")]
-    middle = sorted(perplexities)[len(perplexities) // 2]
-    top, low = max(middle, min(starts, default=middle)), min(best)
+    low = min(best)
+    middle = min(sorted(perplexities)[len(perplexities) // 2], 2 * low)
+    top = max(middle, min(starts, default=middle))
     axes.set_ylim(low - 0.1 * (top - low + 1e-3), top + 0.4 * (top - low + 1e-3))
     axes.set(xlabel="forwards of all windows", ylabel="perplexity of the search windows")
     axes.set_title("History of the search")
