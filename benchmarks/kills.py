@@ -1,4 +1,6 @@
-"""A run killed in the middle of every stage, the same command each time: is the result the same?
+"""A run killed in every stage that keeps something as it goes, the same command each time.
+
+Is the result the same? (What a stage writes at its end alone is there or not: nothing to kill.)
 
 longrope extend --out runs/whole
 python benchmarks/kills.py runs/whole --out runs/killed
@@ -60,7 +62,8 @@ def main() -> None:
     for name in KEPT:
         same = (args.out / name).read_bytes() == (args.whole / name).read_bytes()
         rows.append({"file": name, "same": same})
-    for log in sorted(args.whole.glob("*/loss.jsonl")):
+    logs = (*args.whole.glob("*/loss.jsonl"), *args.whole.glob("*/history.jsonl"))
+    for log in sorted(logs):
         name = log.relative_to(args.whole)
         same = (args.out / name).read_bytes() == log.read_bytes()
         rows.append({"file": str(name), "same": same})

@@ -249,7 +249,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small, tmp_path):
     ]  # fmt: skip
     done = run(*small, *options, launcher=torchrun, env=env)
     assert done.returncode != 0
-    assert "longrope: error: another process of this run died; what is computed" in done.stderr
+    assert "longrope: error: another process of this run died; what was saved" in done.stderr
     known = losses(tmp_path / "out")
     assert len(known) == 4
     options[1] = 6

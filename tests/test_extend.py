@@ -40,7 +40,7 @@ RECIPE = {
     "search": {"samples": 2, "budget": 9},
     "finetune": {
         "steps": 6,
-        "settle_steps": 4,
+        "settle_steps": 8,
         "batch": 2,
         "learning_rate": 1e-3,
         "precision": "float32",
@@ -284,7 +284,7 @@ def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         within += [s for s in STAGES if (out / s).exists() and not (out / s / "done.json").exists()]
-    # A short stage may be over before the signal.
+    # The others may be over before the signal.
     assert {"search", "finetune", "second-search", "settle", "evaluate"} <= set(within), within
     run(*arguments, "--out", out)
     whole, _ = finished
@@ -482,11 +482,14 @@ def test_dry_run_counts_the_text(arguments, tmp_path, checkpoints):
     done = run(*arguments, "--data", text, "--out", out, "--dry-run", code=2)
     assert "one window of the target needs 1,024" in done.stderr.splitlines()[-1]
     assert not out.exists()
+    # A price may be asked before there is any text, or more of the model than its config.
     bare = tmp_path / "model"
     bare.mkdir()
     shutil.copy(checkpoints("llama") / "config.json", bare)
-    done = run(bare, "--target", "2x", "--data", text, "--out", out, "--dry-run")
-    assert "the text was not counted" in done.stderr
+    done = run(bare, "--target", "2x", "--out", out, "--dry-run")
+    assert "the text is not there yet" in done.stderr
+    done = run(bare, "--target", "2x", "--out", out, "--dry-run", "--lora", 4, code=2)
+    assert "--lora is 4 and nothing is trained" in done.stderr
 
 
 def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments, tmp_path):

@@ -100,8 +100,8 @@ def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
             raise ValueError(
                 f"{stage.name} starts with the whole model on every device, "
                 f"{gigabytes(stage.unshared)} before FSDP shares it out, and "
-                f"{gigabytes(memory.each)} are free on each; try finetune.precision pure-bf16, or "
-                "larger GPUs"
+                f"{gigabytes(memory.each)} are free on each; try finetune.precision pure-bf16, "
+                "finetune.distill false, or larger GPUs"
             )
         free = memory.of(stage)
         if stage.memory > free:

@@ -60,6 +60,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     # A full disk is an OSError to Python, another thing to safetensors.
     except (OSError, SafetensorError) as error:
+        if "deserializing" in str(error):  # of what was read, not written
+            raise
         raise _cannot_write(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _LOST = (
-    "another process of this run died; what is computed is saved, and the same command goes on "
+    "another process of this run died; what was saved stands, and the same command goes on "
     "from there"
 )
 
@@ -170,8 +170,13 @@ def local_device(name: str | None) -> str | None:
 
 
 def of_a_lost_rank(error: Exception) -> bool:
-    """Whether another process's end is what an error, of anything that computes, tells of."""
-    return isinstance(error, RankLost | dist.DistError) or "gloo" in str(error)
+    """Whether another process's end is what an error, of anything that computes, tells of.
+
+    gloo has no type for it, only the file that a connection broke in; NCCL a sentence.
+    """
+    signs = ("gloo/transport", "remote process exited")
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return told or isinstance(error, RankLost)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from longrope.cost import check_memory
 from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import benchmark_options
 from longrope.model import find_device
+from longrope.pools import Pools
 from longrope.recipe import Recipe
 from longrope.search.stage import require_slopes
 from longrope.stages import Stage
@@ -45,20 +46,22 @@ def preflight(run: Run) -> None:
         asked.check(run.facts)
         asked.require_data(run.tokenizer, plan.original)
     check_memory([stage for stage in todo if stage.memory])
+    run.original()  # what cannot be extended is refused before all the text is read
     check_text(run, todo)
     run.keep_pools()
 
 
-def check_text(run: Run, stages: Sequence[Stage]) -> None:
-    """Refuse too little text, or lengths that do not hold the pass keys asked for.
+def check_text(run: Run, stages: Sequence[Stage]) -> Pools:
+    """Share the text out; refuse too little, or lengths that do not hold the pass keys asked for.
 
     Raises:
         ValueError: says how many tokens there are and how many are needed.
     """
-    assert run.pools
+    pools = run.pools
     for stage in stages:
         if field := _asks(run.recipe, stage):
             require_room(field, run.tokenizer, stage.length)
+    return pools
 
 
 def _asks(recipe: Recipe, stage: Stage) -> str:

@@ -245,6 +245,8 @@ def resolve_recipe(
         recipe = make_recipe(changes)
     given = {"enabled": finetune, "lora": lora}
     given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return recipe
     return make_recipe(recipe.model_dump() | {"finetune": recipe.finetune.model_dump() | given})
 
 

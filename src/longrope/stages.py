@@ -84,8 +84,8 @@ class Costs:
             attention + times * more[1],
             self._training_memory(length + short, taught) + teacher,
             steps,
-            teacher,
-            self.facts.parameters * self._master + teacher,
+            replicated=teacher,
+            unshared=self.facts.parameters * self._master + teacher,
         )
 
     def choice(self, recovery: Stage) -> Stage:

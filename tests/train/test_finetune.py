@@ -31,7 +31,6 @@ TAUGHT = FAST.model_copy(update={"distill": True})
 
 PROGRAM = """
 import sys, json
-import longrope.train.finetune as finetune_module
 from longrope.model import load_model
 from longrope.parallel import ranks
 from longrope.train.finetune import finetune
@@ -76,7 +75,7 @@ import os, signal
 from longrope.train.pieces import Pieces
 asked = Pieces.__getitem__
 def dying(self, number):
-    if os.environ["RANK"] == "1" and number > 5:
+    if os.environ["RANK"] == "1" and number > 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return asked(self, number)
 Pieces.__getitem__ = dying

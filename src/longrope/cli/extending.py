@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,6 @@ from longrope.cli.options import (
     TrustRemoteCode,
 )
 from longrope.cli.tables import console, print_json
-
-if TYPE_CHECKING:
-    from longrope.workspace import Run
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def extend(
     device: Device = None,
     sequence_parallel: SequenceParallel = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what each stage would cost, and stop.")
+        bool, typer.Option("--dry-run", help="Say what each stage would cost, count --data, stop.")
     ] = False,
     memory: Annotated[
         str | None, typer.Option(help="With --dry-run: plan for so many GB, such as 8x80.")
@@ -65,6 +62,7 @@ def extend(
     from longrope.extend import extend as run_extension
     from longrope.extend import open_run
     from longrope.parallel import ranks
+    from longrope.preflight import check_text
     from longrope.recipe import resolve_recipe
 
     chosen = resolve_recipe(
@@ -82,6 +80,8 @@ def extend(
     directory = out or Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
     with ranks(sequence_parallel) as these:
         run = open_run(chosen, directory, these)
+        if lora is not None and run.plan.trained is None:
+            raise ValueError(f"--lora is {lora} and nothing is trained up to 8x: give --finetune")
         estimated = estimate(run.plan, run.facts, chosen, memory if dry_run else None)
         if these.first and not json_:
             console.print(estimated.table())
@@ -91,7 +91,12 @@ def extend(
             if json_:
                 print_json(estimated.to_json())
             estimated.check()
-            _count_text(run)
+            try:
+                check_text(run, run.plan.stages)
+            except ValueError as error:
+                if chosen.data:
+                    raise
+                log.warning("the text is not there yet: %s", error)
             return
         page = run_extension(chosen, directory, these)
     if not these.first:
@@ -105,18 +110,6 @@ def extend(
     for line in headline(results):
         console.print(f"- {line}", highlight=False, soft_wrap=True)
     console.print(str(page), soft_wrap=True)
-
-
-def _count_text(run: "Run") -> None:
-    """Refuse too little text; a model that is only a config so far has no tokens to count."""
-    from longrope.preflight import check_text
-
-    try:
-        run.tokenizer  # noqa: B018
-    except ValueError as error:
-        log.warning("the text was not counted: %s", error)
-    else:
-        check_text(run, run.plan.stages)
 
 
 @app.command()

@@ -237,16 +237,17 @@ def _plan(directory: Path, results: dict[str, Any]) -> Section:
         plan, found = planned.get(name), taken.get(name)
         before, after = [""] * 4, [""] * 3
         if plan:
-            before = [f"{plan['length']:,}", f"{plan['tokens']:,}", f"{plan['flops']:.2g}"]
-            before.append(gigabytes(plan["memory"]))
+            flops, memory = plan["flops"], plan["memory"]
+            before = [f"{plan['length']:,}", f"{plan['tokens']:,}", f"{flops:.2g}" if flops else ""]
+            before.append(gigabytes(memory) if memory else "")
         if found:
             after = [duration(found["seconds"]), f"{found['forwards']:,}", f"{found['tokens']:,}"]
         rows.append([name, *before, *after])
     header = ["stage", "length", "tokens", "FLOPs", "memory"]
     header += ["time taken", "forwards", "tokens taken"]
     text = [
-        "As it was planned before anything ran, and what it took. Of a stage that was "
-        "interrupted, the time since its last start."
+        "As it was planned before anything ran, the time it took (of a stage that was "
+        "interrupted, since its last start), and what it used, of which only a search may use less."
     ]
     return Section("Plan and cost", text, tables=[Table(header, rows)])
 
