@@ -51,8 +51,8 @@ def main() -> None:
     if args.settled and ("settle" not in run.plan or "stay" in args.methods):
         parser.error("--settled needs a run that settles, and a second search's methods")
     model = functools.cache(lambda method: extended(run, method, args.settled, args.dtype))
-    lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
-    lengths = [n for n in lengths if args.at_least <= n <= (args.up_to or run.plan.target)]
+    every = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
+    lengths = [n for n in every if args.at_least <= n <= (args.up_to or run.plan.target)]
     methods = args.methods.split(",")
     asked = [n for n in lengths if args.passkeys and n <= args.passkeys_up_to]
     kept = Kept(args.run / "steps.jsonl")
@@ -71,9 +71,7 @@ def main() -> None:
                     run, model(method), long_factors(run, method), length, args.passkeys
                 )
             else:
-                kept[key] = perplexity(
-                    run, model(method), long_factors(run, method), length, lengths
-                )
+                kept[key] = perplexity(run, model(method), long_factors(run, method), length, every)
         found[cell] = kept[key]
     print("| perplexity | " + " | ".join(f"{n:,}" for n in lengths) + " |")
     for method in methods:
@@ -122,7 +120,8 @@ def settled_run(run: Run, method: str) -> Run:
     evaluate = Evaluate(documents=1, methods=(), lengths=(str(run.plan.original),))
     step = run.recipe.second_search.model_copy(update={"method": method})
     recipe = run.recipe.model_copy(update={"second_search": step, "evaluate": evaluate})
-    recipe.save(out / "recipe.yaml")
+    if not (out / "recipe.yaml").exists():
+        recipe.save(out / "recipe.yaml")
     for stage in run.plan.stages:
         if stage.name == "second-search":
             break
