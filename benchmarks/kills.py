@@ -2,8 +2,8 @@
 
 Is the result the same? (What a stage writes at its end alone is there or not: nothing to kill.)
 
-longrope extend --out runs/whole
-python benchmarks/kills.py runs/whole --out runs/killed
+    longrope extend --out runs/whole
+    python benchmarks/kills.py runs/whole --out runs/killed
 """
 
 import argparse

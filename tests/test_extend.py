@@ -61,28 +61,25 @@ RECIPE = {
 }
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "longrope", "extend", *map(str, arguments)]
+def command(*arguments, verb="extend"):
+    return [sys.executable, "-m", "longrope", verb, *map(str, arguments)]
 
 
-def run(*arguments, code=0):
+def run(*arguments, verb="extend", code=0):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=300, env=environment
+        command(*arguments, verb=verb),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
     )
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
 
 def evaluated(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "longrope", "evaluate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(run(*arguments, verb="evaluate").stdout)
 
 
 @pytest.fixture(scope="module")

@@ -393,12 +393,12 @@ def test_lora_trains_embeddings_and_norms_too_and_leaves_a_plain_checkpoint(
 
 def test_lora_on_a_tied_model_leaves_what_was_trained(texts, tmp_path, monkeypatch):
     """The bundled model's embeddings are its head too: trained apart, one would be lost."""
-    trained_loss = {}
+    trained = {}
 
     def keep(model, state, loaded, path):
         ids = torch.arange(100, 160)[None]
         with torch.no_grad():
-            trained_loss["at"] = model.eval()(input_ids=ids).logits
+            trained["at"] = model.eval()(input_ids=ids).logits
         return saved(model, state, loaded, path)
 
     saved = finetune_module._save
@@ -413,7 +413,7 @@ def test_lora_on_a_tied_model_leaves_what_was_trained(texts, tmp_path, monkeypat
     assert not torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
     with torch.no_grad():
         logits = model(input_ids=torch.arange(100, 160)[None]).logits
-    torch.testing.assert_close(logits, trained_loss["at"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, trained["at"], atol=1e-4, rtol=1e-4)
 
 
 def test_lora_on_a_sharded_model_is_refused(monkeypatch):

@@ -16,6 +16,7 @@ from longrope.evaluate.retrieval import totals, wilson
 from longrope.files import read_lines
 from longrope.progress import duration
 from longrope.report import plots
+from longrope.report.numbers import number, percent, ratio
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale
 
@@ -55,13 +56,13 @@ def headline(results: dict[str, Any]) -> list[str]:
     original, target = results["original_length"], results["target"]
     own = {length: found[m, length] for m, length in found if m == RESULT}
     base = found["none", original]
-    unscaled = f"unscaled {_number(found['none', target])}; " if ("none", target) in found else ""
+    unscaled = f"unscaled {number(found['none', target])}; " if ("none", target) in found else ""
     worst = max((own[length] or math.inf, length) for length in own)
     lines = [
-        f"perplexity at {target:,} tokens: {_number(own[target])} ({unscaled}the original model "
-        f"at its own {original:,}: {_number(base)}, same tokens)",
-        f"over all lengths at most {_number(worst[0])}, at {worst[1]:,}: "
-        f"{_ratio(worst[0], base)} of the original's at {original:,}",
+        f"perplexity at {target:,} tokens: {number(own[target])} ({unscaled}the original model "
+        f"at its own {original:,}: {number(base)}, same tokens)",
+        f"over all lengths at most {number(worst[0])}, at {worst[1]:,}: "
+        f"{ratio(worst[0], base)} of the original's at {original:,}",
     ]
     asked = _totals(results["passkey"]).get(RESULT, {})
     if asked:
@@ -72,8 +73,8 @@ def headline(results: dict[str, Any]) -> list[str]:
         )
     for row in results["recovery"][:1]:
         lines.append(
-            f"short context at {row['length']:,}: {_number(row['with'])} with recovery, "
-            f"{_number(row['without'])} without, {_number(row['original'])} before"
+            f"short context at {row['length']:,}: {number(row['with'])} with recovery, "
+            f"{number(row['without'])} without, {number(row['original'])} before"
         )
     seconds = sum(stage["seconds"] for stage in results["stages"])
     lines.append(f"{duration(seconds)} before evaluation")
@@ -145,8 +146,8 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
         [
             [
                 f"{row['length']:,}",
-                *(_number(row[key]) for key in ("original", "without", "with")),
-                _ratio(row["with"], row["original"]),
+                *(number(row[key]) for key in ("original", "without", "with")),
+                ratio(row["with"], row["original"]),
             ]
             for row in results["recovery"]
         ],
@@ -186,8 +187,8 @@ def _benchmarks(results: dict[str, Any]) -> list[Table]:
                     row["task"],
                     f"{row['questions']:,}",
                     *(f"{row[key]:.1%}" for key in ("original", "without", "with")),
-                    f"{_percent(row['difference'])} "
-                    f"({_percent(row['low'])} to {_percent(row['high'])})",
+                    f"{percent(row['difference'])} "
+                    f"({percent(row['low'])} to {percent(row['high'])})",
                 ]
                 for row in rows
             ],
@@ -278,24 +279,7 @@ def _with_error(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     error = row["standard_error"]
-    return _number(row["perplexity"]) + ("" if error is None else f" ± {error:.2f}")
-
-
-def _number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "∞"
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:+.1%}"
-
-
-def _ratio(value: float | None, base: float | None) -> str:
-    """How far above, such as ``+1.3%``; perplexities that overflowed are None."""
-    if value is None or base is None or not math.isfinite(value):
-        return "∞"
-    return _percent(value / base - 1)
+    return number(row["perplexity"]) + ("" if error is None else f" ± {error:.2f}")
 
 
 def _losses(starts: dict[str, float]) -> str:
