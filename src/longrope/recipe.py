@@ -74,8 +74,8 @@ class Finetune(FinetuneSettings):
     ``through`` the model is trained at that length first, for ``through_steps`` (the paper
     goes to 256k by way of 128k). After the second search ``settle_steps`` more are under the
     target's factors, on pieces of ``settle_length`` (by default ``length``) whose positions jump
-    as far as ``settle_reach`` times the target: beyond it, since distances near the reach are the
-    rarest in training (ours: the paper stops at the search).
+    as far as ``settle_reach`` times the target, so that the target is not the edge of what was
+    seen (ours: the paper stops at the search).
     """
 
     enabled: bool | None = None
