@@ -8,6 +8,8 @@ Tables 9 (no second search), 10 (no recovery: the column "without"), 11 (start t
 Searching far on the untrained model, against its starts and on held-out documents:
 
     python benchmarks/ablations.py --out runs/ablations --untrained 8x,64x --seeds 0,1,2
+    python benchmarks/ablations.py --out runs/ablations --untrained 512x --seeds 0,1,2 \\
+        --pack --dtype bfloat16 --held-out 131072
 """
 
 import argparse
@@ -80,12 +82,15 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", help="Rows whose names contain this.")
     parser.add_argument("--untrained", help="Targets to search for on the untrained model.")
+    parser.add_argument("--dtype", default="float32", help="Of the untrained model.")
+    parser.add_argument("--pack", action="store_true", help="Documents joined: none has 131,072.")
+    parser.add_argument("--held-out", type=int, default=16384, help="Tokens of each document.")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.untrained:
         rows = []
         for target in args.untrained.split(","):
-            rows.append(untrained(args.out, target, seeds))
+            rows.append(untrained(args, target, seeds))
             print(json.dumps(rows[-1]), flush=True)
         print(record.write("ablations-untrained", vars(args), rows))
         return
@@ -137,21 +142,22 @@ def _percent(perplexity: float, results: dict[str, Any]) -> str:
     return f"{perplexity / results['recovery'][0]['original'] - 1:+.1%}"
 
 
-def untrained(out: Path, target: str, seeds: list[int]) -> dict[str, Any]:
+def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[str, Any]:
     """The same search with several seeds: the loss it ends with, and what that is worth."""
-    loaded = load_model("bundled")
+    loaded = load_model("bundled", dtype=args.dtype)
     losses, starts, files = [], [], []
     for seed in seeds:
-        directory = out / f"untrained-{target}-{seed}"
+        directory = args.out / f"untrained-{target}-{seed}"
         settings = EvolutionSettings(population=16, mutations=8, crossovers=8, parents=8)
         how = SearchSettings(samples=1, algorithm="paper", budget=24, seed=seed, settings=settings)
-        result = search_factors(
-            loaded, SearchOptions(target, directory, start_tokens=0, how=how), Ranks()
-        )
+        asked = SearchOptions(target, directory, pack=args.pack, start_tokens=0, how=how)
+        result = search_factors(loaded, asked, Ranks())
         losses.append(result.best_loss)
         starts.append(min(result.starts.values()))
         files.append(str(directory / "rescale.json"))
-    options = CompareOptions(("yarn", *files), (target,), target, tokens_per_document=16384)
+    options = CompareOptions(
+        ("yarn", *files), (target,), target, pack=args.pack, tokens_per_document=args.held_out
+    )
     rows = run_comparison(loaded, options, exclude_searched=False).rows()
     held_out = [r["perplexity"] for r in rows]
     return {

@@ -211,11 +211,8 @@ class LongForward:
                 before = slice(first - 1, first - 1 + len(tokens))
                 rows = slice(row, row + 1)
                 hidden = chunks.part(hidden_BTD[rows], before)
-                logits_TV = self.logits(ids_BT[rows], hidden, before)[0].float()
-                tokens_T = torch.tensor(tokens, device=logits_TV.device)
-                loss = F.cross_entropy(logits_TV, tokens_T, reduction="sum")
-                greedy = bool((logits_TV.argmax(dim=-1) == tokens_T).all())
-                answers.append(Answer(-loss.item(), greedy))
+                logits_TV = self.logits(ids_BT[rows], hidden, before)[0]
+                answers.append(answer_of(logits_TV, tokens))
             return answers
 
     def _hidden(self, ids_BT: Tensor, chunks: Chunks, cache: DynamicCache | None = None) -> Tensor:
@@ -291,6 +288,14 @@ class LongForward:
             yield
         finally:
             config._attn_implementation = before
+
+
+def answer_of(logits_TV: Tensor, tokens: Sequence[int]) -> Answer:
+    """Of tokens, by the logits that each of them follows."""
+    tokens_T = torch.tensor(tokens, device=logits_TV.device)
+    loss = F.cross_entropy(logits_TV.float(), tokens_T, reduction="sum")
+    greedy = bool((logits_TV.argmax(dim=-1) == tokens_T).all())
+    return Answer(-loss.item(), greedy)
 
 
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:

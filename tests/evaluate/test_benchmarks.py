@@ -12,6 +12,7 @@ from longrope.evaluate.local_data import read_dataset
 from longrope.evaluate.paired import compare_with_original, paired
 from longrope.evaluate.tasks import manager, task_parts
 from longrope.files import Kept
+from longrope.forward import LongForward
 from longrope.model import load_model
 from longrope.rope.install import installed
 from longrope.rope.switch import Pair
@@ -77,11 +78,23 @@ def likelihoods(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("long", [None, 16])
 @pytest.mark.parametrize("task", ["arc_challenge", "hellaswag"])
-def test_scores_as_lm_evals_own_model(bundled, benchmark_data, task, likelihoods):
+def test_scores_as_lm_evals_own_model(
+    bundled, benchmark_data, task, long, likelihoods, monkeypatch
+):
     """Under one rescale for every length, so that lm-eval's model can have it too."""
+    from longrope.evaluate import harness
+
     rescale = bundled.facts.rescale("yarn", 1024)
+    prompts, prefill = [], LongForward.prefill
+    monkeypatch.setattr(
+        LongForward, "prefill", lambda self, ids: prompts.append(ids) or prefill(self, ids)
+    )
+    if long is not None:  # each question's text by itself, once for all its answers
+        monkeypatch.setattr(harness, "_LONG", long)
     scores = ask_benchmark(bundled, lambda tokens: rescale, 4096, task, options(benchmark_data))
+    assert (len(prompts) == 8) == (long is not None)
     expected = reference(bundled, rescale, task, benchmark_data, 2, 8)
     assert list(scores) == [task]
     assert list(scores[task].values()) == [sample["acc_norm"] for sample in expected]

@@ -11,13 +11,17 @@ import torch
 from lm_eval.api.model import TemplateLM
 
 from longrope.evaluate.benchmarks import generation_settings
-from longrope.forward import BATCH_TOKENS, Answer, Asked
+from longrope.forward import BATCH_TOKENS, Answer, Asked, answer_of
 from longrope.generate import stream
+from longrope.layers import cache_name
 from longrope.model import LoadedModel
 from longrope.progress import progress
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 from longrope.windows import bos_token
+
+# A text of more tokens goes through a model once for all its answers; shorter ones side by side.
+_LONG = BATCH_TOKENS // 8
 
 
 class HarnessModel(TemplateLM):
@@ -78,29 +82,56 @@ class HarnessModel(TemplateLM):
 
     def _answers(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[Answer]:
         """Texts with their answers; answers of one token after the same text share a row."""
+        if len(sequences) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
+            text = list(_text(*sequences[0]))
+            answers = [answer for _, answer in sequences]
+            return self.forward.within_memory(lambda: self._after(text, answers))
         rows: dict[tuple[int, ...], int] = {}
         asked = []
         for ids, answer in sequences:
             row = rows.setdefault(tuple(ids[:-1]), len(rows))
             asked.append(Asked(row, len(ids) - len(answer), answer))
-        ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for ids, row in rows.items():
-            ids_BT[row, : len(ids)] = torch.tensor(ids)
-        return self.forward.answers(ids_BT, asked)
+        return self.forward.answers(_padded(list(rows)), asked)
+
+    @torch.inference_mode()
+    def _after(self, text: list[int], answers: Sequence[list[int]]) -> list[Answer]:
+        """Answers to one text: the text's keys and values are made once, and serve each."""
+        model, device = self.loaded.model, self.forward.device
+        first_1V, cache = self.forward.prefill(torch.tensor([text]))
+        logits_BTV = first_1V[:, None].expand(len(answers), -1, -1)
+        ids_BT = _padded([answer[:-1] for answer in answers]).to(device)
+        if ids_BT.shape[1]:
+            cache.batch_repeat_interleave(len(answers))
+            positions = torch.arange(len(text), len(text) + ids_BT.shape[1], device=device)
+            later = model(
+                input_ids=ids_BT,
+                position_ids=positions.expand(len(answers), -1),
+                **{cache_name(model): cache},
+            )
+            logits_BTV = torch.cat([logits_BTV, later.logits], dim=1)
+        return [
+            answer_of(logits_TV[: len(answer)], answer)
+            for logits_TV, answer in zip(logits_BTV, answers, strict=True)
+        ]
 
     def _batches(
         self, sequences: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[Rescale, list[int]]]:
-        """Indices of sequences of like lengths under one rescale, and equal texts together."""
-        lengths = [len(ids) for ids, _ in sequences]
-        order = sorted(range(len(sequences)), key=lambda i: (lengths[i], sequences[i][0]))
+        """Indices of sequences under one rescale: a long text's answers, or many short ones."""
+        lengths, texts = [len(ids) for ids, _ in sequences], [_text(*s) for s in sequences]
+        order = sorted(range(len(sequences)), key=lambda i: (len(texts[i]), texts[i], lengths[i]))
         for rescale, group in groupby(order, key=lambda i: self.choose(lengths[i])):
             batch: list[int] = []
-            for index in group:
-                if batch and (len(batch) + 1) * lengths[index] > BATCH_TOKENS:
+            longest = 0
+            for text, alike in groupby(group, key=lambda i: texts[i]):
+                same = list(alike)
+                longest = max(longest, *(lengths[i] for i in same))
+                if batch and (
+                    len(text) > _LONG or (len(batch) + len(same)) * longest > BATCH_TOKENS
+                ):
                     yield rescale, batch
-                    batch = []
-                batch.append(index)
+                    batch, longest = [], max(lengths[i] for i in same)
+                batch += same
             yield rescale, batch
 
     def loglikelihood(
@@ -137,3 +168,16 @@ class HarnessModel(TemplateLM):
             if stops:
                 return text[: min(stops)]
         return text
+
+
+def _text(ids: list[int], answer: list[int]) -> tuple[int, ...]:
+    """What stands before an answer."""
+    return tuple(ids[: len(ids) - len(answer)])
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Rows of ids in one tensor, padded on the right."""
+    ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for ids, row in zip(rows, ids_BT, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return ids_BT
