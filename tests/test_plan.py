@@ -73,6 +73,12 @@ def test_trained_once_more_under_the_target_s_factors(facts):
     assert (made["settle"].steps, made["settle"].length) == (7, made["finetune"].length)
     shorter = {"settle_steps": 7, "settle_length": "1k"}
     assert plan(facts, target="64x", finetune=shorter)["settle"].length == 1024
+    # Jumps reach as far from pieces that are shorter than the original length.
+    assert (
+        plan(facts, target="64x", finetune=shorter | {"settle_length": "64"})["settle"].length == 64
+    )
+    with pytest.raises(ValueError, match=r"finetune.settle_length is 8; .* at least 16"):
+        plan(facts, target="64x", finetune=shorter | {"settle_length": "8"})
     with pytest.raises(ValueError, match=r"finetune.settle_length is 4,096; .* at most .* 2,048"):
         plan(facts, target="64x", finetune=shorter | {"settle_length": "4k"})
     with pytest.raises(ValueError, match=r"finetune.settle_steps is 7.* trains at the target"):

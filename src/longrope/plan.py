@@ -14,6 +14,8 @@ from longrope.windows import parse_extension, parse_length
 STEP = 8
 # The furthest first search of the paper: LLaMA2 from 4k to 256k.
 FURTHEST = 64
+# Tokens of the least that is worth training on.
+SHORTEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,29 +109,29 @@ def _training(cost: Costs, recipe: Recipe, original: int, trained: int, target: 
             )
         length = trained
         if tuning.settle_length is not None:
-            key, given = "finetune.settle_length", tuning.settle_length
-            length = _length(key, given, original, trained, "the one that is trained at")
+            length = parse_length(tuning.settle_length, original)
+            # May be shorter than the original length: it is the positions that reach far.
+            if not SHORTEST <= length <= trained:
+                raise ValueError(
+                    f"finetune.settle_length is {length:,}; it must be at least {SHORTEST} and at "
+                    f"most the length that is trained at, {trained:,}"
+                )
         stages.append(cost.training("settle", tuning.settle_steps, length))
     return stages
 
 
 def _trained_length(recipe: Recipe, original: int, target: int) -> int:
     if recipe.finetune.length is not None:
-        return _length("finetune.length", recipe.finetune.length, original, target, "the target")
+        length = parse_length(recipe.finetune.length, original)
+        if not original < length <= target:
+            raise ValueError(
+                f"finetune.length is {length:,}; it must be beyond the original length, "
+                f"{original:,}, and at most the target, {target:,}"
+            )
+        return length
     if target <= STEP * original:
         return target
     return max(math.ceil(target / STEP), min(2 * original, target))
-
-
-def _length(key: str, text: str, original: int, most: int, name: str) -> int:
-    """A length that a recipe gives, beyond the original one and at most another, named."""
-    length = parse_length(text, original)
-    if not original < length <= most:
-        raise ValueError(
-            f"{key} is {length:,}; it must be beyond the original length, {original:,}, and at "
-            f"most {name}, {most:,}"
-        )
-    return length
 
 
 def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
