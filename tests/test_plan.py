@@ -149,6 +149,8 @@ def test_costs_are_those_of_the_work(facts):
     )["finetune"]
     assert training.tokens == 2 * 5 * 4 * 2048
     assert training.memory > 16 * facts.parameters
+    half = {"enabled": True, "steps": 5, "batch": 4, "short_share": 1 / 16}  # of a window a piece
+    assert plan(facts, target="8x", finetune=half)["finetune"].tokens == 4 * (5 * 2048 + 2 * 256)
 
 
 def test_a_teacher_costs_its_forwards_and_its_weights(facts):

@@ -177,8 +177,9 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
         seed=seed + settles,  # other pieces than fine-tuning's
         passkey_share=tuning.passkey_share,
         answer_share=tuning.answer_share,
-        short=round(tuning.short_share * stage.length / original),
+        short=tuning.short_share * stage.length / original,
         short_length=original,
+        batch=tuning.batch,
     )
     searched = run.plan.before(stage.name, "search")
     assert searched is not None

@@ -1,6 +1,7 @@
 """The stages of an extension, each with what it costs: FLOPs, tokens, bytes."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from longrope.facts import ModelFacts
@@ -68,21 +69,22 @@ class Costs:
         passes = 4 if tuning.gradient_checkpointing else 3
         linear, attention = (passes * pieces * flops for flops in self.facts.forward_flops(length))
         original = self.facts.original_max_position_embeddings or 0
-        windows = round(tuning.short_share * length / original)  # beside a piece
+        beside = tuning.short_share * length / original  # windows, of a piece
+        windows = int(steps * beside) * tuning.batch
         taught = tuning.distill and windows > 0
         more = self.facts.forward_flops(original)
-        times = (passes + taught) * windows * pieces  # the teacher's forward
-        short = windows * original
+        times = (passes + taught) * windows  # the teacher's forward
+        together = length + math.ceil(beside) * original  # in one step
         teacher = self.weights if taught else 0
         return Stage(
             name,
             "finetune",
             length,
             pieces,
-            pieces * (length + short),
+            pieces * length + windows * original,
             linear + times * more[0],
             attention + times * more[1],
-            self._training_memory(length + short, taught) + teacher,
+            self._training_memory(together, taught) + teacher,
             steps,
             replicated=teacher,
             unshared=self.facts.parameters * self._master + teacher,

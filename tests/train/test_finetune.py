@@ -43,7 +43,8 @@ settings = FinetuneSettings(**changes)
 with ranks() as these:
     loaded = load_model(model, dtype="float32")
     documents = load_documents(loaded.tokenizer, [data], held_out=False)
-    windows = {"short": 2, "short_length": 64} if settings.distill else {}
+    windows = {"short": 1.5, "short_length": 64, "batch": settings.batch}
+    windows = windows if settings.distill else {}
     pieces = Pieces(documents, loaded.tokenizer, 128, settings.steps * settings.batch, **windows)
     short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
     teacher = load_model(model) if settings.distill else None
@@ -85,7 +86,9 @@ Pieces.__getitem__ = dying
 def train(checkpoint, texts, out, settings=FAST, **changes):
     loaded = load_model(str(checkpoint), dtype="float32")
     documents = load_documents(loaded.tokenizer, [str(texts)], held_out=False)
-    windows = {"short": 2, "short_length": 64} if settings.distill else {}
+    windows = (
+        {"short": 1.5, "short_length": 64, "batch": settings.batch} if settings.distill else {}
+    )
     pieces = Pieces(documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch, **windows)
     rescale = loaded.facts.rescale("yarn", 256)
     short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)

@@ -101,6 +101,19 @@ def test_a_share_of_passkey_prompts_with_the_answer_weighted(tokenizer):
         assert f"What is the pass key? The pass key is {answer}" in text
 
 
+@pytest.mark.parametrize("share", [2, 0.25, 1.6])
+def test_short_windows_in_a_share_of_the_steps(tokenizer, share):
+    """As many in every piece of a step, so that a batch of them stacks."""
+    pieces = Pieces(documents(5000), tokenizer, 64, 60, short=share, short_length=32, batch=3)
+    counts = [len(pieces[i].get("short_ids", ())) for i in range(60)]
+    steps = [counts[i : i + 3] for i in range(0, 60, 3)]
+    assert all(len(set(step)) == 1 for step in steps)
+    assert sum(counts) == 60 * share
+    assert set(counts) <= {int(share), int(share) + 1}
+    if share == 2:
+        assert set(counts) == {2}
+
+
 def test_too_little_text_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"too few tokens to train on: 42, and one piece needs 64"):
         Pieces(documents(40), tokenizer, 64, 1)

@@ -24,9 +24,10 @@ class Pieces(Dataset):
     A share of the pieces may be passkey prompts of a length by chance (ours: a model of a
     few million parameters forgets what it is not shown), followed by text. The answer then
     weighs as much in the loss as ``answer_share`` of the piece's tokens, so that it is not lost
-    among more of them. With ``short`` windows a piece brings
-    so many of ``short_length`` tokens, which are trained under the original RoPE
-    (LongRoPE2's mixed-context training, so that the short context is not lost).
+    among more of them. With ``short`` a piece brings
+    so many windows of ``short_length`` tokens, which are trained under the original RoPE
+    (LongRoPE2's mixed-context training, so that the short context is not lost): of a fraction
+    its share of the steps, each ``batch`` pieces that bring as many.
 
     Args:
         count: pieces in all: steps × batch.
@@ -48,13 +49,14 @@ class Pieces(Dataset):
         seed: int = 0,
         passkey_share: float = 0.0,
         answer_share: float = 0.0,
-        short: int = 0,
+        short: float = 0,
         short_length: int = 0,
+        batch: int = 1,
     ):
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
         self.count, self.reach = count, reach
         self.passkey_share, self.answer_share = passkey_share, answer_share
-        self.short, self.short_length = short, short_length
+        self.short, self.short_length, self.batch = short, short_length, batch
         bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
         self._shortest = question_tokens(tokenizer)
         if passkey_share:
@@ -83,8 +85,8 @@ class Pieces(Dataset):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """``input_ids`` and ``weights`` (of predicting each token), shape (length,).
 
-        With short windows also ``short_ids``, shape (short, short_length); with a reach ``places``,
-        the positions of the tokens, shape (length,).
+        With short windows also ``short_ids``, shape (windows, short_length); with a reach
+        ``places``, the positions of the tokens, shape (length,).
         """
         rng = random.Random(f"{self.seed} {number}")
         text = self._text(number)
@@ -105,8 +107,9 @@ class Pieces(Dataset):
             places = torch.arange(self.length)
             places[rng.randrange(1, end) :] += rng.randint(0, self.reach - self.length)
             piece["places"] = places
-        if self.short:
-            windows = np.stack([self._window(rng) for _ in range(self.short)])
+        step = number // self.batch
+        if short := int((step + 1) * self.short) - int(step * self.short):
+            windows = np.stack([self._window(rng) for _ in range(short)])
             piece["short_ids"] = torch.from_numpy(windows.astype(np.int64))
         return piece
 
