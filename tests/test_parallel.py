@@ -135,15 +135,24 @@ def test_a_slope_is_not_shared():
     require_slopes("paper", Ranks(0, 2, Team(0, 2)))
 
 
-def test_an_extension_names_its_search_that_cannot(tmp_path):
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_extension_names_its_search_that_cannot(tmp_path, dry):
     launcher = [*torchrun(2), "-m", "longrope"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     out = ["--out", tmp_path / "out"]
-    done = run(
-        "extend", "--target", "2x", "--sequence-parallel", 2, *out, launcher=launcher, env=env
-    )
+    asked = ["extend", "--target", "2x", "--sequence-parallel", 2, *dry]
+    done = run(*asked, *out, launcher=launcher, env=env)
     assert done.returncode != 0
     assert "--sequence-parallel is 2, and search.algorithm is fast, which cannot" in done.stderr
+
+
+@pytest.mark.parametrize("asked", [["search", "bundled"], ["extend"]])
+def test_one_gpu_for_several_processes_is_refused(tmp_path, asked):
+    launcher = [*torchrun(2), "-m", "longrope"]
+    options = ["--target", "2x", "--device", "cuda:1", "--out", tmp_path / "out"]
+    done = run(*asked, *options, launcher=launcher)
+    assert done.returncode != 0
+    assert "--device cuda:1 is one device, and 2 processes would share it" in done.stderr
 
 
 def test_mistakes(small, tmp_path):

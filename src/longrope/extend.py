@@ -26,7 +26,7 @@ from longrope.export.intent import Intent
 from longrope.facts import inspect_model
 from longrope.files import only_process
 from longrope.model import find_device
-from longrope.parallel import Ranks
+from longrope.parallel import Ranks, local_device
 from longrope.plan import make_plan
 from longrope.preflight import preflight
 from longrope.progress import console
@@ -98,7 +98,7 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
     )
     if not facts.extendable:
         raise ValueError(f"{recipe.model} cannot be extended: {facts.reason}")
-    on_cpu = find_device("--device", recipe.device).type == "cpu"
+    on_cpu = find_device("--device", local_device(recipe.device)).type == "cpu"
     return Run(recipe, facts, make_plan(facts, recipe, on_cpu=on_cpu), out, ranks)
 
 

@@ -162,8 +162,17 @@ def _own_team(members: int) -> Team:
 
 
 def local_device(name: str | None) -> str | None:
-    """The device of this rank: one GPU each where a run of several names none in particular."""
-    local = os.environ.get("LOCAL_RANK")
+    """The device of this rank: one GPU each where a run of several names none in particular.
+
+    Raises:
+        ValueError: the name is of one GPU, and several ranks of this machine would share it.
+    """
+    local, here = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > 1 and name is not None and ":" in name and not name.startswith("cpu"):
+        raise ValueError(
+            f"--device {name} is one device, and {here} processes would share it: leave --device "
+            "out, and each takes its own"
+        )
     if local is not None and name in (None, "cuda") and torch.cuda.is_available():
         return f"cuda:{int(local) % torch.cuda.device_count()}"
     return name

@@ -21,8 +21,6 @@ def preflight(run: Run) -> None:
         ValueError: names what is wrong and what helps.
     """
     recipe, plan = run.recipe, run.plan
-    if recipe.hidden_device:
-        find_device("hidden_device", recipe.hidden_device)
     done = [run.done(stage.name) for stage in plan.stages]
     todo = [stage for stage, is_done in zip(plan.stages, done, strict=True) if not is_done]
     for stage, is_done in zip(plan.stages, done, strict=True):
@@ -32,23 +30,35 @@ def preflight(run: Run) -> None:
                 f"{run.directory(stage.name)} was made from an earlier {todo[0].name}, which is "
                 "gone; delete it too, and it is made again"
             )
-    for stage in todo:
-        if stage.kind == "search":
-            key, section = recipe.section(stage.name)
-            if section.method == "search":
-                require_slopes(section.algorithm, run.ranks, f"{key}.algorithm")
-    if any(stage.kind == "finetune" for stage in todo):
-        recipe.finetune.accumulation(run.ranks.size)
-        if recipe.finetune.lora is not None:
-            require_lora(recipe.finetune.lora)
+    check_settings(run, todo)
     if recipe.evaluate.benchmarks:
-        asked = benchmark_options(run)
-        asked.check(run.facts)
-        asked.require_data(run.tokenizer, plan.original)
+        benchmark_options(run).require_data(run.tokenizer, plan.original)
     check_memory([stage for stage in todo if stage.memory])
     run.original()  # what cannot be extended is refused before all the text is read
     check_text(run, todo)
     run.keep_pools()
+
+
+def check_settings(run: Run, stages: Sequence[Stage]) -> None:
+    """Refuse what these processes cannot do, by the recipe alone.
+
+    Raises:
+        ValueError: names the recipe's key, its value and the remedy.
+    """
+    recipe = run.recipe
+    if recipe.hidden_device:
+        find_device("hidden_device", recipe.hidden_device)
+    for stage in stages:
+        if stage.kind == "search":
+            key, section = recipe.section(stage.name)
+            if section.method == "search":
+                require_slopes(section.algorithm, run.ranks, f"{key}.algorithm")
+    if any(stage.kind == "finetune" for stage in stages):
+        recipe.finetune.accumulation(run.ranks.size)
+        if recipe.finetune.lora is not None:
+            require_lora(recipe.finetune.lora)
+    if recipe.evaluate.benchmarks:
+        benchmark_options(run).check(run.facts)
 
 
 def check_text(run: Run, stages: Sequence[Stage]) -> Pools:

@@ -62,7 +62,7 @@ def extend(
     from longrope.extend import extend as run_extension
     from longrope.extend import open_run
     from longrope.parallel import ranks
-    from longrope.preflight import check_text
+    from longrope.preflight import check_settings, check_text
     from longrope.recipe import resolve_recipe
 
     chosen = resolve_recipe(
@@ -91,6 +91,7 @@ def extend(
             if json_:
                 print_json(estimated.to_json())
             estimated.check()
+            check_settings(run, run.plan.stages)
             try:
                 check_text(run, run.plan.stages)
             except ValueError as error:
