@@ -1,9 +1,7 @@
-"""A run killed in every stage that keeps something as it goes, the same command each time.
+"""A run killed with -9 in every stage, the same command each time: is the result the same?
 
-Is the result the same? (What a stage writes at its end alone is there or not: nothing to kill.)
-
-    longrope extend --out runs/whole
-    python benchmarks/kills.py runs/whole --out runs/killed
+longrope extend --out runs/whole
+python benchmarks/kills.py runs/whole --out runs/killed
 """
 
 import argparse
@@ -20,19 +18,24 @@ import record
 KEPT = ("rescale.json", "short.json", "model/model.safetensors")
 
 
-def killed_in(whole: Path, out: Path, stage: str, command: list[str]) -> bool:
-    """Kill a run once half of a stage's time has passed in it; whether it was still in it."""
+def killed_in(
+    whole: Path, out: Path, stage: str, before: str | None, command: list[str]
+) -> dict[str, Any]:
+    """Kill a run once half of a stage's time has passed in it; whether it was still in it.
+
+    A stage begins where the one before it, killed by itself and resumed here, is done.
+    """
     half = json.loads((whole / stage / "done.json").read_text())["seconds"] / 2
-    done = out / stage / "done.json"
+    done, begun = out / stage / "done.json", out / (f"{before}/done.json" if before else stage)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / stage).exists() and process.poll() is None:
-        time.sleep(0.002)
-    until = time.monotonic() + half
-    while time.monotonic() < until and not done.exists() and process.poll() is None:
-        time.sleep(0.002)
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.001)
+    since = time.monotonic()
+    while time.monotonic() < since + half and not done.exists() and process.poll() is None:
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    return (out / stage).exists() and not done.exists()
+    return {"stage": stage, "killed_in_it": begun.exists() and not done.exists(), "after_s": half}
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -43,29 +46,32 @@ def results(run: Path) -> dict[str, Any]:
     return {name: found[name] for name in ("perplexity", "passkey", "recovery", "stages")}
 
 
+def content(run: Path, name: str | Path) -> bytes:
+    """A file's, but for the run's own path, which says where its model came from."""
+    return (run / name).read_bytes().replace(str(run.resolve()).encode(), b"RUN")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("whole", type=Path, help="A run that nothing interrupted.")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} is there already: give another --out")
     recipe = args.whole / "recipe.yaml"
     command = [sys.executable, "-m", "longrope", "extend", "--recipe", str(recipe)]
     command += ["--out", str(args.out)]
     done = sorted(args.whole.glob("*/done.json"), key=lambda file: file.stat().st_mtime_ns)
     planned = [file.parent.name for file in done]
     rows: list[dict[str, Any]] = []
-    for stage in planned:
-        rows.append({"stage": stage, "killed": killed_in(args.whole, args.out, stage, command)})
+    for before, stage in zip([None, *planned], planned, strict=False):
+        rows.append(killed_in(args.whole, args.out, stage, before, command))
         print(rows[-1], flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows.append({"results": results(args.out) == results(args.whole)})
-    for name in KEPT:
-        same = (args.out / name).read_bytes() == (args.whole / name).read_bytes()
-        rows.append({"file": name, "same": same})
     logs = (*args.whole.glob("*/loss.jsonl"), *args.whole.glob("*/history.jsonl"))
-    for log in sorted(logs):
-        name = log.relative_to(args.whole)
-        same = (args.out / name).read_bytes() == log.read_bytes()
+    for name in (*KEPT, *sorted(log.relative_to(args.whole) for log in logs)):
+        same = content(args.out, name) == content(args.whole, name)
         rows.append({"file": str(name), "same": same})
     for row in rows[len(planned) :]:
         print(row)
