@@ -140,7 +140,7 @@ def test_is_priced_at_its_true_shape(name, tmp_path):
 
 def test_the_command_line_goes_before_the_file(tmp_path):
     assert resolve_recipe(None, None).model == "bundled"
-    assert resolve_recipe(None, "bundled", target="8x").finetune.steps == 130
+    assert resolve_recipe(None, "bundled", target="8x").finetune.steps == 260
     assert resolve_recipe(None, None, target="512x").finetune.through == "2k"
     recipe = resolve_recipe("bundled", None, target="16x", seed=3, finetune=False)
     assert (recipe.target, recipe.seed, recipe.finetune.enabled) == ("16x", 3, False)
