@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--untrained", help="Targets to search for on the untrained model.")
     parser.add_argument("--dtype", default="float32", help="Of the untrained model.")
     parser.add_argument("--pack", action="store_true", help="Documents joined: none has 131,072.")
-    parser.add_argument("--held-out", type=int, default=16384, help="Tokens of each document.")
+    parser.add_argument(
+        "--held-out", type=int, default=16384, help="Tokens of each document, or of all."
+    )
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.untrained:
@@ -92,7 +94,7 @@ def main() -> None:
         for target in args.untrained.split(","):
             rows.append(untrained(args, target, seeds))
             print(json.dumps(rows[-1]), flush=True)
-        print(record.write("ablations-untrained", vars(args), rows))
+        print(record.write(f"ablations-untrained-{args.untrained}", vars(args), rows))
         return
     rows = []
     print("| | 256 without | 256 | 512 | 1,024 | 4,096 | passkey 512 | 4,096 |")

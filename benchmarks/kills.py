@@ -27,15 +27,18 @@ def killed_in(
     """
     half = json.loads((whole / stage / "done.json").read_text())["seconds"] / 2
     done, begun = out / stage / "done.json", out / (f"{before}/done.json" if before else stage)
+    if begun.exists():  # it was over before it was killed: this one's beginning is not to be seen
+        raise SystemExit(f"{before} was done too soon; begin again with another --out")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not begun.exists() and process.poll() is None:
         time.sleep(0.001)
     since = time.monotonic()
     while time.monotonic() < since + half and not done.exists() and process.poll() is None:
         time.sleep(0.001)
+    alive = process.poll() is None and begun.exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    return {"stage": stage, "killed_in_it": begun.exists() and not done.exists(), "after_s": half}
+    return {"stage": stage, "killed_in_it": alive and not done.exists(), "after_s": half}
 
 
 def results(run: Path) -> dict[str, Any]:

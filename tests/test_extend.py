@@ -487,6 +487,10 @@ def test_dry_run_counts_the_text(arguments, tmp_path, checkpoints):
     assert "the text is not there yet" in done.stderr
     done = run(bare, "--target", "2x", "--out", out, "--dry-run", "--lora", 4, code=2)
     assert "--lora is 4 and nothing is trained" in done.stderr
+    # The remedy is one, in the default recipe too, which settles where a second search follows.
+    done = run("--target", "8x", "--finetune", "--lora", 4, "--out", out, "--dry-run")
+    assert "finetune" in done.stdout
+    assert "settle" not in done.stdout
 
 
 def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments, tmp_path):

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from longrope.facts import ModelFacts
 from longrope.model import find_device
+from longrope.parallel import local_device
 from longrope.plan import ContextPlan
 from longrope.progress import duration
 from longrope.recipe import Recipe
@@ -19,7 +20,7 @@ from longrope.stages import Stage
 
 _SECONDS = 0.2  # of each kind of work
 # Norms, activations, copies: what a forward does beside the products that are counted.
-# With it the stages of the default run took 0.6 to 1.2 times what was predicted (docs/results.md).
+# With it the stages of the default run took 0.6 to 2.1 times what was predicted (docs/results.md).
 _OVERHEAD = 1.5
 
 
@@ -183,7 +184,7 @@ def dry_run(
     Raises:
         ValueError: not an amount of memory.
     """
-    device = find_device("--device", recipe.device)
+    device = find_device("--device", local_device(recipe.device))
     name = facts.dtype if recipe.dtype == "auto" else recipe.dtype
     training = "float32" if recipe.finetune.precision == "float32" else "bfloat16"
     rates = {

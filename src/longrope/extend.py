@@ -186,7 +186,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     # Short windows are trained as they will be used: under the factor that is exported.
     short = run.facts.rescale("none", original)
     short = short.replace(attention_factor=run.attention_factor(run.plan.target))
-    teacher = run.teacher() if tuning.distill and pieces.short else None
+    teacher = run.teacher() if tuning.distill and pieces.bring_windows else None
     lines = finetune(
         loaded,
         run.rescale(searched),

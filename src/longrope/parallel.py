@@ -174,6 +174,7 @@ def local_device(name: str | None) -> str | None:
             "out, and each takes its own"
         )
     if local is not None and name in (None, "cuda") and torch.cuda.is_available():
+        # A launcher may let each process see a GPU of its own, all of them number 0.
         return f"cuda:{int(local) % torch.cuda.device_count()}"
     return name
 

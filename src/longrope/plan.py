@@ -99,14 +99,10 @@ def _training(cost: Costs, recipe: Recipe, original: int, trained: int, target: 
         stages.append(cost.training("through-finetune", tuning.through_steps, through))
     stages.append(cost.search("search", trained))
     stages.append(cost.training("finetune", tuning.steps, trained))
-    if trained < target:
-        stages.append(cost.search("second-search", target))
+    if trained == target:
+        return stages
+    stages.append(cost.search("second-search", target))
     if tuning.settle_steps:
-        if trained == target:
-            raise ValueError(
-                f"finetune.settle_steps is {tuning.settle_steps}, steps after a second search, and "
-                f"this plan trains at the target, {target:,}: make it 0, or finetune.length shorter"
-            )
         length = trained
         if tuning.settle_length is not None:
             length = parse_length(tuning.settle_length, original)

@@ -77,7 +77,8 @@ def check_text(run: Run, stages: Sequence[Stage]) -> Pools:
 def _asks(recipe: Recipe, stage: Stage) -> str:
     """The recipe's key that asks for pass keys in a stage, if any does."""
     if stage.kind == "finetune" and recipe.finetune.passkey_share:
-        return "finetune.passkey_share"
+        shorter = stage.name == "settle" and recipe.finetune.settle_length
+        return "finetune.settle_length, or passkey_share" if shorter else "finetune.passkey_share"
     if stage.kind != "search":
         return ""
     key, section = recipe.section(stage.name)

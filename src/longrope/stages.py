@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from longrope.facts import ModelFacts
 from longrope.gradient import graph_bytes, is_kept
 from longrope.recipe import Recipe
+from longrope.train.pieces import short_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Costs:
         linear, attention = (passes * pieces * flops for flops in self.facts.forward_flops(length))
         original = self.facts.original_max_position_embeddings or 0
         beside = tuning.short_share * length / original  # windows, of a piece
-        windows = int(steps * beside) * tuning.batch
+        windows = short_windows(steps, beside) * tuning.batch
         taught = tuning.distill and windows > 0
         more = self.facts.forward_flops(original)
         times = (passes + taught) * windows  # the teacher's forward

@@ -3,6 +3,7 @@
 Imported only where lm-eval (the extra ``benchmarks``) is there.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -20,7 +21,7 @@ from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 from longrope.windows import bos_token
 
-# A text of more tokens goes through a model once for all its answers; shorter ones side by side.
+# A text of more tokens has a batch of its own, and goes through a model once for all its answers.
 _LONG = BATCH_TOKENS // 8
 
 
@@ -82,56 +83,58 @@ class HarnessModel(TemplateLM):
 
     def _answers(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[Answer]:
         """Texts with their answers; answers of one token after the same text share a row."""
-        if len(sequences) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
-            text = list(_text(*sequences[0]))
-            answers = [answer for _, answer in sequences]
-            return self.forward.within_memory(lambda: self._after(text, answers))
         rows: dict[tuple[int, ...], int] = {}
         asked = []
         for ids, answer in sequences:
             row = rows.setdefault(tuple(ids[:-1]), len(rows))
             asked.append(Asked(row, len(ids) - len(answer), answer))
-        return self.forward.answers(_padded(list(rows)), asked)
+        if len(rows) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
+            text = list(_text(*sequences[0]))
+            # All layers' keys and values are kept, which a GPU may lack the room for.
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                return self._after(text, [answer for _, answer in sequences])
+            torch.cuda.empty_cache()
+        ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for ids, row in rows.items():
+            ids_BT[row, : len(ids)] = torch.tensor(ids)
+        return self.forward.answers(ids_BT, asked)
 
     @torch.inference_mode()
     def _after(self, text: list[int], answers: Sequence[list[int]]) -> list[Answer]:
-        """Answers to one text: the text's keys and values are made once, and serve each."""
+        """Answers to one text: its keys and values are made once, and serve them in turn."""
         model, device = self.loaded.model, self.forward.device
         first_1V, cache = self.forward.prefill(torch.tensor([text]))
-        logits_BTV = first_1V[:, None].expand(len(answers), -1, -1)
-        ids_BT = _padded([answer[:-1] for answer in answers]).to(device)
-        if ids_BT.shape[1]:
-            cache.batch_repeat_interleave(len(answers))
-            positions = torch.arange(len(text), len(text) + ids_BT.shape[1], device=device)
-            later = model(
-                input_ids=ids_BT,
-                position_ids=positions.expand(len(answers), -1),
-                **{cache_name(model): cache},
-            )
-            logits_BTV = torch.cat([logits_BTV, later.logits], dim=1)
-        return [
-            answer_of(logits_TV[: len(answer)], answer)
-            for logits_TV, answer in zip(logits_BTV, answers, strict=True)
-        ]
+        found = []
+        for answer in answers:
+            logits_TV = first_1V
+            if before := len(answer) - 1:  # what stands before a token of the answer, of it
+                positions = torch.arange(len(text), len(text) + before, device=device)
+                later = model(
+                    input_ids=torch.tensor([answer[:-1]], device=device),
+                    position_ids=positions[None],
+                    **{cache_name(model): cache},
+                )
+                logits_TV = torch.cat([first_1V, later.logits[0]])
+                cache.crop(-before)
+            found.append(answer_of(logits_TV, answer))
+        return found
 
     def _batches(
         self, sequences: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[Rescale, list[int]]]:
         """Indices of sequences under one rescale: a long text's answers, or many short ones."""
         lengths, texts = [len(ids) for ids, _ in sequences], [_text(*s) for s in sequences]
-        order = sorted(range(len(sequences)), key=lambda i: (len(texts[i]), texts[i], lengths[i]))
+        order = sorted(range(len(sequences)), key=lambda i: lengths[i])
         for rescale, group in groupby(order, key=lambda i: self.choose(lengths[i])):
             batch: list[int] = []
-            longest = 0
-            for text, alike in groupby(group, key=lambda i: texts[i]):
-                same = list(alike)
-                longest = max(longest, *(lengths[i] for i in same))
-                if batch and (
-                    len(text) > _LONG or (len(batch) + len(same)) * longest > BATCH_TOKENS
-                ):
+            ordered = sorted(group, key=lambda i: (len(texts[i]), texts[i]))
+            for text, alike in groupby(ordered, key=lambda i: texts[i]):
+                together = [*batch, *alike]
+                room = BATCH_TOKENS // max(lengths[i] for i in together)
+                if batch and (len(text) > _LONG or len(together) > room):
                     yield rescale, batch
-                    batch, longest = [], max(lengths[i] for i in same)
-                batch += same
+                    together = together[len(batch) :]
+                batch = together
             yield rescale, batch
 
     def loglikelihood(
@@ -173,11 +176,3 @@ class HarnessModel(TemplateLM):
 def _text(ids: list[int], answer: list[int]) -> tuple[int, ...]:
     """What stands before an answer."""
     return tuple(ids[: len(ids) - len(answer)])
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Rows of ids in one tensor, padded on the right."""
-    ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for ids, row in zip(rows, ids_BT, strict=True):
-        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return ids_BT

@@ -90,7 +90,7 @@ def require_room(field: str, tokenizer: Any, length: int) -> None:
     if shortest > length:
         raise ValueError(
             f"{field}: a passkey question takes {shortest} tokens, and {length} is the length; "
-            "leave it at 0 here"
+            "choose a longer one, or ask for no keys here (0)"
         )
 
 

@@ -26,8 +26,9 @@ class Pieces(Dataset):
     weighs as much in the loss as ``answer_share`` of the piece's tokens, so that it is not lost
     among more of them. With ``short`` a piece brings
     so many windows of ``short_length`` tokens, which are trained under the original RoPE
-    (LongRoPE2's mixed-context training, so that the short context is not lost): of a fraction
-    its share of the steps, each ``batch`` pieces that bring as many.
+    (LongRoPE2's mixed-context training, so that the short context is not lost). Of a fraction
+    its share of the steps, of ``batch`` pieces each, have one more; in a step that has none the
+    piece has the whole weight.
 
     Args:
         count: pieces in all: steps × batch.
@@ -82,6 +83,11 @@ class Pieces(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def bring_windows(self) -> bool:
+        """Whether any piece has short windows."""
+        return short_windows(self.count // self.batch, self.short) > 0
+
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """``input_ids`` and ``weights`` (of predicting each token), shape (length,).
 
@@ -108,7 +114,7 @@ class Pieces(Dataset):
             places[rng.randrange(1, end) :] += rng.randint(0, self.reach - self.length)
             piece["places"] = places
         step = number // self.batch
-        if short := int((step + 1) * self.short) - int(step * self.short):
+        if short := short_windows(step + 1, self.short) - short_windows(step, self.short):
             windows = np.stack([self._window(rng) for _ in range(short)])
             piece["short_ids"] = torch.from_numpy(windows.astype(np.int64))
         return piece
@@ -127,3 +133,8 @@ class Pieces(Dataset):
         start = shift + int(order[index]) * self._room
         piece = self._stream[start : start + self._room]
         return np.concatenate([self._start, piece, self._end]).astype(np.int32)
+
+
+def short_windows(steps: int, beside: float) -> int:
+    """Windows in the first so many steps, of ``beside`` each, in whole ones."""
+    return int(steps * beside + 0.5)
