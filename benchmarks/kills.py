@@ -1,7 +1,9 @@
 """A run killed with -9 in every stage, the same command each time: is the result the same?
 
-longrope extend --out runs/whole
-python benchmarks/kills.py runs/whole --out runs/killed
+    longrope extend --out runs/whole
+    python benchmarks/kills.py runs/whole --out runs/killed
+
+On as many threads as the other run had, since sums depend on them in their last digits.
 """
 
 import argparse
