@@ -208,11 +208,9 @@ class LongForward:
             hidden_BTD = self._hidden(ids_BT, chunks)
             answers = []
             for row, first, tokens in asked:
-                before = slice(first - 1, first - 1 + len(tokens))
-                rows = slice(row, row + 1)
+                before, rows = slice(first - 1, first - 1 + len(tokens)), slice(row, row + 1)
                 hidden = chunks.part(hidden_BTD[rows], before)
-                logits_TV = self.logits(ids_BT[rows], hidden, before)[0]
-                answers.append(answer_of(logits_TV, tokens))
+                answers.append(answer_of(self.logits(ids_BT[rows], hidden, before)[0], tokens))
             return answers
 
     def _hidden(self, ids_BT: Tensor, chunks: Chunks, cache: DynamicCache | None = None) -> Tensor:
@@ -294,8 +292,7 @@ def answer_of(logits_TV: Tensor, tokens: Sequence[int]) -> Answer:
     """Of tokens, by the logits that each of them follows."""
     tokens_T = torch.tensor(tokens, device=logits_TV.device)
     loss = F.cross_entropy(logits_TV.float(), tokens_T, reduction="sum")
-    greedy = bool((logits_TV.argmax(dim=-1) == tokens_T).all())
-    return Answer(-loss.item(), greedy)
+    return Answer(-loss.item(), bool((logits_TV.argmax(dim=-1) == tokens_T).all()))
 
 
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:

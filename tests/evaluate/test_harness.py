@@ -81,3 +81,15 @@ def test_no_room_for_every_layers_keys(checkpoints, monkeypatch):
     found, _ = ask(model, requests, monkeypatch, 20)
     for (one, _), (other, _) in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_offloaded_weights_come_once_for_all_answers(checkpoints, monkeypatch):
+    requests = [(("", ""), list(range(3, 90)), answer) for answer in ([7, 8], [9, 10, 11])]
+    found = {}
+    for offload in (None, "weights"):
+        loaded = load_model(str(checkpoints("llama")), dtype="float32", offload=offload)
+        model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, 32, "", None)
+        found[offload], prefilled = ask(model, requests, monkeypatch, 20)
+        assert prefilled == ([] if offload else [87])
+    for (one, _), (other, _) in zip(found[None], found["weights"], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)

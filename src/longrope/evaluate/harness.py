@@ -88,7 +88,9 @@ class HarnessModel(TemplateLM):
         for ids, answer in sequences:
             row = rows.setdefault(tuple(ids[:-1]), len(rows))
             asked.append(Asked(row, len(ids) - len(answer), answer))
-        if len(rows) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
+        # A team goes through rows together, and offloaded weights would come anew for each answer.
+        alone = self.loaded.team.size == 1 and not self.forward.offloaded
+        if alone and len(rows) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
             text = list(_text(*sequences[0]))
             # All layers' keys and values are kept, which a GPU may lack the room for.
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
