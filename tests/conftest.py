@@ -1,4 +1,4 @@
-"""Micro-models of every family, on disk and in memory, and text to run them on."""
+"""Micro-models of every family, text to run them on, and what was made with them once."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,8 @@ from longrope.rope.rescale import Rescale
 from longrope.rope.site import find_rotary
 from longrope.rope.switch import Pair
 from longrope.source import BUNDLED
+from small_training import TAUGHT, train
+from whole_run import RECIPE, run
 
 # A busy machine is no failure; CI runs the same examples every time.
 settings.register_profile("longrope", deadline=None, derandomize="CI" in os.environ)
@@ -193,3 +196,35 @@ def benchmark_data(tmp_path_factory):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (root / "hellaswag" / f"{split}.jsonl").write_text(text)
     return root
+
+
+@pytest.fixture(scope="session")
+def arguments(checkpoints, texts, tmp_path_factory):
+    """Model, recipe and data of a run of every stage."""
+    recipe = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    content = RECIPE | {"model": str(checkpoints("llama")), "data": [str(texts)]}
+    recipe.write_text(yaml.safe_dump(content))
+    return ["--recipe", recipe]
+
+
+@pytest.fixture(scope="session")
+def finished(arguments, tmp_path_factory):
+    """A run of every stage that nothing interrupted, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, run(*arguments, "--out", out)
+
+
+@pytest.fixture(scope="session")
+def trained(checkpoints, texts, tmp_path_factory):
+    """A fine-tuning that nothing interrupted: where, its lines, and its pieces."""
+    out = tmp_path_factory.mktemp("trained")
+    lines, _, pieces = train(checkpoints("llama"), texts, out)
+    return out, lines, pieces
+
+
+@pytest.fixture(scope="session")
+def taught(checkpoints, texts, tmp_path_factory):
+    """The same with a teacher: where, and its lines."""
+    out = tmp_path_factory.mktemp("taught")
+    lines, *_ = train(checkpoints("llama"), texts, out, TAUGHT)
+    return out, lines

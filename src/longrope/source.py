@@ -135,15 +135,23 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars and advice, which do not concern our user."""
+    """Without transformers' advice and anybody's bars, but for the hub's of what it fetches."""
+    import tqdm
     from huggingface_hub.utils import logging as hub
+    from huggingface_hub.utils import tqdm as fetching
     from transformers.utils import logging as theirs
 
-    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    hub_verbosity = hub.get_verbosity()
+    verbosity, hub_verbosity = theirs.get_verbosity(), hub.get_verbosity()
+    begin = tqdm.tqdm.__init__
+
+    def hidden(self: Any, *args: Any, **options: Any) -> None:
+        if not isinstance(self, fetching):
+            options["disable"] = True
+        begin(self, *args, **options)
+
     theirs.set_verbosity_error()
     hub.set_verbosity_error()
-    theirs.disable_progress_bar()
+    tqdm.tqdm.__init__ = hidden
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -151,5 +159,4 @@ def quiet() -> Iterator[None]:
     finally:
         theirs.set_verbosity(verbosity)
         hub.set_verbosity(hub_verbosity)
-        if bars:
-            theirs.enable_progress_bar()
+        tqdm.tqdm.__init__ = begin

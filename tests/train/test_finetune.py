@@ -1,12 +1,8 @@
 """Fine-tuning: the loss it minimises, resume, processes, and what must not be lost."""
 
-import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import warnings
 
 import pytest
 import torch
@@ -14,103 +10,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-import longrope.train.finetune as finetune_module
 from longrope.model import load_model
-from longrope.parallel import Ranks
 from longrope.rope.install import installed
-from longrope.train.finetune import finetune
 from longrope.train.pieces import Pieces
-from longrope.train.settings import FinetuneSettings
-from longrope.windows import load_documents
-
-LENGTH = 128
-FAST = FinetuneSettings(
-    steps=6, batch=2, learning_rate=1e-3, warmup=2, precision="float32", save_every=2
-)
-TAUGHT = FAST.model_copy(update={"distill": True})
-
-PROGRAM = """
-import sys, json
-from longrope.model import load_model
-from longrope.parallel import ranks
-from longrope.train.finetune import finetune
-from longrope.train.pieces import Pieces
-from longrope.train.settings import FinetuneSettings
-from longrope.windows import load_documents
-from pathlib import Path
-model, data, out, changes = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
-settings = FinetuneSettings(**changes)
-with ranks() as these:
-    loaded = load_model(model, dtype="float32")
-    documents = load_documents(loaded.tokenizer, [data], held_out=False)
-    windows = {"short": 1.5, "short_length": 64, "batch": settings.batch}
-    windows = windows if settings.distill else {}
-    pieces = Pieces(documents, loaded.tokenizer, 128, settings.steps * settings.batch, **windows)
-    short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
-    teacher = load_model(model) if settings.distill else None
-    rescale = loaded.facts.rescale("yarn", 256)
-    finetune(loaded, rescale, short, pieces, settings, out, these, teacher=teacher)
-"""
-
-# accelerate leaves its FSDP configuration aside on CPUs, without a word: made to shard here too.
-SHARDED = """
-import accelerate.state as state
-began = state.AcceleratorState.__init__
-def begin(self, *given, fsdp_plugin=None, **named):
-    began(self, *given, fsdp_plugin=fsdp_plugin, **named)
-    self.fsdp_plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)
-    if self.fsdp_plugin is not None:
-        self.distributed_type = state.DistributedType.FSDP
-state.AcceleratorState.__init__ = begin
-import longrope.train.finetune as module
-from torch.distributed.tensor import DTensor
-unwrapped = module._unwrapped
-def shards(trainer):
-    assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
-    return unwrapped(trainer)
-module._unwrapped = shards
-"""
-
-DYING = """
-import os, signal
-from longrope.train.pieces import Pieces
-asked = Pieces.__getitem__
-def dying(self, number):
-    if os.environ["RANK"] == "1" and number > 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return asked(self, number)
-Pieces.__getitem__ = dying
-"""
-
-
-def train(checkpoint, texts, out, settings=FAST, **changes):
-    loaded = load_model(str(checkpoint), dtype="float32")
-    documents = load_documents(loaded.tokenizer, [str(texts)], held_out=False)
-    windows = (
-        {"short": 1.5, "short_length": 64, "batch": settings.batch} if settings.distill else {}
-    )
-    pieces = Pieces(documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch, **windows)
-    rescale = loaded.facts.rescale("yarn", 256)
-    short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
-    teacher = load_model(str(checkpoint)) if settings.distill else None
-    return (
-        finetune(
-            loaded, rescale, short, pieces, settings, out, Ranks(), teacher=teacher, **changes
-        ),
-        loaded,
-        pieces,
-    )
-
-
-def weights(out):
-    return AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
-
-
-@pytest.fixture(scope="module")
-def trained(checkpoints, texts, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained")
-    lines, _, pieces = train(checkpoints("llama"), texts, out)
-    return out, lines, pieces
+from small_training import FAST, TAUGHT, train, weights
 
 
 def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
@@ -268,26 +171,6 @@ def test_a_disk_that_is_full_at_the_end_costs_the_last_steps_at_most(
         assert torch.equal(weight, weights(tmp_path)[name]), name
 
 
-def test_a_process_that_dies_ends_the_training_and_one_goes_on(
-    checkpoints, texts, tmp_path, trained
-):
-    program, out = tmp_path / "program.py", tmp_path / "out"
-    program.write_text(DYING + PROGRAM)
-    command = (
-        *("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program),
-        *(checkpoints("llama"), texts, out, json.dumps(FAST.model_dump())),
-    )
-    done = launched(*command, code=1)
-    assert "another process of this run died" in done.stderr
-    assert "cannot be written" not in done.stderr
-    whole = [c.parent.name for c in (out / "checkpoints").glob("*/complete.json")]
-    assert whole == ["checkpoint-2"]
-    program.write_text(PROGRAM)
-    launched(*command)
-    lines = [json.loads(line)["loss"] for line in (out / "loss.jsonl").read_text().splitlines()]
-    assert lines == pytest.approx([line["loss"] for line in trained[1]], abs=2e-3)
-
-
 def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monkeypatch):
     import pickle
 
@@ -315,111 +198,8 @@ def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monk
     assert not (tmp_path / "owned").exists()
 
 
-def launched(*command, code=0, **environment):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
-
-
-@pytest.fixture(scope="module")
-def taught(checkpoints, texts, tmp_path_factory):
-    out = tmp_path_factory.mktemp("taught")
-    lines, *_ = train(checkpoints("llama"), texts, out, TAUGHT)
-    return out, lines
-
-
-@pytest.mark.parametrize("distill", [False, True], ids=["text", "teacher"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_train_as_one(
-    checkpoints, texts, tmp_path, trained, taught, sharded, distill
-):
-    one = taught if distill else trained
-    changes = (TAUGHT if distill else FAST).model_dump()
-    program = tmp_path / "program.py"
-    program.write_text(SHARDED + PROGRAM if sharded else PROGRAM)
-    environment = {}
-    if sharded:
-        environment = {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # the launcher's default
-        }
-    out = tmp_path / "out"
-    command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program)
-    launched(*command, checkpoints("llama"), texts, out, json.dumps(changes), **environment)
-    lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
-    expected = one[1]
-    assert [line["step"] for line in lines] == [line["step"] for line in expected]
-    torch.testing.assert_close(
-        torch.tensor([line["loss"] for line in lines]),
-        torch.tensor([line["loss"] for line in expected]),
-        atol=2e-3,
-        rtol=0,
-    )
-    for name, weight in weights(one[0]).items():
-        torch.testing.assert_close(weights(out)[name], weight, atol=1e-3, rtol=1e-2)
-
-
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"lora": 2}], ids=["bf16", "lora"])
 def test_a_teacher_is_there_in_every_way_of_training(checkpoints, texts, tmp_path, taught, changes):
     settings = TAUGHT.model_copy(update=changes)
     lines, *_ = train(checkpoints("llama"), texts, tmp_path, settings)
     assert lines[0]["loss"] == pytest.approx(taught[1][0]["loss"], abs=0.02)
-
-
-def test_lora_trains_embeddings_and_norms_too_and_leaves_a_plain_checkpoint(
-    checkpoints, texts, tmp_path
-):
-    settings = FAST.model_copy(update={"lora": 2, "steps": 3})
-    lines, _, _ = train(checkpoints("llama"), texts, tmp_path, settings)
-    assert len(lines) == 3
-    before = AutoModelForCausalLM.from_pretrained(checkpoints("llama")).state_dict()
-    after = weights(tmp_path)
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    for part in ("embed_tokens", "input_layernorm", "model.norm", "q_proj", "down_proj"):
-        assert any(part in name for name in changed), part
-    update = after["model.layers.1.self_attn.q_proj.weight"].double()
-    update -= before["model.layers.1.self_attn.q_proj.weight"].double()
-    assert torch.linalg.matrix_rank(update, atol=1e-5) <= 2
-
-
-def test_lora_on_a_tied_model_leaves_what_was_trained(texts, tmp_path, monkeypatch):
-    """The bundled model's embeddings are its head too: trained apart, one would be lost."""
-    trained = {}
-
-    def keep(model, state, loaded, path):
-        ids = torch.arange(100, 160)[None]
-        with torch.no_grad():
-            trained["at"] = model.eval()(input_ids=ids).logits
-        return saved(model, state, loaded, path)
-
-    saved = finetune_module._save
-    monkeypatch.setattr(finetune_module, "_save", keep)
-    settings = FAST.model_copy(update={"lora": 2, "steps": 3, "learning_rate": 1e-2})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        train("bundled", texts, tmp_path, settings)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    assert model.config.tie_word_embeddings
-    before = load_model("bundled", dtype="float32").model.state_dict()
-    assert not torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
-    with torch.no_grad():
-        logits = model(input_ids=torch.arange(100, 160)[None]).logits
-    torch.testing.assert_close(logits, trained["at"], atol=1e-4, rtol=1e-4)
-
-
-def test_lora_on_a_sharded_model_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"finetune.lora is 8 and ACCELERATE_USE_FSDP is true"):
-        finetune_module.require_lora(8)

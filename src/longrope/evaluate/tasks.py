@@ -107,16 +107,12 @@ def _maker(task: str, tokenizer: str, lengths: Sequence[int]) -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without lm-eval's log lines, its bars for each part of a group, and what RULER prints."""
-    import lm_eval.api.task as building
-
+    """Without bars, lm-eval's log lines, and what RULER prints."""
     logger = logging.getLogger("lm_eval")
-    before = logger.level, building.tqdm
-    building.tqdm = functools.partial(building.tqdm, disable=True)
+    before = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with quiet(), contextlib.redirect_stdout(None):
             yield
     finally:
-        logger.setLevel(before[0])
-        building.tqdm = before[1]
+        logger.setLevel(before)

@@ -1,0 +1,39 @@
+"""A fine-tuning of six steps on a micro-model."""
+
+from transformers import AutoModelForCausalLM
+
+from longrope.model import load_model
+from longrope.parallel import Ranks
+from longrope.train.finetune import finetune
+from longrope.train.pieces import Pieces
+from longrope.train.settings import FinetuneSettings
+from longrope.windows import load_documents
+
+LENGTH = 128
+FAST = FinetuneSettings(
+    steps=6, batch=2, learning_rate=1e-3, warmup=2, precision="float32", save_every=2
+)
+TAUGHT = FAST.model_copy(update={"distill": True})
+
+
+def train(checkpoint, texts, out, settings=FAST, **changes):
+    loaded = load_model(str(checkpoint), dtype="float32")
+    documents = load_documents(loaded.tokenizer, [str(texts)], held_out=False)
+    windows = (
+        {"short": 1.5, "short_length": 64, "batch": settings.batch} if settings.distill else {}
+    )
+    pieces = Pieces(documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch, **windows)
+    rescale = loaded.facts.rescale("yarn", 256)
+    short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
+    teacher = load_model(str(checkpoint)) if settings.distill else None
+    return (
+        finetune(
+            loaded, rescale, short, pieces, settings, out, Ranks(), teacher=teacher, **changes
+        ),
+        loaded,
+        pieces,
+    )
+
+
+def weights(out):
+    return AutoModelForCausalLM.from_pretrained(out / "model").state_dict()

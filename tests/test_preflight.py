@@ -1,0 +1,66 @@
+"""What is refused or priced before any long work starts."""
+
+import shutil
+
+import pytest
+
+from whole_run import STAGES, run
+
+
+def test_a_directory_of_something_else_is_left_alone(arguments, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    done = run(*arguments, "--out", tmp_path, code=2)
+    assert "is not empty and holds no run" in done.stderr
+
+
+def test_too_little_text_is_said_before_any_work(arguments, tmp_path, checkpoints):
+    text = tmp_path / "short.txt"
+    text.write_text("import os\n" * 50)
+    out = tmp_path / "out"
+    done = run(*arguments, "--data", text, "--out", out, code=2)
+    assert "too few tokens to search on" in done.stderr
+    assert not (out / "search").exists()
+
+
+def test_dry_run_prices_every_stage_and_runs_none(arguments, tmp_path):
+    out = tmp_path / "out"
+    done = run(*arguments, "--out", out, "--dry-run", "--memory", "8x80")
+    for name in STAGES:
+        assert name in done.stdout
+    assert not out.exists()
+    done = run(*arguments, "--out", out, "--dry-run", "--memory", "0.001", code=2)
+    assert "are free; try" in done.stderr.splitlines()[-1]
+
+
+def test_dry_run_counts_the_text(arguments, tmp_path, checkpoints):
+    text, out = tmp_path / "short.txt", tmp_path / "out"
+    text.write_text("import os\n" * 50)
+    done = run(*arguments, "--data", text, "--out", out, "--dry-run", code=2)
+    assert "one window of the target needs 1,024" in done.stderr.splitlines()[-1]
+    assert not out.exists()
+    # A price may be asked before there is any text, or more of the model than its config.
+    bare = tmp_path / "model"
+    bare.mkdir()
+    shutil.copy(checkpoints("llama") / "config.json", bare)
+    done = run(bare, "--target", "2x", "--out", out, "--dry-run")
+    assert "the text is not there yet" in done.stderr
+    done = run(bare, "--target", "2x", "--out", out, "--dry-run", "--lora", 4, code=2)
+    assert "--lora is 4 and nothing is trained" in done.stderr
+    # The remedy is one, in the default recipe too, which settles where a second search follows.
+    done = run("--target", "8x", "--finetune", "--lora", 4, "--out", out, "--dry-run")
+    assert "finetune" in done.stdout
+    assert "settle" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--seed", "5"], "holds another run; it differs in seed (there 0, now 5)"),
+        (["--target", "2048x"], "one extension reaches 512x"),
+    ],
+)
+def test_refusals_are_one_line(finished, arguments, changes, message):
+    out, _ = finished
+    done = run(*arguments, "--out", out, *changes, code=2)
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line

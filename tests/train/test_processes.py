@@ -1,0 +1,132 @@
+"""Fine-tuning by two processes: as one trains, whole or sharded, and one of them dead."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from small_training import FAST, TAUGHT, weights
+
+PROGRAM = """
+import sys, json
+from longrope.model import load_model
+from longrope.parallel import ranks
+from longrope.train.finetune import finetune
+from longrope.train.pieces import Pieces
+from longrope.train.settings import FinetuneSettings
+from longrope.windows import load_documents
+from pathlib import Path
+model, data, out, changes = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
+settings = FinetuneSettings(**changes)
+with ranks() as these:
+    loaded = load_model(model, dtype="float32")
+    documents = load_documents(loaded.tokenizer, [data], held_out=False)
+    windows = {"short": 1.5, "short_length": 64, "batch": settings.batch}
+    windows = windows if settings.distill else {}
+    pieces = Pieces(documents, loaded.tokenizer, 128, settings.steps * settings.batch, **windows)
+    short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
+    teacher = load_model(model) if settings.distill else None
+    rescale = loaded.facts.rescale("yarn", 256)
+    finetune(loaded, rescale, short, pieces, settings, out, these, teacher=teacher)
+"""
+
+# accelerate leaves its FSDP configuration aside on CPUs, without a word: made to shard here too.
+SHARDED = """
+import accelerate.state as state
+began = state.AcceleratorState.__init__
+def begin(self, *given, fsdp_plugin=None, **named):
+    began(self, *given, fsdp_plugin=fsdp_plugin, **named)
+    self.fsdp_plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)
+    if self.fsdp_plugin is not None:
+        self.distributed_type = state.DistributedType.FSDP
+state.AcceleratorState.__init__ = begin
+import longrope.train.finetune as module
+from torch.distributed.tensor import DTensor
+unwrapped = module._unwrapped
+def shards(trainer):
+    assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
+    return unwrapped(trainer)
+module._unwrapped = shards
+"""
+
+DYING = """
+import os, signal
+from longrope.train.pieces import Pieces
+asked = Pieces.__getitem__
+def dying(self, number):
+    if os.environ["RANK"] == "1" and number > 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return asked(self, number)
+Pieces.__getitem__ = dying
+"""
+
+
+def launched(*command, code=0, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("distill", [False, True], ids=["text", "teacher"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_train_as_one(
+    checkpoints, texts, tmp_path, trained, taught, sharded, distill
+):
+    one = taught if distill else trained
+    changes = (TAUGHT if distill else FAST).model_dump()
+    program = tmp_path / "program.py"
+    program.write_text(SHARDED + PROGRAM if sharded else PROGRAM)
+    environment = {}
+    if sharded:
+        environment = {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # the launcher's default
+        }
+    out = tmp_path / "out"
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program)
+    launched(*command, checkpoints("llama"), texts, out, json.dumps(changes), **environment)
+    lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+    expected = one[1]
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    torch.testing.assert_close(
+        torch.tensor([line["loss"] for line in lines]),
+        torch.tensor([line["loss"] for line in expected]),
+        atol=2e-3,
+        rtol=0,
+    )
+    for name, weight in weights(one[0]).items():
+        torch.testing.assert_close(weights(out)[name], weight, atol=1e-3, rtol=1e-2)
+
+
+def test_a_process_that_dies_ends_the_training_and_one_goes_on(
+    checkpoints, texts, tmp_path, trained
+):
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(DYING + PROGRAM)
+    command = (
+        *("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program),
+        *(checkpoints("llama"), texts, out, json.dumps(FAST.model_dump())),
+    )
+    done = launched(*command, code=1)
+    assert "another process of this run died" in done.stderr
+    assert "cannot be written" not in done.stderr
+    whole = [c.parent.name for c in (out / "checkpoints").glob("*/complete.json")]
+    assert whole == ["checkpoint-2"]
+    program.write_text(PROGRAM)
+    launched(*command)
+    lines = [json.loads(line)["loss"] for line in (out / "loss.jsonl").read_text().splitlines()]
+    assert lines == pytest.approx([line["loss"] for line in trained[1]], abs=2e-3)

@@ -1,0 +1,73 @@
+"""A run of every stage on a model of two layers: its recipe, and how it is asked for."""
+
+import json
+import os
+import subprocess
+import sys
+
+STAGES = [
+    "search",
+    "finetune",
+    "second-search",
+    "settle",
+    "recovery-1",
+    "recovery-2",
+    "recovery",
+    "export",
+    "evaluate",
+    "report",
+]
+SMALL = {"population": 6, "mutations": 2, "crossovers": 2, "iterations": 3, "parents": 4}
+RECIPE = {
+    "target": "16x",
+    "dtype": "float32",
+    "search": {"samples": 2, "budget": 9},
+    "finetune": {
+        "steps": 6,
+        "settle_steps": 8,
+        "batch": 2,
+        "learning_rate": 1e-3,
+        "precision": "float32",
+        "warmup": 2,
+        "save_every": 2,
+        "passkey_share": 0.3,
+        "short_share": 0.5,
+        "distill": True,
+    },
+    "second_search": {"samples": 1, "algorithm": "paper", **SMALL},
+    "recovery": {"samples": 2, "budget": 9},
+    "evaluate": {
+        "methods": ["none", "yarn"],
+        "documents": 2,
+        "lengths": ["128", "512", "1024", "64"],
+        "passkey_trials": 0,
+    },
+}
+
+
+def command(*arguments, verb="extend"):
+    return [sys.executable, "-m", "longrope", verb, *map(str, arguments)]
+
+
+def run(*arguments, verb="extend", code=0):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(*arguments, verb=verb),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def evaluated(*arguments):
+    return json.loads(run(*arguments, verb="evaluate").stdout)
+
+
+def results(out):
+    found = json.loads((out / "results.json").read_text())
+    for stage in found["stages"]:
+        del stage["seconds"]
+    return found
