@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from longrope.chunks import Chunks
 from longrope.forward import Asked, LongForward
 from longrope.layers import cache_name
-from longrope.parallel import Ranks, Team
+from longrope.parallel import Ranks, Team, local_device
 from longrope.rope.install import installed
 from longrope.search.stage import require_slopes
 from test_cli import losses as history
@@ -159,3 +159,29 @@ def test_mistakes(small, tmp_path):
     assert "--sequence-parallel is 2, of 1 processes; it must divide" in refused(
         *small, "--sequence-parallel", 2, "--out", tmp_path / "out"
     )
+
+
+@pytest.mark.parametrize(
+    ("here", "gpus", "visible", "expected"),
+    [
+        (2, 2, None, "cuda:1"),
+        (2, 1, "3", "cuda:0"),
+        (2, 1, None, "1 GPU:"),
+        (4, 2, "0,1", "2 GPUs:"),
+    ],
+)
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, here, gpus, visible, expected):
+    """On a machine of so many, as torch would tell of it."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if expected.startswith("cuda"):
+        assert local_device(None) == local_device("cuda") == expected
+    else:
+        with pytest.raises(ValueError, match=f"--nproc-per-node is {here}, .* {expected}"):
+            local_device(None)
+    assert local_device("cpu") == "cpu"

@@ -165,7 +165,8 @@ def local_device(name: str | None) -> str | None:
     """The device of this rank: one GPU each where a run of several names none in particular.
 
     Raises:
-        ValueError: the name is of one GPU, and several ranks of this machine would share it.
+        ValueError: several ranks of this machine would share a GPU: the name is of one, or there
+            are fewer.
     """
     local, here = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if here > 1 and name is not None and ":" in name and not name.startswith("cpu"):
@@ -173,10 +174,16 @@ def local_device(name: str | None) -> str | None:
             f"--device {name} is one device, and {here} processes would share it: leave --device "
             "out, and each takes its own"
         )
-    if local is not None and name in (None, "cuda") and torch.cuda.is_available():
-        # A launcher may let each process see a GPU of its own, all of them number 0.
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
-    return name
+    if local is None or name not in (None, "cuda") or not torch.cuda.is_available():
+        return name
+    gpus = torch.cuda.device_count()
+    # A launcher may let each process see a GPU of its own, all of them number 0.
+    if here > gpus and (gpus > 1 or "CUDA_VISIBLE_DEVICES" not in os.environ):
+        raise ValueError(
+            f"--nproc-per-node is {here}, and this machine shows {gpus} GPU{'s' * (gpus > 1)}: "
+            "start one process for each, or give --device cpu"
+        )
+    return f"cuda:{int(local) % gpus}"
 
 
 def of_a_lost_rank(error: Exception) -> bool:
