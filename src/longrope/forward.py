@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
@@ -33,6 +32,7 @@ from longrope.layers import (
     cache_name,
     find_layers,
 )
+from longrope.likelihood import Answer, answer_of, token_losses
 from longrope.parallel import Team
 from longrope.rope.site import column_layout, find_rotary
 
@@ -53,13 +53,6 @@ class Asked(NamedTuple):
     row: int
     first: int
     tokens: Sequence[int]
-
-
-class Answer(NamedTuple):
-    """The log-likelihood of tokens in nats, and whether greedy decoding would give them."""
-
-    log_likelihood: float
-    greedy: bool
 
 
 class LongForward:
@@ -193,12 +186,7 @@ class LongForward:
             found = []
             for span, place in chunks.own(HEAD_ROWS):
                 logits = self.logits(inputs_BT, hidden_BTD[:, place], span)
-                exact = torch.promote_types(logits.dtype, torch.float32)
-                targets = targets_BT[:, span]
-                loss = F.cross_entropy(
-                    logits.to(exact).flatten(0, 1), targets.flatten(), reduction="none"
-                )
-                found.append(loss.view_as(targets).cpu())
+                found.append(token_losses(logits, targets_BT[:, span]).cpu())
         return chunks.part(torch.cat(found, dim=1), slice(0, chunks.tokens))
 
     @torch.inference_mode()
@@ -286,13 +274,6 @@ class LongForward:
             yield
         finally:
             config._attn_implementation = before
-
-
-def answer_of(logits_TV: Tensor, tokens: Sequence[int]) -> Answer:
-    """Of tokens, by the logits that each of them follows."""
-    tokens_T = torch.tensor(tokens, device=logits_TV.device)
-    loss = F.cross_entropy(logits_TV.float(), tokens_T, reduction="sum")
-    return Answer(-loss.item(), bool((logits_TV.argmax(dim=-1) == tokens_T).all()))
 
 
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:

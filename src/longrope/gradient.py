@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longrope import attention_gradient
 from longrope.facts import ModelFacts
 from longrope.forward import HEAD_ROWS, LongForward
 from longrope.layers import Recording
+from longrope.likelihood import loss_and_slope
 from longrope.rope.install import RescaledRotary
 from longrope.rope.site import find_rotary
 
@@ -271,12 +271,9 @@ def _head(
         leaf = hidden_BTD[:, span].to(forward.device).detach().requires_grad_()
         with torch.enable_grad():
             logits = forward.logits(inputs_BT, leaf, span)
-            exact = torch.promote_types(logits.dtype, torch.float32)
-            loss = F.cross_entropy(
-                logits.to(exact).flatten(0, 1), targets_BT[:, span].flatten(), reduction="sum"
-            )
-            (loss / counted).backward()
-        total += loss.item()
+        loss, slope = loss_and_slope(logits.detach(), targets_BT[:, span], 1 / counted)
+        logits.backward(slope)
+        total += loss
         assert leaf.grad is not None
         slope_BTD[:, span] = leaf.grad
     return total / counted, slope_BTD

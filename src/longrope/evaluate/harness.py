@@ -12,9 +12,10 @@ import torch
 from lm_eval.api.model import TemplateLM
 
 from longrope.evaluate.benchmarks import generation_settings
-from longrope.forward import BATCH_TOKENS, Answer, Asked, answer_of
+from longrope.forward import BATCH_TOKENS, Asked
 from longrope.generate import stream
 from longrope.layers import cache_name
+from longrope.likelihood import Answer, answer_of
 from longrope.model import LoadedModel
 from longrope.progress import progress
 from longrope.rope.install import installed
