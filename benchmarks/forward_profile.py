@@ -24,10 +24,10 @@ from longrope.forward import LongForward
 
 PARTS = {  # the first whose word is in an operator's name
     "attention": ("scaled_dot_product", "flash", "fmha"),
-    "products": ("mm", "linear", "gemm", "matmul", "cutlass"),
-    "loss": ("log_softmax", "nll_loss", "cross_entropy"),
-    "copies": ("copy", "clone", "cat", "memcpy", "repeat_interleave", "index"),
-    "norms, rotation, activation": ("",),
+    "products": ("aten::mm", "addmm", "bmm", "linear", "gemm", "nvjet", "cutlass"),
+    "loss": ("softmax", "nll_loss", "cross_entropy"),
+    "copies": ("copy", "clone", "aten::cat", "catarray", "repeat_interleave", "index_select"),
+    "norms, rotation, activation, others": ("",),
 }
 
 

@@ -19,7 +19,6 @@ from longrope.rope.rescale import Rescale
 from longrope.rope.site import find_rotary
 from longrope.rope.switch import Pair
 from longrope.source import BUNDLED
-from small_training import TAUGHT, train
 from whole_run import RECIPE, run
 
 # A busy machine is no failure; CI runs the same examples every time.
@@ -217,6 +216,8 @@ def finished(arguments, tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(checkpoints, texts, tmp_path_factory):
     """A fine-tuning that nothing interrupted: where, its lines, and its pieces."""
+    from small_training import train
+
     out = tmp_path_factory.mktemp("trained")
     lines, _, pieces = train(checkpoints("llama"), texts, out)
     return out, lines, pieces
@@ -225,6 +226,8 @@ def trained(checkpoints, texts, tmp_path_factory):
 @pytest.fixture(scope="session")
 def taught(checkpoints, texts, tmp_path_factory):
     """The same with a teacher: where, and its lines."""
+    from small_training import TAUGHT, train
+
     out = tmp_path_factory.mktemp("taught")
     lines, *_ = train(checkpoints("llama"), texts, out, TAUGHT)
     return out, lines

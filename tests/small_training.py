@@ -16,7 +16,7 @@ FAST = FinetuneSettings(
 TAUGHT = FAST.model_copy(update={"distill": True})
 
 
-def train(checkpoint, texts, out, settings=FAST, **changes):
+def train(checkpoint, texts, out, settings=FAST, ranks=None, **changes):
     loaded = load_model(str(checkpoint), dtype="float32")
     documents = load_documents(loaded.tokenizer, [str(texts)], held_out=False)
     windows = (
@@ -28,7 +28,15 @@ def train(checkpoint, texts, out, settings=FAST, **changes):
     teacher = load_model(str(checkpoint)) if settings.distill else None
     return (
         finetune(
-            loaded, rescale, short, pieces, settings, out, Ranks(), teacher=teacher, **changes
+            loaded,
+            rescale,
+            short,
+            pieces,
+            settings,
+            out,
+            ranks or Ranks(),
+            teacher=teacher,
+            **changes,
         ),
         loaded,
         pieces,

@@ -128,7 +128,8 @@ def test_a_team_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_
 
 def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, benchmark_data):
     """Pass keys, and what lm-eval asks of the model before, and after without and with recovery."""
-    out, _ = finished
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     recipe["evaluate"] |= {"passkey_trials": 2, "needle_trials": 1}
     recipe["evaluate"]["lengths"] = ["128", "512", "1024", "64", "256"]

@@ -162,21 +162,21 @@ def test_mistakes(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("here", "gpus", "visible", "expected"),
+    ("here", "gpus", "torchrun", "expected"),
     [
-        (2, 2, None, "cuda:1"),
-        (2, 1, "3", "cuda:0"),
-        (2, 1, None, "1 GPU:"),
-        (4, 2, "0,1", "2 GPUs:"),
+        (2, 2, True, "cuda:1"),
+        (2, 1, False, "cuda:0"),
+        (2, 1, True, "1 GPU:"),
+        (4, 2, True, "2 GPUs:"),
     ],
 )
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch, here, gpus, visible, expected):
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, here, gpus, torchrun, expected):
     """On a machine of so many, as torch would tell of it."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     if expected.startswith("cuda"):

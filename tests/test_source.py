@@ -104,6 +104,7 @@ def test_reading_shows_no_bars_but_the_hubs_of_what_it_fetches(micro_models, tmp
     load_model(str(tmp_path / "micro.gguf"))
     with quiet():
         list(tqdm.auto.tqdm(range(3), disable=False))
+        list(huggingface_hub.utils.tqdm(range(3)))  # no terminal
         assert not capfd.readouterr().err
         list(huggingface_hub.utils.tqdm(range(3), disable=False))
         assert "3/3" in capfd.readouterr().err

@@ -20,8 +20,9 @@ class Answer(NamedTuple):
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihoods in nats, shape (B, T), in float32 or better."""
+    exact = torch.promote_types(logits_BTV.dtype, torch.float32)
     parts = [
-        F.cross_entropy(_exact(logits), targets, reduction="none")
+        F.cross_entropy(logits.to(exact), targets, reduction="none")
         for logits, targets in _in_parts(logits_BTV, targets_BT)
     ]
     return torch.cat(parts).view_as(targets_BT)
@@ -31,30 +32,18 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def loss_and_slope(logits_BTV: Tensor, targets_BT: Tensor, weight: float) -> tuple[float, Tensor]:
     """The sum of the losses in nats, and by the logits the slope of ``weight`` times it.
 
-    What autograd would give, (softmax - 1 at the target) x weight, without a second and a third
-    copy of the logits in float32.
+    The slope, (softmax − 1 at the target) × weight, is what autograd would give, which keeps all
+    of the logits in float32 for it, and their softmax.
     """
-    slope_BTV, total = torch.empty_like(logits_BTV), 0.0
-    for (logits, targets), (slope, _) in zip(
-        _in_parts(logits_BTV, targets_BT), _in_parts(slope_BTV, targets_BT), strict=True
-    ):
-        found = _exact(logits).log_softmax(-1)
+    exact = torch.promote_types(logits_BTV.dtype, torch.float32)
+    slope_BTV, total = logits_BTV.new_empty(logits_BTV.shape), 0.0
+    for logits, targets, slope in _in_parts(logits_BTV, targets_BT, slope_BTV):
         at = targets[:, None]
+        found = logits.log_softmax(-1, dtype=exact)
         total -= found.gather(-1, at).sum().item()
-        found.exp_().scatter_add_(-1, at, -torch.ones_like(at, dtype=found.dtype))
+        found.exp_().scatter_add_(-1, at, -torch.ones_like(at, dtype=exact))
         slope.copy_(found.mul_(weight))
     return total, slope_BTV
-
-
-def _in_parts(logits_BTV: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows at a time on a CPU, all at once elsewhere."""
-    rows, targets = logits_BTV.flatten(0, 1), targets_BT.flatten()
-    some = len(rows) if rows.device.type != "cpu" else max(1, _NUMBERS // rows.shape[1])
-    return zip(rows.split(some), targets.split(some), strict=True)
-
-
-def _exact(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def answer_of(logits_TV: Tensor, tokens: Sequence[int]) -> Answer:
@@ -62,3 +51,12 @@ def answer_of(logits_TV: Tensor, tokens: Sequence[int]) -> Answer:
     tokens_T = torch.tensor(tokens, device=logits_TV.device)
     loss = token_losses(logits_TV[None], tokens_T[None]).sum()
     return Answer(-loss.item(), bool((logits_TV.argmax(dim=-1) == tokens_T).all()))
+
+
+def _in_parts(logits_BTV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows at a time on a CPU, one for each thread at least; all at once elsewhere."""
+    some = max(torch.get_num_threads(), _NUMBERS // logits_BTV.shape[-1])
+    if logits_BTV.device.type != "cpu":
+        some = logits_BTV.shape[:2].numel()
+    each = (tensor.flatten(0, 1).split(some) for tensor in (logits_BTV, *others))
+    return zip(*each, strict=True)

@@ -177,8 +177,9 @@ def local_device(name: str | None) -> str | None:
     if local is None or name not in (None, "cuda") or not torch.cuda.is_available():
         return name
     gpus = torch.cuda.device_count()
-    # A launcher may let each process see a GPU of its own, all of them number 0.
-    if here > gpus and (gpus > 1 or "CUDA_VISIBLE_DEVICES" not in os.environ):
+    # torchrun gives all of a machine one environment. Another launcher may let each process see a
+    # GPU of its own, all of them number 0.
+    if here > gpus and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError(
             f"--nproc-per-node is {here}, and this machine shows {gpus} GPU{'s' * (gpus > 1)}: "
             "start one process for each, or give --device cpu"

@@ -135,7 +135,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' advice and anybody's bars, but for the hub's of what it fetches."""
+    """Without transformers' advice, and without bars but the hub's of a model that is fetched."""
     import tqdm
     from huggingface_hub.utils import logging as hub
     from huggingface_hub.utils import tqdm as fetching
@@ -145,7 +145,9 @@ def quiet() -> Iterator[None]:
     begin = tqdm.tqdm.__init__
 
     def hidden(self: Any, *args: Any, **options: Any) -> None:
-        if not isinstance(self, fetching):
+        if isinstance(self, fetching):
+            options.setdefault("disable", None)  # without a terminal
+        else:
             options["disable"] = True
         begin(self, *args, **options)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: the loss it minimises, resume, processes, and what must not be lost."""
+"""Fine-tuning by one process: the loss it minimises, resume, and what must not be lost."""
 
 import math
 import os

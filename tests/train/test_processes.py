@@ -4,33 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from small_training import FAST, TAUGHT, weights
 
+TESTS = str(Path(__file__).parents[1])
+
 PROGRAM = """
-import sys, json
-from longrope.model import load_model
-from longrope.parallel import ranks
-from longrope.train.finetune import finetune
-from longrope.train.pieces import Pieces
-from longrope.train.settings import FinetuneSettings
-from longrope.windows import load_documents
+import json, sys
 from pathlib import Path
-model, data, out, changes = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
-settings = FinetuneSettings(**changes)
+from longrope.parallel import ranks
+from longrope.train.settings import FinetuneSettings
+from small_training import train
+model, data, out, changes = sys.argv[1:]
 with ranks() as these:
-    loaded = load_model(model, dtype="float32")
-    documents = load_documents(loaded.tokenizer, [data], held_out=False)
-    windows = {"short": 1.5, "short_length": 64, "batch": settings.batch}
-    windows = windows if settings.distill else {}
-    pieces = Pieces(documents, loaded.tokenizer, 128, settings.steps * settings.batch, **windows)
-    short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
-    teacher = load_model(model) if settings.distill else None
-    rescale = loaded.facts.rescale("yarn", 256)
-    finetune(loaded, rescale, short, pieces, settings, out, these, teacher=teacher)
+    train(model, data, Path(out), FinetuneSettings(**json.loads(changes)), these)
 """
 
 # accelerate leaves its FSDP configuration aside on CPUs, without a word: made to shard here too.
@@ -70,7 +61,7 @@ def launched(*command, code=0, **environment):
         capture_output=True,
         text=True,
         timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": TESTS} | environment,
     )
     assert done.returncode == code, done.stderr[-3000:]
     return done

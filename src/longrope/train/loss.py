@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longrope.layers import find_layers
+from longrope.likelihood import token_losses
 from longrope.rope.install import installed, placed
 from longrope.rope.rescale import Rescale
 
@@ -76,13 +77,17 @@ def _total_loss(
     def chunk(
         hidden: Tensor, ids: Tensor, targets: Tensor, weights: Tensor, taught: Tensor | None
     ) -> Tensor:
-        wanted = targets.flatten()
-        if teacher is not None and taught is not None:
+        logits = student.logits(hidden, ids)
+        if teacher is None or taught is None:
+            losses = token_losses(logits, targets)
+        else:
+            exact = torch.promote_types(logits.dtype, torch.float32)
             with torch.no_grad():
-                wanted = teacher.logits(taught, ids).flatten(0, 1).softmax(-1)
-        logits = student.logits(hidden, ids).flatten(0, 1)
-        losses = F.cross_entropy(logits, wanted, reduction="none")
-        return (losses * weights.flatten()).sum()
+                wanted = teacher.logits(taught, ids).softmax(-1, dtype=exact)
+            losses = F.cross_entropy(
+                logits.to(exact).flatten(0, 1), wanted.flatten(0, 1), reduction="none"
+            ).view_as(targets)
+        return (losses * weights).sum()
 
     hidden = student.hidden(ids)
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -116,10 +121,9 @@ class _Head:
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         setattr(self._owner, self._name, _Given(hidden))
         try:
-            logits = self._forward(input_ids=ids, use_cache=False).logits
+            return self._forward(input_ids=ids, use_cache=False).logits
         finally:
             setattr(self._owner, self._name, self._decoder)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
