@@ -150,9 +150,12 @@ def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
             f"--data {source}: no such file or folder; to read it as a hub dataset: "
             "pip install 'longrope[datasets]'"
         ) from None
+    from longrope.source import quiet  # it imports transformers
+
     name, _, split = source.partition(":")
     try:
-        rows = load_dataset(name, split=split or "train")
+        with quiet():
+            rows = load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds
         raise ValueError(f"--data {source}: cannot be read from the hub ({error})") from None
     yield from _rows(rows, source, field)

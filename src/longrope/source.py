@@ -135,18 +135,17 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' advice, and without bars but the hub's of a model that is fetched."""
+    """Without transformers' advice, and without bars but those of what is fetched."""
     import tqdm
     from huggingface_hub.utils import logging as hub
-    from huggingface_hub.utils import tqdm as fetching
     from transformers.utils import logging as theirs
 
     verbosity, hub_verbosity = theirs.get_verbosity(), hub.get_verbosity()
     begin = tqdm.tqdm.__init__
 
     def hidden(self: Any, *args: Any, **options: Any) -> None:
-        if isinstance(self, fetching):
-            options.setdefault("disable", None)  # without a terminal
+        if type(self).__module__.startswith(("huggingface_hub.", "datasets.")):
+            options.setdefault("disable", None)  # where there is no terminal
         else:
             options["disable"] = True
         begin(self, *args, **options)
