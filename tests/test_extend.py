@@ -103,8 +103,6 @@ def test_the_factors_are_in_their_bounds(finished):
 
 def test_the_checkpoint_computes_what_was_measured(finished):
     """Plain transformers' perplexity on the exported model against the pair's."""
-    from transformers import AutoModelForCausalLM
-
     from longrope.generate import load_extended
     from longrope.rope.install import installed
 
