@@ -164,6 +164,13 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_search(texts):
+    """A search of seconds: options that every other shares."""
+    shared = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    return [*shared, "--algorithm", "paper"]
+
+
+@pytest.fixture(scope="session")
 def benchmark_data(tmp_path_factory):
     """Questions in the hub's own layout: one data set as Parquet, the other as JSONL."""
     import datasets

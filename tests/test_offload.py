@@ -20,7 +20,7 @@ from longrope.plan import make_plan
 from longrope.recipe import make_recipe
 from longrope.rope.install import installed
 from longrope.source import BUNDLED
-from test_cli import succeeds
+from program import succeeds
 from test_forward import plain_losses, yarn
 
 CPU = torch.device("cpu")

@@ -17,8 +17,7 @@ from longrope.layers import cache_name
 from longrope.parallel import Ranks, Team, local_device
 from longrope.rope.install import installed
 from longrope.search.stage import require_slopes
-from test_cli import losses as history
-from test_cli import refused, run, succeeds
+from program import history, refused, run, succeeds
 from test_forward import yarn
 
 PROGRAM = """

@@ -1,0 +1,103 @@
+"""Searches that are stopped, killed, or shared by processes: real signals, real ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from program import LONGROPE, history, run, succeeds
+
+PAPER = ["--population", 4, "--mutations", 2, "--crossovers", 1]
+FAST = ["--algorithm", "fast"]
+
+
+def test_ctrl_c_is_no_success(small_search, tmp_path):
+    process = subprocess.Popen(
+        [*LONGROPE, *map(str, small_search), "--out", tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        # what a shell starts in the background ignores it, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (tmp_path / "history.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1].startswith("longrope: error: stopped; it goes on")
+
+
+@pytest.mark.parametrize(("algorithm", "after"), [(PAPER, 1), (PAPER, 5), (FAST, 2), (FAST, 6)])
+def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
+    options = ["--budget", 9, *algorithm]
+    succeeds(*small_search, *options, "--out", tmp_path / "whole")
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [*LONGROPE, *map(str, small_search), *map(str, options), "--out", cut],
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (cut / "history.jsonl").exists() and len(history(cut)) >= after:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    known = len((cut / "history.jsonl").read_text().splitlines())
+    summary = json.loads(succeeds(*small_search, *options, "--out", cut, "--json"))
+    assert summary["computed"] == len(history(tmp_path / "whole")) - known
+    for name in ("history.jsonl", "rescale.json", "portable.json", "state.json"):
+        assert (cut / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "processes"), [(PAPER, 2), (PAPER, 3), ([*FAST, "--step-windows", 2], 2)]
+)
+def test_ranks_agree_candidate_for_candidate(small_search, tmp_path, algorithm, processes):
+    options = ["--budget", 8, *algorithm]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    succeeds(*small_search, *options, "--out", tmp_path / "one", env=env)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes), "-m", "longrope",
+    ]  # fmt: skip
+    succeeds(*small_search, *options, "--out", tmp_path / "many", launcher=torchrun, env=env)
+    assert history(tmp_path / "many") == history(tmp_path / "one")
+    for name in ("rescale.json", "portable.json", "state.json"):
+        assert (tmp_path / "many" / name).read_text() == (tmp_path / "one" / name).read_text()
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small_search, tmp_path):
+    options = ["--budget", 40, "--out", tmp_path / "out"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = (
+        "import os, signal, sys, longrope.search.objective as o\n"
+        "original, calls = o.Objective.__call__, []\n"
+        "def dying(self, *trial):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, *trial)\n"
+        "o.Objective.__call__ = dying\n"
+        "from longrope.cli import main\nmain()\n"
+    )
+    script = tmp_path / "dying.py"
+    script.write_text(code)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", "2", str(script),
+    ]  # fmt: skip
+    done = run(*small_search, *options, launcher=torchrun, env=env)
+    assert done.returncode != 0
+    assert "longrope: error: another process of this run died; what was saved" in done.stderr
+    known = history(tmp_path / "out")
+    assert len(known) == 4
+    options[1] = 6
+    summary = json.loads(succeeds(*small_search, *options, "--json", env=env))
+    assert (summary["evaluations"], summary["computed"]) == (6, 2)
+    assert history(tmp_path / "out")[:4] == known

@@ -1,0 +1,126 @@
+"""A user's mistake: exit code 2, and one line with the field, its value and the remedy."""
+
+import json
+import sys
+
+from longrope.rope.rescale import Rescale
+from program import each_refused, refused, run, succeeds
+
+
+def test_usage(tmp_path):
+    assert "--target" in refused("search", "--out", tmp_path)
+    assert "No such command" in refused("serch")
+    assert "No such option" in refused("inspect", "--jsn")
+
+
+def test_target(tmp_path):
+    search = ["search", "--out", tmp_path, "--target"]
+    small, unreadable = each_refused([*search, "256"], [*search, "much"])
+    assert "--target is 256" in small
+    assert "give a larger target" in small
+    assert "'much'" in unreadable
+
+
+def test_model(tmp_path):
+    assert "./nowhere" in refused("search", "./nowhere", "--target", "8x", "--out", tmp_path)
+
+
+def test_data(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "short.txt").write_text("too short")
+    messages = {
+        "empty.txt": "is empty",
+        "binary": "not UTF-8",
+        "short.txt": "too few tokens",
+        "missing": "no such file",
+    }
+    search = ["search", "--target", "2x", "--out", tmp_path / "out"]
+    lines = each_refused(*([*search, "--data", tmp_path / name] for name in messages))
+    for line, message in zip(lines, messages.values(), strict=True):
+        assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings(small_search, tmp_path):
+    settings = (
+        ("--samples", 0),
+        ("--budget", 0),
+        ("--population", 0),
+        ("--probability", 2),
+        ("--chunk", 0),
+        ("--start-tokens", -1),
+        ("--upper", 0.5),
+        ("--attention-factor", 0),
+        ("--algorithm", "magic"),
+        ("--dtype", "int4"),
+        ("--device", "cuda:9"),
+        ("--hidden-device", "moon"),
+        ("--existing-scaling", "perhaps"),
+    )
+    lines = each_refused(*([*small_search, "--out", tmp_path, *setting] for setting in settings))
+    for line, (option, value) in zip(lines, settings, strict=True):
+        assert option.lstrip("-").replace("-", "_") in line.replace("-", "_"), line
+        assert str(value) in line
+
+
+def test_rescale_files(texts, tmp_path):
+    data = ["--lengths", 512, "--data", texts]
+    wrong, without = tmp_path / "wrong.json", tmp_path / "without.json"
+    Rescale((1.0,) * 16, 1e4, 256, 512).save(wrong)
+    without.write_text(wrong.read_text().replace('"factors"', '"factor"'))
+    messages = {
+        "nothing": "neither",
+        wrong: "factors has 16 numbers; this model needs 32",
+        without: "without.json: a rescale needs the key 'factors'",
+    }
+    lines = each_refused(*(["evaluate", "--rescale", name, *data] for name in messages))
+    for line, message in zip(lines, messages.values(), strict=True):
+        assert message in line
+
+
+def test_directories(small_search, tmp_path):
+    succeeds(*small_search, "--budget", 2, "--out", tmp_path / "a")
+    line = refused(*small_search, "--budget", 2, "--out", tmp_path / "a", "--seed", 5)
+    assert "differs in" in line
+    assert "seed (there 0, now 5)" in line
+    (tmp_path / "a" / "state.json").write_text("{")
+    assert "state.json is damaged" in refused(*small_search, "--out", tmp_path / "a")
+    assert "nothing to draw" in refused("report", tmp_path)
+    fast = [*small_search[:-1], "fast", "--out", tmp_path / "b"]
+    assert "--patience is 3" in refused(*fast, "--patience", 3)
+    assert "--rate is 0.0" in refused(*fast, "--rate", 0)
+    line = refused(*fast, "--population", 16)
+    assert "--population 16: settings of --algorithm paper" in line
+    assert "--budget is 3" in refused(*fast, "--budget", 3)
+    assert "--rate 0.1" in refused(*small_search, "--rate", 0.1, "--out", tmp_path / "b")
+    assert "--dtype float16" in refused(*fast, "--dtype", "float16")
+
+
+def test_full_disk(small_search, tmp_path):
+    """A file-size limit stands in for a full disk: the writes fail the same way."""
+    code = (
+        "import signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "from longrope.cli import main; main()"
+    )
+    launcher = [sys.executable, "-c", code]
+    done = run(*small_search, "--budget", 9, "--out", tmp_path / "a", launcher=launcher)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert "run the same command again" in done.stderr.splitlines()[-1]
+    summary = json.loads(succeeds(*small_search, "--budget", 9, "--out", tmp_path / "a", "--json"))
+    assert summary["evaluations"] == 9
+
+
+def test_retrieval_refusals():
+    base = ["evaluate", "bundled", "--lengths", "512"]
+    assert "ask for one at a time" in refused(*base, "--passkey", "--needle")
+    assert "--trials is 0" in refused(*base, "--passkey", "--trials", 0)
+    assert "too few for the question" in refused(*base[:-1], "40", "--passkey")
+
+
+def test_generate_refusals(tmp_path):
+    assert "--max-new-tokens is 0" in refused("generate", "bundled", "--max-new-tokens", 0)
+    assert "no such file" in refused("generate", "bundled", "--prompt-file", tmp_path / "x").lower()
+    assert "--target is missing" in refused("extend", tmp_path)
