@@ -5,10 +5,12 @@
         --paper-budget 200 --out runs/quality-64x
 
 The windows are those of seed 0, so the seeds differ in the candidates alone. Interrupted, it goes
-on. Held out: the first window of each document that was not searched on, differences paired.
+on; under ``torchrun --nproc-per-node N`` the processes share Algorithm 1's candidates. Held out:
+the first window of each document that was not searched on, differences paired.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -23,7 +25,7 @@ from longrope.data import check_sources
 from longrope.files import read_lines
 from longrope.forward import LongForward
 from longrope.model import LoadedModel, load_model
-from longrope.parallel import Ranks
+from longrope.parallel import Ranks, ranks
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 from longrope.search.problem import first_search
@@ -57,39 +59,44 @@ def main() -> None:
     parser.add_argument("--name", default="search-quality", help="Of the result's file.")
     args = parser.parse_args()
     check_sources(args.data)
+    with ranks() as these:
+        config, rows = searched(args, these)
+    if these.first:
+        print(record.write(args.name, config, rows))
+        table(rows)
+        draw(rows, args.out / "search-quality.png")
+
+
+def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[str, Any]]]:
+    """What was asked, and a row for every search; the first process alone measures held out."""
     loaded = load_model(args.model, dtype=args.dtype)
     length, bos = parse_extension(args.target, loaded.facts), bos_token(loaded.tokenizer)
     documents = load_documents(loaded.tokenizer, args.data, held_out=False)
     windows = search_windows(documents, length, args.samples, 0, bos)
     held_out = unseen_windows(loaded, args.data, documents, windows, length, args.held_out)
-    rows = []
+    problem, rows = first_search(loaded.facts, length), []
     runs = [("paper", args.paper_budget)] + [("fast", int(b)) for b in args.budgets.split(",")]
-    for seed in map(int, args.seeds.split(",")):
-        for algorithm, budget in runs:
-            if algorithm == "paper" and str(seed) not in (args.paper_seeds or args.seeds).split(
-                ","
-            ):
-                continue
-            directory = args.out / f"{algorithm}-{budget}-{seed}"
-            how = SearchSettings(algorithm=algorithm, budget=budget, seed=seed)
-            problem = first_search(loaded.facts, length)
-            result = search_stage(loaded, problem, windows, how, directory, Ranks(), directory.name)
-            row = {
-                "algorithm": algorithm,
-                "budget": budget,
-                "seed": seed,
-                "forwards": result.forwards,
-                "loss": result.best_loss,
-                "portable_loss": result.portable_loss,
-                "start_tokens": result.best.start_tokens,
-                "curve": curve(directory),
-            }
-            rows.append(row | held_out_losses(loaded, directory, held_out))
+    for seed, (algorithm, budget) in itertools.product(args.seeds.split(","), runs):
+        if algorithm == "paper" and seed not in (args.paper_seeds or args.seeds).split(","):
+            continue
+        directory = args.out / f"{algorithm}-{budget}-{seed}"
+        how = SearchSettings(algorithm=algorithm, budget=budget, seed=int(seed))
+        result = search_stage(loaded, problem, windows, how, directory, these, directory.name)
+        row = {
+            "algorithm": algorithm,
+            "budget": budget,
+            "seed": int(seed),
+            "forwards": result.forwards,
+            "loss": result.best_loss,
+            "portable_loss": result.portable_loss,
+            "start_tokens": result.best.start_tokens,
+        }
+        if these.first:
+            row |= {"curve": curve(directory)} | held_out_losses(loaded, directory, held_out)
+        rows.append(row)
     config = {k: v for k, v in vars(args).items() if k not in ("out", "name")}
     config |= {"windows": [d.name for d in windows.documents], "held_out_windows": len(held_out)}
-    print(record.write(args.name, config, rows))
-    table(rows)
-    draw(rows, args.out / "search-quality.png")
+    return config, rows
 
 
 def unseen_windows(

@@ -32,6 +32,8 @@ _LEAST = 4
 _TAIL = 0.3
 # Start tokens tried on the result, where the space has them.
 _START_TOKENS = (4, 8, 16, 32)
+# Of no more than this share of the budget: they gain less than the steps they would take.
+_TRYING = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Descent:
     The starts are compared on some windows; from the best, Adam's steps in ln λ (slope on one
     window after the other, or a few; the rate falls to 0 over the second half), each followed by
     the nearest monotone point (isotonic regression); then the last point and the mean of the last
-    steps are evaluated on all windows, and n̂ > 0 is tried where the space has it.
+    steps are evaluated on all windows, and n̂ > 0 is tried where the space has it and the budget
+    is not too small for it.
     """
 
     def __init__(
@@ -122,8 +125,7 @@ class Descent:
         begin = yield from self._best(self._starts, self._some)
         yield [Trial(begin)]
         self._point = np.log(self.space.multipliers(begin))
-        tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
-        tokens = tokens if begin.portable else []
+        tokens = self._worth_trying() if begin.portable else []
         self._steps = self._affordable(len(tokens))
         for _ in range(self._steps):
             here = self._here(begin)
@@ -132,8 +134,10 @@ class Descent:
             self._move(outcomes)
         if not self._steps:
             return
-        mean = self._monotone(np.mean(self._last, axis=0))
-        finalists = distinct([self._here(begin), self._candidate(mean, begin)])
+        finalists = [self._here(begin)]
+        if self.price.parts > 1:  # of one window every slope is the whole's: no noise to average
+            mean = self._monotone(np.mean(self._last, axis=0))
+            finalists = distinct([*finalists, self._candidate(mean, begin)])
         found = yield from self._best(finalists, (None,))
         if tokens:
             others = [dataclasses.replace(found, start_tokens=n) for n in (0, *tokens)]
@@ -157,13 +161,22 @@ class Descent:
         count = max(1, _COMPARED * parts // len(self._starts))
         return tuple(range(count)) if count < parts else (None,)
 
+    def _worth_trying(self) -> list[int]:
+        """The start tokens to try, where that is not too much of the budget."""
+        tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
+        return tokens if self._trying(len(tokens)) <= _TRYING * self.settings.forwards else []
+
+    def _trying(self, start_tokens: int) -> float:
+        """Forward equivalents of so many start tokens and none on one window, the best on all."""
+        return (start_tokens + 1) / self.price.parts + 1 if start_tokens else 0.0
+
     def _affordable(self, start_tokens: int) -> int:
         """Steps that the budget leaves beside the evaluations before and after them."""
         one = 1 / self.price.parts
         compared = 1.0 if self._some == (None,) else len(self._some) * one
-        around = len(self._starts) * compared + 3
-        if start_tokens:
-            around += (start_tokens + 1) * one + 1
+        # The start on all windows, the last point and the mean; of one window the last point.
+        around = len(self._starts) * compared + (3 if self.price.parts > 1 else 1)
+        around += self._trying(start_tokens)
         step = self.price.slope * one * min(self.settings.step_windows, self.price.parts)
         return max(0, math.floor((self.settings.forwards - around) / step))
 
