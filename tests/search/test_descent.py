@@ -68,6 +68,16 @@ def test_one_window_leaves_its_budget_to_the_steps(forwards, steps, tokens):
     assert len(set(after)) == 1  # every slope told the whole loss: the last point alone is new
 
 
+def test_the_first_step_of_one_window_is_twice_as_long():
+    def first_step(price):
+        asked = [trial for trial in run(price=price)[0] if trial.slope]
+        begin, then = (np.log(HERE.multipliers(trial.candidate)) for trial in asked[:2])
+        return np.abs(then - begin).max()
+
+    one, five = first_step(Price(parts=1, slope=2.66)), first_step(PRICE)
+    assert one == pytest.approx(2 * five, rel=0.2)
+
+
 def test_a_step_may_look_at_several_windows():
     one, three = run()[0], run(step_windows=3)[0]
     slopes = [trial for trial in three if trial.slope]

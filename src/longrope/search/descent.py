@@ -21,6 +21,8 @@ _BETA1, _BETA2 = 0.8, 0.95
 _SMALL = 3e-3
 # A slope counts for no more than this: Adam's average of squares would remember it too long.
 _CLIP = 0.5
+# So many times the rate where there is one window: each slope is the whole's, and steps are few.
+_SURE = 2
 # What turns more often within the original length stays where it starts: its slopes are large,
 # and of either sign from window to window.
 _TURNS = 16
@@ -42,7 +44,7 @@ class DescentSettings:
 
     Args:
         forwards: the budget in forward equivalents; the steps follow from it.
-        rate: of the largest step in ln λ.
+        rate: of the largest step in ln λ; twice that with one window.
         step_windows: how many windows a step takes the slope on; processes share them.
 
     Raises:
@@ -201,7 +203,8 @@ class Descent:
         self._square = _BETA2 * self._square + (1 - _BETA2) * slope**2
         mean = self._mean / (1 - _BETA1**self._step)
         size = np.sqrt(self._square / (1 - _BETA2**self._step))
-        rate = self.settings.rate * min(1.0, 2 * (1 - self._step / (self._steps + 1)))
+        rate = self.settings.rate * (_SURE if self.price.parts == 1 else 1)
+        rate *= min(1.0, 2 * (1 - self._step / (self._steps + 1)))
         self._point = self._monotone(self._point - rate * mean / (size + _SMALL))
         if self._step > (1 - _TAIL) * self._steps:
             self._last.append(self._point)
