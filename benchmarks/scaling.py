@@ -35,8 +35,8 @@ NAMES = {"7B": "llama2-7b", "70B": "llama2-70b"}
 PAPER = EvolutionSettings(population=8, mutations=4, crossovers=4, iterations=1, parents=4)
 SEARCHES = {
     "paper": SearchSettings(algorithm="paper", samples=2, settings=PAPER),
-    "fast": SearchSettings(samples=4, budget=8),
-    "fast, 4 windows a step": SearchSettings(samples=4, budget=8, step_windows=4),
+    "fast": SearchSettings(samples=4, budget=27),
+    "fast, 4 windows a step": SearchSettings(samples=4, budget=27, step_windows=4),
 }
 
 

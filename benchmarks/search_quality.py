@@ -25,7 +25,7 @@ from longrope.data import check_sources
 from longrope.files import read_lines
 from longrope.forward import LongForward
 from longrope.model import LoadedModel, load_model
-from longrope.parallel import Ranks, ranks
+from longrope.parallel import Ranks, local_device, ranks
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 from longrope.search.problem import first_search
@@ -69,7 +69,7 @@ def main() -> None:
 
 def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[str, Any]]]:
     """What was asked, and a row for every search; the first process alone measures held out."""
-    loaded = load_model(args.model, dtype=args.dtype)
+    loaded = load_model(args.model, device=local_device(None), dtype=args.dtype)
     length, bos = parse_extension(args.target, loaded.facts), bos_token(loaded.tokenizer)
     documents = load_documents(loaded.tokenizer, args.data, held_out=False)
     windows = search_windows(documents, length, args.samples, 0, bos)

@@ -56,16 +56,13 @@ def test_keeps_its_budget(forwards, price):
         assert spent > forwards - 2 * price.slope - 1
 
 
-@pytest.mark.parametrize(
-    ("forwards", "steps", "tokens"), [(27, 6, {0}), (54, 12, {0, 4, 8, 16, 32})]
-)
-def test_one_window_leaves_its_budget_to_the_steps(forwards, steps, tokens):
+@pytest.mark.parametrize(("forwards", "steps"), [(27, 6), (54, 14)])
+def test_one_window_leaves_its_budget_to_the_steps(forwards, steps):
     asked, _ = run(forwards=forwards, price=Price(parts=1, slope=3.5))
     slopes = [number for number, trial in enumerate(asked) if trial.slope]
     assert len(slopes) == steps
-    assert {trial.candidate.start_tokens for trial in asked} == tokens
-    after = [trial for trial in asked[slopes[-1] + 1 :] if trial.candidate.portable]
-    assert len(set(after)) == 1  # every slope told the whole loss: the last point alone is new
+    assert all(trial.candidate.portable for trial in asked)
+    assert len(asked[slopes[-1] + 1 :]) == 1  # every slope told the whole loss but the last point's
 
 
 def test_the_first_step_of_one_window_is_twice_as_long():

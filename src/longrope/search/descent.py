@@ -30,12 +30,10 @@ _TURNS = 16
 _COMPARED = 2
 # With them, the best start on all windows.
 _LEAST = 4
-# The last share of the steps, whose mean is a finalist beside the last point.
+# The last share of the steps, whose mean is a finalist beside the last point (not of one window).
 _TAIL = 0.3
 # Start tokens tried on the result, where the space has them.
 _START_TOKENS = (4, 8, 16, 32)
-# Of no more than this share of the budget: they gain less than the steps they would take.
-_TRYING = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +71,8 @@ class Descent:
     The starts are compared on some windows; from the best, Adam's steps in ln λ (slope on one
     window after the other, or a few; the rate falls to 0 over the second half), each followed by
     the nearest monotone point (isotonic regression); then the last point and the mean of the last
-    steps are evaluated on all windows, and n̂ > 0 is tried where the space has it and the budget
-    is not too small for it.
+    steps are evaluated on all windows, and n̂ > 0 is tried where the space has it. One window alone
+    takes a whole forward for each of these: there the last point is evaluated, and no more.
     """
 
     def __init__(
@@ -127,7 +125,8 @@ class Descent:
         begin = yield from self._best(self._starts, self._some)
         yield [Trial(begin)]
         self._point = np.log(self.space.multipliers(begin))
-        tokens = self._worth_trying() if begin.portable else []
+        tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
+        tokens = tokens if begin.portable and not self._alone else []
         self._steps = self._affordable(len(tokens))
         for _ in range(self._steps):
             here = self._here(begin)
@@ -137,7 +136,7 @@ class Descent:
         if not self._steps:
             return
         finalists = [self._here(begin)]
-        if self.price.parts > 1:  # of one window every slope is the whole's: no noise to average
+        if not self._alone:  # a slope on the whole has no noise to average
             mean = self._monotone(np.mean(self._last, axis=0))
             finalists = distinct([*finalists, self._candidate(mean, begin)])
         found = yield from self._best(finalists, (None,))
@@ -157,34 +156,31 @@ class Descent:
         return candidates[ranks.index(min(ranks))]
 
     @property
+    def _alone(self) -> bool:
+        """Whether there is one window: a step on it is one on all."""
+        return self.price.parts == 1
+
+    @property
     def _some(self) -> tuple[int | None, ...]:
         """The windows that all starts are compared on, for about two forward equivalents."""
         parts = self.price.parts
         count = max(1, _COMPARED * parts // len(self._starts))
         return tuple(range(count)) if count < parts else (None,)
 
-    def _worth_trying(self) -> list[int]:
-        """The start tokens to try, where that is not too much of the budget."""
-        tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
-        return tokens if self._trying(len(tokens)) <= _TRYING * self.settings.forwards else []
-
-    def _trying(self, start_tokens: int) -> float:
-        """Forward equivalents of so many start tokens and none on one window, the best on all."""
-        return (start_tokens + 1) / self.price.parts + 1 if start_tokens else 0.0
-
     def _affordable(self, start_tokens: int) -> int:
         """Steps that the budget leaves beside the evaluations before and after them."""
         one = 1 / self.price.parts
         compared = 1.0 if self._some == (None,) else len(self._some) * one
-        # The start on all windows, the last point and the mean; of one window the last point.
-        around = len(self._starts) * compared + (3 if self.price.parts > 1 else 1)
-        around += self._trying(start_tokens)
+        # The last point; and of several windows the best start on all of them, and the mean.
+        around = len(self._starts) * compared + (1 if self._alone else 3)
+        if start_tokens:
+            around += (start_tokens + 1) * one + 1
         step = self.price.slope * one * min(self.settings.step_windows, self.price.parts)
         return max(0, math.floor((self.settings.forwards - around) / step))
 
     def _part(self) -> int | None:
         """The next window of a shuffled round; None where there is one."""
-        if self.price.parts == 1:
+        if self._alone:
             return None
         if not self._order:
             self._order = list(range(self.price.parts))
@@ -203,7 +199,7 @@ class Descent:
         self._square = _BETA2 * self._square + (1 - _BETA2) * slope**2
         mean = self._mean / (1 - _BETA1**self._step)
         size = np.sqrt(self._square / (1 - _BETA2**self._step))
-        rate = self.settings.rate * (_SURE if self.price.parts == 1 else 1)
+        rate = self.settings.rate * (_SURE if self._alone else 1)
         rate *= min(1.0, 2 * (1 - self._step / (self._steps + 1)))
         self._point = self._monotone(self._point - rate * mean / (size + _SMALL))
         if self._step > (1 - _TAIL) * self._steps:
