@@ -79,7 +79,9 @@ def search(
             help="Forwards of all windows; by default 27 (another is another search), paper: 1,344."
         ),
     ] = None,
-    rate: Annotated[float, typer.Option(help="Largest step in ln λ (fast).")] = 0.06,
+    rate: Annotated[
+        float, typer.Option(help="Largest step in ln λ (fast); twice that with one window.")
+    ] = 0.06,
     step_windows: Annotated[
         int, typer.Option(help="Windows a step looks at; processes share them (fast).")
     ] = 1,
