@@ -2,8 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
+
+import program
 
 STAGES = [
     "search",
@@ -46,18 +46,11 @@ RECIPE = {
 
 
 def command(*arguments, verb="extend"):
-    return [sys.executable, "-m", "longrope", verb, *map(str, arguments)]
+    return [*program.LONGROPE, verb, *map(str, arguments)]
 
 
 def run(*arguments, verb="extend", code=0):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(*arguments, verb=verb),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+    done = program.run(verb, *arguments, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
