@@ -22,7 +22,7 @@ import numpy as np
 import record
 
 from longrope.data import check_sources
-from longrope.files import read_lines
+from longrope.files import read_lines, write_atomically
 from longrope.forward import LongForward
 from longrope.model import LoadedModel, load_model
 from longrope.parallel import Ranks, local_device, ranks
@@ -63,8 +63,9 @@ def main() -> None:
         config, rows = searched(args, these)
     if these.first:
         print(record.write(args.name, config, rows))
-        table(rows)
-        draw(rows, args.out / "search-quality.png")
+        if any(row["algorithm"] == "paper" for row in rows):  # what the others are set against
+            table(rows)
+            draw(rows, args.out / "search-quality.png")
 
 
 def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[str, Any]]]:
@@ -129,12 +130,18 @@ def held_out_losses(loaded: LoadedModel, directory: Path, windows: np.ndarray) -
     """Mean loss of each held-out window under the best and the portable rescale; kept."""
     kept = directory / "held-out.json"
     if not kept.exists():
-        forward, found = LongForward(loaded.model), {}
-        for name in ("rescale", "portable"):
-            with installed(loaded.model, Rescale.load(directory / f"{name}.json")):
+        forward = LongForward(loaded.model)
+
+        def measured(rescale: Rescale) -> list[float]:
+            with installed(loaded.model, rescale):
                 losses = [batch.mean(dim=1) for batch in forward.batches(windows)]
-                found[f"held_out_{name}"] = [x for batch in losses for x in batch.tolist()]
-        kept.write_text(json.dumps(found))
+            return [x for batch in losses for x in batch.tolist()]
+
+        best, portable = (Rescale.load(directory / f"{n}.json") for n in ("rescale", "portable"))
+        found = {"held_out_rescale": measured(best)}
+        same = portable == best
+        found["held_out_portable"] = found["held_out_rescale"] if same else measured(portable)
+        write_atomically(kept, json.dumps(found))
     return json.loads(kept.read_text())
 
 
