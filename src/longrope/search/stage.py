@@ -5,6 +5,7 @@ import hashlib
 import math
 import platform
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import longrope
 from longrope.data import check_sources
+from longrope.evaluate.retrieval import Prompt
 from longrope.facts import ModelFacts
 from longrope.forward import DEFAULT_CHUNK
 from longrope.gradient import forwards as slope_forwards
@@ -179,44 +181,27 @@ def search_stage(
     Raises:
         ValueError: ``out`` holds another search, or no candidate has a finite loss.
     """
-    facts, space = loaded.facts, problem.space
+    facts = loaded.facts
     if how.algorithm == "fast" and loaded.model.dtype == torch.float16:
         raise ValueError(
             "--dtype float16: slopes are too small for it; give bfloat16 or --algorithm paper"
         )
     require_slopes(how.algorithm, ranks)
-    start, length = space.start, space.start.max_position_embeddings
+    start, length = problem.space.start, problem.space.start.max_position_embeddings
     questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
-    seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
-    config = SearchConfig(
-        model=loaded.fingerprint(),
-        documents=tuple(h for document in windows.documents for h in document.sha256),
-        windows=hashlib.sha256(seen).hexdigest(),
-        passkeys=how.passkeys,
-        length=length,
-        algorithm=how.algorithm,
-        settings=how.of_algorithm(),
-        seed=how.seed,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        device=loaded.model.device.type,
-        chunk=how.chunk,
-        start={k: v for k, v in start.to_json().items() if k != "provenance"},
-        upper=space.upper,
-        start_tokens=space.start_tokens,
-    )
     forward = loaded.forward(how.chunk, how.hidden_device)
     starts = problem.starts | (problem.more if how.algorithm == "fast" else {})
     slope = slope_forwards(facts, length, how.chunk) if how.algorithm == "fast" else math.nan
-    names = ", ".join(document.name for document in windows.documents)
+    names = [document.name for document in windows.documents]
     headline = (
         f"{facts.architecture}, {start.original_max_position_embeddings:,} → {length:,} tokens "
-        f"({start.scale:g}×); {len(windows.ids)} windows of {names}"
+        f"({start.scale:g}×); {len(windows.ids)} windows of {', '.join(names)}"
         + (f", {len(questions)} pass keys" if questions else "")
     )
     with progress(title, how.forwards, show=ranks.first) as advance:
         result = search(
-            config,
-            space,
+            _config(loaded, problem, windows, questions, how),
+            problem.space,
             starts,
             Objective(forward, windows.ids, questions),
             out,
@@ -227,7 +212,7 @@ def search_stage(
             provenance={
                 "model": facts.source,
                 "base_factors": list(facts.base_factors),
-                "document_names": [document.name for document in windows.documents],
+                "document_names": names,
                 "longrope": longrope.__version__,
                 "python": platform.python_version(),
             },
@@ -235,6 +220,34 @@ def search_stage(
         )
         advance(how.forwards, f"best {result.best_loss:.4f}")
         return result
+
+
+def _config(
+    loaded: LoadedModel,
+    problem: Problem,
+    windows: Windows,
+    questions: Sequence[Prompt],
+    how: SearchSettings,
+) -> SearchConfig:
+    """Which search this is: another one does not go on in its directory."""
+    start = problem.space.start
+    seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
+    return SearchConfig(
+        model=loaded.fingerprint(),
+        documents=tuple(h for document in windows.documents for h in document.sha256),
+        windows=hashlib.sha256(seen).hexdigest(),
+        passkeys=how.passkeys,
+        length=start.max_position_embeddings,
+        algorithm=how.algorithm,
+        settings=how.of_algorithm(),
+        seed=how.seed,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=loaded.model.device.type,
+        chunk=how.chunk,
+        start={k: v for k, v in start.to_json().items() if k != "provenance"},
+        upper=problem.space.upper,
+        start_tokens=problem.space.start_tokens,
+    )
 
 
 def require_slopes(algorithm: str, ranks: Ranks, key: str = "--algorithm") -> None:

@@ -62,12 +62,9 @@ def finetune(
         if ranks.first:
             shutil.rmtree(work, ignore_errors=True)
         return read_lines(out / "loss.jsonl")
-    resume = _last_whole(work)
-    log = out / "loss.jsonl"
-    step = int(resume.name.rpartition("-")[2]) if resume else 0
-    if ranks.first:  # what came after the checkpoint is computed again
-        lines = [line for line in read_lines(log) if line["step"] <= step]
-        write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
+    resume, log = _last_whole(work), out / "loss.jsonl"
+    if ranks.first:
+        _forget_after(resume, log)
     model = loaded.model
     model.to(torch.bfloat16 if settings.precision == "pure-bf16" else torch.float32)
     if settings.lora is not None:
@@ -237,7 +234,18 @@ def _last_whole(work: Path) -> Path | None:
             whole.append(directory)
         else:
             shutil.rmtree(directory, ignore_errors=True)
-    return max(whole, key=lambda d: int(d.name.rpartition("-")[2]), default=None)
+    return max(whole, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _forget_after(checkpoint: Path | None, log: Path) -> None:
+    """Drop the losses of the steps after a checkpoint: they are computed again."""
+    last = _step(checkpoint) if checkpoint else 0
+    lines = [line for line in read_lines(log) if line["step"] <= last]
+    write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def require_lora(rank: int) -> None:
