@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from longrope.cost import Memory, Rates, check_memory, dry_run
+from longrope.cost import Memory, Rates, available, check_memory, dry_run
 from longrope.facts import inspect_model
+from longrope.model import load_model
 from longrope.plan import evaluation_lengths, make_plan
 from longrope.recipe import make_recipe
+from longrope.stages import Costs
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +243,16 @@ def test_the_estimate_has_a_time_for_every_stage_that_computes(facts):
     assert estimate.memory == Memory(40 * 10**9, 2)
     for stage in made.stages:
         assert (estimate.seconds(stage) > 0) == (stage.tokens > 0)
-    with pytest.raises(ValueError, match="--memory lots"):
-        dry_run(made, facts, recipe, "lots")
+    for wrong in ("lots", "inf"):
+        with pytest.raises(ValueError, match=f"--memory {wrong}"):
+            dry_run(made, facts, recipe, wrong)
+
+
+def test_a_price_for_gpus_is_theirs_on_a_machine_without_one(facts):
+    recipe = make_recipe({"target": "8x", "hidden_device": "cpu"})
+    here = dry_run(make_plan(facts, recipe, on_cpu=True), facts, recipe).plan["search"]
+    there = dry_run(make_plan(facts, recipe, on_cpu=True), facts, recipe, "80").plan["search"]
+    assert there.memory < here.memory
 
 
 def test_where_bfloat16_is_slow_it_is_said(facts, monkeypatch):
@@ -258,6 +268,45 @@ def test_where_bfloat16_is_slow_it_is_said(facts, monkeypatch):
     assert "dtype: float32 and finetune.precision: float32" in found
     exact = make_recipe({"target": "8x", "dtype": "float32"})
     assert not dry_run(make_plan(facts, exact), facts, exact).advice
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_grows_with_each_token_as_the_long_forward_s_does(dtype):
+    """Whose own figure is held to what it allocates by test_forward."""
+    loaded = load_model("bundled", dtype=dtype)
+    recipe = make_recipe({"target": "8x", "dtype": dtype, "search": {"algorithm": "paper"}})
+    cost = Costs(loaded.facts, recipe, on_cpu=True)
+    near, far = (cost.search("search", length).memory for length in (4096, 8192))
+    assert far - near == 4096 * loaded.forward().bytes_per_token()
+
+
+def test_a_host_has_no_other_place_for_hidden_states(facts):
+    def search(**changes):
+        made = make_recipe({"target": "8x", **changes})
+        return [Costs(facts, made, on_cpu=c).search("search", 2048).memory for c in (True, False)]
+
+    here, there = search(), search(hidden_device="cpu")
+    assert here[0] == there[0]
+    assert here[1] > there[1]
+    cost = Costs(facts, make_recipe({"target": "8x", "search": {"algorithm": "paper"}}), True)
+    with pytest.raises(ValueError, match=r"are free; try algorithm paper, offload weights"):
+        check_memory([cost.search("search", 2048)], Memory(10**6, on_cpu=True))
+
+
+def test_a_team_shares_hidden_states(facts):
+    recipe = make_recipe({"target": "8x", "search": {"algorithm": "paper"}})
+    one, four = (Costs(facts, recipe, True, team).search("search", 2048) for team in (1, 4))
+    assert one.memory - four.memory == 2048 * facts.hidden_size * 4 * 3 // 4
+
+
+def test_training_is_spread_over_processes_where_it_is_sharded(monkeypatch):
+    """The same figures that a GPU would give: no process is asked for what another has."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
+    gpu = torch.device("cuda:1")
+    assert available(gpu, 8) == Memory(10**9, 1)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert available(gpu, 8) == Memory(10**9, 8)
+    assert available(torch.device("cpu"), 8).devices == 1
 
 
 def test_float16_is_refused_where_a_search_takes_slopes(facts):

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from longrope.facts import ModelFacts
 from longrope.model import find_device
-from longrope.parallel import local_device
-from longrope.plan import ContextPlan
+from longrope.parallel import local_device, sharded
+from longrope.plan import ContextPlan, make_plan
 from longrope.progress import duration
 from longrope.recipe import Recipe
 from longrope.stages import Stage
@@ -77,10 +77,11 @@ def _machine_memory() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes free for a model on each of so many devices."""
+    """Bytes free for a model on each of so many devices, or in a machine's memory."""
 
     each: int
     devices: int = 1
+    on_cpu: bool = False
 
     def of(self, stage: Stage) -> int:
         """A forward is on one; training may be spread over all (FSDP), but for what each has."""
@@ -89,13 +90,12 @@ class Memory:
         return self.each * self.devices - stage.replicated * (self.devices - 1)
 
 
-def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
+def check_memory(stages: Sequence[Stage], memory: Memory) -> None:
     """Refuse stages that do not fit.
 
     Raises:
         ValueError: names the stage, what it needs, what is there, and what helps.
     """
-    memory = memory or available()
     for stage in stages:
         if memory.devices > 1 and stage.unshared > memory.each:
             raise ValueError(
@@ -106,7 +106,11 @@ def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
             )
         free = memory.of(stage)
         if stage.memory > free:
-            helps = "hidden_device cpu, offload weights, a smaller --target, or a larger machine"
+            helps = "offload weights, a smaller --target, or a larger machine"
+            if stage.kind == "search":
+                helps = f"algorithm paper, {helps}"
+            if not memory.on_cpu:
+                helps = f"hidden_device cpu, {helps}"
             if stage.kind == "finetune":
                 helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
                 if stage.replicated:
@@ -117,11 +121,11 @@ def check_memory(stages: Sequence[Stage], memory: Memory | None = None) -> None:
             )
 
 
-def available() -> Memory:
-    """What is free: on the GPUs, or in this machine's memory where there is none."""
-    if not torch.cuda.is_available():
-        return Memory(_machine_memory())
-    return Memory(torch.cuda.mem_get_info()[0], torch.cuda.device_count())
+def available(device: torch.device, processes: int = 1) -> Memory:
+    """What is free on a process's device; of so many of them where the model is sharded."""
+    if device.type != "cuda":
+        return Memory(_machine_memory(), on_cpu=True)
+    return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +178,18 @@ class Estimate:
 
 
 def dry_run(
-    plan: ContextPlan, facts: ModelFacts, recipe: Recipe, memory_given: str | None = None
+    plan: ContextPlan,
+    facts: ModelFacts,
+    recipe: Recipe,
+    memory_given: str | None = None,
+    processes: int = 1,
 ) -> Estimate:
     """Calibrate this machine and price a plan.
 
     Args:
-        memory_given: gigabytes to plan for, such as ``80`` or ``8x80``, instead of what is free.
+        memory_given: gigabytes of GPUs to plan for, such as ``80`` or ``8x80``, instead of what
+            is free here.
+        processes: that share the work.
 
     Raises:
         ValueError: not an amount of memory.
@@ -191,12 +201,13 @@ def dry_run(
         dtype: calibrate(facts, device, getattr(torch, dtype))
         for dtype in {"float32", name, training}
     }
-    memory = available()
+    memory = available(device, processes)
     if memory_given is not None:
+        plan = make_plan(facts, recipe)  # for GPUs, whatever this machine has
         count, _, size = memory_given.lower().rpartition("x")
         try:
             memory = Memory(int(float(size) * 1e9), int(count or 1))
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(
                 f"--memory {memory_given}: give gigabytes, such as 80 or 8x80"
             ) from None

@@ -98,8 +98,9 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
     )
     if not facts.extendable:
         raise ValueError(f"{recipe.model} cannot be extended: {facts.reason}")
-    on_cpu = find_device("--device", local_device(recipe.device)).type == "cpu"
-    return Run(recipe, facts, make_plan(facts, recipe, on_cpu=on_cpu), out, ranks)
+    device = find_device("--device", local_device(recipe.device))
+    plan = make_plan(facts, recipe, on_cpu=device.type == "cpu", team=ranks.team.size)
+    return Run(recipe, facts, plan, out, ranks)
 
 
 def _search(run: Run, stage: Stage) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     windows = run.pools.search_windows(stage.length, section.samples, run.recipe.seed)
     settings = section.settings(run.recipe)
     result = search_stage(loaded, problem, windows, settings, directory, run.ranks, stage.name)
-    won = min(result.starts, key=lambda name: result.starts[name])
+    won = min(result.starts, key=lambda name: result.starts[name], default=None)
     forwards = round(result.forwards * (len(windows.ids) + settings.passkeys))
     return {
         "loss": result.best_loss,

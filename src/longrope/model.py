@@ -81,6 +81,7 @@ def load_model(
     """
     if offload not in (None, "weights"):
         raise ValueError(f"--offload {offload}: there is only weights")
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "use_safetensors": True}
     facts = inspect_model(
         source,
         existing_scaling=existing_scaling,
@@ -91,7 +92,6 @@ def load_model(
         raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {facts.reason}")
     check(facts)
     where = find_device("--device", device)
-    options: dict[str, Any] = {"dtype": _dtype(dtype), "use_safetensors": True}
     tokenizer = load_tokenizer(source, trust_remote_code)
     with quiet():
         if facts.existing_scaling and existing_scaling == "replace":

@@ -22,6 +22,11 @@ _LOST = (
 _PATIENCE = datetime.timedelta(days=7)
 
 
+def sharded() -> bool:
+    """Whether accelerate was told to shard the model that is trained over the processes (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 class RankLost(RuntimeError):
     """Another process of the run died."""
 

@@ -44,8 +44,10 @@ class ContextPlan:
         return next((stage.name for stage in reversed(earlier) if stage.kind == kind), None)
 
 
-def make_plan(facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False) -> ContextPlan:
-    """The stages for a target, each with its cost; on a GPU, or on a CPU.
+def make_plan(
+    facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False, team: int = 1
+) -> ContextPlan:
+    """The stages for a target, each with its cost on a GPU or a CPU; of one process of a team.
 
     Raises:
         ValueError: the target is no extension, or further than one fine-tuning reaches.
@@ -68,7 +70,7 @@ def make_plan(facts: ModelFacts, recipe: Recipe, *, on_cpu: bool = False) -> Con
             f"extension reaches {FURTHEST * STEP}x ({FURTHEST * STEP * original:,}): extend "
             "its result again"
         )
-    cost = Costs(facts, recipe, on_cpu)
+    cost = Costs(facts, recipe, on_cpu, team)
     if trained is None:
         stages = [cost.search("search", target)]
     else:

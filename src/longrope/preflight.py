@@ -1,16 +1,19 @@
-"""What is refused before an extension begins, because it would fail after hours."""
+"""What is refused before an extension or a search begins, because it would fail after hours."""
 
 from collections.abc import Sequence
 
-from longrope.cost import check_memory
+from longrope.cost import available, check_memory
 from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import benchmark_options
+from longrope.facts import ModelFacts
 from longrope.model import find_device
+from longrope.parallel import Ranks, local_device
 from longrope.pools import Pools
 from longrope.recipe import Recipe
 from longrope.search.stage import require_slopes
-from longrope.stages import Stage
+from longrope.stages import Costs, Stage
 from longrope.train.finetune import require_lora
+from longrope.windows import parse_extension
 from longrope.workspace import Run
 
 
@@ -33,10 +36,27 @@ def preflight(run: Run) -> None:
     check_settings(run, todo)
     if recipe.evaluate.benchmarks:
         benchmark_options(run).require_data(run.tokenizer, plan.original)
-    check_memory([stage for stage in todo if stage.memory])
+    device = find_device("--device", local_device(recipe.device))
+    memory = available(device, run.ranks.size)
+    check_memory([stage for stage in todo if stage.memory], memory)
     run.original()  # what cannot be extended is refused before all the text is read
     check_text(run, todo)
     run.keep_pools()
+
+
+def check_search(facts: ModelFacts, recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse the search alone that a recipe asks for, before any weight is read.
+
+    Raises:
+        ValueError: a device that is not there, too little memory, or slopes that cannot be taken.
+    """
+    device = find_device("--device", local_device(recipe.device))
+    if recipe.hidden_device:
+        find_device("--hidden-device", recipe.hidden_device)
+    require_slopes(recipe.search.algorithm, ranks)
+    cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
+    stage = cost.search("search", parse_extension(recipe.target, facts))
+    check_memory([stage], available(device))
 
 
 def check_settings(run: Run, stages: Sequence[Stage]) -> None:

@@ -35,8 +35,10 @@ class Stage:
 class Costs:
     """FLOPs and bytes of a model's forwards and training steps."""
 
-    def __init__(self, facts: ModelFacts, recipe: Recipe, on_cpu: bool):
+    def __init__(self, facts: ModelFacts, recipe: Recipe, on_cpu: bool, team: int = 1):
         self.facts, self.recipe, self.on_cpu = facts, recipe, on_cpu
+        # Hidden states wait on the device, its share of them where a team has the sequence.
+        self.hidden = 0 if recipe.hidden_device and not on_cpu else facts.hidden_size / team
         self.dtype = facts.dtype if recipe.dtype == "auto" else recipe.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = facts.parameters * self.size
@@ -124,12 +126,13 @@ class Costs:
     def _forward_memory(self, length: int) -> int:
         """The long forward: weights, and per token hidden states, one layer's KV and angles."""
         facts = self.facts
-        per_token = 2 * facts.kv_heads * facts.head_dim + 2 * facts.head_dim
-        if self.recipe.hidden_device is None:
-            per_token += facts.hidden_size
+        # torch's flash kernel on a CPU repacks keys and values for the matrix units of bf16.
+        copies = 2 if self.on_cpu and self.size == 2 else 1
+        angles = 2 * facts.head_dim
+        per_token = self.hidden + 2 * copies * facts.kv_heads * facts.head_dim + angles
         chunk = min(length, self.recipe.chunk)
         work = chunk * 12 * facts.hidden_size * self.size
-        return self._held() + length * (per_token * self.size + 24) + work + _head(facts)
+        return int(self._held() + length * (per_token * self.size + 24) + work + _head(facts))
 
     def _held(self) -> int:
         """Weights that are on the device at a time: all, or what is no layer and two layers.
@@ -152,11 +155,11 @@ class Costs:
         chunks = -(-length // chunk)
         kept = not self.recipe.offload and is_kept(facts.layers, facts.hidden_size, length, chunks)
         graph = graph_bytes(facts.layers if kept else 1, facts.hidden_size, chunk)
-        width = facts.hidden_size + facts.heads * facts.head_dim
-        inputs = 0 if self.recipe.hidden_device else (facts.layers + 1) * width
+        attended = facts.heads * facts.head_dim if self.hidden else 0
+        inputs = (facts.layers + 1) * (self.hidden + attended)
         # One layer's keys and values: a copy for the graph, its slopes, their float32 sums.
         both = 2 * facts.kv_heads * facts.head_dim
-        return int(graph) + length * ((inputs + 2 * both) * self.size + 4 * both)
+        return int(graph + length * ((inputs + 2 * both) * self.size + 4 * both))
 
     @property
     def _master(self) -> int:

@@ -48,12 +48,15 @@ def extend(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything that is by chance.")] = None,
     device: Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="As for search; by default the recipe's, or auto.")
+    ] = None,
     sequence_parallel: SequenceParallel = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what each stage would cost, count --data, stop.")
     ] = False,
     memory: Annotated[
-        str | None, typer.Option(help="With --dry-run: plan for so many GB, such as 8x80.")
+        str | None, typer.Option(help="With --dry-run: plan for GPUs of so many GB, such as 8x80.")
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -65,6 +68,8 @@ def extend(
     from longrope.preflight import check_settings, check_text
     from longrope.recipe import resolve_recipe
 
+    if memory is not None and not dry_run:
+        raise ValueError(f"--memory is {memory}: what to plan for; it goes with --dry-run")
     chosen = resolve_recipe(
         recipe,
         model,
@@ -74,6 +79,7 @@ def extend(
         start_tokens=start_tokens,
         seed=seed,
         device=device,
+        dtype=dtype,
         finetune=finetune,
         lora=lora,
     )
@@ -82,7 +88,7 @@ def extend(
         run = open_run(chosen, directory, these)
         if lora is not None and run.plan.trained is None:
             raise ValueError(f"--lora is {lora} and nothing is trained up to 8x: give --finetune")
-        estimated = estimate(run.plan, run.facts, chosen, memory if dry_run else None)
+        estimated = estimate(run.plan, run.facts, chosen, memory, these.size)
         if these.first and not json_:
             console.print(estimated.table())
             if estimated.advice:

@@ -116,8 +116,11 @@ def search(
     json_: Json = False,
 ) -> None:
     """Search the rescale factors for a longer context. Run again, it resumes."""
+    from longrope.facts import ModelFacts
     from longrope.model import load_model
     from longrope.parallel import local_device, ranks
+    from longrope.preflight import check_search
+    from longrope.recipe import make_recipe
     from longrope.search.evolution import EvolutionSettings
     from longrope.search.stage import SearchOptions, SearchSettings, search_factors, summary
 
@@ -146,6 +149,14 @@ def search(
             ),
         ),
     )
+
+    def check(facts: ModelFacts) -> None:
+        options.check(facts)
+        work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
+        section = {"algorithm": algorithm, "samples": samples, "passkeys": passkeys}
+        where = {"target": target, "hidden_device": hidden_device, "search": section}
+        check_search(facts, make_recipe(work | where), these)
+
     with ranks(sequence_parallel) as these:
         loaded = load_model(
             model,
@@ -156,7 +167,7 @@ def search(
             existing_scaling=existing_choice(existing_scaling),
             original_length=original_length,
             trust_remote_code=trust_remote_code,
-            check=options.check,
+            check=check,
         )
         result = search_factors(loaded, options, these)
     if not these.first:

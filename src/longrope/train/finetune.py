@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from longrope.files import append_line, read_lines, whole_directory, write_atomically
 from longrope.model import LoadedModel
-from longrope.parallel import Ranks, lost_ranks_named, of_a_lost_rank
+from longrope.parallel import Ranks, lost_ranks_named, of_a_lost_rank, sharded
 from longrope.progress import Advance, duration, progress
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
@@ -256,7 +256,7 @@ def require_lora(rank: int) -> None:
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"finetune.lora {rank} needs: pip install 'longrope[lora]'")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if sharded():
         raise ValueError(
             f"finetune.lora is {rank} and ACCELERATE_USE_FSDP is true: adapters are not merged "
             "into a sharded model; start the processes without FSDP, or make finetune.lora null"
