@@ -59,8 +59,8 @@ class DescentSettings:
                 f"--budget is {self.forwards}; it must be at least {_LEAST}, which comparing the "
                 "starts takes"
             )
-        if not self.rate > 0:
-            raise ValueError(f"--rate is {self.rate}; it must be positive")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"--rate is {self.rate}; it must be positive and finite")
         if self.step_windows < 1:
             raise ValueError(f"--step-windows is {self.step_windows}; it must be at least 1")
 
@@ -98,12 +98,6 @@ class Descent:
         self._asked: list[Trial] = []
         self._phase = self._course()
         self._next()
-
-    @property
-    def random_state(self) -> list[Any]:
-        """The random generator's state, as JSON holds it."""
-        version, numbers, gauss = self._rng.getstate()
-        return [version, list(numbers), gauss]
 
     def ask(self) -> list[Trial]:
         """The next trials; they do not depend on each other."""

@@ -78,12 +78,6 @@ class Evolution:
     def done(self) -> bool:
         return self.generation > self.settings.iterations
 
-    @property
-    def random_state(self) -> list[Any]:
-        """The random generator's state, as JSON holds it."""
-        version, numbers, gauss = self._rng.getstate()
-        return [version, list(numbers), gauss]
-
     def ask(self) -> list[Trial]:
         """The next generation: the starts and mutants of them, then children of the best."""
         return [Trial(c) for c in (self._first() if self.generation == 0 else self._children())]

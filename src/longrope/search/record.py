@@ -75,7 +75,7 @@ class Record:
                     f"{self.history} is there without its state.json; give another --out, or "
                     "delete it"
                 )
-            self.save_state(0, 0, None)
+            self.save_state(0, 0)
             return []
         before, digest = self._read_state()
         if digest != self.config.sha256:
@@ -110,7 +110,7 @@ class Record:
             f"{self.state} is damaged; give another --out, or delete {self.directory} to start over"
         )
 
-    def save_state(self, evaluations: int, generation: int, random_state: Any) -> None:
+    def save_state(self, evaluations: int, generation: int) -> None:
         """Write where the search stands, atomically."""
         state = {
             "schema": SCHEMA,
@@ -118,7 +118,6 @@ class Record:
             "config": self.config.to_json(),
             "generation": generation,
             "evaluations": evaluations,
-            "random_state": random_state,
         }
         write_atomically(self.state, json.dumps(state, indent=1) + "\n")
 

@@ -83,7 +83,7 @@ def _loop(
         if len(run.outcomes) < known:  # still replaying: what is on disk is further
             continue
         if run.ranks.first:
-            run.record.save_state(len(run.outcomes), algorithm.generation, algorithm.random_state)
+            run.record.save_state(len(run.outcomes), algorithm.generation)
             run.save_bests(provenance)
         if patience is not None and since_best >= patience:
             break
