@@ -88,13 +88,6 @@ def test_bf16_is_as_exact_as_the_plain_forward_in_bf16(ids, family):
     assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
 
 
-def test_hidden_states_may_wait_elsewhere(micro_models, ids):
-    model = micro_models("llama")
-    expected = LongForward(model, 20).losses(ids)
-    forward = LongForward(model, 20, hidden_device=torch.device("cpu"))
-    assert torch.equal(forward.losses(ids), expected)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
 def test_bytes_per_token_are_what_is_held(micro_models, family):
     """Every tensor as long as the sequence, counted while the last layer runs."""

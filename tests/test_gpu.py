@@ -28,6 +28,15 @@ def test_as_exact_as_the_plain_forward(ids, family, dtype):
             assert error <= 2 * expected + 1e-6
 
 
+@pytest.mark.parametrize("chunk", [40, 1000])
+def test_a_slope_s_hidden_states_may_wait_on_the_host(ids, chunk):
+    model = micro_model(FAMILIES["llama"]()).cuda()
+    with installed(model, yarn(model), always=True):
+        there = gradient(LongForward(model, chunk, torch.device("cpu")), ids[:1])
+        here = gradient(LongForward(model, chunk), ids[:1])
+    torch.testing.assert_close(there.by_factor, here.by_factor)
+
+
 def test_the_chunk_halves_until_it_fits():
     model = micro_model(FAMILIES["llama"]()).cuda()
     ids = torch.randint(3, 1536, (1, 65_537))

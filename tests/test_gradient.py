@@ -100,15 +100,6 @@ def test_in_bfloat16(ids, kept, monkeypatch):
         assert F.cosine_similarity(*slopes, dim=0) > 0.98
 
 
-def test_hidden_states_may_wait_elsewhere(micro_models, ids, monkeypatch):
-    model = micro_models("llama")
-    monkeypatch.setattr(module, "_KEPT", 0)
-    with installed(model, yarn(model), always=True):
-        there = gradient(LongForward(model, 30, torch.device("cpu")), ids[:1])
-        here = gradient(LongForward(model, 30), ids[:1])
-    assert_close(there.by_factor, here.by_factor)
-
-
 def test_out_of_memory_halves_the_chunk(micro_models, ids, monkeypatch):
     model = micro_models("llama")
     forward = LongForward(model, 64)

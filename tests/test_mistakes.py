@@ -51,6 +51,8 @@ def test_settings(small_search, tmp_path):
         ("--chunk", 0),
         ("--start-tokens", -1),
         ("--upper", 0.5),
+        ("--upper", "inf"),
+        ("--budget", 1345),
         ("--attention-factor", 0),
         ("--algorithm", "magic"),
         ("--dtype", "int4"),
@@ -94,7 +96,7 @@ def test_directories(small_search, tmp_path):
     assert "--population 16: settings of --algorithm paper" in line
     assert "--budget is 3" in refused(*fast, "--budget", 3)
     assert "--rate 0.1" in refused(*small_search, "--rate", 0.1, "--out", tmp_path / "b")
-    assert "--dtype float16" in refused(*fast, "--dtype", "float16")
+    assert "dtype is float16" in refused(*fast, "--dtype", "float16")
 
 
 def test_full_disk(small_search, tmp_path):
@@ -124,3 +126,18 @@ def test_generate_refusals(tmp_path):
     assert "--max-new-tokens is 0" in refused("generate", "bundled", "--max-new-tokens", 0)
     assert "no such file" in refused("generate", "bundled", "--prompt-file", tmp_path / "x").lower()
     assert "--target is missing" in refused("extend", tmp_path)
+    assert "--memory is 80" in refused("extend", "--memory", 80, "--out", tmp_path)
+
+
+def test_memory(tmp_path):
+    """A search that cannot fit is not begun, and no weight is read."""
+    line = refused("search", "--target", "1000000x", "--out", tmp_path / "out")
+    assert "search at 256,000,000 tokens needs about" in line
+    assert "try algorithm paper, offload weights, a smaller --target" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused("compare", "--target", "2x", "--out", tmp_path / "file" / "out")
+    assert "cannot be written" in line

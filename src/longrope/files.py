@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,20 @@ class Kept(dict[str, Any]):
         line = {"key": key, "found": found}
         append_line(self._path, line | {"of": self._of} if self._of else line)
         super().__setitem__(key, found)
+
+
+def require_directory(path: Path) -> None:
+    """Make a directory, if need be, and see that files can be written in it.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class Search(_Section):
     passkeys: _Count = 0
     budget: _Positive | None = None
     patience: _Positive | None = None
-    upper: Annotated[float, Field(ge=1)] | None = None
+    upper: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     rate: float = DescentSettings.rate
     step_windows: int = DescentSettings.step_windows
     population: int = 64
@@ -136,7 +136,7 @@ class Recipe(_Section):
     original_length: _Positive | None = None
     trust_remote_code: bool = False
     start_tokens: _Count = 0
-    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    attention_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     search: Search = Search()
     finetune: Finetune = Finetune()
     second_search: Search = Search()

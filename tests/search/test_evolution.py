@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -68,13 +69,19 @@ def test_differences_below_rounding_decide_nothing():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_has_no_children(bad):
     here = space()
-    algorithm = Evolution(here, starts(here), SMALL, 0)
+    settings = EvolutionSettings(population=12, mutations=0, crossovers=8, parents=4)
+    algorithm = Evolution(here, starts(here), settings, 0)
     trials = algorithm.ask()
-    first = [trial.candidate for trial in trials]
-    good = first[7]
-    algorithm.tell(trials, [Outcome(1.0 if c in first[4:8] else bad) for c in first])
-    assert {c for _, _, c in algorithm._ranked[:4]} == set(first[4:8])
-    assert good in first[4:8]
+    good = [trial.candidate for trial in trials[4:8]]
+    algorithm.tell(trials, [Outcome(1.0 if t.candidate in good else bad) for t in trials])
+    children = [trial.candidate.hundredths for trial in algorithm.ask()]
+    of_good = {
+        a.hundredths[:cut] + b.hundredths[cut:]
+        for a, b in itertools.permutations(good, 2)
+        for cut in range(here.dimensions)
+    }
+    assert len(children) == 8
+    assert of_good.issuperset(children)
 
 
 def test_a_space_that_is_used_up_ends_the_search():

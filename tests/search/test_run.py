@@ -170,6 +170,12 @@ def test_nan_loses_and_is_reported(tmp_path):
     assert again.calls == 0
 
 
+def test_a_start_without_a_finite_loss_is_none_that_may_win(tmp_path):
+    pi = starts(SPACE)[0]
+    result = go(tmp_path, Loss(of=lambda c: math.nan if c == pi else bowl(c)))
+    assert result.starts.keys() == {"ntk", "yarn"}
+
+
 def test_nothing_finite_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="none of 52 candidates has a finite loss"):
         go(tmp_path, Loss(of=lambda candidate: math.inf))

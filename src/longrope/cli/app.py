@@ -13,7 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_STOPPED = "stopped; it goes on where it was when the same command runs again"
+_RESUMED = ("extend", "search")
 # click's, which some versions of typer carry themselves
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -34,7 +34,7 @@ def main() -> None:
     except ValueError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail(_STOPPED, 130)
+        _fail(_stopped(arguments), 130)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
             _fail("the GPU is out of memory; try --hidden-device cpu, or a smaller --chunk", 1)
@@ -42,8 +42,14 @@ def main() -> None:
             raise
         _fail(str(error), 1)
     if code == 130:  # typer's word for Ctrl-C
-        _fail(_STOPPED, code)
+        _fail(_stopped(arguments), code)
     sys.exit(code)
+
+
+def _stopped(arguments: list[str]) -> str:
+    if arguments[0] not in _RESUMED:
+        return "stopped"
+    return "stopped; it goes on where it was when the same command runs again"
 
 
 def _fail(message: str, code: int) -> None:

@@ -65,6 +65,8 @@ def compare(
 ) -> None:
     """Compare methods and searched factors on documents that no search has seen."""
     from longrope.evaluate.compare import CompareOptions, run_comparison
+    from longrope.facts import ModelFacts
+    from longrope.files import require_directory
     from longrope.model import load_model
     from longrope.report.run import report as write_report
 
@@ -81,6 +83,12 @@ def compare(
         hidden_device=hidden_device,
         own_attention_factors=True,
     )
+    directory = out or options.directory
+
+    def check(facts: ModelFacts) -> None:
+        options.check(facts)
+        require_directory(directory)
+
     loaded = load_model(
         model,
         device=device,
@@ -89,10 +97,9 @@ def compare(
         existing_scaling=existing_choice(existing_scaling),
         original_length=original_length,
         trust_remote_code=trust_remote_code,
-        check=options.check,
+        check=check,
     )
     comparison = run_comparison(loaded, options, exclude_searched=True)
-    directory = out or options.directory
     comparison.save(directory / "compare.json")
     figures = write_report(directory)
     if json_:

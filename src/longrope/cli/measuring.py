@@ -174,6 +174,12 @@ def evaluate(
         pair = None
         if rescale is None and existing_scaling is None:
             loaded, pair = load_extended(model, **loading)
+            if pair and (target or attention_factor):
+                given = "--target" if target else "--attention-factor"
+                raise ValueError(
+                    f"{given} is for a method, and {model} has factors of its own: leave it out, "
+                    "or give --rescale"
+                )
         else:
             scaling = existing_choice(existing_scaling)
             loaded = load_model(model, existing_scaling=scaling, **loading)

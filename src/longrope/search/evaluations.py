@@ -40,7 +40,7 @@ class SearchResult:
     best_loss: float
     portable: Rescale | None  # None where start tokens are fixed above 0
     portable_loss: float | None
-    starts: dict[str, float]
+    starts: dict[str, float]  # of those with a finite loss
     evaluations: int
     forwards: float  # forward equivalents: all windows once are one
     computed: int  # of which in this run, not read from the history
@@ -267,7 +267,7 @@ class Evaluations:
             best_loss=best[0],
             portable=self._with_provenance(portable, provenance) if portable else None,
             portable_loss=portable[0] if portable else None,
-            starts=self.start_losses(),
+            starts={n: loss for n, loss in self.start_losses().items() if math.isfinite(loss)},
             evaluations=len(self.outcomes),
             forwards=round(self.forwards, 2),
             computed=self.computed,

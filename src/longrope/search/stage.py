@@ -90,7 +90,12 @@ class SearchSettings:
                 f"--rate {self.rate}, --step-windows {self.step_windows}: settings of --algorithm "
                 "fast; this is paper"
             )
-        self.of_algorithm()
+        most = self.of_algorithm().forwards
+        if self.budget is not None and self.budget > most:
+            raise ValueError(
+                f"--budget is {self.budget}, and so many generations end after {most}: raise "
+                "--iterations or --population"
+            )
 
     def of_algorithm(self) -> EvolutionSettings | DescentSettings:
         """The settings of the algorithm chosen."""
@@ -103,8 +108,7 @@ class SearchSettings:
     @property
     def forwards(self) -> int:
         """The budget in forward equivalents: all windows and questions once are one."""
-        most = self.of_algorithm().forwards
-        return min(self.budget or most, most)
+        return self.budget or self.of_algorithm().forwards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +126,11 @@ class SearchOptions:
     how: SearchSettings = dataclasses.field(default_factory=SearchSettings)
 
     def __post_init__(self) -> None:
-        if self.upper is not None and self.upper < 1:
-            raise ValueError(f"--upper is {self.upper}; it must be at least 1")
-        if self.attention_factor is not None and not self.attention_factor > 0:
-            raise ValueError(f"--attention-factor is {self.attention_factor}; it must be positive")
+        if self.upper is not None and not 1 <= self.upper < math.inf:
+            raise ValueError(f"--upper is {self.upper}; it must be at least 1, and finite")
+        factor = self.attention_factor
+        if factor is not None and not 0 < factor < math.inf:
+            raise ValueError(f"--attention-factor is {factor}; it must be positive and finite")
         if self.start_tokens is not None and self.start_tokens < 0:
             raise ValueError(f"--start-tokens is {self.start_tokens}; it must not be negative")
 
