@@ -10,6 +10,7 @@ the first window of each document that was not searched on, differences paired.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -128,7 +129,7 @@ def curve(directory: Path) -> list[tuple[float, float]]:
 
 def held_out_losses(loaded: LoadedModel, directory: Path, windows: np.ndarray) -> dict[str, Any]:
     """Mean loss of each held-out window under the best and the portable rescale; kept."""
-    kept = directory / "held-out.json"
+    kept = directory / f"held-out-{hashlib.sha256(windows.tobytes()).hexdigest()[:8]}.json"
     if not kept.exists():
         forward = LongForward(loaded.model)
 
