@@ -21,6 +21,7 @@ from typing import Any
 import record
 
 from longrope.evaluate.compare import CompareOptions, run_comparison
+from longrope.evaluate.unfinished import Unfinished
 from longrope.extend import extend
 from longrope.model import load_model
 from longrope.parallel import Ranks
@@ -160,7 +161,7 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
     options = CompareOptions(
         ("yarn", *files), (target,), target, pack=args.pack, tokens_per_document=args.held_out
     )
-    rows = run_comparison(loaded, options, exclude_searched=False).rows()
+    rows = run_comparison(loaded, options, exclude_searched=False, unfinished=Unfinished()).rows()
     held_out = [r["perplexity"] for r in rows]
     return {
         "target": target,

@@ -56,6 +56,35 @@ def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
 
 
 @pytest.mark.parametrize(
+    ("verb", "result"),
+    [
+        (["compare", "--target", "2x", "--methods", "none,pi,ntk,yarn"], "compare.json"),
+        (["evaluate", "--lengths", "256,512", "--passkey", "--trials", 40], "passkey.json"),
+    ],
+)
+def test_kill_9_of_a_measurement_costs_what_was_under_way(texts, tmp_path, verb, result):
+    options = [*map(str, verb), "--data", str(texts), "--chunk", "64"]
+    succeeds(*options, "--out", tmp_path / "whole")
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [*LONGROPE, *options, "--out", str(cut)], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    kept = cut / "unfinished"
+    while process.poll() is None:
+        if any(file.stat().st_size for file in kept.glob("[!.]*")):
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (cut / result).exists()
+    assert any(kept.iterdir())
+    succeeds(*options, "--out", cut)
+    assert (cut / result).read_text() == (tmp_path / "whole" / result).read_text()
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
     ("algorithm", "processes"), [(PAPER, 2), (PAPER, 3), ([*FAST, "--step-windows", 2], 2)]
 )
 def test_ranks_agree_candidate_for_candidate(small_search, tmp_path, algorithm, processes):

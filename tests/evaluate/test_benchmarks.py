@@ -11,6 +11,7 @@ from longrope.evaluate.benchmarks import BenchmarkOptions, ask_benchmark
 from longrope.evaluate.local_data import read_dataset
 from longrope.evaluate.paired import compare_with_original, paired
 from longrope.evaluate.tasks import manager, task_parts
+from longrope.evaluate.unfinished import Unfinished
 from longrope.files import Kept
 from longrope.forward import LongForward
 from longrope.model import load_model
@@ -170,7 +171,7 @@ def test_no_question_is_its_own_example(tmp_path):
 def test_a_model_against_itself_differs_in_nothing(bundled, benchmark_data):
     unscaled = bundled.facts.rescale("none", 256)
     asked = options(benchmark_data, tasks=("hellaswag",), shots=0)
-    (row,) = compare_with_original(bundled, lambda tokens: unscaled, 256, None, asked)
+    (row,) = compare_with_original(bundled, lambda tokens: unscaled, 256, None, asked, Unfinished())
     assert (row["questions"], row["difference"], row["low"], row["high"]) == (8, 0, 0, 0)
 
 

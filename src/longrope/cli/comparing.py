@@ -63,8 +63,12 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Compare methods and searched factors on documents that no search has seen."""
+    """Compare methods and searched factors on documents that no search has seen.
+
+    Run again, it resumes.
+    """
     from longrope.evaluate.compare import CompareOptions, run_comparison
+    from longrope.evaluate.unfinished import Unfinished
     from longrope.facts import ModelFacts
     from longrope.files import require_directory
     from longrope.model import load_model
@@ -99,8 +103,10 @@ def compare(
         trust_remote_code=trust_remote_code,
         check=check,
     )
-    comparison = run_comparison(loaded, options, exclude_searched=True)
+    unfinished = Unfinished(directory)
+    comparison = run_comparison(loaded, options, exclude_searched=True, unfinished=unfinished)
     comparison.save(directory / "compare.json")
+    unfinished.done()
     figures = write_report(directory)
     if json_:
         print_json(comparison.to_json() | {"figures": [str(path) for path in figures]})

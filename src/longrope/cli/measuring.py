@@ -1,6 +1,7 @@
 """The verb that measures."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +77,13 @@ def evaluate(
     trials: Annotated[int, typer.Option(help="Questions a length, depths stratified.")] = 20,
     digits: Annotated[int, typer.Option(help="Of the number that is asked for.")] = 5,
     seed: Annotated[int, typer.Option(help="Decides keys and depths.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Directory for the heat map.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for the rows as JSON, and the heat map; interrupted, the same command "
+            "goes on from what it holds (not with --sequence-parallel)."
+        ),
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Such as 4k,8k or 2x; benchmarks other than RULER need none.")
     ] = None,
@@ -107,6 +114,8 @@ def evaluate(
     from longrope.evaluate.benchmarks import BenchmarkOptions
     from longrope.evaluate.compare import CompareOptions, Entry, run_comparison
     from longrope.evaluate.paired import compare_with_original
+    from longrope.evaluate.unfinished import Unfinished
+    from longrope.files import require_directory, write_atomically
     from longrope.generate import load_extended
     from longrope.model import load_model
     from longrope.parallel import local_device, ranks
@@ -152,10 +161,12 @@ def evaluate(
     def check(facts: Any) -> None:
         if kind in ("passkey", "needle"):
             asked.check(facts)
-            return
-        options.check(facts)
+        else:
+            options.check(facts)
         if kind == "benchmarks":
             standard.check(facts)
+        if out:
+            require_directory(out)
 
     loading: dict[str, Any] = {
         "dtype": dtype,
@@ -183,19 +194,24 @@ def evaluate(
         else:
             scaling = existing_choice(existing_scaling)
             loaded = load_model(model, existing_scaling=scaling, **loading)
+        unfinished = Unfinished(out, these.team.size)
         entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
         if kind == "benchmarks":
             long = pair.long if pair else entry.rescale(options.resolve(loaded.facts)[1])
             before = _original(model, original, loading)
             rows = compare_with_original(
-                loaded, entry.rescale, long.max_position_embeddings, before, standard
+                loaded, entry.rescale, long.max_position_embeddings, before, standard, unfinished
             )
             show = print_benchmarks
         elif kind == "perplexity":
-            rows = run_comparison(loaded, options, exclude_searched=False, entries=[entry]).rows()
+            rows = run_comparison(
+                loaded, options, exclude_searched=False, unfinished=unfinished, entries=[entry]
+            ).rows()
             show = print_rows
         else:
-            rows = [dataclasses.asdict(row) for row in ask(loaded, asked, entry.rescale)]
+            rows = [
+                dataclasses.asdict(row) for row in ask(loaded, asked, entry.rescale, unfinished)
+            ]
             show = print_answers
     if not these.first:
         return
@@ -203,6 +219,9 @@ def evaluate(
         print_json({kind: rows})
     else:
         show(rows)
+    if out:
+        write_atomically(out / f"{kind}.json", json.dumps({kind: rows}, indent=1) + "\n")
+        unfinished.done()
     if out and kind in ("passkey", "needle"):
         figure = save_heat_map(rows, kind, out)
         if not json_:

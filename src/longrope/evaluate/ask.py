@@ -14,6 +14,7 @@ from longrope.evaluate.retrieval import (
     passkey_prompt,
     retrieve,
 )
+from longrope.evaluate.unfinished import Unfinished
 from longrope.facts import ModelFacts
 from longrope.forward import DEFAULT_CHUNK
 from longrope.model import LoadedModel
@@ -57,21 +58,25 @@ class AskOptions:
 
 
 def ask(
-    loaded: LoadedModel, options: AskOptions, choose: Callable[[int], Rescale | None]
+    loaded: LoadedModel,
+    options: AskOptions,
+    choose: Callable[[int], Rescale | None],
+    unfinished: Unfinished,
 ) -> list[Row]:
-    """Ask every question; ``choose`` gives the rescale for a length.
+    """Ask every question; ``choose`` gives the rescale for a length, what is unfinished goes on.
 
     Raises:
         ValueError: a length that holds not even the question, or a haystack that is too short.
     """
     lengths = options.resolve(loaded.facts)
     tokenizer = loaded.tokenizer
-    lines = []
+    lines, hashes = [], []
     if options.kind == "needle":
         documents = load_documents(
             loaded.tokenizer, options.data, field=options.field, held_out=True
         )
         lines = haystack_lines(documents, tokenizer)
+        hashes = [digest for document in documents for digest in document.sha256]
 
     def make(length: int, depth: float, rng: Any) -> Prompt:
         if options.kind == "needle":
@@ -82,13 +87,17 @@ def ask(
     rows: list[Row] = []
     with progress(options.kind, len(lengths), show=loaded.team.rank == 0) as advance:
         for number, length in enumerate(lengths, 1):
+            rescale = choose(length)
+            same = {name: getattr(options, name) for name in ("kind", "trials", "digits", "seed")}
+            answered = unfinished.answers(loaded, [rescale], length=length, of=hashes, **same)
             found = retrieve(
                 forward,
                 make,
                 length,
-                choose(length),
+                rescale,
                 trials=options.trials,
                 seed=options.seed,
+                answered=answered,
             )
             rows += found
             right, trials = sum(r.correct for r in found), sum(r.trials for r in found)

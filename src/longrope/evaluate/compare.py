@@ -10,6 +10,7 @@ from typing import Any
 
 from longrope.data import check_sources
 from longrope.evaluate.perplexity import Scores, check_lengths, paired_difference, score
+from longrope.evaluate.unfinished import Unfinished
 from longrope.facts import ModelFacts, load_rescale
 from longrope.files import write_atomically
 from longrope.forward import DEFAULT_CHUNK
@@ -181,6 +182,7 @@ def run_comparison(
     options: CompareOptions,
     *,
     exclude_searched: bool,
+    unfinished: Unfinished,
     entries: Sequence[Entry] | None = None,
 ) -> Comparison:
     """Score methods and rescale files at several lengths.
@@ -188,7 +190,7 @@ def run_comparison(
     Without ``data`` the documents are the library packages that the bundled model
     never saw. ``exclude_searched`` leaves out documents that a rescale file was
     searched on; otherwise their presence is only warned of. ``entries`` are scored instead
-    of the options' methods.
+    of the options' methods. What is ``unfinished`` goes on.
 
     Raises:
         ValueError: an unknown method, a rescale of another shape, too few tokens.
@@ -200,7 +202,7 @@ def run_comparison(
     documents = _held_out(documents, options.methods, exclude_searched)
     if options.pack:
         documents = [pack(documents, bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id)]
-    scores = _score_all(loaded, options, entries, documents, lengths)
+    scores = _score_all(loaded, options, entries, documents, lengths, unfinished)
     named = [entry.name for entry in entries if entry.name in options.methods]
     named = named or [entry.name for entry in entries]
     subject = next((name for name in named if name not in METHODS), named[-1])
@@ -264,14 +266,18 @@ def _score_all(
     entries: Sequence[Entry],
     documents: Sequence[TokenDocument],
     lengths: Sequence[int],
+    unfinished: Unfinished,
 ) -> dict[tuple[str, int], Scores]:
     bos = bos_token(loaded.tokenizer)
+    asked = {"lengths": lengths, "stride": options.stride, "bos": bos}
     forward = loaded.forward(options.chunk, options.hidden_device)
     scores: dict[tuple[str, int], Scores] = {}
     with progress("evaluate", len(entries) * len(lengths), show=loaded.team.rank == 0) as advance:
         for entry in entries:
             for length in lengths:
-                with installed(loaded.model, entry.rescale(length)):
+                rescale = entry.rescale(length)
+                known = unfinished.losses(loaded, rescale, length=length, **asked)
+                with installed(loaded.model, rescale):
                     found = score(
                         forward,
                         documents,
@@ -280,6 +286,7 @@ def _score_all(
                         lengths=lengths,
                         stride=options.stride,
                         tokens_per_document=options.tokens_per_document,
+                        known=known,
                     )
                 scores[entry.name, length] = found
                 advance(len(scores), f"{entry.name} at {length:,}: {found.perplexity:.2f}")

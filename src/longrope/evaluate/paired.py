@@ -1,11 +1,13 @@
 """Benchmarks of an extended model against the original: the same questions asked of both."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 from longrope.evaluate.benchmarks import BenchmarkOptions, Scores, ask_benchmark
 from longrope.evaluate.tasks import is_ruler
+from longrope.evaluate.unfinished import Unfinished
 from longrope.model import LoadedModel
 from longrope.rope.rescale import Rescale
 
@@ -16,8 +18,9 @@ def compare_with_original(
     longest: int,
     original: LoadedModel | None,
     options: BenchmarkOptions,
+    unfinished: Unfinished,
 ) -> list[dict[str, Any]]:
-    """Rows of :func:`paired`, for every task.
+    """Rows of :func:`paired`, for every task; what is unfinished goes on.
 
     Args:
         longest: tokens that the extended model is made for.
@@ -35,10 +38,13 @@ def compare_with_original(
         raise ValueError("RULER makes its texts by the tokenizer: --original needs the same one")
     options.require_data(before.tokenizer, min(window, longest))
     unscaled = before.facts.rescale("none", window)
+    asked = {k: v for k, v in dataclasses.asdict(options).items() if k != "tasks"}
     rows = []
     for task in options.tasks:
-        answers = ask_benchmark(before, lambda tokens: unscaled, window, task, options)
-        extended = ask_benchmark(loaded, choose, longest, task, options)
+        kept = unfinished.answers(before, [unscaled], task=task, **asked)
+        answers = ask_benchmark(before, lambda tokens: unscaled, window, task, options, kept)
+        kept = unfinished.answers(loaded, [choose(1), choose(longest)], task=task, **asked)
+        extended = ask_benchmark(loaded, choose, longest, task, options, kept)
         rows += [paired(row, answers.get(row, {}), extended[row]) for row in extended]
     return rows
 

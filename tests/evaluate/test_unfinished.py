@@ -1,0 +1,97 @@
+"""What was measured is not measured again, unless it is of something else."""
+
+import numpy as np
+import pytest
+
+from longrope.evaluate.ask import AskOptions, ask
+from longrope.evaluate.compare import CompareOptions, run_comparison
+from longrope.evaluate.unfinished import Unfinished
+from longrope.forward import LongForward
+from longrope.model import load_model
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model("bundled")
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """How many windows went through the long forward."""
+    own, counted = LongForward._hidden, []
+
+    def hidden(self, ids_BT, *args):
+        counted.append(len(ids_BT))
+        return own(self, ids_BT, *args)
+
+    monkeypatch.setattr(LongForward, "_hidden", hidden)
+    return counted
+
+
+def compared(bundled, texts, directory, methods, **changes):
+    fields = {"lengths": ("256", "512"), "data": (str(texts),), "target": "512", **changes}
+    return run_comparison(
+        bundled,
+        CompareOptions(methods, **fields),
+        exclude_searched=False,
+        unfinished=Unfinished(directory),
+    )
+
+
+def test_losses(bundled, texts, tmp_path, forwards):
+    first = compared(bundled, texts, tmp_path, ("none", "pi"))
+    measured = sum(forwards)
+    again = compared(bundled, texts, tmp_path, ("none", "pi"))
+    assert sum(forwards) == measured
+    assert again.to_json() == first.to_json()
+    # Another method is measured alone, another cut of the documents anew.
+    compared(bundled, texts, tmp_path, ("none", "pi", "ntk"))
+    assert sum(forwards) == measured + measured // 2
+    compared(bundled, texts, tmp_path, ("none", "pi"), tokens_per_document=512)
+    assert sum(forwards) > measured + measured // 2
+    known = sum(forwards)
+    compared(bundled, texts, tmp_path, ("none", "pi"), stride=128, lengths=("512",))
+    assert sum(forwards) > known
+
+
+def test_a_damaged_file_is_measured_again(bundled, texts, tmp_path, forwards):
+    first = compared(bundled, texts, tmp_path, ("none",))
+    file = next((tmp_path / "unfinished").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    measured = sum(forwards)
+    assert compared(bundled, texts, tmp_path, ("none",)).to_json() == first.to_json()
+    assert measured < sum(forwards) < 2 * measured
+
+
+def test_answers(bundled, tmp_path, forwards):
+    def asked(seed=0, method="yarn"):
+        options = AskOptions("passkey", ("256", "512"), trials=4, seed=seed)
+        rescale = bundled.facts.rescale(method, 512)
+        return ask(bundled, options, lambda length: rescale, Unfinished(tmp_path))
+
+    first, measured = asked(), len(forwards)
+    assert asked() == first
+    assert len(forwards) == measured
+    asked(seed=1)
+    assert len(forwards) == 2 * measured
+    asked(method="pi")
+    assert len(forwards) == 3 * measured
+
+
+def test_other_weights_are_another_measurement(bundled, texts, tmp_path, forwards):
+    other = load_model("bundled")
+    other.model.get_input_embeddings().weight.data[:, 0] += 1
+    forwards.clear()  # of the model's proof
+    compared(bundled, texts, tmp_path, ("none",))
+    measured = sum(forwards)
+    compared(other, texts, tmp_path, ("none",))
+    assert sum(forwards) == 2 * measured
+
+
+def test_nothing_is_kept_without_a_directory_or_with_a_team(bundled, tmp_path):
+    rescale = bundled.facts.rescale("yarn", 512)
+    for unfinished in (Unfinished(), Unfinished(tmp_path, team=2)):
+        unfinished.losses(bundled, rescale)["a"] = np.zeros((1, 2))
+        unfinished.answers(bundled, [rescale])["a"] = True
+        unfinished.done()
+    assert not list(tmp_path.iterdir())
