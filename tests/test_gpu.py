@@ -37,6 +37,13 @@ def test_a_slope_s_hidden_states_may_wait_on_the_host(ids, chunk):
     torch.testing.assert_close(there.by_factor, here.by_factor)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_slopes_take_the_gpu_s_kernel(dim):
+    from longrope.attention_gradient import _cuda_kernel_agrees
+
+    assert _cuda_kernel_agrees(torch.device("cuda", 0), torch.bfloat16, dim)
+
+
 def test_the_chunk_halves_until_it_fits():
     model = micro_model(FAMILIES["llama"]()).cuda()
     ids = torch.randint(3, 1536, (1, 65_537))

@@ -160,13 +160,37 @@ def test_attention_equals_brute_force(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_gradient, "_KEYS", keys)
         if blocks:  # as where there is no kernel of the CPU's
-            block = attention_gradient._block_backward
-            patch.setattr(attention_gradient, "_flash_backward", lambda *a: block(*a, None, None))
+            patch.setattr(attention_gradient, "_kernel", lambda query, value: None)
         output, _ = differentiable_attention(
             None, query, key, value, None, 0.3, sliding_window=window, softcap=softcap
         )
         found = torch.autograd.grad((output * weight).sum(), (query, key, value))
     assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 64, 100])
+def test_a_kernel_is_proved_before_it_is_used(dtype, dim):
+    own, here = attention_gradient._cpu_kernel, torch.device("cpu")
+
+    def past_forgotten(*args):
+        return own(*args) if args[-2] else [torch.zeros_like(tensor) for tensor in args[1:4]]
+
+    def missing(*args):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    assert attention_gradient.agrees(own, here, dtype, dim)
+    assert not attention_gradient.agrees(past_forgotten, here, dtype, dim)
+    assert not attention_gradient.agrees(missing, here, dtype, dim)
+
+
+def test_a_gpu_s_kernel_is_called_as_this_torch_declares_it():
+    """Shapes and arguments alone: what it computes is proved on the GPU itself."""
+    query = torch.empty(1, 4, 100, 64, device="meta", dtype=torch.bfloat16)
+    key = torch.empty(1, 4, 300, 64, device="meta", dtype=torch.bfloat16)
+    lse = torch.empty(1, 4, 100, device="meta")
+    found = attention_gradient._cuda_kernel(query, query, key, key, query, lse, False, 64**-0.5)
+    assert [tensor.shape for tensor in found] == [query.shape, key.shape, key.shape]
 
 
 def test_what_it_costs(monkeypatch):

@@ -7,7 +7,9 @@ before the backward pass.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,8 +19,12 @@ from transformers import AttentionInterface
 
 from longrope.attention import blockwise, causal, refuse_others, repeated
 
+log = logging.getLogger(__name__)
+
 NAME = "longrope_differentiable"
 _KEYS = 1024  # at a time, where no kernel fits
+# The slopes of query, key and value: given the output's, what gave it, and whether it was causal.
+Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Memory:
@@ -120,11 +126,11 @@ class _Attention(torch.autograd.Function):
         slope = slopes[0].contiguous()
         scaling, softcap, window = ctx.options
         query, _, value, *_ = ctx.saved_tensors
-        same = query.shape[-1] == value.shape[-1]
-        if slope.device.type == "cpu" and same and not (softcap or window):
-            found = _flash_backward(slope, ctx.saved_tensors, scaling)
-        else:
+        kernel = None if softcap or window else _kernel(query, value)
+        if kernel is None:
             found = _block_backward(slope, ctx.saved_tensors, scaling, softcap, window)
+        else:
+            found = _flash_backward(slope, ctx.saved_tensors, scaling, kernel)
         return (*found, None, None, None)
 
 
@@ -176,18 +182,107 @@ def _block_backward(
     return by_query.to(dtype), by_key, by_value
 
 
+def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
+    """The device's own kernel for a backward pass, where it has one for such rows."""
+    dim = query.shape[-1]
+    if dim != value.shape[-1]:
+        return None
+    if query.device.type == "cpu":
+        return _cpu_kernel
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.device.type == "cuda" and half and dim % 8 == 0 and dim <= 256:
+        return _cuda_kernel if _cuda_kernel_agrees(query.device, query.dtype, dim) else None
+    return None
+
+
+def _cpu_kernel(
+    slope: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        slope, query, key, value, output, lse, 0.0, causal, scale=scaling
+    )
+
+
+def _cuda_kernel(
+    slope: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ops, one = torch.ops.aten, query[:, :, :1]
+    # What a forward hands to its backward beside results, which differs between versions.
+    *_, starts, key_starts, _, _, state, unused, _ = ops._scaled_dot_product_flash_attention(
+        one, one, one, 0.0, False, False, scale=scaling
+    )
+    lengths = query.shape[2], key.shape[2]
+    return ops._scaled_dot_product_flash_attention_backward(
+        slope, query, key, value, output, lse.contiguous(), starts, key_starts, *lengths,
+        0.0, causal, state, unused, scale=scaling,
+    )  # fmt: skip
+
+
+@functools.cache
+def _cuda_kernel_agrees(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    found = agrees(_cuda_kernel, device, dtype, dim)
+    if not found:
+        log.warning("slopes take plain products: no kernel for %s, %d numbers a row", dtype, dim)
+    return found
+
+
+def agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether a kernel gives what plain products give, on a small case with a past.
+
+    Not all GPUs have the kernel for all rows, and it is not documented: so it is proved where it
+    is used.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, tokens: int) -> Tensor:
+        return torch.randn(1, heads, tokens, dim, generator=generator).to(device, dtype)
+
+    query, slope = draw(4, 100), draw(4, 100)
+    key, value = draw(2, 300), draw(2, 300)
+    scaling = dim**-0.5
+    try:
+        saved = (query, key, value, *causal(query, key, value, scaling))
+        found = _flash_backward(slope, saved, scaling, kernel)
+    except torch.OutOfMemoryError:  # a smaller chunk may leave room
+        raise
+    except RuntimeError:
+        return False
+    exact = _block_backward(
+        slope.double(), tuple(tensor.double() for tensor in saved), scaling, None, None
+    )
+    plain = _block_backward(slope, saved, scaling, None, None)
+    return all(
+        (ours - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
+        for ours, theirs, true in zip(found, plain, exact, strict=True)
+    )
+
+
 def _flash_backward(
     slope: Tensor,
     saved: tuple[Tensor, ...],
     scaling: float,
+    kernel: Kernel,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by the CPU's kernel: given the log-sum-exp over all keys, parts just add up."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    """The same by a kernel: given the log-sum-exp over all keys, parts just add up."""
     query, key, value, output, lse = saved
     groups, past = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     own_key, own_value = (repeated(t[:, :, past:], groups) for t in (key, value))
     by_query, by_key, by_value = kernel(
-        slope, query, own_key, own_value, output, lse, 0.0, True, scale=scaling
+        slope, query, own_key, own_value, output, lse, True, scaling
     )
     by_own = (_summed(by_key, groups), _summed(by_value, groups))
     if past == 0:
@@ -200,9 +295,8 @@ def _flash_backward(
         *(folded(t) for t in (slope, query)),
         *(t[:, :, :past] for t in (key, value)),
         *(folded(t) for t in (output, lse)),
-        0.0,
         False,
-        scale=scaling,
+        scaling,
     )
     by_key, by_value = (torch.cat(both, dim=2) for both in zip(by_past, by_own, strict=True))
     return by_query + by_folded.reshape(by_query.shape), by_key, by_value
