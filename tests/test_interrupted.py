@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from program import LONGROPE, history, run, succeeds
 
@@ -65,23 +68,41 @@ def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
 def test_kill_9_of_a_measurement_costs_what_was_under_way(texts, tmp_path, verb, result):
     options = [*map(str, verb), "--data", str(texts), "--chunk", "64"]
     succeeds(*options, "--out", tmp_path / "whole")
-    cut = tmp_path / "cut"
+    cut, other = tmp_path / "cut", tmp_path / "other"
     process = subprocess.Popen(
         [*LONGROPE, *options, "--out", str(cut)], stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    kept = cut / "unfinished"
-    while process.poll() is None:
-        if any(file.stat().st_size for file in kept.glob("[!.]*")):
+    kept, deadline = cut / "unfinished", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(measured(kept)):
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (cut / result).exists()
-    assert any(kept.iterdir())
+    shutil.copytree(cut, other)
     succeeds(*options, "--out", cut)
     assert (cut / result).read_text() == (tmp_path / "whole" / result).read_text()
     assert not kept.exists()
+    # What was kept is taken as it is: something else there, something else in the result.
+    for file in measured(other / "unfinished"):
+        if file.suffix == ".safetensors":
+            losses = load_file(file)["losses"]
+            save_file({"losses": losses + 1}, file)
+        else:
+            file.write_text(re.sub("true|false", swapped, file.read_text()))
+    succeeds(*options, "--out", other)
+    assert (other / result).read_text() != (tmp_path / "whole" / result).read_text()
+
+
+def swapped(answer):
+    return "false" if answer[0] == "true" else "true"
+
+
+def measured(kept):
+    """The files of what was measured, whole ones."""
+    return [file for file in kept.glob("[!.]*") if file.stat().st_size]
 
 
 @pytest.mark.parametrize(

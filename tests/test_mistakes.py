@@ -113,6 +113,10 @@ def test_full_disk(small_search, tmp_path):
     assert "run the same command again" in done.stderr.splitlines()[-1]
     summary = json.loads(succeeds(*small_search, "--budget", 9, "--out", tmp_path / "a", "--json"))
     assert summary["evaluations"] == 9
+    comparison = ["compare", "--target", "2x", *small_search[4:6], "--out", tmp_path / "b"]
+    done = run(*comparison, launcher=launcher)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr.splitlines()[-1]
 
 
 def test_retrieval_refusals():
@@ -131,13 +135,17 @@ def test_generate_refusals(tmp_path):
 
 def test_memory(tmp_path):
     """A search that cannot fit is not begun, and no weight is read."""
-    line = refused("search", "--target", "1000000x", "--out", tmp_path / "out")
+    search = ["search", "--target", "1000000x", "--device", "cpu"]
+    line = refused(*search, "--out", tmp_path / "out")
     assert "search at 256,000,000 tokens needs about" in line
-    assert "try algorithm paper, offload weights, a smaller --target" in line
+    assert "try --algorithm paper, --offload weights, a smaller --target" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     line = refused("compare", "--target", "2x", "--out", tmp_path / "file" / "out")
-    assert "cannot be written" in line
+    assert "cannot be written (Not a directory)" in line
+    out = ["--out", tmp_path / "out"]
+    refused("compare", "--target", "2x", "--methods", "none", *out, "--data", tmp_path / "file")
+    assert not list((tmp_path / "out").iterdir())

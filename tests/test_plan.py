@@ -211,7 +211,9 @@ def test_training_may_be_spread_over_devices_and_a_forward_not(facts):
     eight = Memory(each, 8)
     assert made["finetune"].memory <= 8 * each
     check_memory([made["finetune"]], eight)
-    with pytest.raises(ValueError, match=r"second-search .* try hidden_device cpu"):
+    with pytest.raises(
+        ValueError, match=r"second-search .* try second_search.algorithm paper, hidden_device cpu"
+    ):
         check_memory([made["second-search"]], eight)
     kept = plan(facts, target="64x", hidden_device="cpu")
     check_memory([kept["second-search"]], eight)
@@ -280,17 +282,31 @@ def test_memory_grows_with_each_token_as_the_long_forward_s_does(dtype):
     assert far - near == 4096 * loaded.forward().bytes_per_token()
 
 
-def test_a_host_has_no_other_place_for_hidden_states(facts):
-    def search(**changes):
-        made = make_recipe({"target": "8x", **changes})
-        return [Costs(facts, made, on_cpu=c).search("search", 2048).memory for c in (True, False)]
+def test_hidden_states_wait_on_the_host_of_a_gpu_alone(facts):
+    def search(on_cpu, **changes):
+        recipe = make_recipe({"target": "8x", **changes})
+        return Costs(facts, recipe, on_cpu).search("search", 2048)
 
-    here, there = search(), search(hidden_device="cpu")
-    assert here[0] == there[0]
-    assert here[1] > there[1]
-    cost = Costs(facts, make_recipe({"target": "8x", "search": {"algorithm": "paper"}}), True)
-    with pytest.raises(ValueError, match=r"are free; try algorithm paper, offload weights"):
-        check_memory([cost.search("search", 2048)], Memory(10**6, on_cpu=True))
+    here, there = search(False), search(False, hidden_device="cpu")
+    assert there.host == here.memory - there.memory > 0
+    assert here.host == 0
+    check_memory([there], Memory(10**9))
+    with pytest.raises(ValueError, match=r"search at 2,048 tokens keeps about .* in the host's"):
+        check_memory([there], Memory(10**9, host=there.host - 1))
+    on_cpu = search(True), search(True, hidden_device="cpu")
+    assert on_cpu[0].memory == on_cpu[1].memory
+    assert on_cpu[1].host == 0
+
+
+def test_what_helps_is_what_is_not_done_yet(facts):
+    def helps(on_cpu, **changes):
+        recipe = make_recipe({"target": "8x", **changes})
+        return Costs(facts, recipe, on_cpu).search("search", 2048).helps
+
+    assert helps(False) == ("search.algorithm paper", "hidden_device cpu", "offload weights")
+    assert helps(True, offload="weights") == ("search.algorithm paper",)
+    done = {"hidden_device": "cpu", "offload": "weights", "search": {"algorithm": "paper"}}
+    assert helps(False, **done) == ()
 
 
 def test_a_team_shares_hidden_states(facts):
@@ -303,10 +319,16 @@ def test_training_is_spread_over_processes_where_it_is_sharded(monkeypatch):
     """The same figures that a GPU would give: no process is asked for what another has."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
     gpu = torch.device("cuda:1")
-    assert available(gpu, 8) == Memory(10**9, 1)
+    assert available(gpu, 8).devices == 1
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert available(gpu, 8) == Memory(10**9, 8)
+    assert (available(gpu, 8).each, available(gpu, 8).devices) == (10**9, 8)
     assert available(torch.device("cpu"), 8).devices == 1
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    alone = available(torch.device("cpu")).each
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available(torch.device("cpu")).each == pytest.approx(alone / 4, rel=0.2)
 
 
 def test_float16_is_refused_where_a_search_takes_slopes(facts):

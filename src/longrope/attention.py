@@ -103,8 +103,8 @@ def _flash(
     ops = torch.ops.aten
     kind, dtype, dim = query.device.type, query.dtype, query.shape[-1]
     half = dtype in (torch.bfloat16, torch.float16)
-    if dim != value.shape[-1] or (kind == "cuda" and dim % 8):
-        pass  # no kernel takes keys and values of different sizes, a GPU's no rows off 8 numbers
+    if dim != value.shape[-1] or (kind == "cuda" and dim % (8 if half else 4)):
+        pass  # no kernel takes keys and values of different sizes, a GPU's no rows off 16 bytes
     elif kind == "cpu":
         return ops._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scaling

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from longrope.facts import ModelFacts
 from longrope.model import find_device
-from longrope.parallel import local_device, sharded
+from longrope.parallel import Ranks, local_device, local_processes, sharded
 from longrope.plan import ContextPlan, make_plan
 from longrope.progress import duration
 from longrope.recipe import Recipe
@@ -77,11 +77,14 @@ def _machine_memory() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes free for a model on each of so many devices, or in a machine's memory."""
+    """Bytes free for a model on each of so many devices, and in a process's share of its host.
+
+    ``host`` None is not known. On a CPU ``each`` is that share.
+    """
 
     each: int
     devices: int = 1
-    on_cpu: bool = False
+    host: int | None = None
 
     def of(self, stage: Stage) -> int:
         """A forward is on one; training may be spread over all (FSDP), but for what each has."""
@@ -106,11 +109,7 @@ def check_memory(stages: Sequence[Stage], memory: Memory) -> None:
             )
         free = memory.of(stage)
         if stage.memory > free:
-            helps = "offload weights, a smaller --target, or a larger machine"
-            if stage.kind == "search":
-                helps = f"algorithm paper, {helps}"
-            if not memory.on_cpu:
-                helps = f"hidden_device cpu, {helps}"
+            helps = ", ".join((*stage.helps, "a smaller --target", "or a larger machine"))
             if stage.kind == "finetune":
                 helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
                 if stage.replicated:
@@ -119,13 +118,20 @@ def check_memory(stages: Sequence[Stage], memory: Memory) -> None:
                 f"{stage.name} at {stage.length:,} tokens needs about {gigabytes(stage.memory)} "
                 f"and {gigabytes(free)} are free; try {helps}"
             )
+        if memory.host is not None and stage.host > memory.host:
+            raise ValueError(
+                f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.host)} in "
+                f"the host's memory, and {gigabytes(memory.host)} of it are free for each process; "
+                f"try {', '.join((*stage.helps, 'a smaller --target', 'or a larger machine'))}"
+            )
 
 
 def available(device: torch.device, processes: int = 1) -> Memory:
     """What is free on a process's device; of so many of them where the model is sharded."""
+    host = _machine_memory() // local_processes()
     if device.type != "cuda":
-        return Memory(_machine_memory(), on_cpu=True)
-    return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1)
+        return Memory(host)
+    return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1, host)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +188,14 @@ def dry_run(
     facts: ModelFacts,
     recipe: Recipe,
     memory_given: str | None = None,
-    processes: int = 1,
+    ranks: Ranks | None = None,
 ) -> Estimate:
     """Calibrate this machine and price a plan.
 
     Args:
         memory_given: gigabytes of GPUs to plan for, such as ``80`` or ``8x80``, instead of what
             is free here.
-        processes: that share the work.
+        ranks: the processes that share the work.
 
     Raises:
         ValueError: not an amount of memory.
@@ -201,9 +207,10 @@ def dry_run(
         dtype: calibrate(facts, device, getattr(torch, dtype))
         for dtype in {"float32", name, training}
     }
-    memory = available(device, processes)
+    ranks = ranks or Ranks()
+    memory = available(device, ranks.size)
     if memory_given is not None:
-        plan = make_plan(facts, recipe)  # for GPUs, whatever this machine has
+        plan = make_plan(facts, recipe, team=ranks.team.size)  # for GPUs, whatever this machine has
         count, _, size = memory_given.lower().rpartition("x")
         try:
             memory = Memory(int(float(size) * 1e9), int(count or 1))

@@ -1,10 +1,10 @@
 """Files that are either whole or not there."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,16 @@ class Kept(dict[str, Any]):
 
 
 def require_directory(path: Path) -> None:
-    """Make a directory, if need be, and see that files can be written in it.
+    """See that files can be written in a directory, which need not be there yet.
 
     Raises:
-        ValueError: it cannot be.
+        ValueError: they cannot.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    wrong = 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
+    wrong = wrong if there.is_dir() else errno.ENOTDIR
+    if wrong:
+        raise _cannot_write(path, OSError(wrong, os.strerror(wrong)))
 
 
 @contextlib.contextmanager

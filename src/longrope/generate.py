@@ -30,28 +30,38 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
     Raises:
         ValueError: no such model, or one that cannot be rescaled.
     """
+    pair, run = find_pair(source, options.get("trust_remote_code", False)), Path(source)
+    if pair is None:
+        return load_model(source, **options), None
+    original = None
+    if is_run(run):
+        source = str(run / "model")
+        # The checkpoint's own is the recovery length, where its long factors begin.
+        original = pair.long.original_max_position_embeddings
+    elif run.suffix == ".gguf":
+        original = pair.recovery_length
+    options["original_length"] = options.get("original_length") or original
+    return load_model(source, existing_scaling="replace", **options), pair
+
+
+def find_pair(source: str, trust_remote_code: bool = False) -> Pair | None:
+    """The factors that a model was extended with, by its files alone; None for any other.
+
+    Raises:
+        ValueError: no such model, or files that cannot be read.
+    """
     run = Path(source)
     if is_run(run):
         pair = Pair(Rescale.load(run / "short.json"), Rescale.load(run / "rescale.json"))
         free = pair.short.provenance.get("free_attention_factor")
-        if free is not None:  # what no checkpoint can say, our own runtime can do
-            pair = Pair(pair.short.replace(attention_factor=free), pair.long)
-        source = str(run / "model")
-        # The checkpoint's own is the recovery length, where its long factors begin.
-        options["original_length"] = (
-            options.get("original_length") or pair.long.original_max_position_embeddings
-        )
-    elif run.is_file() and run.suffix == ".gguf":
-        pair, _ = read_pair(run)
-        if pair is not None:
-            options["original_length"] = options.get("original_length") or pair.recovery_length
-    else:
-        with quiet():
-            config = read_pretrained(AutoConfig, source, options.get("trust_remote_code", False))
-        pair = Pair.from_config(config)
-    if pair is None:
-        return load_model(source, **options), None
-    return load_model(source, existing_scaling="replace", **options), pair
+        if free is None:
+            return pair
+        # What no checkpoint can say, our own runtime can do.
+        return Pair(pair.short.replace(attention_factor=free), pair.long)
+    if run.is_file() and run.suffix == ".gguf":
+        return read_pair(run)[0]
+    with quiet():
+        return Pair.from_config(read_pretrained(AutoConfig, source, trust_remote_code))
 
 
 def original_of(source: str) -> dict[str, Any] | None:

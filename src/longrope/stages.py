@@ -16,7 +16,9 @@ class Stage:
 
     ``tokens`` go through the model in all, in windows of ``length``; ``linear`` and
     ``attention`` are FLOPs; ``memory`` bytes at the peak, of which ``replicated`` are on every
-    device whatever is shared out over them, and ``unshared`` before anything is.
+    device whatever is shared out over them, and ``unshared`` before anything is. ``host`` are
+    bytes that wait in the host's memory for a GPU; ``helps`` what the recipe might have to need
+    less.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Stage:
     steps: int = 0
     replicated: int = 0
     unshared: int = 0
+    host: int = 0
+    helps: tuple[str, ...] = ()
 
 
 class Costs:
@@ -38,7 +42,8 @@ class Costs:
     def __init__(self, facts: ModelFacts, recipe: Recipe, on_cpu: bool, team: int = 1):
         self.facts, self.recipe, self.on_cpu = facts, recipe, on_cpu
         # Hidden states wait on the device, its share of them where a team has the sequence.
-        self.hidden = 0 if recipe.hidden_device and not on_cpu else facts.hidden_size / team
+        self.elsewhere = recipe.hidden_device is not None and not on_cpu
+        self.hidden = facts.hidden_size / team
         self.dtype = facts.dtype if recipe.dtype == "auto" else recipe.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = facts.parameters * self.size
@@ -49,7 +54,7 @@ class Costs:
         Raises:
             ValueError: the fast one in float16, which is too small for its slopes.
         """
-        _, section = self.recipe.section(name)
+        key, section = self.recipe.section(name)
         each = section.samples + section.passkeys
         searches = section.method == "search"
         forwards = section.settings(self.recipe).forwards * each if searches else 0
@@ -58,10 +63,16 @@ class Costs:
             if self.dtype == "float16":
                 raise ValueError(
                     f"dtype is float16, too small for the slopes of {name}; make it bfloat16, or "
-                    "its algorithm paper"
+                    f"{key}.algorithm paper"
                 )
-            more = self._gradient_memory(length)
-            stage = dataclasses.replace(stage, memory=stage.memory + more)
+            more, kept = self._gradient_memory(length), self._kept(length)
+            here, there = (0, kept) if self.elsewhere else (kept, 0)
+            stage = dataclasses.replace(
+                stage,
+                memory=stage.memory + more + here,
+                host=stage.host + there,
+                helps=(f"{key}.algorithm paper", *stage.helps),
+            )
         return stage
 
     def training(self, name: str, steps: int, length: int) -> Stage:
@@ -115,21 +126,36 @@ class Costs:
             one = self.facts.forward_flops(length)
             forwards, tokens = forwards + count, tokens + count * length
             linear, attention = linear + count * one[0], attention + count * one[1]
-        memory = self._forward_memory(target)
-        return Stage("evaluate", "evaluate", target, forwards, tokens, linear, attention, memory)
+        stage = self._forwards("evaluate", "evaluate", target, 0)
+        return dataclasses.replace(
+            stage, forwards=forwards, tokens=tokens, linear=linear, attention=attention
+        )
 
     def _forwards(self, name: str, kind: str, length: int, forwards: int) -> Stage:
         linear, attention = (forwards * flops for flops in self.facts.forward_flops(length))
-        memory = self._forward_memory(length)
-        return Stage(name, kind, length, forwards, forwards * length, linear, attention, memory)
+        hidden = int(length * self.hidden * self.size)
+        helps = [] if self.elsewhere or self.on_cpu else ["hidden_device cpu"]
+        helps += [] if self.recipe.offload else ["offload weights"]
+        return Stage(
+            name,
+            kind,
+            length,
+            forwards,
+            forwards * length,
+            linear,
+            attention,
+            self._forward_memory(length) + (0 if self.elsewhere else hidden),
+            host=hidden if self.elsewhere else 0,
+            helps=tuple(helps),
+        )
 
     def _forward_memory(self, length: int) -> int:
-        """The long forward: weights, and per token hidden states, one layer's KV and angles."""
+        """The long forward but hidden states: weights, and per token one layer's KV and angles."""
         facts = self.facts
         # torch's flash kernel on a CPU repacks keys and values for the matrix units of bf16.
         copies = 2 if self.on_cpu and self.size == 2 else 1
         angles = 2 * facts.head_dim
-        per_token = self.hidden + 2 * copies * facts.kv_heads * facts.head_dim + angles
+        per_token = 2 * copies * facts.kv_heads * facts.head_dim + angles
         chunk = min(length, self.recipe.chunk)
         work = chunk * 12 * facts.hidden_size * self.size
         return int(self._held() + length * (per_token * self.size + 24) + work + _head(facts))
@@ -147,19 +173,22 @@ class Costs:
         return outside + 2 * (self.weights - outside) // facts.layers
 
     def _gradient_memory(self, length: int) -> int:
-        """The long gradient, beside a long forward: a chunk's graph, and of every layer its input
-        and attention's output; the slopes of hidden states, and of one layer's keys and values.
+        """The long gradient, beside a long forward: a chunk's graph, and of one layer's keys and
+        values a copy for the graph, its slopes, their float32 sums.
         """
         facts = self.facts
         chunk = min(length, self.recipe.chunk)
         chunks = -(-length // chunk)
         kept = not self.recipe.offload and is_kept(facts.layers, facts.hidden_size, length, chunks)
         graph = graph_bytes(facts.layers if kept else 1, facts.hidden_size, chunk)
-        attended = facts.heads * facts.head_dim if self.hidden else 0
-        inputs = (facts.layers + 1) * (self.hidden + attended)
-        # One layer's keys and values: a copy for the graph, its slopes, their float32 sums.
         both = 2 * facts.kv_heads * facts.head_dim
-        return int(graph + length * ((inputs + 2 * both) * self.size + 4 * both))
+        return int(graph + length * (2 * both * self.size + 4 * both))
+
+    def _kept(self, length: int) -> int:
+        """Of every layer its input and attention's output; the slopes of hidden states."""
+        facts = self.facts
+        width = self.hidden + facts.heads * facts.head_dim
+        return int(length * (facts.layers + 1) * width * self.size)
 
     @property
     def _master(self) -> int:

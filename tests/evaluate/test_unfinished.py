@@ -5,7 +5,7 @@ import pytest
 
 from longrope.evaluate.ask import AskOptions, ask
 from longrope.evaluate.compare import CompareOptions, run_comparison
-from longrope.evaluate.unfinished import Unfinished
+from longrope.evaluate.unfinished import Unfinished, kept_until_done
 from longrope.forward import LongForward
 from longrope.model import load_model
 
@@ -56,7 +56,7 @@ def test_losses(bundled, texts, tmp_path, forwards):
 
 def test_a_damaged_file_is_measured_again(bundled, texts, tmp_path, forwards):
     first = compared(bundled, texts, tmp_path, ("none",))
-    file = next((tmp_path / "unfinished").glob("*.safetensors"))
+    file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
     measured = sum(forwards)
     assert compared(bundled, texts, tmp_path, ("none",)).to_json() == first.to_json()
@@ -88,10 +88,32 @@ def test_other_weights_are_another_measurement(bundled, texts, tmp_path, forward
     assert sum(forwards) == 2 * measured
 
 
+def test_what_is_done_goes_and_what_others_left_stays(bundled, texts, tmp_path):
+    rescale = bundled.facts.rescale("yarn", 512)
+
+    def stopped():
+        with kept_until_done(tmp_path) as unfinished:
+            unfinished.answers(bundled, [rescale], kind="passkey")["0"] = True
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    with kept_until_done(tmp_path) as unfinished:
+        unfinished.answers(bundled, [rescale], kind="needle")["0"] = True
+        unfinished.losses(bundled, rescale)["a"] = np.zeros((1, 2))
+        with pytest.raises(ValueError, match="another process"), kept_until_done(tmp_path):
+            pass
+    with kept_until_done(tmp_path) as unfinished:
+        assert unfinished.answers(bundled, [rescale], kind="passkey") == {"0": True}
+        assert unfinished.answers(bundled, [rescale], kind="needle") == {}
+        assert unfinished.losses(bundled, rescale) == {}
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_kept_without_a_directory_or_with_a_team(bundled, tmp_path):
     rescale = bundled.facts.rescale("yarn", 512)
-    for unfinished in (Unfinished(), Unfinished(tmp_path, team=2)):
-        unfinished.losses(bundled, rescale)["a"] = np.zeros((1, 2))
-        unfinished.answers(bundled, [rescale])["a"] = True
-        unfinished.done()
+    for directory, team in ((None, 1), (tmp_path, 2)):
+        with kept_until_done(directory, team) as unfinished:
+            unfinished.losses(bundled, rescale)["a"] = np.zeros((1, 2))
+            unfinished.answers(bundled, [rescale])["a"] = True
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_RESUMED = ("extend", "search", "compare")
+_RESUMED = ("extend", "search", "compare", "evaluate")
 # click's, which some versions of typer carry themselves
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 def _stopped(arguments: list[str]) -> str:
     if arguments[0] == "evaluate" and not any(a.startswith("--out") for a in arguments):
-        return "stopped; with --out it would go on from here"
+        return "stopped; evaluate keeps what it has measured only with --out"
     if arguments[0] not in _RESUMED:
         return "stopped"
     return "stopped; it goes on where it was when the same command runs again"

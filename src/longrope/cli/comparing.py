@@ -68,7 +68,7 @@ def compare(
     Run again, it resumes.
     """
     from longrope.evaluate.compare import CompareOptions, run_comparison
-    from longrope.evaluate.unfinished import Unfinished
+    from longrope.evaluate.unfinished import kept_until_done
     from longrope.facts import ModelFacts
     from longrope.files import require_directory
     from longrope.model import load_model
@@ -103,10 +103,9 @@ def compare(
         trust_remote_code=trust_remote_code,
         check=check,
     )
-    unfinished = Unfinished(directory)
-    comparison = run_comparison(loaded, options, exclude_searched=True, unfinished=unfinished)
-    comparison.save(directory / "compare.json")
-    unfinished.done()
+    with kept_until_done(directory) as unfinished:
+        comparison = run_comparison(loaded, options, exclude_searched=True, unfinished=unfinished)
+        comparison.save(directory / "compare.json")
     figures = write_report(directory)
     if json_:
         print_json(comparison.to_json() | {"figures": [str(path) for path in figures]})

@@ -88,7 +88,7 @@ def extend(
         run = open_run(chosen, directory, these)
         if lora is not None and run.plan.trained is None:
             raise ValueError(f"--lora is {lora} and nothing is trained up to 8x: give --finetune")
-        estimated = estimate(run.plan, run.facts, chosen, memory, these.size)
+        estimated = estimate(run.plan, run.facts, chosen, memory, these)
         if these.first and not json_:
             console.print(estimated.table())
             if estimated.advice:

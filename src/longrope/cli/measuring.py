@@ -114,9 +114,9 @@ def evaluate(
     from longrope.evaluate.benchmarks import BenchmarkOptions
     from longrope.evaluate.compare import CompareOptions, Entry, run_comparison
     from longrope.evaluate.paired import compare_with_original
-    from longrope.evaluate.unfinished import Unfinished
+    from longrope.evaluate.unfinished import kept_until_done
     from longrope.files import require_directory, write_atomically
-    from longrope.generate import load_extended
+    from longrope.generate import find_pair, load_extended
     from longrope.model import load_model
     from longrope.parallel import local_device, ranks
 
@@ -184,48 +184,51 @@ def evaluate(
         loading |= {"device": local_device(device), "team": these.team}
         pair = None
         if rescale is None and existing_scaling is None:
+            if find_pair(model, trust_remote_code):
+                _refuse_for_a_pair(model, target, attention_factor)
             loaded, pair = load_extended(model, **loading)
-            if pair and (target or attention_factor):
-                given = "--target" if target else "--attention-factor"
-                raise ValueError(
-                    f"{given} is for a method, and {model} has factors of its own: leave it out, "
-                    "or give --rescale"
-                )
         else:
             scaling = existing_choice(existing_scaling)
             loaded = load_model(model, existing_scaling=scaling, **loading)
-        unfinished = Unfinished(out, these.team.size)
         entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
-        if kind == "benchmarks":
-            long = pair.long if pair else entry.rescale(options.resolve(loaded.facts)[1])
-            before = _original(model, original, loading)
-            rows = compare_with_original(
-                loaded, entry.rescale, long.max_position_embeddings, before, standard, unfinished
-            )
-            show = print_benchmarks
-        elif kind == "perplexity":
-            rows = run_comparison(
-                loaded, options, exclude_searched=False, unfinished=unfinished, entries=[entry]
-            ).rows()
-            show = print_rows
-        else:
-            rows = [
-                dataclasses.asdict(row) for row in ask(loaded, asked, entry.rescale, unfinished)
-            ]
-            show = print_answers
+        with kept_until_done(out, these.team.size) as unfinished:
+            if kind == "benchmarks":
+                long = pair.long if pair else entry.rescale(options.resolve(loaded.facts)[1])
+                before = _original(model, original, loading)
+                longest = long.max_position_embeddings
+                rows = compare_with_original(
+                    loaded, entry.rescale, longest, before, standard, unfinished
+                )
+            elif kind == "perplexity":
+                rows = run_comparison(
+                    loaded, options, exclude_searched=False, unfinished=unfinished, entries=[entry]
+                ).rows()
+            else:
+                found = ask(loaded, asked, entry.rescale, unfinished)
+                rows = [dataclasses.asdict(row) for row in found]
+            figure = None
+            if out and these.first:
+                write_atomically(out / f"{kind}.json", json.dumps({kind: rows}, indent=1) + "\n")
+                if kind in ("passkey", "needle"):
+                    figure = save_heat_map(rows, kind, out)
     if not these.first:
         return
     if json_:
         print_json({kind: rows})
-    else:
-        show(rows)
-    if out:
-        write_atomically(out / f"{kind}.json", json.dumps({kind: rows}, indent=1) + "\n")
-        unfinished.done()
-    if out and kind in ("passkey", "needle"):
-        figure = save_heat_map(rows, kind, out)
-        if not json_:
-            console.print(str(figure), soft_wrap=True)
+        return
+    show = {"perplexity": print_rows, "benchmarks": print_benchmarks}.get(kind, print_answers)
+    show(rows)
+    if figure:
+        console.print(str(figure), soft_wrap=True)
+
+
+def _refuse_for_a_pair(model: str, target: str | None, attention_factor: float | None) -> None:
+    for name, value in (("--target", target), ("--attention-factor", attention_factor)):
+        if value is not None:
+            raise ValueError(
+                f"{name} is {value}, for a method, and {model} has factors of its own: leave it "
+                "out, or give --rescale"
+            )
 
 
 def _made_for(rescale: str | None, target: str | None) -> str:

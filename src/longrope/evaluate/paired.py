@@ -38,7 +38,8 @@ def compare_with_original(
         raise ValueError("RULER makes its texts by the tokenizer: --original needs the same one")
     options.require_data(before.tokenizer, min(window, longest))
     unscaled = before.facts.rescale("none", window)
-    asked = {k: v for k, v in dataclasses.asdict(options).items() if k != "tasks"}
+    how = ("tasks", "chunk", "hidden_device")  # not what was asked
+    asked = {k: v for k, v in dataclasses.asdict(options).items() if k not in how}
     rows = []
     for task in options.tasks:
         kept = unfinished.answers(before, [unscaled], task=task, **asked)

@@ -1,30 +1,32 @@
 """What ``compare`` and ``evaluate`` have measured so far: on disk until they are done."""
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
-from longrope.files import Kept, whole_file
+import longrope
+from longrope.files import Kept, only_process, write_atomically
 from longrope.model import LoadedModel
 from longrope.rope.rescale import Rescale
 
 
 class Unfinished:
-    """Measurements by what they are of: a model's weights, its rescale, and what was asked.
+    """Measurements by what they are of: a model, its rescale, and what was asked.
 
-    A directory ``unfinished`` inside ``directory``, gone when all is done; without one nothing is
-    kept. Nor with a team, whose processes would have to see the same files.
+    Without a directory nothing is kept.
     """
 
-    def __init__(self, directory: Path | None = None, team: int = 1):
-        self._directory = directory / "unfinished" if directory and team == 1 else None
+    def __init__(self, directory: Path | None = None):
+        self._directory = directory
+        self._keys: list[str] = []
 
     def losses(
         self, loaded: LoadedModel, rescale: Rescale, **asked: Any
@@ -32,7 +34,7 @@ class Unfinished:
         """Losses by document: what was measured of these is there, what is set is kept."""
         if self._directory is None:
             return {}
-        return _Losses(self._directory, _key(loaded, [rescale], asked))
+        return _Losses(self._directory, self._key(loaded, [rescale], asked))
 
     def answers(
         self, loaded: LoadedModel, rescales: Sequence[Rescale | None], **asked: Any
@@ -40,18 +42,48 @@ class Unfinished:
         """The same for what JSON holds, such as answers by question."""
         if self._directory is None:
             return {}
-        return Kept(self._directory / "answers.jsonl", of=_key(loaded, rescales, asked))
+        return Kept(self._directory / f"{self._key(loaded, rescales, asked)}.jsonl")
 
-    def done(self) -> None:
-        """Drop it: the result says it all."""
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+    def drop(self) -> None:
+        """Delete all that was asked for here; other commands' measurements stay."""
+        assert self._directory is not None
+        for key in self._keys:
+            for file in self._directory.glob(f"{key}*"):
+                file.unlink()
+
+    def _key(
+        self, loaded: LoadedModel, rescales: Sequence[Rescale | None], asked: dict[str, Any]
+    ) -> str:
+        factors = [rescale and rescale.to_json() | {"provenance": {}} for rescale in rescales]
+        named = ("_name_or_path", "transformers_version")
+        config = {k: v for k, v in loaded.model.config.to_dict().items() if k not in named}
+        what = [longrope.__version__, loaded.fingerprint(), str(loaded.model.dtype), config]
+        content = json.dumps([*what, factors, asked], sort_keys=True, default=str)
+        self._keys.append(hashlib.sha256(content.encode()).hexdigest()[:16])
+        return self._keys[-1]
 
 
-def _key(loaded: LoadedModel, rescales: Sequence[Rescale | None], asked: dict[str, Any]) -> str:
-    factors = [r and {k: v for k, v in r.to_json().items() if k != "provenance"} for r in rescales]
-    what = [loaded.fingerprint(), str(loaded.model.dtype), factors, asked]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+@contextlib.contextmanager
+def kept_until_done(directory: Path | None, team: int = 1) -> Iterator[Unfinished]:
+    """What is measured within is kept in ``directory / "unfinished"`` until the end of it.
+
+    Not with a team, whose processes would have to see the same files.
+
+    Raises:
+        ValueError: another process is measuring there.
+    """
+    if directory is None or team > 1:
+        yield Unfinished()
+        return
+    directory = directory / "unfinished"
+    with only_process(directory):
+        unfinished = Unfinished(directory)
+        try:
+            yield unfinished
+            unfinished.drop()
+        finally:
+            if [file.name for file in directory.iterdir()] == [".lock"]:
+                shutil.rmtree(directory)
 
 
 class _Losses(dict[str, np.ndarray]):
@@ -68,6 +100,6 @@ class _Losses(dict[str, np.ndarray]):
             super().__setitem__(file.stem.partition("-")[2], found)
 
     def __setitem__(self, name: str, losses: np.ndarray) -> None:
-        with whole_file(self._directory / f"{self._key}-{name}.safetensors") as temporary:
-            save_file({"losses": np.ascontiguousarray(losses)}, temporary)
+        content = save({"losses": np.ascontiguousarray(losses)})
+        write_atomically(self._directory / f"{self._key}-{name}.safetensors", content)
         super().__setitem__(name, losses)
