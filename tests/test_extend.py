@@ -17,6 +17,7 @@ from longrope.extend import _finetune, open_run
 from longrope.parallel import Ranks
 from longrope.recipe import load_recipe, make_recipe
 from longrope.rope.rescale import Rescale
+from program import refused
 from whole_run import RECIPE, STAGES, run
 
 
@@ -119,6 +120,13 @@ def test_the_checkpoint_computes_what_was_measured(finished):
         with torch.no_grad():
             found = plain(input_ids=ids[:, :tokens]).logits
         torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_a_run_takes_no_factors_of_a_method(finished):
+    out, _ = finished
+    for name, value in (("--target", "8x"), ("--attention-factor", 0.0)):
+        line = refused("evaluate", out, "--lengths", "64", name, value)
+        assert f"{name} is {value}, for a method, and {out} has factors of its own" in line
 
 
 def test_the_readme_goes_on_from_a_run(finished, tmp_path):
