@@ -122,6 +122,22 @@ def test_the_checkpoint_computes_what_was_measured(finished):
         torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
+def test_the_card_tells_of_the_factors_that_are_exported(finished, tmp_path):
+    out, _ = finished
+    rows = json.loads((out / "results.json").read_text())["perplexity"]
+    found = {(r["method"], r["length"]): f"| {r['perplexity']:.2f} |" for r in rows}
+
+    def card(name, *options):
+        run(out, "--out", tmp_path / name, *options, verb="export")
+        return (tmp_path / name / "README.md").read_text()
+
+    assert f"| 64 {found['longrope', 64]}" in card("hf")
+    assert f"| 64 {found['longrope without recovery', 64]}" in card(
+        "static", "--format", "hf-static"
+    )
+    assert "perplexity" not in card("other", "--rescale", "yarn", "--target", "1024")
+
+
 def test_a_run_takes_no_factors_of_a_method(finished):
     out, _ = finished
     for name, value in (("--target", "8x"), ("--attention-factor", 0.0)):

@@ -205,6 +205,18 @@ def test_nan_weights_are_named(checkpoints, tmp_path):
         load_model(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])  # the head its own; the embeddings again
+def test_a_checkpoint_that_lacks_tensors_is_refused(checkpoints, tmp_path, family):
+    shutil.copytree(checkpoints(family), tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"1 of the model's tensors are missing, such as .*up_proj"
+    ):
+        load_model(str(tmp_path / "m"))
+
+
 def test_a_rescale_without_effect_is_refused(checkpoints, tmp_path):
     shutil.copytree(checkpoints("llama"), tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")

@@ -16,12 +16,15 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
-    """``auto.from_pretrained`` for every kind of source, its many errors in one line each."""
-    path = _place(source)
+    """``auto.from_pretrained`` for every kind of source, its many errors in one line each.
+
+    A model that lacks tensors is refused: transformers would draw them by chance.
+    """
+    path, reads_weights = _place(source), auto is AutoModelForCausalLM
     options["trust_remote_code"] = trust_remote_code
     if path.is_file() and path.suffix == ".gguf":
         options["gguf_file"] = path.name
-        if auto is AutoModelForCausalLM:
+        if reads_weights:
             from transformers import GgufConfig
 
             options.pop("use_safetensors")
@@ -37,7 +40,9 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
     else:
         location = source
     try:
-        return auto.from_pretrained(location, **options)
+        if not reads_weights:
+            return auto.from_pretrained(location, **options)
+        model, report = auto.from_pretrained(location, output_loading_info=True, **options)
     except ImportError as error:
         raise ValueError(f"{source}: reading it needs more: {_first_line(error)}") from None
     except Exception as error:
@@ -47,6 +52,12 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
                 "model's terms on its page"
             ) from None
         raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; "
+            "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
+        )
+    return model
 
 
 def _place(source: str) -> Path:

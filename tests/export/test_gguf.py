@@ -67,6 +67,29 @@ def test_weights_are_the_checkpoints_own(made, tmp_path):
     assert found.tokenizer(text)["input_ids"] == own.tokenizer(text)["input_ids"]
 
 
+def test_a_part_of_a_gguf_file_is_refused(made, tmp_path):
+    """As large ones are published, with the other tensors elsewhere."""
+    import gguf
+
+    export(options(tmp_path, "bundled", "plain.gguf", "gguf-static"))
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    arch, metadata = read_metadata(reader)
+    metadata = [item for item in metadata if ".rope.scaling." not in item[0]]
+    metadata.append(("split.count", 2, gguf.GGUFValueType.UINT16, None))
+    own = [
+        t
+        for t in read_tensors(reader)
+        if t.name not in ("rope_freqs.weight", "blk.4.ffn_up.weight")
+    ]
+    part = tmp_path / "part-00001-of-00002.gguf"
+    write_file(part, arch, metadata, own)
+    with pytest.raises(ValueError, match="is one of 2 files; llama-gguf-split --merge"):
+        export(options(tmp_path, part, "out.gguf", "gguf"))
+    assert not (tmp_path / "out.gguf").exists()
+    with pytest.raises(ValueError, match=r"1 of the model's tensors are missing.*gguf-split"):
+        load_model(str(part), original_length=256, existing_scaling="replace")
+
+
 def test_a_gguf_file_keeps_its_quantisation(made, tmp_path):
     import gguf
 

@@ -1,6 +1,7 @@
 """Directories for engines: what plain transformers computes from them, and what is refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,24 @@ def test_transformers_applies_what_was_exported(family, checkpoints, micro_model
         assert (found - logits(model, ids[:, :tokens])).abs().max() > 0.1
     tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == 512
+
+
+def test_what_version_4_wrote_of_layered_scaling_does_not_stay(
+    checkpoints, micro_models, ids, tmp_path
+):
+    """Gemma 3 from 4B on: its rope_scaling says linear, and would be put over the factors."""
+    shutil.copytree(checkpoints("gemma3"), tmp_path / "source")
+    file, model = tmp_path / "source" / "config.json", micro_models("gemma3")
+    config = json.loads(file.read_text())
+    config["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    file.write_text(json.dumps(config))
+    made = pair(model)
+    named = files(made, tmp_path / "factors") | {"original_length": 64}
+    export(ExportOptions(str(tmp_path / "source"), tmp_path / "out", **named))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with installed(model, made.long):
+        expected = logits(model, ids[:, :81])
+    torch.testing.assert_close(logits(loaded, ids[:, :81]), expected, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "stablelm", "mistral"])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from longrope.evaluate.results import RESULT, WITHOUT
 from longrope.export.intent import Intent
 
 
@@ -13,7 +14,7 @@ def write(intent: Intent, results: dict[str, Any] | None = None) -> str:
     """
     parts = [_front(intent), _what(intent)]
     if results:
-        parts.append(_results(results))
+        parts.append(_results(results, intent.static))
     parts += [_gguf(intent) if intent.format.startswith("gguf") else _huggingface(intent)]
     parts.append(_factors(intent))
     return "\n\n".join(parts) + "\n"
@@ -50,11 +51,15 @@ def _what(intent: Intent) -> str:
     return "\n\n".join(lines)
 
 
-def _results(results: dict[str, Any]) -> str:
-    rows = [r for r in results["perplexity"] if r["method"] == "longrope"]
+def _results(results: dict[str, Any], static: bool) -> str:
+    """What was measured of these factors: a static export has the long ones at every length."""
+    short = {r["length"]: r for r in results["perplexity"] if r["method"] == WITHOUT}
+    rows = [r for r in results["perplexity"] if r["method"] == RESULT]
+    if static:
+        rows = [short.get(r["length"], r) for r in rows]
     keys: dict[int, list[int]] = {}
     for row in results["passkey"]:
-        if row["method"] == "longrope":
+        if row["method"] == RESULT and not (static and row["length"] in short):
             found = keys.setdefault(row["length"], [0, 0])
             found[0] += row["correct"]
             found[1] += row["trials"]

@@ -51,6 +51,11 @@ def export_gguf(source: Path, intent: Intent, path: Path) -> None:
     gguf = require_gguf()
     if source.is_file():
         reader = gguf.GGUFReader(source)
+        parts = reader.fields.get("split.count")
+        if parts is not None and parts.contents() > 1:
+            raise ValueError(
+                f"{source}: is one of {parts.contents()} files; llama-gguf-split --merge joins them"
+            )
         arch, metadata = read_metadata(reader)
         tensors = read_tensors(reader)
     else:

@@ -37,7 +37,7 @@ def scaled_config(config: dict[str, Any], pair: Pair, rope: dict[str, Any]) -> d
             kind of layer, perhaps, of which only full attention is scaled.
     """
     short, long = pair.short, pair.long
-    text = config.get("text_config", config)
+    text, whole = config.get("text_config", config), "text_config" not in config
     own = rope.get(_FULL, rope)
     kept = {k: own[k] for k in ("partial_rotary_factor",) if k in own}
     factor, boundary = long.attention_factor, pair.recovery_length
@@ -56,6 +56,8 @@ def scaled_config(config: dict[str, Any], pair: Pair, rope: dict[str, Any]) -> d
     }
     if _FULL in rope:
         changed["rope_parameters"] = rope | {_FULL: longrope}
+        # As version 4 wrote it; version 5 would put it over the above.
+        text = {key: value for key, value in text.items() if key != "rope_scaling"}
     else:
         engines = {"type": "longrope", "short_mscale": factor, "long_mscale": factor}
         changed |= {
@@ -65,8 +67,8 @@ def scaled_config(config: dict[str, Any], pair: Pair, rope: dict[str, Any]) -> d
         }
     if "dtype" in text:  # as older versions call it
         changed["torch_dtype"] = text["dtype"]
-    if text is config:
-        return config | changed
+    if whole:
+        return text | changed
     return config | {"text_config": text | changed}
 
 

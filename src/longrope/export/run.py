@@ -97,10 +97,10 @@ def export(options: ExportOptions) -> Intent:
                 source,
                 intent,
                 options.out,
-                check=_folding_check(intent, source) if intent.folded is not None else None,
+                check=None if intent.folded is None else _folding_check(intent, source, options),
                 trust_remote_code=options.trust_remote_code,
             )
-    _write_card(intent, options.out, run)
+    _write_card(intent, options.out, None if options.rescale or options.short else run)
     return intent
 
 
@@ -195,15 +195,17 @@ _FIELD = (
 )
 
 
-def _folding_check(intent: Intent, source: Path) -> Callable[[Path], None]:
+def _folding_check(intent: Intent, source: Path, options: ExportOptions) -> Callable[[Path], None]:
     """Hold the folded weights to the model's logits, and to what dropping the factor would do."""
 
     def logits(model: str, rescale: Rescale) -> torch.Tensor:
         loaded = load_model(
             model,
+            device="cpu",  # in float32 a large one may fit no GPU
             dtype="float32",
             existing_scaling="replace",
             original_length=rescale.original_max_position_embeddings,
+            trust_remote_code=options.trust_remote_code,
         )
         ids = torch.randint(
             0,
@@ -240,9 +242,11 @@ def _checkpoint(options: ExportOptions, model: str, keep_gguf: bool) -> Iterator
     with tempfile.TemporaryDirectory(dir=_existing(options.out.parent)) as directory:
         loaded = load_model(
             model,
+            device="cpu",
             dtype=options.dtype,
             existing_scaling="replace",
             original_length=options.original_length,
+            trust_remote_code=options.trust_remote_code,
         )
         with quiet():
             loaded.model.save_pretrained(directory)
