@@ -58,6 +58,9 @@ def test_jsonl_as_others_write_it(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b'\r\n{"text": null}\r\n{"text": "b"}')
     assert [d.text for d in read_documents([str(path)])] == ["one\u2028two\x85three", "b"]
+    path.write_text('{"text": "caf\\ud83d, \\ud83d\\ude00"}')  # half an emoji, and a whole one
+    (document,) = read_documents([str(path)])
+    assert document.text == "caf\ufffd, \U0001f600"
 
 
 def test_missing_data_is_named(tmp_path, monkeypatch):

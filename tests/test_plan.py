@@ -8,9 +8,12 @@ import torch
 from longrope.cost import Memory, Rates, available, check_memory, dry_run
 from longrope.facts import inspect_model
 from longrope.model import load_model
+from longrope.parallel import Ranks
 from longrope.plan import evaluation_lengths, make_plan
+from longrope.preflight import check_settings
 from longrope.recipe import make_recipe
 from longrope.stages import Costs
+from longrope.workspace import Run
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +332,14 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     alone = available(torch.device("cpu")).each
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert available(torch.device("cpu")).each == pytest.approx(alone / 4, rel=0.2)
+
+
+def test_training_on_another_gpu_than_the_first_is_refused(facts, tmp_path):
+    recipe = make_recipe({"target": "64x", "device": "cuda:1"})
+    run = Run(recipe, facts, make_plan(facts, recipe), tmp_path, Ranks())
+    with pytest.raises(ValueError, match=r"device is cuda:1, .* CUDA_VISIBLE_DEVICES=1"):
+        check_settings(run, run.plan.stages)
+    check_settings(run, [stage for stage in run.plan.stages if stage.kind != "finetune"])
 
 
 def test_float16_is_refused_where_a_search_takes_slopes(facts):

@@ -26,7 +26,7 @@ class Document:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def read_documents(sources: Sequence[str], field: str = "text") -> list[Document]:
@@ -167,8 +167,10 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
             continue
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise _no_field(f"{where}: row {number}", field, row if isinstance(row, dict) else ())
-        if row[field].strip():
-            yield Document(f"{Path(where).name}:{number}", row[field])
+        # Half an emoji, which JSON can hold, no tokenizer takes.
+        text = row[field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if text.strip():
+            yield Document(f"{Path(where).name}:{number}", text)
 
 
 def _no_field(where: str, field: str, names: Iterable[str]) -> ValueError:

@@ -77,6 +77,12 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
             if section.method == "search":
                 require_slopes(section.algorithm, run.ranks, f"{key}.algorithm")
     if any(stage.kind == "finetune" for stage in stages):
+        _, _, number = (recipe.device or "").partition("cuda:")
+        if number not in ("", "0"):
+            raise ValueError(
+                f"device is {recipe.device}, and training takes the first GPU that it sees: leave "
+                f"it out, and set CUDA_VISIBLE_DEVICES={number}"
+            )
         recipe.finetune.accumulation(run.ranks.size)
         if recipe.finetune.lora is not None:
             require_lora(recipe.finetune.lora)

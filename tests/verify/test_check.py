@@ -99,6 +99,8 @@ def test_mistakes_are_one_line(exported, tmp_path):
         (["export", "bundled", "--out", exported, "--rescale", "yarn"], "is there already"),
         (["export", "bundled", "--out", tmp_path / "x", "--format", "onnx"], "--format onnx"),
         (["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"], "ends in .gguf"),
+        (["verify", exported, "--prompts", "0"], "--prompts is 0"),
+        (["verify", exported, "--dtype", "auto"], "--dtype is auto"),
         (["import", BUNDLED, "--out", tmp_path / "x"], "its RoPE is not scaled"),
     ):
         ended = longrope(*arguments)

@@ -91,6 +91,10 @@ def verify(
     from longrope.verify.engines import require_engine
     from longrope.windows import parse_length
 
+    if prompts < 1:
+        raise ValueError(f"--prompts is {prompts}; it must be at least 1")
+    if dtype == "auto":
+        raise ValueError("--dtype is auto; name what both sides are to compute in, such as float32")
     points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()
     require_engine(path, engine, python)
     reference = Reference(path, dtype=dtype, chunk=chunk)

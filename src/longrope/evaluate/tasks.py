@@ -71,7 +71,7 @@ def _load(task: str, source: Any) -> list[Any]:
         raise ValueError(
             f"benchmark {task} needs: pip install 'longrope[benchmarks]' ({error.name or error})"
         ) from None
-    except (OSError, DatasetsError, LookupError) as error:
+    except (OSError, DatasetsError, LookupError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"benchmark {task}: its data cannot be read ({lines[0]}); where the hub is out of "
