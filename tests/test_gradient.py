@@ -174,7 +174,7 @@ def test_a_kernel_is_proved_before_it_is_used(dtype, dim):
     own, here = attention_gradient._cpu_kernel, torch.device("cpu")
 
     def past_forgotten(*args):
-        return own(*args) if args[-2] else [torch.zeros_like(tensor) for tensor in args[1:4]]
+        return own(*args) if args[0] else [torch.zeros_like(tensor) for tensor in args[3:6]]
 
     def missing(*args):
         raise RuntimeError("no kernel image is available for execution on the device")
@@ -189,7 +189,7 @@ def test_a_gpu_s_kernel_is_called_as_this_torch_declares_it():
     query = torch.empty(1, 4, 100, 64, device="meta", dtype=torch.bfloat16)
     key = torch.empty(1, 4, 300, 64, device="meta", dtype=torch.bfloat16)
     lse = torch.empty(1, 4, 100, device="meta")
-    found = attention_gradient._cuda_kernel(query, query, key, key, query, lse, False, 64**-0.5)
+    found = attention_gradient._cuda_kernel(False, 64**-0.5, query, query, key, key, query, lse)
     assert [tensor.shape for tensor in found] == [query.shape, key.shape, key.shape]
 
 

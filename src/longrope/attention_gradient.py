@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 NAME = "longrope_differentiable"
 _KEYS = 1024  # at a time, where no kernel fits
-# The slopes of query, key and value: given the output's, what gave it, and whether it was causal.
+# The slopes of query, key and value: given whether attention was causal, its scaling, and the
+# output's slope, query, key, value, output and log-sum-exp.
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -195,31 +196,14 @@ def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
     return None
 
 
-def _cpu_kernel(
-    slope: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        slope, query, key, value, output, lse, 0.0, causal, scale=scaling
+        *parts, 0.0, causal, scale=scaling
     )
 
 
-def _cuda_kernel(
-    slope: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cuda_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _, query, key, *_, lse = parts
     ops, one = torch.ops.aten, query[:, :, :1]
     # What a forward hands to its backward beside results, which differs between versions.
     *_, starts, key_starts, _, _, state, unused, _ = ops._scaled_dot_product_flash_attention(
@@ -227,7 +211,7 @@ def _cuda_kernel(
     )
     lengths = query.shape[2], key.shape[2]
     return ops._scaled_dot_product_flash_attention_backward(
-        slope, query, key, value, output, lse.contiguous(), starts, key_starts, *lengths,
+        *parts[:-1], lse.contiguous(), starts, key_starts, *lengths,
         0.0, causal, state, unused, scale=scaling,
     )  # fmt: skip
 
@@ -282,7 +266,7 @@ def _flash_backward(
     groups, past = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     own_key, own_value = (repeated(t[:, :, past:], groups) for t in (key, value))
     by_query, by_key, by_value = kernel(
-        slope, query, own_key, own_value, output, lse, True, scaling
+        True, scaling, slope, query, own_key, own_value, output, lse
     )
     by_own = (_summed(by_key, groups), _summed(by_value, groups))
     if past == 0:
@@ -292,11 +276,11 @@ def _flash_backward(
         return heads.unflatten(1, (-1, groups)).flatten(2, 3)
 
     by_folded, *by_past = kernel(
+        False,
+        scaling,
         *(folded(t) for t in (slope, query)),
         *(t[:, :, :past] for t in (key, value)),
         *(folded(t) for t in (output, lse)),
-        False,
-        scaling,
     )
     by_key, by_value = (torch.cat(both, dim=2) for both in zip(by_past, by_own, strict=True))
     return by_query + by_folded.reshape(by_query.shape), by_key, by_value

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -122,7 +122,7 @@ def search(
     from longrope.preflight import check_search
     from longrope.recipe import make_recipe
     from longrope.search.evolution import EvolutionSettings
-    from longrope.search.stage import SearchOptions, SearchSettings, search_factors, summary
+    from longrope.search.stage import SearchOptions, SearchSettings, search_factors
 
     options = SearchOptions(
         target=target,
@@ -173,7 +173,7 @@ def search(
     if not these.first:
         return
     if json_:
-        print_json(summary(result, out))
+        print_json(_summary(result, out))
         return
     state = "done" if result.computed else "already done"
     console.print(f"{state}: {result.forwards:g} forwards of all windows; loss in nats per token:")
@@ -186,3 +186,20 @@ def search(
     if result.not_finite:
         console.print(f"  {result.not_finite} candidates had no finite loss")
     console.print(f"{out / 'rescale.json'}", soft_wrap=True)
+
+
+def _summary(result: Any, out: Path) -> dict[str, Any]:
+    """What ``--json`` prints of a ``SearchResult``."""
+    return {
+        "rescale": str(out / "rescale.json"),
+        "portable": str(out / "portable.json") if result.portable else None,
+        "history": str(out / "history.jsonl"),
+        "loss": result.best_loss,
+        "portable_loss": result.portable_loss,
+        "start_tokens": result.best.start_tokens,
+        "starts": result.starts,
+        "evaluations": result.evaluations,
+        "forwards": result.forwards,
+        "computed": result.computed,
+        "not_finite": result.not_finite,
+    }

@@ -136,13 +136,7 @@ def score(
             scored.append(known[name])
             continue
         starts = range(0, len(ids) - length + 1, stride or length)
-        windows = np.stack([with_bos(ids[start : start + length], bos) for start in starts])
-        losses = []
-        for batch in forward.batches(windows):
-            losses.append(np.nan_to_num(batch.double().numpy(), nan=np.inf, posinf=np.inf))
-        # Without a BOS nothing predicts the first token of a window.
-        first = np.full((len(windows), 1 if bos is None else 0), np.nan)
-        scores = np.concatenate([first, np.concatenate(losses)], axis=1)
+        scores = _window_losses(forward, [ids[start : start + length] for start in starts], bos)
         if stride is not None:
             scores[1:, : length - stride] = np.nan
         elif bos is None:
@@ -152,6 +146,19 @@ def score(
             known[name] = scores
         scored.append(scores)
     return Scores(length, tuple(scored))
+
+
+def _window_losses(
+    forward: LongForward, windows: Sequence[np.ndarray], bos: int | None
+) -> np.ndarray:
+    """Of every token, shape (windows, length); infinite where the model's is not finite."""
+    losses = [
+        np.nan_to_num(batch.double().numpy(), nan=np.inf, posinf=np.inf)
+        for batch in forward.batches(np.stack([with_bos(ids, bos) for ids in windows]))
+    ]
+    # Without a BOS nothing predicts the first token of a window.
+    first = np.full((len(windows), 1 if bos is None else 0), np.nan)
+    return np.concatenate([first, np.concatenate(losses)], axis=1)
 
 
 def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:

@@ -7,7 +7,6 @@ import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from longrope.gradient import forwards as slope_forwards
 from longrope.model import LoadedModel
 from longrope.parallel import Ranks
 from longrope.progress import Advance, console, duration, progress
+from longrope.rope.rescale import Rescale
 from longrope.search.descent import DescentSettings
 from longrope.search.evaluations import Progress, SearchResult
 from longrope.search.evolution import EvolutionSettings
@@ -197,12 +197,7 @@ def search_stage(
     forward = loaded.forward(how.chunk, how.hidden_device)
     starts = problem.starts | (problem.more if how.algorithm == "fast" else {})
     slope = slope_forwards(facts, length, how.chunk) if how.algorithm == "fast" else math.nan
-    names = [document.name for document in windows.documents]
-    headline = (
-        f"{facts.architecture}, {start.original_max_position_embeddings:,} → {length:,} tokens "
-        f"({start.scale:g}×); {len(windows.ids)} windows of {', '.join(names)}"
-        + (f", {len(questions)} pass keys" if questions else "")
-    )
+    headline = _headline(facts, start, windows, questions)
     with progress(title, how.forwards, show=ranks.first) as advance:
         result = search(
             _config(loaded, problem, windows, questions, how),
@@ -217,7 +212,7 @@ def search_stage(
             provenance={
                 "model": facts.source,
                 "base_factors": list(facts.base_factors),
-                "document_names": names,
+                "document_names": [document.name for document in windows.documents],
                 "longrope": longrope.__version__,
                 "python": platform.python_version(),
             },
@@ -225,6 +220,18 @@ def search_stage(
         )
         advance(how.forwards, f"best {result.best_loss:.4f}")
         return result
+
+
+def _headline(
+    facts: ModelFacts, start: Rescale, windows: Windows, questions: Sequence[Prompt]
+) -> str:
+    original, length = start.original_max_position_embeddings, start.max_position_embeddings
+    names = ", ".join(document.name for document in windows.documents)
+    asked = f", {len(questions)} pass keys" if questions else ""
+    return (
+        f"{facts.architecture}, {original:,} → {length:,} tokens ({start.scale:g}×); "
+        f"{len(windows.ids)} windows of {names}{asked}"
+    )
 
 
 def _config(
@@ -272,8 +279,7 @@ class _Reporter:
     """Say how a search goes: what it is, how long it will take, then the best so far."""
 
     def __init__(self, headline: str, advance: Advance):
-        self.headline = headline
-        self.advance = advance
+        self.headline, self.advance = headline, advance
         self.estimated = False
 
     def __call__(self, now: Progress) -> None:
@@ -292,20 +298,3 @@ class _Reporter:
         starts = " ".join(f"{name} {loss:.4f}" for name, loss in now.starts.items())
         left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
         self.advance(int(now.forwards), f"best {now.best:.4f} ({starts}){left}")
-
-
-def summary(result: SearchResult, out: Path) -> dict[str, Any]:
-    """What ``longrope search --json`` prints."""
-    return {
-        "rescale": str(out / "rescale.json"),
-        "portable": str(out / "portable.json") if result.portable else None,
-        "history": str(out / "history.jsonl"),
-        "loss": result.best_loss,
-        "portable_loss": result.portable_loss,
-        "start_tokens": result.best.start_tokens,
-        "starts": result.starts,
-        "evaluations": result.evaluations,
-        "forwards": result.forwards,
-        "computed": result.computed,
-        "not_finite": result.not_finite,
-    }

@@ -80,16 +80,8 @@ def finetune(
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", module="(accelerate|torch)\\.")
-        with quiet():
-            trainer = _Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=pieces,
-                callbacks=[_Keeper(log, settings.steps, advance, ranks.first)],
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.model_accepts_loss_kwargs = False
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        keeper = _Keeper(log, settings.steps, advance, ranks.first)
+        trainer = _trained(model, arguments, pieces, keeper, resume)
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     model = _unwrapped(trainer)
     if settings.lora is not None:
@@ -98,6 +90,17 @@ def finetune(
         _save(model, state, loaded, out / "model")
         shutil.rmtree(work, ignore_errors=True)
     return read_lines(log)
+
+
+def _trained(
+    model: Any, arguments: TrainingArguments, pieces: Pieces, keeper: "_Keeper", resume: Path | None
+) -> Trainer:
+    with quiet():
+        trainer = _Trainer(model=model, args=arguments, train_dataset=pieces, callbacks=[keeper])
+        trainer.remove_callback(PrinterCallback)
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
 
 
 def _unwrapped(trainer: Trainer) -> Any:
