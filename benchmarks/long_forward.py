@@ -8,8 +8,9 @@
         --offload weights                                                               # a GPU
 
 *Floor*: the same matrix products and attention as bare calls of torch, each measured alone right
-before the forward, at the best rate that torch offers (of one causal call of the whole sequence
-and of calls chunk by chunk). Every length is a process of its own, and the memory another.
+before the forward, at the best rate that torch offers (of one causal call of the whole sequence,
+where that takes seconds, and of calls chunk by chunk). Every length is a process of its own, and
+on a CPU the memory another.
 """
 
 import argparse
@@ -86,38 +87,37 @@ def wait(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def products_floor(model: nn.Module, tokens: int, chunk: int) -> float:
+def products_floor(forward: LongForward, tokens: int) -> float:
     """Seconds of all products with weights, each shape measured alone on a chunk's rows."""
+    model, chunk = forward.model, forward.chunk
     weight = next(model.parameters())
     shapes = Counter(tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
     total = 0.0
     for (out, into), count in shapes.items():
-        rows = min(chunk, 1024) if out > 16_384 else chunk  # the head's, as the loss is made
-        matrix = torch.randn(out, into, dtype=weight.dtype, device=weight.device)
-        x = torch.randn(rows, into, dtype=weight.dtype, device=weight.device)
-        one = seconds_of(lambda x=x, matrix=matrix: F.linear(x, matrix), weight.device)
+        # The head's, as the loss is made.
+        rows = min(chunk, forward.head_rows) if out == model.config.vocab_size else chunk
+        matrix = torch.randn(out, into, dtype=weight.dtype, device=forward.device)
+        x = torch.randn(rows, into, dtype=weight.dtype, device=forward.device)
+        one = seconds_of(lambda x=x, matrix=matrix: F.linear(x, matrix), forward.device)
         total += one * count * tokens / rows
     return total
 
 
 @torch.inference_mode()
-def attention_floor(model: nn.Module, tokens: int, chunk: int) -> tuple[float, str]:
+def attention_floor(forward: LongForward, tokens: int) -> tuple[float, str]:
     """Seconds of one causal attention a layer, at the best of what torch offers."""
-    config, weight = model.config, next(model.parameters())
+    config, device, chunk = forward.model.config, forward.device, min(forward.chunk, tokens)
     dim = config.hidden_size // config.num_attention_heads
     shape = (1, config.num_attention_heads, tokens, dim)
-    query = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+    query = torch.randn(shape, dtype=forward.model.dtype, device=device)
     queries = query[:, :, :chunk].contiguous()
-    whole = seconds_of(
-        lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True),
-        weight.device,
-        1,
-    )
     # A chunk against all keys, without a mask: twice the pairs that a causal one needs.
-    against = seconds_of(
-        lambda: F.scaled_dot_product_attention(queries, query, query), weight.device, 1
-    )
-    ways = {"one causal call": whole, "by chunks": against * tokens / chunk / 2}
+    against = seconds_of(lambda: F.scaled_dot_product_attention(queries, query, query), device, 1)
+    ways = {"by chunks": against * tokens / chunk / 2}
+    if device.type == "cpu" or ways["by chunks"] < 2:
+        ways["one causal call"] = seconds_of(
+            lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True), device, 1
+        )
     best = min(ways, key=lambda name: ways[name])
     return config.num_hidden_layers * ways[best], best
 
@@ -127,25 +127,29 @@ def measure(args: argparse.Namespace) -> dict:
     tokens, device = int(args.tokens), torch.device(args.device)
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = transformers.LlamaConfig(**shape, max_position_embeddings=tokens)
-    with torch.device("cpu" if args.offload else device):
+    with torch.device(device):
         torch.set_default_dtype(getattr(torch, args.dtype))
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         torch.set_default_dtype(torch.float32)
     if args.offload:
-        offload(model, device)
-    forward = LongForward(model, args.chunk, offloaded=args.offload is not None)
+        offload(model.to("cpu"), device)
+    forward = LongForward(model, args.chunk or None, offloaded=args.offload is not None)
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
+    if args.offload:  # two layers of them
+        layers = sum(p.nbytes for layer in forward.layers for p in layer.parameters())
+        weights -= layers - 2 * layers // len(forward.layers)
     if args.memory:
         forget_peak(device)
         forward.losses(ids)
-        return {"tokens": tokens, "peak_bytes": peak(device), "weight_bytes": weights}
-    forward.losses(ids[:, :257])
+        return {"peak_bytes": peak(device)}
+    forward.losses(ids[:, : 2 * forward.chunk + 1])  # what is made once
     floors, times = [], []
     for _ in range(args.runs):
-        products = products_floor(model, tokens, args.chunk)
-        attention, way = attention_floor(model, tokens, args.chunk)
+        products = products_floor(forward, tokens)
+        attention, way = attention_floor(forward, tokens)
         floors.append((products, attention))
+        forget_peak(device)
         wait(device)
         started = time.perf_counter()
         forward.losses(ids)
@@ -153,8 +157,10 @@ def measure(args: argparse.Namespace) -> dict:
         times.append(time.perf_counter() - started)
     products, attention = (statistics.median(part) for part in zip(*floors, strict=True))
     shares = [(p + a) / t for (p, a), t in zip(floors, times, strict=True)]
-    return {
+    here = {"peak_bytes": peak(device)} if device.type == "cuda" else {}
+    return here | {
         "tokens": tokens,
+        "chunk": forward.chunk,
         "seconds": statistics.median(times),
         "products_seconds": products,
         "attention_seconds": attention,
@@ -202,7 +208,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="4096,8192,16384")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, default=0, help="0: as fits the device.")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--offload", choices=["weights"], help="Two layers on the device.")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
@@ -213,14 +219,19 @@ def main() -> None:
         return
     rows = []
     for tokens in map(int, args.tokens.split(",")):
-        rows.append(child(args, tokens) | child(args, tokens, "--memory"))
-    print("| tokens | products | attention | forward | share of the floor's rate | peak |")
-    print("|---|---|---|---|---|---|")
+        row = child(args, tokens)
+        rows.append(row if "peak_bytes" in row else row | child(args, tokens, "--memory"))
+    print(
+        "| tokens | products | attention | forward | share of the floor's rate | peak "
+        "| weights and tokens, predicted |"
+    )
+    print("|---" * 7 + "|")
     for row in rows:
         print(
             f"| {row['tokens']:,} | {row['products_seconds']:.2f} s "
             f"| {row['attention_seconds']:.2f} s ({row['attention_way']}) | {row['seconds']:.2f} s "
-            f"| {row['share_of_floor']:.0%} | {row['peak_bytes'] / 1e9:.2f} GB |"
+            f"| {row['share_of_floor']:.0%} | {row['peak_bytes'] / 1e9:.2f} GB "
+            f"| {(row['weight_bytes'] + row['tokens'] * row['bytes_per_token']) / 1e9:.2f} GB |"
         )
     for a, b in itertools.pairwise(rows):
         slope = (b["peak_bytes"] - a["peak_bytes"]) / (b["tokens"] - a["tokens"])
@@ -228,8 +239,8 @@ def main() -> None:
             f"bytes a token, {a['tokens']:,} to {b['tokens']:,}: {a['bytes_per_token']:,} "
             f"predicted, {slope:,.0f} measured"
         )
-    layers = f"-{args.layers}-layers" if args.layers else ""
-    print(record.write(f"long-forward-{args.shape}{layers}", vars(args), rows))
+    kind = (f"-{args.layers}-layers" if args.layers else "") + ("-offload" if args.offload else "")
+    print(record.write(f"long-forward-{args.shape}{kind}", vars(args), rows))
 
 
 if __name__ == "__main__":

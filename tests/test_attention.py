@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from longrope.attention import _online_softmax, chunk_attention
+from longrope.attention import _online_softmax, causal, chunk_attention, powers
 
 
 def dense(query, key, value, scaling, window=None, softcap=None):
@@ -55,6 +55,33 @@ def test_equals_brute_force(chunk, past, kv_heads, groups, batch, window, softca
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}[dtype]
     assert output.dtype == dtype
     assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=60)
+@given(past=st.integers(0, 10_000), chunk=st.integers(1, 500))
+def test_a_past_in_few_shapes(past, chunk):
+    spans = powers(past, chunk)
+    assert [s.start for s in spans] == [0, *(s.stop for s in spans)][: len(spans)]
+    assert sum(s.stop - s.start for s in spans) == past
+    sizes = [s.stop - s.start for s in spans]
+    whole = [size for size in sizes if size % chunk == 0]
+    assert sizes[: len(whole)] == whole and len(sizes) - len(whole) <= 1
+    assert all((size // chunk).bit_count() == 1 for size in whole)
+    assert sizes == sorted(set(sizes), reverse=True)
+
+
+@pytest.mark.parametrize("past", [70, 40, 13])
+def test_parts_of_the_past_join(monkeypatch, past):
+    monkeypatch.setattr("longrope.attention._spans", lambda q, v, past: powers(past, q.shape[2]))
+    query, key, value = (
+        torch.randn(2, heads, n, 8) for heads, n in ((4, 10), (2, 10 + past), (2, 10 + past))
+    )
+    output, lse = causal(query, key, value, 0.3)
+    assert_close(
+        output.transpose(1, 2).double(), dense(query, key, value, 0.3), rtol=1e-5, atol=1e-5
+    )
+    monkeypatch.undo()
+    assert_close(lse, causal(query, key, value, 0.3)[1])
 
 
 def test_blocks_of_keys_join(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, micro_model
+from longrope.attention import _online_softmax, _takes_cudnn, causal
 from longrope.forward import LongForward
 from longrope.gradient import gradient
 from longrope.offload import offload
@@ -44,23 +45,50 @@ def test_slopes_take_the_gpu_s_kernel(dim):
     assert _cuda_kernel_agrees(torch.device("cuda", 0), torch.bfloat16, dim)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("past", [3072, 3172, 0])
+def test_chunks_take_cudnn_s_kernel(dim, past):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("for Hopper and later")
+    query, key, value = (
+        torch.randn(2, heads, tokens, dim, device="cuda", dtype=torch.bfloat16)
+        for heads, tokens in ((4, 1024), (2, past + 1024), (2, past + 1024))
+    )
+    assert _takes_cudnn(query, value)
+    output, lse = causal(query, key, value, 0.1)
+    rows = torch.arange(past, past + 1024, device="cuda")
+    exact, exact_lse = _online_softmax(
+        query.double(), *(t.double().repeat_interleave(2, dim=1) for t in (key, value)), 0.1, rows
+    )
+    assert (output - exact).norm() < 2**-7 * exact.norm()
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
+
+
 def test_the_chunk_halves_until_it_fits():
     model = micro_model(FAMILIES["llama"]()).cuda()
     ids = torch.randint(3, 1536, (1, 65_537))
-    expected = LongForward(model, 512).losses(ids)
-    room = torch.cuda.mem_get_info()[0] - 2**28
-    hog = torch.empty(room, dtype=torch.uint8, device="cuda")
-    forward = LongForward(model, 65_536)
-    losses = forward.losses(ids)
-    del hog
-    assert forward.chunk < 65_536
+    needed = []
+    for chunk in (65_536, 512):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        expected = LongForward(model, chunk).losses(ids)
+        needed.append(torch.cuda.max_memory_reserved())
+    torch.cuda.empty_cache()
+    there = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(sum(needed) / 2 / there)
+    try:
+        forward = LongForward(model, 65_536)
+        losses = forward.losses(ids)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 512 < forward.chunk < 65_536
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_weights_that_do_not_fit_pass_through():
     """A model of 24 layers on a device that has room for ten, and its slope."""
     config = FAMILIES["llama"]()
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 24, 2048, 8192
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 24, 1024, 4096
     model = micro_model(config)
     ids = torch.randint(3, 1536, (1, 301))
     expected = LongForward(model, 64).losses(ids)

@@ -39,12 +39,19 @@ from longrope.rope.site import column_layout, find_rotary
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
 log = logging.getLogger(__name__)
 
-DEFAULT_CHUNK = 2048
 # Short windows go through a model together, up to this many tokens.
 BATCH_TOKENS = 4096
-# Rows of logits in memory at a time; a row is vocabulary × 4 bytes.
-HEAD_ROWS = 1024
 _T = TypeVar("_T")
+
+
+def default_chunk(device_type: str) -> int:
+    """Tokens that go through a layer at a time: a GPU waits for its next kernel with fewer."""
+    return 2048 if device_type == "cpu" else 8192
+
+
+def head_rows(vocabulary: int, device_type: str) -> int:
+    """Rows of logits in memory at a time; on a GPU a gigabyte of them in float32."""
+    return 1024 if device_type == "cpu" else max(1024, 2**28 // vocabulary)
 
 
 class Asked(NamedTuple):
@@ -61,8 +68,8 @@ class LongForward:
     Args:
         model: a transformers causal language model in evaluation mode. The rescale
             that is installed in it when called applies to the whole sequence.
-        chunk: tokens that go through a layer at a time. Halved when a GPU runs out
-            of memory, and left there.
+        chunk: tokens that go through a layer at a time; None: as fits the device
+            (:func:`default_chunk`). Halved when a GPU runs out of memory, and left there.
         hidden_device: where the hidden states of the sequence wait; the model's
             device by default, the CPU to save GPU memory.
         attention_name: what all attention goes through; ours by default.
@@ -77,18 +84,19 @@ class LongForward:
     def __init__(
         self,
         model: Any,
-        chunk: int = DEFAULT_CHUNK,
+        chunk: int | None = None,
         hidden_device: torch.device | None = None,
         attention_name: str = attention.NAME,
         offloaded: bool = False,
         team: Team | None = None,
     ):
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
         self.model = model
-        self.chunk = chunk
         self.decoder, self._layers_name = find_layers(model)
         self.device = next(model.parameters()).device
+        self.chunk = chunk or default_chunk(self.device.type)
+        self.head_rows = head_rows(self.decoder.config.vocab_size, self.device.type)
         self.hidden_device = hidden_device or self.device
         self.attention_name = attention_name
         self.offloaded = offloaded
@@ -184,10 +192,10 @@ class LongForward:
         with self.attention():
             hidden_BTD = self._hidden(inputs_BT, chunks)
             found = []
-            for span, place in chunks.own(HEAD_ROWS):
+            for span, place in chunks.own(self.head_rows):
                 logits = self.logits(inputs_BT, hidden_BTD[:, place], span)
-                found.append(token_losses(logits, targets_BT[:, span]).cpu())
-        return chunks.part(torch.cat(found, dim=1), slice(0, chunks.tokens))
+                found.append(token_losses(logits, targets_BT[:, span]))
+        return chunks.part(torch.cat(found, dim=1).cpu(), slice(0, chunks.tokens))
 
     @torch.inference_mode()
     def _answers(self, ids_BT: Tensor, asked: Sequence[Asked]) -> list[Answer]:

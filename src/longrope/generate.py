@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from longrope.export.gguf import read_pair
-from longrope.forward import DEFAULT_CHUNK
 from longrope.layers import cache_name
 from longrope.model import LoadedModel, load_model
 from longrope.rope.install import installed
@@ -93,7 +92,7 @@ def stream(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
 ) -> Iterator[int]:
     """New tokens as they come, until the end-of-sequence token.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longrope import attention_gradient
 from longrope.facts import ModelFacts
-from longrope.forward import HEAD_ROWS, LongForward
+from longrope.forward import LongForward
 from longrope.layers import Recording
 from longrope.likelihood import loss_and_slope
 from longrope.rope.install import RescaledRotary
@@ -264,7 +264,7 @@ def _head(
     """The mean loss of the last ``counted`` tokens, and its slope by the last hidden states."""
     slope_BTD, total = torch.zeros_like(hidden_BTD), 0.0
     tokens = targets_BT.shape[1]
-    for span, _ in forward.chunks(tokens).own(HEAD_ROWS):
+    for span, _ in forward.chunks(tokens).own(forward.head_rows):
         span = slice(max(span.start, tokens - counted), span.stop)
         if span.start >= span.stop:
             continue

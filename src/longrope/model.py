@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longrope.facts import Existing, ModelFacts, inspect_model, skeleton, unscaled
-from longrope.forward import DEFAULT_CHUNK, LongForward
+from longrope.forward import LongForward
 from longrope.offload import offload as offload_layers
 from longrope.parallel import Team
 from longrope.probe import why_not
@@ -31,7 +31,7 @@ class LoadedModel:
     offloaded: bool = False
     team: Team = dataclasses.field(default_factory=Team)
 
-    def forward(self, chunk: int = DEFAULT_CHUNK, hidden_device: str | None = None) -> LongForward:
+    def forward(self, chunk: int | None = None, hidden_device: str | None = None) -> LongForward:
         """Its long forward.
 
         Raises:

@@ -7,7 +7,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longrope.files import write_atomically
-from longrope.forward import DEFAULT_CHUNK
 from longrope.rope.methods import METHODS
 from longrope.search.descent import DescentSettings
 from longrope.search.evolution import EvolutionSettings
@@ -118,7 +117,8 @@ class Evaluate(_Section):
 class Recipe(_Section):
     """All that decides a run of ``longrope extend``.
 
-    With ``offload: weights`` all but training keeps two layers at a time on the device.
+    With ``offload: weights`` all but training keeps two layers at a time on the device. ``chunk``
+    null is what fits the device: 2,048 tokens, on a GPU 8,192.
     """
 
     model: str = "bundled"
@@ -129,7 +129,7 @@ class Recipe(_Section):
     seed: _Count = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
-    chunk: _Positive = DEFAULT_CHUNK
+    chunk: _Positive | None = None
     hidden_device: str | None = None
     offload: Literal["weights"] | None = None
     existing_scaling: Literal["keep", "replace"] | None = None

@@ -5,8 +5,10 @@ import math
 from collections.abc import Sequence
 
 from longrope.facts import ModelFacts
+from longrope.forward import default_chunk, head_rows
 from longrope.gradient import graph_bytes, is_kept
 from longrope.recipe import Recipe
+from longrope.train.loss import ROWS
 from longrope.train.pieces import short_windows
 
 
@@ -41,6 +43,9 @@ class Costs:
 
     def __init__(self, facts: ModelFacts, recipe: Recipe, on_cpu: bool, team: int = 1):
         self.facts, self.recipe, self.on_cpu = facts, recipe, on_cpu
+        kind = "cpu" if on_cpu else "cuda"
+        self.chunk = recipe.chunk or default_chunk(kind)
+        self.head_rows = min(head_rows(facts.vocabulary, kind), self.chunk)
         # Hidden states wait on the device, its share of them where a team has the sequence.
         self.elsewhere = recipe.hidden_device is not None and not on_cpu
         self.hidden = facts.hidden_size / team
@@ -150,15 +155,20 @@ class Costs:
         )
 
     def _forward_memory(self, length: int) -> int:
-        """The long forward but hidden states: weights, and per token one layer's KV and angles."""
+        """The long forward but hidden states: weights; per token one layer's KV and angles, or
+        logits, which come when those are gone.
+        """
         facts = self.facts
         # torch's flash kernel on a CPU repacks keys and values for the matrix units of bf16.
         copies = 2 if self.on_cpu and self.size == 2 else 1
         angles = 2 * facts.head_dim
         per_token = 2 * copies * facts.kv_heads * facts.head_dim + angles
-        chunk = min(length, self.recipe.chunk)
+        chunk = min(length, self.chunk)
         work = chunk * 12 * facts.hidden_size * self.size
-        return int(self._held() + length * (per_token * self.size + 24) + work + _head(facts))
+        layer = length * per_token * self.size + work
+        # Beside logits in float32, those that half precision gave.
+        head = _head(facts, min(length, self.head_rows)) * (1.25 if self.size == 2 else 1)
+        return int(self._held() + length * 24 + max(layer, head))
 
     def _held(self) -> int:
         """Weights that are on the device at a time: all, or what is no layer and two layers.
@@ -177,7 +187,7 @@ class Costs:
         values a copy for the graph, its slopes, their float32 sums.
         """
         facts = self.facts
-        chunk = min(length, self.recipe.chunk)
+        chunk = min(length, self.chunk)
         chunks = -(-length // chunk)
         kept = not self.recipe.offload and is_kept(facts.layers, facts.hidden_size, length, chunks)
         graph = graph_bytes(facts.layers if kept else 1, facts.hidden_size, chunk)
@@ -210,10 +220,10 @@ class Costs:
         layer = 24 * facts.hidden_size
         if not tuning.gradient_checkpointing:
             kept, layer = facts.layers * 24 * facts.hidden_size, 0
-        head = _head(facts) * (2.5 if taught else 1)
+        head = _head(facts, ROWS) * (2.5 if taught else 1)
         return int(states + tuning.micro_batch * tokens * (kept + layer) * half + head)
 
 
-def _head(facts: ModelFacts) -> int:
-    """A thousand rows of logits in float32, and their gradient."""
-    return 2 * 1024 * facts.vocabulary * 4
+def _head(facts: ModelFacts, rows: int) -> int:
+    """Logits in float32, and their gradient."""
+    return 2 * rows * facts.vocabulary * 4

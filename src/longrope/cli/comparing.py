@@ -55,7 +55,7 @@ def compare(
     attention_factor: AttentionFactor = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    chunk: Chunk = 2048,
+    chunk: Chunk = None,
     hidden_device: HiddenDevice = None,
     offload: Offload = None,
     existing_scaling: ExistingScaling = None,

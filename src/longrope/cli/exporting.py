@@ -82,7 +82,7 @@ def verify(
     ] = None,
     prompts: Annotated[int, typer.Option(help="At each length.")] = 2,
     dtype: Annotated[str, typer.Option(help="That both sides compute in.")] = "float32",
-    chunk: Chunk = 2048,
+    chunk: Chunk = None,
     json_: Json = False,
 ) -> None:
     """Which factors an engine applies, by its log-probabilities; exit code 1 if not those meant."""

@@ -130,7 +130,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
-    chunk: Chunk = 2048,
+    chunk: Chunk = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Go on from a text of any length, tokens as they come."""

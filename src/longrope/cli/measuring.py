@@ -100,7 +100,7 @@ def evaluate(
     attention_factor: AttentionFactor = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    chunk: Chunk = 2048,
+    chunk: Chunk = None,
     hidden_device: HiddenDevice = None,
     offload: Offload = None,
     sequence_parallel: SequenceParallel = 1,

@@ -22,7 +22,10 @@ Pack = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default a GPU if any.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
-Chunk = Annotated[int, typer.Option(help="Tokens that go through a layer at a time.")]
+Chunk = Annotated[
+    int | None,
+    typer.Option(help="Tokens that go through a layer at a time; 2,048, on a GPU 8,192."),
+]
 HiddenDevice = Annotated[
     str | None, typer.Option(help="Where hidden states wait: cpu saves GPU memory.")
 ]

@@ -106,7 +106,7 @@ def search(
     parents: Annotated[int, typer.Option(help="The best that have children (k).")] = 32,
     device: Device = None,
     dtype: Dtype = "auto",
-    chunk: Chunk = 2048,
+    chunk: Chunk = None,
     hidden_device: HiddenDevice = None,
     offload: Offload = None,
     sequence_parallel: SequenceParallel = 1,

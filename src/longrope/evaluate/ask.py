@@ -16,7 +16,6 @@ from longrope.evaluate.retrieval import (
 )
 from longrope.evaluate.unfinished import Unfinished
 from longrope.facts import ModelFacts
-from longrope.forward import DEFAULT_CHUNK
 from longrope.model import LoadedModel
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
@@ -38,13 +37,14 @@ class AskOptions:
     seed: int = 0
     data: tuple[str, ...] = ()
     field: str = "text"
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
     hidden_device: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("trials", "digits", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
 
     def check(self, facts: ModelFacts) -> None:
         """Refuse lengths and data that cannot be, before any weight is read."""

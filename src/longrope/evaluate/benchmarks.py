@@ -12,7 +12,6 @@ from typing import Any
 
 from longrope.evaluate.tasks import REMEDY, is_ruler, manager, require_harness, task_parts
 from longrope.facts import ModelFacts
-from longrope.forward import DEFAULT_CHUNK
 from longrope.model import LoadedModel
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
@@ -48,7 +47,7 @@ class BenchmarkOptions:
     shots: int | None = None
     data: str | None = None
     lengths: tuple[str, ...] = ()
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
     hidden_device: str | None = None
 
     def resolve(self, facts: ModelFacts) -> list[int]:
@@ -67,7 +66,7 @@ class BenchmarkOptions:
             raise ValueError(f"--questions is {self.questions}; it must be at least 1")
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"--shots is {self.shots}; it must not be negative")
-        if self.chunk < 1:
+        if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"--chunk is {self.chunk}; it must be at least 1")
         if self.data is not None and not Path(self.data).is_dir():
             raise ValueError(f"benchmark data {self.data}: no such folder; {REMEDY}")

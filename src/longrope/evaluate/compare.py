@@ -13,7 +13,6 @@ from longrope.evaluate.perplexity import Scores, check_lengths, paired_differenc
 from longrope.evaluate.unfinished import Unfinished
 from longrope.facts import ModelFacts, load_rescale
 from longrope.files import write_atomically
-from longrope.forward import DEFAULT_CHUNK
 from longrope.model import LoadedModel
 from longrope.progress import progress
 from longrope.rope.install import check_fits, installed
@@ -52,7 +51,7 @@ class CompareOptions:
     tokens_per_document: int | None = None
     attention_factor: float | None = None
     own_attention_factors: bool = False
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
     hidden_device: str | None = None
 
     def check(self, facts: ModelFacts) -> None:

@@ -40,7 +40,7 @@ class HarnessModel(TemplateLM):
         loaded: LoadedModel,
         choose: Callable[[int], Rescale],
         longest: int,
-        chunk: int,
+        chunk: int | None,
         title: str,
         hidden_device: str | None,
     ):

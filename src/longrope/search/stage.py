@@ -14,7 +14,6 @@ import longrope
 from longrope.data import check_sources
 from longrope.evaluate.retrieval import Prompt
 from longrope.facts import ModelFacts
-from longrope.forward import DEFAULT_CHUNK
 from longrope.gradient import forwards as slope_forwards
 from longrope.model import LoadedModel
 from longrope.parallel import Ranks
@@ -57,7 +56,7 @@ class SearchSettings:
     budget: int | None = None
     patience: int | None = None
     seed: int = 0
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
     hidden_device: str | None = None
     rate: float = DescentSettings.rate
     step_windows: int = DescentSettings.step_windows
@@ -196,11 +195,11 @@ def search_stage(
     questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
     forward = loaded.forward(how.chunk, how.hidden_device)
     starts = problem.starts | (problem.more if how.algorithm == "fast" else {})
-    slope = slope_forwards(facts, length, how.chunk) if how.algorithm == "fast" else math.nan
+    slope = slope_forwards(facts, length, forward.chunk) if how.algorithm == "fast" else math.nan
     headline = _headline(facts, start, windows, questions)
     with progress(title, how.forwards, show=ranks.first) as advance:
         result = search(
-            _config(loaded, problem, windows, questions, how),
+            _config(loaded, problem, windows, questions, how, forward.chunk),
             problem.space,
             starts,
             Objective(forward, windows.ids, questions),
@@ -240,6 +239,7 @@ def _config(
     windows: Windows,
     questions: Sequence[Prompt],
     how: SearchSettings,
+    chunk: int,
 ) -> SearchConfig:
     """Which search this is: another one does not go on in its directory."""
     start = problem.space.start
@@ -255,7 +255,7 @@ def _config(
         seed=how.seed,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=loaded.model.device.type,
-        chunk=how.chunk,
+        chunk=chunk,
         start={k: v for k, v in start.to_json().items() if k != "provenance"},
         upper=problem.space.upper,
         start_tokens=problem.space.start_tokens,

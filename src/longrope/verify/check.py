@@ -120,7 +120,7 @@ class Reference:
         ValueError: not scaled, or no such model.
     """
 
-    def __init__(self, path: str, *, dtype: str = "float32", chunk: int = 2048):
+    def __init__(self, path: str, *, dtype: str = "float32", chunk: int | None = None):
         loaded, pair = load_extended(path, dtype=dtype)
         if pair is None:
             raise ValueError(f"{path}: its RoPE is not scaled; there is nothing to verify")
