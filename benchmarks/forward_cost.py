@@ -88,10 +88,9 @@ def measure(args: argparse.Namespace) -> None:
 
 def child(args: argparse.Namespace, kind: str, tokens: int) -> dict:
     command = [sys.executable, __file__, "--kind", kind, "--tokens", str(tokens)]
-    for name in ("model", "dtype", "chunk"):
-        command += [f"--{name}", str(getattr(args, name))]
-    if args.device:
-        command += ["--device", args.device]
+    for name in ("model", "dtype", "chunk", "device"):
+        if (value := getattr(args, name)) is not None:
+            command += [f"--{name}", str(value)]
     # For memory, glibc must give back what is freed, or the peak is that of its heap.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     env = os.environ | (allocator if args.memory else {})
@@ -130,7 +129,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device")
     parser.add_argument("--tokens", default="2048")
-    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--chunk", type=int)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)

@@ -9,8 +9,8 @@
 
 *Floor*: the same matrix products and attention as bare calls of torch, each measured alone right
 before the forward, at the best rate that torch offers (of one causal call of the whole sequence,
-where that takes seconds, and of calls chunk by chunk). Every length is a process of its own, and
-on a CPU the memory another.
+if it is one of seconds, and of calls chunk by chunk). *Predicted* is the dry run's peak. Every
+length is a process of its own, and on a CPU the memory another.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,8 +32,11 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from longrope.facts import inspect_model
 from longrope.forward import LongForward
 from longrope.offload import offload
+from longrope.recipe import make_recipe
+from longrope.stages import Costs
 
 SHAPES = {
     "bundled": {
@@ -70,14 +74,16 @@ SHAPES = {
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, least: int = 3) -> float:
-    """The median of a few calls, after one."""
-    times = []
+    """The median of a few calls, after one; on a GPU ten short ones in a row, as in a forward."""
+    times, together = [], 1
     for _ in range(least + 1):
         wait(device)
         started = time.perf_counter()
-        work()
+        for _ in range(together):
+            work()
         wait(device)
-        times.append(time.perf_counter() - started)
+        times.append((time.perf_counter() - started) / together)
+        together = 10 if device.type == "cuda" and times[-1] < 0.01 else 1
     return statistics.median(times[1:])
 
 
@@ -123,11 +129,12 @@ def attention_floor(forward: LongForward, tokens: int) -> tuple[float, str]:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """In a child: the floor, the forward, the floor again, and the memory."""
+    """In a child: the floor and the forward, a few times, or the memory; on a GPU all."""
     tokens, device = int(args.tokens), torch.device(args.device)
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = transformers.LlamaConfig(**shape, max_position_embeddings=tokens)
-    with torch.device(device):
+    # All layers of a large model are more than a GPU that they are offloaded from has.
+    with torch.device("cpu" if args.offload and not args.layers else device):
         torch.set_default_dtype(getattr(torch, args.dtype))
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         torch.set_default_dtype(torch.float32)
@@ -135,15 +142,11 @@ def measure(args: argparse.Namespace) -> dict:
         offload(model.to("cpu"), device)
     forward = LongForward(model, args.chunk or None, offloaded=args.offload is not None)
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
-    weights = sum(p.nbytes for p in model.parameters())
-    if args.offload:  # two layers of them
-        layers = sum(p.nbytes for layer in forward.layers for p in layer.parameters())
-        weights -= layers - 2 * layers // len(forward.layers)
     if args.memory:
         forget_peak(device)
         forward.losses(ids)
         return {"peak_bytes": peak(device)}
-    forward.losses(ids[:, : 2 * forward.chunk + 1])  # what is made once
+    forward.losses(ids[:, : 2 * forward.chunk + 1])  # kernels are found, and most are planned
     floors, times = [], []
     for _ in range(args.runs):
         products = products_floor(forward, tokens)
@@ -166,9 +169,20 @@ def measure(args: argparse.Namespace) -> dict:
         "attention_seconds": attention,
         "attention_way": way,
         "share_of_floor": statistics.median(shares),
-        "weight_bytes": weights,
+        "predicted_bytes": predicted(args, config),
         "bytes_per_token": forward.bytes_per_token(),
     }
+
+
+def predicted(args: argparse.Namespace, config: transformers.LlamaConfig) -> int:
+    """Peak memory as ``longrope extend --dry-run`` has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.architectures, config.dtype = ["LlamaForCausalLM"], args.dtype
+        config.save_pretrained(folder)
+        facts = inspect_model(folder)
+    asked = {"target": f"{args.tokens}", "offload": args.offload, "chunk": args.chunk or None}
+    costs = Costs(facts, make_recipe(asked), args.device == "cpu")
+    return costs.forwards("", "", int(args.tokens), 1).memory
 
 
 def forget_peak(device: torch.device) -> None:
@@ -222,8 +236,7 @@ def main() -> None:
         row = child(args, tokens)
         rows.append(row if "peak_bytes" in row else row | child(args, tokens, "--memory"))
     print(
-        "| tokens | products | attention | forward | share of the floor's rate | peak "
-        "| weights and tokens, predicted |"
+        "| tokens | products | attention | forward | share of the floor's rate | peak | predicted |"
     )
     print("|---" * 7 + "|")
     for row in rows:
@@ -231,7 +244,7 @@ def main() -> None:
             f"| {row['tokens']:,} | {row['products_seconds']:.2f} s "
             f"| {row['attention_seconds']:.2f} s ({row['attention_way']}) | {row['seconds']:.2f} s "
             f"| {row['share_of_floor']:.0%} | {row['peak_bytes'] / 1e9:.2f} GB "
-            f"| {(row['weight_bytes'] + row['tokens'] * row['bytes_per_token']) / 1e9:.2f} GB |"
+            f"| {row['predicted_bytes'] / 1e9:.2f} GB |"
         )
     for a, b in itertools.pairwise(rows):
         slope = (b["peak_bytes"] - a["peak_bytes"]) / (b["tokens"] - a["tokens"])

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from longrope.attention import _online_softmax, causal, chunk_attention, powers
+from longrope import cudnn
+from longrope.attention import _online_softmax, causal, chunk_attention
 
 
 def dense(query, key, value, scaling, window=None, softcap=None):
@@ -58,30 +59,51 @@ def test_equals_brute_force(chunk, past, kv_heads, groups, batch, window, softca
 
 
 @settings(max_examples=60)
-@given(past=st.integers(0, 10_000), chunk=st.integers(1, 500))
-def test_a_past_in_few_shapes(past, chunk):
-    spans = powers(past, chunk)
+@given(past=st.integers(0, 3_000_000))
+def test_a_past_in_few_lengths(past):
+    spans = cudnn.stretches(past)
     assert [s.start for s in spans] == [0, *(s.stop for s in spans)][: len(spans)]
     assert sum(s.stop - s.start for s in spans) == past
     sizes = [s.stop - s.start for s in spans]
-    whole = [size for size in sizes if size % chunk == 0]
-    assert sizes[: len(whole)] == whole and len(sizes) - len(whole) <= 1
-    assert all((size // chunk).bit_count() == 1 for size in whole)
-    assert sizes == sorted(set(sizes), reverse=True)
+    whole = [size for size in sizes if size >= 1024]
+    assert all(size % 1024 == 0 and (size // 1024).bit_count() == 1 for size in whole)
+    assert sizes == sorted(set(sizes), reverse=True) and len(sizes) - len(whole) <= 1
 
 
-@pytest.mark.parametrize("past", [70, 40, 13])
+@pytest.mark.parametrize("past", [70, 40, 13, 0])
 def test_parts_of_the_past_join(monkeypatch, past):
-    monkeypatch.setattr("longrope.attention._spans", lambda q, v, past: powers(past, q.shape[2]))
     query, key, value = (
         torch.randn(2, heads, n, 8) for heads, n in ((4, 10), (2, 10 + past), (2, 10 + past))
     )
+    whole = causal(query, key, value, 0.3)
+    taken = []
+    monkeypatch.setattr(cudnn, "takes", lambda *_: True)
+    monkeypatch.setattr(cudnn, "_LEAST", 10)
+    # The kernel has no plan; torch's flash takes over, stretch by stretch.
+    monkeypatch.setattr(cudnn, "attention", lambda q, k, v, **_: taken.append(k.shape[2]))
     output, lse = causal(query, key, value, 0.3)
+    assert taken == [10, *(s.stop - s.start for s in cudnn.stretches(past))]
     assert_close(
         output.transpose(1, 2).double(), dense(query, key, value, 0.3), rtol=1e-5, atol=1e-5
     )
-    monkeypatch.undo()
-    assert_close(lse, causal(query, key, value, 0.3)[1])
+    assert_close(lse, whole[1])
+
+
+def test_no_plan_is_said_once(caplog, monkeypatch):
+    """The operator is there, and there is no GPU."""
+    monkeypatch.setattr(cudnn, "_say_once", cudnn._say_once.__wrapped__)
+    query = torch.randn(1, 2, 8, 64, dtype=torch.bfloat16)
+    assert not cudnn.takes(query, query)
+    assert cudnn.attention(query, query, query, causal=True, scaling=0.3) is None
+    assert "flash kernel takes over" in caplog.text
+
+
+def test_a_long_chunk_under_a_window_goes_in_parts(monkeypatch):
+    query, key, value = (torch.randn(1, 2, n, 8) for n in (30, 41, 41))
+    whole, _ = chunk_attention(None, query, key, value, None, scaling=0.3, sliding_window=5)
+    monkeypatch.setattr("longrope.attention._BAND", 7)
+    parts, _ = chunk_attention(None, query, key, value, None, scaling=0.3, sliding_window=5)
+    assert_close(parts, whole)
 
 
 def test_blocks_of_keys_join(monkeypatch):

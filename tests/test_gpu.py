@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from conftest import FAMILIES, micro_model
-from longrope.attention import _online_softmax, _takes_cudnn, causal
+from longrope import cudnn
+from longrope.attention import _online_softmax, causal
 from longrope.forward import LongForward
 from longrope.gradient import gradient
 from longrope.offload import offload
@@ -50,18 +51,40 @@ def test_slopes_take_the_gpu_s_kernel(dim):
 def test_chunks_take_cudnn_s_kernel(dim, past):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("for Hopper and later")
+    chunk = 1024 + past % 1024  # 1,124 of 3,172
     query, key, value = (
         torch.randn(2, heads, tokens, dim, device="cuda", dtype=torch.bfloat16)
-        for heads, tokens in ((4, 1024), (2, past + 1024), (2, past + 1024))
+        for heads, tokens in ((4, chunk), (2, past + chunk), (2, past + chunk))
     )
-    assert _takes_cudnn(query, value)
+    assert cudnn.takes(query, value)
+    assert cudnn.attention(query, query, query, causal=True, scaling=0.1) is not None
     output, lse = causal(query, key, value, 0.1)
-    rows = torch.arange(past, past + 1024, device="cuda")
+    rows = torch.arange(past, past + chunk, device="cuda")
     exact, exact_lse = _online_softmax(
         query.double(), *(t.double().repeat_interleave(2, dim=1) for t in (key, value)), 0.1, rows
     )
     assert (output - exact).norm() < 2**-7 * exact.norm()
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
+
+
+def test_losses_and_slopes_through_cudnn_s_kernel(monkeypatch):
+    config = FAMILIES["llama"]()
+    config.hidden_size, config.head_dim = 256, 64
+    model = micro_model(config).cuda()
+    ids = torch.randint(3, 1536, (1, 4100))
+    with installed(model, yarn(model), always=True):
+        exact = plain_losses(model.double(), ids.cuda()).cpu()
+        slope = gradient(LongForward(model, 1500), ids).by_factor
+        model.bfloat16()
+
+        def errors():
+            forward = LongForward(model, 1500)
+            losses = (forward.losses(ids) - exact).abs().mean()
+            return losses, (gradient(forward, ids).by_factor - slope).norm() / slope.norm()
+
+        ours = errors()
+        monkeypatch.setattr(cudnn, "takes", lambda *_: False)
+        assert all(a <= 1.5 * b for a, b in zip(ours, errors(), strict=True))
 
 
 def test_the_chunk_halves_until_it_fits():

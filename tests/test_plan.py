@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from longrope.cost import Memory, Rates, available, check_memory, dry_run
 from longrope.facts import inspect_model
@@ -306,9 +307,15 @@ def test_what_helps_is_what_is_not_done_yet(facts):
         recipe = make_recipe({"target": "8x", **changes})
         return Costs(facts, recipe, on_cpu).search("search", 2048).helps
 
-    assert helps(False) == ("search.algorithm paper", "hidden_device cpu", "offload weights")
+    assert helps(False) == (
+        "search.algorithm paper",
+        "hidden_device cpu",
+        "offload weights",
+        "chunk 2048",
+    )
     assert helps(True, offload="weights") == ("search.algorithm paper",)
-    done = {"hidden_device": "cpu", "offload": "weights", "search": {"algorithm": "paper"}}
+    done = {"hidden_device": "cpu", "offload": "weights", "chunk": 2048}
+    done["search"] = {"algorithm": "paper"}
     assert helps(False, **done) == ()
 
 
@@ -347,3 +354,50 @@ def test_float16_is_refused_where_a_search_takes_slopes(facts):
         plan(facts, target="8x", dtype="float16")
     paper = {"algorithm": "paper"}
     plan(facts, target="8x", dtype="float16", search=paper, recovery=paper)
+
+
+def test_how_it_is_computed_may_change_on_the_way(facts, tmp_path):
+    def claim(**changes):
+        recipe = make_recipe({"target": "8x", **changes})
+        Run(recipe, facts, make_plan(facts, recipe), tmp_path, Ranks()).claim()
+
+    claim(chunk=2048)  # as every recipe had it once
+    claim()
+    claim(hidden_device="cpu", offload="weights", device="cpu")
+    with pytest.raises(ValueError, match=r"differs in seed \(there 0, now 5\)"):
+        claim(seed=5)
+
+
+LLAMA2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32_000,
+}
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "measured"),
+    [
+        (LLAMA2_7B, 131_072, 17.54e9),
+        (LLAMA2_7B, 262_144, 20.83e9),
+        (LLAMA2_7B | {"num_hidden_layers": 2}, 2_097_152, 54.76e9),
+        (SMOLLM2, 131_072, 3.14e9),
+    ],
+)
+def test_memory_is_what_an_h100_took(tmp_path, shape, length, measured):
+    """benchmarks/results/2026-11-26-long-forward-h100.json."""
+    names = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    transformers.LlamaConfig(**shape, **names).save_pretrained(tmp_path)
+    costs = Costs(inspect_model(str(tmp_path)), make_recipe({"target": "8x"}), on_cpu=False)
+    assert costs.forwards("evaluate", "evaluate", length, 1).memory == pytest.approx(measured, 0.02)

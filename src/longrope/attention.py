@@ -4,10 +4,10 @@ transformers hands every model's attention to one function, found by name. Ours
 gets the queries of a chunk and the keys of all tokens so far, aligned at the end
 (bottom-right; SDPA's ``is_causal`` aligns at the start, which is wrong here), and
 makes two calls of a flash kernel: the past without a mask, the chunk with a causal
-one, merged by their log-sum-exp.
+one, merged by their log-sum-exp. On a Hopper GPU the kernel is cuDNN's, and takes the
+past in several stretches.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -15,10 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longrope import cudnn
+
 NAME = "longrope_chunked"
 
 # Keys at a time where no kernel fits and the scores are made explicitly.
 _BLOCK = 1024
+# Queries at a time under the band of a sliding window.
+_BAND = 2048
 # Attention arguments that change nothing in a plain causal forward.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "position_embeddings", "is_causal"}
 
@@ -78,14 +82,15 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
     groups = heads // kv_heads
     own_key, own_value = key[:, :, past:], value[:, :, past:]
     own_key, own_value = repeated(own_key, groups), repeated(own_value, groups)
-    output, lse = _flash(query, own_key, own_value, causal=True, scaling=scaling)
+    fast = cudnn.takes(query, value)
+    output, lse = _flash(query, own_key, own_value, causal=True, scaling=scaling, fast=fast)
     # Without a mask the queries of the heads that share a key may stand in one row:
     # keys and values need no copy per head.
     folded = query.reshape(batch, kv_heads, groups * chunk, dim)
     exact = torch.promote_types(query.dtype, torch.float32)
-    for span in _spans(query, value, past):
+    for span in cudnn.stretches(past) if fast else [slice(0, past)] if past else []:
         there, there_lse = _flash(
-            folded, key[:, :, span], value[:, :, span], causal=False, scaling=scaling
+            folded, key[:, :, span], value[:, :, span], causal=False, scaling=scaling, fast=fast
         )
         there = there.reshape(batch, heads, chunk, value.shape[-1]).to(exact)
         there_lse = there_lse.reshape(batch, heads, chunk).to(exact)
@@ -96,72 +101,15 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
     return output.to(query.dtype), lse
 
 
-def _spans(query: Tensor, value: Tensor, past: int) -> list[slice]:
-    """The past in parts for a kernel call each: one, or what cuDNN may have seen before."""
-    if not _takes_cudnn(query, value):
-        return [slice(0, past)] if past else []
-    return powers(past, query.shape[2])
-
-
-def powers(past: int, chunk: int) -> list[slice]:
-    """Stretches of 1, 2, 4, ... chunks that make up the past, the longest first, and a rest."""
-    whole, spans, start = past // chunk, [], 0
-    for bit in reversed(range(whole.bit_length())):
-        if whole >> bit & 1:
-            spans.append(slice(start, start + (chunk << bit)))
-            start = spans[-1].stop
-    return [*spans, slice(start, past)] if start < past else spans
-
-
-def _takes_cudnn(query: Tensor, value: Tensor) -> bool:
-    """Whether cuDNN's kernel is for such rows: on an H100 up to 1.9 times as fast as torch's flash.
-
-    It makes a plan for every new shape, a twentieth of a second each: so only for chunks that are
-    no odd rest of a sequence.
-    """
-    device, dtype, dim = query.device, query.dtype, query.shape[-1]
-    half, even = dtype in (torch.bfloat16, torch.float16), query.shape[2] % 1024 == 0
-    if device.type != "cuda" or not half or not even or dim != value.shape[-1]:
-        return False
-    return dim in (64, 128) and _cudnn_agrees(device, dtype, dim)
-
-
-@functools.cache
-def _cudnn_agrees(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Whether the GPU has the kernel, and it gives what a float64 computation gives."""
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(1, 2, tokens, dim, generator=generator).to(device, dtype)
-        for tokens in (128, 256, 256)
-    )
-    try:
-        output, lse = _cudnn(query, key, value, causal=False, scaling=dim**-0.5)
-    except torch.OutOfMemoryError:  # a smaller chunk may leave room
-        raise
-    except RuntimeError:
-        return False
-    exact, exact_lse = _online_softmax(
-        query.double(), key.double(), value.double(), dim**-0.5, None
-    )
-    near = (output - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
-    return bool(near) and torch.allclose(lse.double(), exact_lse, atol=1e-4)
-
-
-def _cudnn(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float
-) -> tuple[Tensor, Tensor]:
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, True, 0.0, causal, scale=scaling
-    )
-    return output, lse.reshape(query.shape[:3])
-
-
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float, fast: bool
 ) -> tuple[Tensor, Tensor]:
-    """One kernel call that also gives the log-sum-exp of the scores, shape (B, H, C)."""
+    """One kernel call that also gives the log-sum-exp of the scores, shape (B, H, C).
+
+    ``fast``: cuDNN's, if it can.
+    """
+    if fast and (found := cudnn.attention(query, key, value, causal=causal, scaling=scaling)):
+        return found
     ops = torch.ops.aten
     kind, dtype, dim = query.device.type, query.dtype, query.shape[-1]
     half = dtype in (torch.bfloat16, torch.float16)
@@ -171,8 +119,6 @@ def _flash(
         return ops._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scaling
         )
-    elif _takes_cudnn(query, value):
-        return _cudnn(query, key, value, causal=causal, scaling=scaling)
     elif kind == "cuda" and half and dim <= 256 and torch.cuda.get_device_capability()[0] >= 8:
         return ops._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scaling
@@ -189,6 +135,13 @@ def _flash(
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
     """Sliding-window attention: only the keys in reach, under a band no larger than they."""
     chunk, total = query.shape[2], key.shape[2]
+    if chunk > _BAND:  # the band of a long chunk would be mostly empty
+        parts, past = [], total - chunk
+        for start in range(0, chunk, _BAND):
+            end = min(start + _BAND, chunk)
+            seen, queries = slice(0, past + end), query[:, :, start:end]
+            parts.append(_windowed(queries, key[:, :, seen], value[:, :, seen], scaling, window))
+        return torch.cat(parts, dim=2)
     reach = max(0, total - chunk - window + 1)
     rows = torch.arange(total - chunk, total, device=query.device)[:, None]
     columns = torch.arange(reach, total, device=query.device)[None, :]

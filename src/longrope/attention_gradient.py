@@ -233,7 +233,8 @@ def agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, dim: int) -
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int, tokens: int) -> Tensor:
-        return torch.randn(1, heads, tokens, dim, generator=generator).to(device, dtype)
+        shape = (1, heads, tokens, dim)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     query, slope = draw(4, 100), draw(4, 100)
     key, value = draw(2, 300), draw(2, 300)

@@ -46,12 +46,12 @@ _T = TypeVar("_T")
 
 def default_chunk(device_type: str) -> int:
     """Tokens that go through a layer at a time: a GPU waits for its next kernel with fewer."""
-    return 2048 if device_type == "cpu" else 8192
+    return 8192 if device_type == "cuda" else 2048
 
 
 def head_rows(vocabulary: int, device_type: str) -> int:
     """Rows of logits in memory at a time; on a GPU a gigabyte of them in float32."""
-    return 1024 if device_type == "cpu" else max(1024, 2**28 // vocabulary)
+    return max(1024, 2**28 // vocabulary) if device_type == "cuda" else 1024
 
 
 class Asked(NamedTuple):
@@ -96,7 +96,8 @@ class LongForward:
         self.decoder, self._layers_name = find_layers(model)
         self.device = next(model.parameters()).device
         self.chunk = chunk or default_chunk(self.device.type)
-        self.head_rows = head_rows(self.decoder.config.vocab_size, self.device.type)
+        vocabulary = model.config.get_text_config().vocab_size
+        self.head_rows = head_rows(vocabulary, self.device.type)
         self.hidden_device = hidden_device or self.device
         self.attention_name = attention_name
         self.offloaded = offloaded

@@ -63,7 +63,7 @@ class Costs:
         each = section.samples + section.passkeys
         searches = section.method == "search"
         forwards = section.settings(self.recipe).forwards * each if searches else 0
-        stage = self._forwards(name, "search", length, forwards)
+        stage = self.forwards(name, "search", length, forwards)
         if searches and section.algorithm == "fast":
             if self.dtype == "float16":
                 raise ValueError(
@@ -112,7 +112,7 @@ class Costs:
     def choice(self, recovery: Stage) -> Stage:
         """Both short sets and the long one at both lengths."""
         forwards = 6 * self.recipe.recovery.samples
-        return self._forwards("recovery", "choose", recovery.length, forwards)
+        return self.forwards("recovery", "choose", recovery.length, forwards)
 
     def evaluation(self, lengths: Sequence[int], trained: int) -> Stage:
         """Perplexity at every length for every method, and retrieval; benchmarks are not priced.
@@ -131,16 +131,18 @@ class Costs:
             one = self.facts.forward_flops(length)
             forwards, tokens = forwards + count, tokens + count * length
             linear, attention = linear + count * one[0], attention + count * one[1]
-        stage = self._forwards("evaluate", "evaluate", target, 0)
+        stage = self.forwards("evaluate", "evaluate", target, 0)
         return dataclasses.replace(
             stage, forwards=forwards, tokens=tokens, linear=linear, attention=attention
         )
 
-    def _forwards(self, name: str, kind: str, length: int, forwards: int) -> Stage:
+    def forwards(self, name: str, kind: str, length: int, forwards: int) -> Stage:
+        """So many forwards of a length."""
         linear, attention = (forwards * flops for flops in self.facts.forward_flops(length))
         hidden = int(length * self.hidden * self.size)
         helps = [] if self.elsewhere or self.on_cpu else ["hidden_device cpu"]
         helps += [] if self.recipe.offload else ["offload weights"]
+        helps += ["chunk 2048"] if self.chunk > 2048 else []
         return Stage(
             name,
             kind,
@@ -225,5 +227,5 @@ class Costs:
 
 
 def _head(facts: ModelFacts, rows: int) -> int:
-    """Logits in float32, and their gradient."""
+    """Logits in float32, and as many more: their softmax, or their gradient."""
     return 2 * rows * facts.vocabulary * 4

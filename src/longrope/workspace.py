@@ -23,7 +23,7 @@ from longrope.search.problem import starting_point
 from longrope.stages import Stage
 
 # What may be changed in a run that has begun: it does not touch what is searched or trained.
-_FREE = ("evaluate", "device", "hidden_device", "offload")
+_FREE = ("evaluate", "device", "chunk", "hidden_device", "offload")
 # The stages that another evaluation does again.
 _MEASURED = ("evaluate", "report")
 

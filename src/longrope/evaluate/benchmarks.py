@@ -55,6 +55,11 @@ class BenchmarkOptions:
         original = facts.original_max_position_embeddings
         return sorted({parse_length(text, original) for text in self.lengths})
 
+    def asked(self) -> dict[str, Any]:
+        """What is asked of a task: not how."""
+        how = ("tasks", "chunk", "hidden_device")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in how}
+
     def check(self, facts: ModelFacts) -> None:
         """Refuse what cannot be asked, before any weight is read.
 

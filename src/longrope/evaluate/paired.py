@@ -1,6 +1,5 @@
 """Benchmarks of an extended model against the original: the same questions asked of both."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,13 +37,13 @@ def compare_with_original(
         raise ValueError("RULER makes its texts by the tokenizer: --original needs the same one")
     options.require_data(before.tokenizer, min(window, longest))
     unscaled = before.facts.rescale("none", window)
-    how = ("tasks", "chunk", "hidden_device")  # not what was asked
-    asked = {k: v for k, v in dataclasses.asdict(options).items() if k not in how}
     rows = []
     for task in options.tasks:
-        kept = unfinished.answers(before, [unscaled], task=task, **asked)
+        kept = unfinished.answers(before, [unscaled], task=task, **options.asked())
         answers = ask_benchmark(before, lambda tokens: unscaled, window, task, options, kept)
-        kept = unfinished.answers(loaded, [choose(1), choose(longest)], task=task, **asked)
+        kept = unfinished.answers(
+            loaded, [choose(1), choose(longest)], task=task, **options.asked()
+        )
         extended = ask_benchmark(loaded, choose, longest, task, options, kept)
         rows += [paired(row, answers.get(row, {}), extended[row]) for row in extended]
     return rows

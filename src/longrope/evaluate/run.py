@@ -5,7 +5,6 @@ evaluation goes on; ``results.json`` has them in the form that other programs re
 processes measure different cells.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -125,9 +124,8 @@ def _wanted(run: Run, lengths: list[int], shortest: int) -> Iterator[Cell]:
 def _benchmarks(run: Run, method: str) -> Iterator[Cell]:
     asked = benchmark_options(run)
     longest = run.plan.original if method == "none" else run.plan.target
-    options = dataclasses.asdict(asked)
-    for task in options.pop("tasks"):
-        yield Cell("benchmark", method, longest, options | {"task": task})
+    for task in asked.tasks:
+        yield Cell("benchmark", method, longest, asked.asked() | {"task": task})
 
 
 def _chosen(run: Run, method: str) -> Chosen:
