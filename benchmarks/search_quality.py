@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="7,14,27,54,108", help="Of the fast search.")
     parser.add_argument("--paper-budget", type=int, default=1344)
     parser.add_argument("--paper-seeds", help="Of Algorithm 1, where not the same.")
+    parser.add_argument("--chunk", type=int, help="Tokens through a layer at a time.")
     parser.add_argument("--held-out", type=int, default=12, help="Documents at most.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default="search-quality", help="Of the result's file.")
@@ -82,7 +83,7 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
         if algorithm == "paper" and seed not in (args.paper_seeds or args.seeds).split(","):
             continue
         directory = args.out / f"{algorithm}-{budget}-{seed}"
-        how = SearchSettings(algorithm=algorithm, budget=budget, seed=int(seed))
+        how = SearchSettings(algorithm=algorithm, budget=budget, seed=int(seed), chunk=args.chunk)
         result = search_stage(loaded, problem, windows, how, directory, these, directory.name)
         row = {
             "algorithm": algorithm,
@@ -94,7 +95,9 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
             "start_tokens": result.best.start_tokens,
         }
         if these.first:
-            row |= {"curve": curve(directory)} | held_out_losses(loaded, directory, held_out)
+            row |= {"curve": curve(directory)} | held_out_losses(
+                loaded, directory, held_out, args.chunk
+            )
         rows.append(row)
     config = {k: v for k, v in vars(args).items() if k not in ("out", "name")}
     config |= {"windows": [d.name for d in windows.documents], "held_out_windows": len(held_out)}
@@ -127,11 +130,13 @@ def curve(directory: Path) -> list[tuple[float, float]]:
     return points
 
 
-def held_out_losses(loaded: LoadedModel, directory: Path, windows: np.ndarray) -> dict[str, Any]:
+def held_out_losses(
+    loaded: LoadedModel, directory: Path, windows: np.ndarray, chunk: int | None
+) -> dict[str, Any]:
     """Mean loss of each held-out window under the best and the portable rescale; kept."""
     kept = directory / f"held-out-{hashlib.sha256(windows.tobytes()).hexdigest()[:8]}.json"
     if not kept.exists():
-        forward = LongForward(loaded.model)
+        forward = LongForward(loaded.model, chunk)
 
         def measured(rescale: Rescale) -> list[float]:
             with installed(loaded.model, rescale):
