@@ -138,6 +138,17 @@ def test_the_card_tells_of_the_factors_that_are_exported(finished, tmp_path):
     assert "perplexity" not in card("other", "--rescale", "yarn", "--target", "1024")
 
 
+def test_what_is_published_names_no_folder(finished):
+    out, _ = finished
+    files = [p for p in (out / "model").iterdir() if p.suffix in (".json", ".md", ".txt")]
+    assert {"config.json", "longrope.json", "README.md"} <= {p.name for p in files}
+    model = Path(load_recipe(str(out / "recipe.yaml")).model)
+    for path in files:
+        assert str(model.parent) not in path.read_text(), path
+        assert str(out.parent) not in path.read_text(), path
+    assert Rescale.load(out / "search" / "rescale.json").provenance["model"] == model.name
+
+
 def test_a_run_takes_no_factors_of_a_method(finished):
     out, _ = finished
     for name, value in (("--target", "8x"), ("--attention-factor", 0.0)):

@@ -52,6 +52,12 @@ class ModelFacts:
     base_factors: tuple[float, ...] = ()
     base_attention_factor: float = 1.0
 
+    @property
+    def name(self) -> str:
+        """What the model may be called in what is published: without a machine's folders."""
+        path = Path(self.source)
+        return path.name if path.exists() else self.source
+
     def rescale(self, method: str, target: int, length: int | None = None) -> Rescale:
         """A known method for this model, on top of the scaling that is kept.
 

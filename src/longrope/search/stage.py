@@ -209,7 +209,7 @@ def search_stage(
             budget=how.budget,
             patience=how.patience,
             provenance={
-                "model": facts.source,
+                "model": facts.name,
                 "base_factors": list(facts.base_factors),
                 "document_names": [document.name for document in windows.documents],
                 "longrope": longrope.__version__,
