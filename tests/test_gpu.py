@@ -41,7 +41,7 @@ def test_a_slope_s_hidden_states_may_wait_on_the_host(ids, chunk):
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_slopes_take_the_gpu_s_kernel(dim):
-    from longrope.attention_gradient import _cuda_kernel_agrees
+    from longrope.attention_backward import _cuda_kernel_agrees
 
     assert _cuda_kernel_agrees(torch.device("cuda", 0), torch.bfloat16, dim)
 

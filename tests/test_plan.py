@@ -256,9 +256,11 @@ def test_the_estimate_has_a_time_for_every_stage_that_computes(facts):
 
 def test_a_price_for_gpus_is_theirs_on_a_machine_without_one(facts):
     recipe = make_recipe({"target": "8x", "hidden_device": "cpu"})
-    here = dry_run(make_plan(facts, recipe, on_cpu=True), facts, recipe).plan["search"]
-    there = dry_run(make_plan(facts, recipe, on_cpu=True), facts, recipe, "80").plan["search"]
-    assert there.memory < here.memory
+    here = dry_run(make_plan(facts, recipe, on_cpu=True), facts, recipe)
+    there = dry_run(make_plan(facts, recipe, on_cpu=True), facts, recipe, "80")
+    assert there.plan["search"].memory < here.plan["search"].memory
+    shown = [[column.header for column in made.table().columns] for made in (here, there)]
+    assert shown[1] == [*shown[0][:-1], "elsewhere", shown[0][-1]]
 
 
 def test_where_bfloat16_is_slow_it_is_said(facts, monkeypatch):

@@ -17,6 +17,7 @@ from longrope.plan import ContextPlan, make_plan
 from longrope.progress import duration
 from longrope.recipe import Recipe
 from longrope.stages import Stage
+from longrope.waiting import free_on_disk
 
 _SECONDS = 0.2  # of each kind of work
 # Norms, activations, copies: what a forward does beside the products that are counted.
@@ -79,12 +80,14 @@ def _machine_memory() -> int:
 class Memory:
     """Bytes free for a model on each of so many devices, and in a process's share of its host.
 
-    ``host`` None is not known. On a CPU ``each`` is that share.
+    ``host`` None is not known; nor is ``disk``, of the folder for what waits. On a CPU ``each`` is
+    the share of the host.
     """
 
     each: int
     devices: int = 1
     host: int | None = None
+    disk: int | None = None
 
     def of(self, stage: Stage) -> int:
         """A forward is on one; training may be spread over all (FSDP), but for what each has."""
@@ -122,16 +125,26 @@ def check_memory(stages: Sequence[Stage], memory: Memory) -> None:
             raise ValueError(
                 f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.host)} in "
                 f"the host's memory, and {gigabytes(memory.host)} of it are free for each process; "
-                f"try {', '.join((*stage.helps, 'a smaller --target', 'or a larger machine'))}"
+                f"give hidden_device a folder, of a disk that has room for them, or try "
+                f"{', '.join((*stage.helps, 'a smaller --target', 'or a larger machine'))}"
+            )
+        if memory.disk is not None and stage.disk > memory.disk:
+            raise ValueError(
+                f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.disk)} in "
+                f"files of hidden_device, and {gigabytes(memory.disk)} are free there for each "
+                "process; give a folder of a larger disk"
             )
 
 
-def available(device: torch.device, processes: int = 1) -> Memory:
-    """What is free on a process's device; of so many of them where the model is sharded."""
-    host = _machine_memory() // local_processes()
+def available(device: torch.device, processes: int = 1, hidden_device: str | None = None) -> Memory:
+    """What is free on a process's device; of so many of them where the model is sharded.
+
+    And where ``hidden_device`` is, if it is a folder that is there.
+    """
+    host, disk = _machine_memory() // local_processes(), free_on_disk(hidden_device)
     if device.type != "cuda":
-        return Memory(host)
-    return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1, host)
+        return Memory(host, disk=disk)
+    return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1, host, disk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,22 +163,27 @@ class Estimate:
         return rates.seconds(stage)
 
     def table(self) -> Table:
-        """Stage, length, tokens, FLOPs, memory, time."""
-        table = Table("stage", "length", "tokens", "FLOPs", "memory", "time here, about")
+        """Stage, length, tokens, FLOPs, memory, what waits elsewhere if anything does, time."""
+        elsewhere = any(stage.host or stage.disk for stage in self.plan.stages)
+        heads = ["stage", "length", "tokens", "FLOPs", "memory"]
+        heads += ["elsewhere"] if elsewhere else []
+        table = Table(*heads, "time here, about")
         total = 0.0
         for stage in self.plan.stages:
             seconds = self.seconds(stage)
             total += seconds
             flops = stage.linear + stage.attention
+            waits = stage.host or stage.disk
             table.add_row(
                 stage.name,
                 f"{stage.length:,}",
                 f"{stage.tokens:,}",
                 f"{flops:.2g}" if flops else "",
                 gigabytes(stage.memory) if stage.memory else "",
+                *([gigabytes(waits) if waits else ""] if elsewhere else []),
                 duration(seconds) if flops else "",
             )
-        table.add_row("all", "", "", "", "", duration(total))
+        table.add_row("all", *[""] * (len(heads) - 1), duration(total))
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -208,7 +226,7 @@ def dry_run(
         for dtype in {"float32", name, training}
     }
     ranks = ranks or Ranks()
-    memory = available(device, ranks.size)
+    memory = available(device, ranks.size, recipe.hidden_device)
     if memory_given is not None:
         plan = make_plan(facts, recipe, team=ranks.team.size)  # for GPUs, whatever this machine has
         count, _, size = memory_given.lower().rpartition("x")

@@ -14,6 +14,7 @@ final hidden states, to let it apply its own norm, head and soft-cap.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -35,6 +36,7 @@ from longrope.layers import (
 from longrope.likelihood import Answer, answer_of, token_losses
 from longrope.parallel import Team
 from longrope.rope.site import column_layout, find_rotary
+from longrope.waiting import room
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
 log = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class LongForward:
         chunk: tokens that go through a layer at a time; None: as fits the device
             (:func:`default_chunk`). Halved when a GPU runs out of memory, and left there.
         hidden_device: where the hidden states of the sequence wait; the model's
-            device by default, the CPU to save GPU memory.
+            device by default, the CPU to save GPU memory, a folder to save both (:mod:`waiting`).
         attention_name: what all attention goes through; ours by default.
         offloaded: the layers' weights come and go, so no graph may wait for them.
         team: the processes that share every sequence: at any time each has a chunk of it at work,
@@ -85,7 +87,7 @@ class LongForward:
         self,
         model: Any,
         chunk: int | None = None,
-        hidden_device: torch.device | None = None,
+        hidden_device: torch.device | Path | None = None,
         attention_name: str = attention.NAME,
         offloaded: bool = False,
         team: Team | None = None,
@@ -245,7 +247,7 @@ class LongForward:
             assert embedded is not None
             if hidden is None:
                 shape = (ids_BT.shape[0], own[-1].place.stop, embedded.shape[-1])
-                hidden = torch.empty(shape, dtype=embedded.dtype, device=self.hidden_device)
+                hidden = self.empty(shape, embedded.dtype)
             hidden[:, place] = embedded
             recording.hidden = None
             recordings.append(recording)
@@ -259,6 +261,10 @@ class LongForward:
             return self.model(
                 input_ids=ids_BT[:, span], position_ids=_positions(ids_BT, span), use_cache=False
             ).logits
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Room for what waits, where hidden states do."""
+        return room(self.hidden_device, shape, dtype)
 
     def chunks(self, tokens: int) -> Chunks:
         """The chunks of a sequence, and which of them are this process's."""

@@ -1,16 +1,16 @@
 """The long gradient: how the loss of a sequence of any length changes with each factor.
 
-The backward pass of the long forward, layer-major too. Going forward it keeps the input
-of every layer (where the hidden states live); going back it takes the layers from the last
-to the first and, in each, the chunks from the last to the first: a chunk runs again with
-gradients, its keys and values having gathered by then what all later chunks asked of them.
-Memory: per layer and token a hidden state and the output of attention (so that attention runs
-forward once), one layer's keys and values and their gradients, one chunk's graph. Sequences
-of one chunk keep it if it is small, and nothing runs twice.
+The backward pass of the long forward, layer-major too. Going forward it keeps of every layer its
+input and its attention's output, where the hidden states live. Going back it takes the layers
+from the last to the first: each runs again with gradients, chunk by chunk, what follows its
+attention and what comes before; between the two its attention is gone back through by itself, a
+few heads at a time, so that a device needs no more memory than in a forward. The graph of a
+sequence of one chunk is kept if it is small, and nothing runs twice.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ from longrope.rope.site import find_rotary
 _KEPT = 4e9
 # Products of attention: two forward; five backward, of which one is a forward's again.
 _BACKWARD_ATTENTION = 2.5
+# Of the last hidden states: the loss, and its slope by them.
+_LossOf = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class Slope(NamedTuple):
@@ -58,19 +60,16 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
     counted = answer_tokens or targets_BT.shape[1]
 
     def compute() -> Slope:
-        chunks = forward.chunks(inputs_BT.shape[1]).own()
-        spans = [chunk.span for chunk in chunks]
+        spans = [chunk.span for chunk in forward.chunks(inputs_BT.shape[1]).own()]
         rotary.tape = []
-        hidden_BTD, recordings = forward.embed(inputs_BT, chunks)
+        hidden_BTD, recordings = forward.embed(inputs_BT, forward.chunks(inputs_BT.shape[1]).own())
         handed_out, rotary.tape = rotary.tape, None  # the head rotates nothing
-        layers = []
-        for index in range(len(forward.layers)):
-            layers.append(_Layer(forward, index, spans, recordings, hidden_BTD))
-            hidden_BTD = layers[-1].output()
-        loss, slope_BTD = _head(forward, inputs_BT, targets_BT, hidden_BTD, counted)
-        del hidden_BTD
-        while layers:
-            slope_BTD = layers.pop().backward(slope_BTD)
+        loss_of = functools.partial(_head, forward, inputs_BT, targets_BT, counted)
+        shape = len(forward.layers), hidden_BTD.shape[2], hidden_BTD.shape[1]
+        if not forward.offloaded and is_kept(*shape, len(spans)):
+            loss = _in_one(forward, hidden_BTD, recordings[0], loss_of)
+        else:
+            loss = _by_layers(forward, hidden_BTD, recordings, spans, loss_of)
         return Slope(loss, rotary.gradient(handed_out))
 
     try:
@@ -87,10 +86,11 @@ def forwards(facts: ModelFacts, length: int, chunk: int) -> float:
     where weights are offloaded, whose graphs are never kept, so that histories are the same too.
     """
     linear, attention = facts.forward_flops(length)
-    chunks = -(-length // chunk)
-    again = 1 + (chunks > 1)
-    if is_kept(facts.layers, facts.hidden_size, length, chunks):
-        again = 0
+    again = 0.0
+    if not is_kept(facts.layers, facts.hidden_size, length, -(-length // chunk)):
+        # The layers once more, and what makes queries, keys and values once more again.
+        inputs = facts.hidden_size * (facts.heads + 2 * facts.kv_heads) * facts.head_dim
+        again = 1 + 2 * facts.layers * inputs * length / linear
     work = (2 + again) * linear + (1 + _BACKWARD_ATTENTION) * attention
     return work / (linear + attention)
 
@@ -105,12 +105,37 @@ def is_kept(layers: int, hidden_size: int, tokens: int, chunks: int) -> bool:
     return chunks == 1 and graph_bytes(layers, hidden_size, tokens) <= _KEPT
 
 
-class _Piece(NamedTuple):
-    """The graph of one layer on one chunk."""
+def _in_one(
+    forward: LongForward, hidden_BTD: Tensor, recording: Recording, loss_of: _LossOf
+) -> float:
+    """The loss, and back through a graph of all layers: one chunk, nothing runs twice."""
+    with torch.enable_grad():
+        hidden_BTD = hidden_BTD.to(forward.device)
+        for layer, arguments in zip(forward.layers, recording.arguments, strict=True):
+            hidden_BTD = _run(layer, hidden_BTD, arguments, recording, _OwnKeys(0))
+    loss, slope_BTD = loss_of(hidden_BTD.detach())
+    hidden_BTD.backward(slope_BTD.to(forward.device))
+    return loss
 
-    hidden: Tensor
-    past: "_ChunkCache"
-    output: Tensor
+
+def _by_layers(
+    forward: LongForward,
+    hidden_BTD: Tensor,
+    recordings: list[Recording],
+    spans: list[slice],
+    loss_of: _LossOf,
+) -> float:
+    """The loss, and back: a layer at a time, and of that a chunk or some heads of its attention."""
+    layers = []
+    for index in range(len(forward.layers)):
+        layers.append(_Layer(forward, index, recordings, spans, hidden_BTD))
+        hidden_BTD = layers[-1].output()
+    recordings[0].cache.forget()
+    loss, slope_BTD = loss_of(hidden_BTD)
+    del hidden_BTD
+    while layers:
+        layers.pop().backward(slope_BTD)
+    return loss
 
 
 class _Layer:
@@ -120,149 +145,82 @@ class _Layer:
         self,
         forward: LongForward,
         index: int,
-        spans: list[slice],
         recordings: list[Recording],
+        spans: list[slice],
         hidden_BTD: Tensor,
     ):
-        self.layer, self.device = forward.layers[index], forward.device
+        self.forward, self.layer = forward, forward.layers[index]
+        self.recordings, self.spans, self.hidden_BTD = recordings, spans, hidden_BTD
         self.arguments = [recording.arguments[index] for recording in recordings]
-        self.held = recordings[0].cache
-        self.spans, self.hidden_BTD = spans, hidden_BTD
-        config = forward.decoder.config
-        self.keep = not forward.offloaded and is_kept(
-            config.num_hidden_layers, hidden_BTD.shape[-1], spans[-1].stop, len(spans)
-        )
-        self.pieces: list[_Piece] = []
-        self.memory = attention_gradient.Memory(forward.hidden_device)
+        self.apart = attention_gradient.Apart(spans[-1].stop, forward.device, forward.empty)
 
     def output(self) -> Tensor:
         """The layer's output, shape as its input."""
-        result = torch.empty_like(self.hidden_BTD)
-        self.cache = _Cache(self.spans[-1].stop)
+        result_BTD = self.forward.empty(self.hidden_BTD.shape, self.hidden_BTD.dtype)
         for number, span in enumerate(self.spans):
-            with torch.set_grad_enabled(self.keep):
-                piece = self._run(number)
-            result[:, span] = piece.output.detach()
-            if self.keep:
-                self.pieces.append(piece)
-        if not self.keep:
-            del self.cache
-            if len(self.memory.calls) != len(self.spans):
-                raise ValueError(
-                    f"{type(self.layer).__name__} calls its attention "
-                    f"{len(self.memory.calls) / len(self.spans):g} times; use --algorithm paper"
-                )
-        return result
-
-    def backward(self, slope_BTD: Tensor) -> Tensor:
-        """From d loss / d output to d loss / d input; the cosines gather theirs."""
-        if not self.keep:
-            self.cache = _Cache(self.spans[-1].stop)
-            for number in range(len(self.spans) - 1):
-                self._run(number)
-        result = torch.empty_like(slope_BTD)
-        for number in reversed(range(len(self.spans))):
-            span = self.spans[number]
-            with torch.enable_grad():
-                piece = self.pieces.pop() if self.keep else self._run(number)
-            of_output = slope_BTD[:, span].to(self.device)
-            roots, slopes = [piece.output], [of_output]
-            for own, slope in piece.past.own(self.cache):
-                roots.append(own)
-                slopes.append(slope)
-            torch.autograd.backward(roots, slopes)
-            piece.past.gather(self.cache)
-            assert piece.hidden.grad is not None
-            result[:, span] = piece.hidden.grad
-        return result
-
-    def _run(self, number: int) -> _Piece:
-        """The layer on one chunk, on leaves of its own; keys and values go to the cache.
-
-        A layer calls attention once, so a chunk's number is its call's.
-        """
-        hidden = self.hidden_BTD[:, self.spans[number]].to(self.device).detach()
-        hidden.requires_grad_(torch.is_grad_enabled())
-        past = _ChunkCache(self.cache, self.spans[number].start)
-        arguments = {
-            name: past if value is self.held else value
-            for name, value in self.arguments[number].items()
-        }
-        if self.keep:
-            output = self.layer(hidden, **arguments)
-        else:
-            with self.memory.at(number):
-                output = self.layer(hidden, **arguments)
-        return _Piece(hidden, past, output if isinstance(output, Tensor) else output[0])
-
-
-class _Cache:
-    """Keys and values of one layer for the whole sequence, and the loss's slopes by them."""
-
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-        self.content: tuple[Tensor, Tensor] | None = None
-        self.slopes: tuple[Tensor, Tensor] | None = None
-
-    def write(self, start: int, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        if self.content is None:
-            key, value = (t.new_empty((*t.shape[:2], self.tokens, t.shape[3])) for t in both)
-            self.content = (key, value)
-        for buffer, own in zip(self.content, both, strict=True):
-            buffer[:, :, start : start + own.shape[2]] = own.detach()
-        return self.content
-
-    def slope(self) -> tuple[Tensor, Tensor]:
-        if self.slopes is None:
-            assert self.content is not None
-            # Summed over chunks in float32: in bfloat16 what is added last would be lost.
-            key, value = (
-                torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
-                for t in self.content
+            cache = self.recordings[number].cache
+            cache.start = span.start
+            run = functools.partial(self._run, number, self._input(span), cache)
+            result_BTD[:, span] = self.apart.attend(span, run)
+        if self.apart.calls != len(self.spans):
+            raise ValueError(
+                f"{type(self.layer).__name__} calls its attention "
+                f"{self.apart.calls / len(self.spans):g} times; use --algorithm paper"
             )
-            self.slopes = (key, value)
-        return self.slopes
+        return result_BTD
+
+    def backward(self, slope_BTD: Tensor) -> None:
+        """From d loss / d output to d loss / d input, in its place; the cosines gather theirs."""
+        for number, span in enumerate(self.spans):
+            hidden = self._input(span).requires_grad_()
+            run = functools.partial(self._run, number, hidden, _OwnKeys(span.start))
+            self.apart.after(span, run, slope_BTD[:, span].to(self.forward.device))
+            assert hidden.grad is not None
+            slope_BTD[:, span] = hidden.grad
+        self.apart.backward()
+        for number, span in enumerate(self.spans):
+            hidden = self._input(span).requires_grad_()
+            self.apart.before(
+                span, functools.partial(self._run, number, hidden, _OwnKeys(span.start))
+            )
+            assert hidden.grad is not None
+            slope_BTD[:, span] += hidden.grad.to(slope_BTD.device)
+
+    def _input(self, span: slice) -> Tensor:
+        return self.hidden_BTD[:, span].to(self.forward.device).detach()
+
+    def _run(self, number: int, hidden: Tensor, cache: Any) -> Tensor:
+        return _run(self.layer, hidden, self.arguments[number], self.recordings[number], cache)
 
 
-class _ChunkCache:
-    """What a layer takes for its cache while one chunk runs: the past as leaves, and its own."""
+def _run(
+    layer: Any, hidden: Tensor, arguments: dict[str, Any], recording: Recording, cache: Any
+) -> Tensor:
+    """A layer on a chunk, as the model calls it but for its cache."""
+    held = recording.cache
+    given = {name: cache if value is held else value for name, value in arguments.items()}
+    output = layer(hidden, **given)
+    return output if isinstance(output, Tensor) else output[0]
 
-    def __init__(self, cache: _Cache, start: int):
-        self.cache = cache
+
+class _OwnKeys:
+    """What a layer takes for its cache where its attention looks at no other chunk."""
+
+    def __init__(self, start: int):
         self.start = start
-        self.leaves: list[Tensor] = []
-        self.made: list[Tensor] = []
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        content = self.cache.write(self.start, (key, value))
-        end = self.start + key.shape[2]
-        if not torch.is_grad_enabled():
-            return content[0][:, :, :end], content[1][:, :, :end]
-        self.made = [key, value]
-        self.leaves = [t[:, :, : self.start].detach().requires_grad_() for t in content]
-        key, value = (torch.cat(both, dim=2) for both in zip(self.leaves, self.made, strict=True))
         return key, value
 
     def get_seq_length(self, *_: Any) -> int:
         return self.start
 
-    def own(self, cache: _Cache) -> Iterator[tuple[Tensor, Tensor]]:
-        """The chunk's own keys and values, each with what later chunks asked of it."""
-        for made, slope in zip(self.made, cache.slope(), strict=True):
-            yield made, slope[:, :, self.start : self.start + made.shape[2]].to(made.dtype)
-
-    def gather(self, cache: _Cache) -> None:
-        """Add what this chunk asks of the keys and values before it."""
-        for leaf, slope in zip(self.leaves, cache.slope(), strict=True):
-            if leaf.grad is not None:
-                slope[:, :, : self.start] += leaf.grad
-
 
 def _head(
-    forward: LongForward, inputs_BT: Tensor, targets_BT: Tensor, hidden_BTD: Tensor, counted: int
+    forward: LongForward, inputs_BT: Tensor, targets_BT: Tensor, counted: int, hidden_BTD: Tensor
 ) -> tuple[float, Tensor]:
     """The mean loss of the last ``counted`` tokens, and its slope by the last hidden states."""
-    slope_BTD, total = torch.zeros_like(hidden_BTD), 0.0
+    slope_BTD, total = forward.empty(hidden_BTD.shape, hidden_BTD.dtype).zero_(), 0.0
     tokens = targets_BT.shape[1]
     for span, _ in forward.chunks(tokens).own(forward.head_rows):
         span = slice(max(span.start, tokens - counted), span.stop)

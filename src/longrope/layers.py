@@ -75,6 +75,11 @@ class LayerCache:
         keys, values = self._latest
         return keys.clone(), values.clone()
 
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
+        self._latest = None
+
     def get_seq_length(self, *_: Any) -> int:
         return self.start
 

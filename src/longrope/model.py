@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from longrope.parallel import Team
 from longrope.probe import why_not
 from longrope.rope.site import find_rotary
 from longrope.source import quiet, read_pretrained
+from longrope.waiting import names_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,9 @@ class LoadedModel:
         """Its long forward.
 
         Raises:
-            ValueError: no such device on this machine.
+            ValueError: no such device on this machine, or no such folder.
         """
-        hidden = find_device("--hidden-device", hidden_device) if hidden_device else None
+        hidden = find_waiting("--hidden-device", hidden_device) if hidden_device else None
         return LongForward(self.model, chunk, hidden, offloaded=self.offloaded, team=self.team)
 
     def fingerprint(self) -> str:
@@ -136,6 +139,20 @@ def find_device(option: str, name: str | None) -> torch.device:
         first = str(error).splitlines()[0]
         raise ValueError(f"{option} {name}: not on this machine ({first})") from None
     return device
+
+
+def find_waiting(option: str, name: str) -> torch.device | Path:
+    """Where hidden states wait: a device by name, or a folder that files can be made in.
+
+    Raises:
+        ValueError: neither; names ``option``.
+    """
+    if not names_folder(name):
+        return find_device(option, name)
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{option} {name}: no device, and no folder that can be written")
+    return folder
 
 
 def _dtype(name: str) -> Any:

@@ -7,7 +7,7 @@ from longrope.cost import available, check_memory
 from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import benchmark_options
 from longrope.facts import ModelFacts
-from longrope.model import find_device
+from longrope.model import find_device, find_waiting
 from longrope.parallel import Ranks, local_device
 from longrope.pools import Pools
 from longrope.recipe import Recipe
@@ -38,7 +38,7 @@ def preflight(run: Run) -> None:
     if recipe.evaluate.benchmarks:
         benchmark_options(run).require_data(run.tokenizer, plan.original)
     device = find_device("--device", local_device(recipe.device))
-    memory = available(device, run.ranks.size)
+    memory = available(device, run.ranks.size, recipe.hidden_device)
     check_memory([stage for stage in todo if stage.memory], memory)
     run.original()  # what cannot be extended is refused before all the text is read
     check_text(run, todo)
@@ -53,13 +53,14 @@ def check_search(facts: ModelFacts, recipe: Recipe, ranks: Ranks) -> None:
     """
     device = find_device("--device", local_device(recipe.device))
     if recipe.hidden_device:
-        find_device("--hidden-device", recipe.hidden_device)
+        find_waiting("--hidden-device", recipe.hidden_device)
     require_slopes(recipe.search.algorithm, ranks)
     cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
     stage = cost.search("search", parse_extension(recipe.target, facts))
     # As options of the command line have it.
     helps = tuple("--" + h.rpartition(".")[2].replace("_", "-") for h in stage.helps)
-    check_memory([dataclasses.replace(stage, helps=helps)], available(device))
+    memory = available(device, hidden_device=recipe.hidden_device)
+    check_memory([dataclasses.replace(stage, helps=helps)], memory)
 
 
 def check_settings(run: Run, stages: Sequence[Stage]) -> None:
@@ -70,7 +71,7 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
     """
     recipe = run.recipe
     if recipe.hidden_device:
-        find_device("hidden_device", recipe.hidden_device)
+        find_waiting("hidden_device", recipe.hidden_device)
     for stage in stages:
         if stage.kind == "search":
             key, section = recipe.section(stage.name)

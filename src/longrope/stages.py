@@ -4,12 +4,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from longrope.attention_gradient import backward_bytes
 from longrope.facts import ModelFacts
 from longrope.forward import default_chunk, head_rows
 from longrope.gradient import graph_bytes, is_kept
 from longrope.recipe import Recipe
 from longrope.train.loss import ROWS
 from longrope.train.pieces import short_windows
+from longrope.waiting import names_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Stage:
     ``tokens`` go through the model in all, in windows of ``length``; ``linear`` and
     ``attention`` are FLOPs; ``memory`` bytes at the peak, of which ``replicated`` are on every
     device whatever is shared out over them, and ``unshared`` before anything is. ``host`` are
-    bytes that wait in the host's memory for a GPU; ``helps`` what the recipe might have to need
-    less.
+    bytes that wait in the host's memory for a GPU, ``disk`` in files of a folder; ``helps`` what
+    the recipe might have to need less.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Stage:
     replicated: int = 0
     unshared: int = 0
     host: int = 0
+    disk: int = 0
     helps: tuple[str, ...] = ()
 
 
@@ -46,8 +49,10 @@ class Costs:
         kind = "cpu" if on_cpu else "cuda"
         self.chunk = recipe.chunk or default_chunk(kind)
         self.head_rows = min(head_rows(facts.vocabulary, kind), self.chunk)
-        # Hidden states wait on the device, its share of them where a team has the sequence.
-        self.elsewhere = recipe.hidden_device is not None and not on_cpu
+        # Hidden states wait on the device, its share of them where a team has the sequence; or not.
+        where = recipe.hidden_device
+        self.on_disk = where is not None and names_folder(where)
+        self.on_host = where is not None and not self.on_disk and not on_cpu
         self.hidden = facts.hidden_size / team
         self.dtype = facts.dtype if recipe.dtype == "auto" else recipe.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
@@ -70,12 +75,9 @@ class Costs:
                     f"dtype is float16, too small for the slopes of {name}; make it bfloat16, or "
                     f"{key}.algorithm paper"
                 )
-            more, kept = self._gradient_memory(length), self._kept(length)
-            here, there = (0, kept) if self.elsewhere else (kept, 0)
             stage = dataclasses.replace(
                 stage,
-                memory=stage.memory + more + here,
-                host=stage.host + there,
+                **self._places(*self._slope_memory(length)),
                 helps=(f"{key}.algorithm paper", *stage.helps),
             )
         return stage
@@ -139,8 +141,8 @@ class Costs:
     def forwards(self, name: str, kind: str, length: int, forwards: int) -> Stage:
         """So many forwards of a length."""
         linear, attention = (forwards * flops for flops in self.facts.forward_flops(length))
-        hidden = int(length * self.hidden * self.size)
-        helps = [] if self.elsewhere or self.on_cpu else ["hidden_device cpu"]
+        hidden = length * self.hidden * self.size
+        helps = [] if self.on_host or self.on_disk or self.on_cpu else ["hidden_device cpu"]
         helps += [] if self.recipe.offload else ["offload weights"]
         helps += ["chunk 2048"] if self.chunk > 2048 else []
         return Stage(
@@ -151,10 +153,15 @@ class Costs:
             forwards * length,
             linear,
             attention,
-            self._forward_memory(length) + (0 if self.elsewhere else hidden),
-            host=hidden if self.elsewhere else 0,
+            **self._places(self._forward_memory(length), hidden),
             helps=tuple(helps),
         )
+
+    def _places(self, work: float, waits: float) -> dict[str, int]:
+        """Where bytes are that are worked with, and those that wait as hidden states do."""
+        here = 0 if self.on_host or self.on_disk else waits
+        host, disk = waits if self.on_host else 0, waits if self.on_disk else 0
+        return {"memory": int(work + here), "host": int(host), "disk": int(disk)}
 
     def _forward_memory(self, length: int) -> int:
         """The long forward but hidden states: weights; per token one layer's KV and angles, or
@@ -163,14 +170,18 @@ class Costs:
         facts = self.facts
         # torch's flash kernel on a CPU repacks keys and values for the matrix units of bf16.
         copies = 2 if self.on_cpu and self.size == 2 else 1
-        angles = 2 * facts.head_dim
-        per_token = 2 * copies * facts.kv_heads * facts.head_dim + angles
+        per_token = 2 * copies * facts.kv_heads * facts.head_dim + self._angles
         chunk = min(length, self.chunk)
         work = chunk * 12 * facts.hidden_size * self.size
         layer = length * per_token * self.size + work
         # Beside logits in float32, those that half precision gave.
         head = _head(facts, min(length, self.head_rows)) * (1.25 if self.size == 2 else 1)
         return int(self._held() + length * 24 + max(layer, head))
+
+    @property
+    def _angles(self) -> int:
+        """Cosines and sines of a token."""
+        return 2 * self.facts.head_dim
 
     def _held(self) -> int:
         """Weights that are on the device at a time: all, or what is no layer and two layers.
@@ -184,23 +195,28 @@ class Costs:
         outside = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden_size * self.size
         return outside + 2 * (self.weights - outside) // facts.layers
 
-    def _gradient_memory(self, length: int) -> int:
-        """The long gradient, beside a long forward: a chunk's graph, and of one layer's keys and
-        values a copy for the graph, its slopes, their float32 sums.
-        """
-        facts = self.facts
-        chunk = min(length, self.chunk)
-        chunks = -(-length // chunk)
-        kept = not self.recipe.offload and is_kept(facts.layers, facts.hidden_size, length, chunks)
-        graph = graph_bytes(facts.layers if kept else 1, facts.hidden_size, chunk)
-        both = 2 * facts.kv_heads * facts.head_dim
-        return int(graph + length * (2 * both * self.size + 4 * both))
+    def _slope_memory(self, length: int) -> tuple[float, float]:
+        """The long gradient's: to work with, and what waits meanwhile.
 
-    def _kept(self, length: int) -> int:
-        """Of every layer its input and attention's output; the slopes of hidden states."""
-        facts = self.facts
-        width = self.hidden + facts.heads * facts.head_dim
-        return int(length * (facts.layers + 1) * width * self.size)
+        At work, beside weights and angles with their slopes: a forward, or a chunk's graph, or some
+        heads of attention. Of every layer its input and attention's output wait, with the
+        log-sum-exps of this; of the layer at work queries, keys, values and their slopes.
+        """
+        facts, chunk = self.facts, min(length, self.chunk)
+        heads = facts.heads * facts.head_dim
+        forward = self._forward_memory(length)
+        if not self.recipe.offload and is_kept(
+            facts.layers, facts.hidden_size, length, -(-length // chunk)
+        ):
+            graph = graph_bytes(facts.layers, facts.hidden_size, length)
+            return forward + graph, 2 * length * self.hidden * self.size
+        graph = graph_bytes(1, facts.hidden_size, chunk)
+        here = self.on_cpu or not (self.on_host or self.on_disk)
+        some_heads = backward_bytes(facts.heads, facts.head_dim, length, self.size, here)
+        work = self._held() + length * (24 + 2 * self._angles * self.size) + max(graph, some_heads)
+        each = (self.hidden + heads) * self.size + 4 * facts.heads
+        once = (self.hidden + 2 * heads + 2 * facts.kv_heads * facts.head_dim) * self.size
+        return max(forward, work), length * (facts.layers * each + once)
 
     @property
     def _master(self) -> int:

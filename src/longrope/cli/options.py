@@ -27,7 +27,7 @@ Chunk = Annotated[
     typer.Option(help="Tokens that go through a layer at a time; 2,048, on a GPU 8,192."),
 ]
 HiddenDevice = Annotated[
-    str | None, typer.Option(help="Where hidden states wait: cpu saves GPU memory.")
+    str | None, typer.Option(help="Where hidden states wait: cpu saves GPU memory, a folder both.")
 ]
 Offload = Annotated[
     str | None,

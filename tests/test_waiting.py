@@ -1,0 +1,158 @@
+"""Hidden states in files of a folder: the same numbers, in memory that does not hold them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from conftest import FAMILIES, micro_model
+from longrope.cost import Memory, available, check_memory
+from longrope.facts import inspect_model
+from longrope.forward import LongForward
+from longrope.gradient import gradient
+from longrope.model import find_waiting
+from longrope.recipe import make_recipe
+from longrope.rope.install import installed
+from longrope.stages import Costs
+from longrope.waiting import names_folder, room
+from program import LONGROPE, succeeds
+from test_forward import yarn
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_losses_and_slopes(ids, family, tmp_path):
+    model = micro_model(FAMILIES[family]())
+    with installed(model, yarn(model), always=True):
+        for chunk in (20, 500):
+            here, there = LongForward(model, chunk), LongForward(model, chunk, tmp_path)
+            assert_close(there.losses(ids), here.losses(ids), rtol=0, atol=0)
+            expected, found = gradient(here, ids[:1]), gradient(there, ids[:1])
+            assert found.loss == expected.loss
+            assert_close(found.by_factor, expected.by_factor, rtol=0, atol=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_file_holds_it_and_has_no_name(tmp_path, dtype):
+    tensor = room(tmp_path, (3, 5, 7), dtype)
+    tensor.copy_(torch.arange(105).view(3, 5, 7))
+    assert tensor.dtype == dtype
+    assert tensor[:, 1:].sum() == torch.arange(105, dtype=dtype).view(3, 5, 7)[:, 1:].sum()
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path) in maps.read_text()
+        del tensor
+        assert str(tmp_path) not in maps.read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"hidden_device .* no room for 1,000,000\.0 GB \(.+\)"):
+        room(tmp_path, (10**15,), torch.uint8)
+    with pytest.raises(ValueError, match="no room for"):
+        room(tmp_path / "gone", (10,), torch.uint8)
+
+
+def test_a_device_or_a_folder(tmp_path):
+    assert [names_folder(name) for name in ("cpu", "cuda:3", "/scratch", "scratch")] == [
+        False, False, True, True,
+    ]  # fmt: skip
+    assert find_waiting("--hidden-device", "cpu") == torch.device("cpu")
+    assert find_waiting("--hidden-device", str(tmp_path)) == tmp_path
+    for wrong in (tmp_path / "gone", "moon"):
+        with pytest.raises(ValueError, match=f"--hidden-device {wrong}: no device, and no folder"):
+            find_waiting("--hidden-device", str(wrong))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is held")
+def test_memory_does_not_hold_what_a_slope_keeps(tmp_path):
+    """Sixteen layers on 1,500 tokens keep 130 MB, in memory or in a folder."""
+    program = (
+        "import sys, torch\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\n"
+        "from conftest import FAMILIES, micro_model\n"
+        "from test_forward import yarn\n"
+        "from longrope.forward import LongForward\n"
+        "from longrope.gradient import gradient\n"
+        "from longrope.rope.install import installed\n"
+        "from longrope import attention_gradient, gradient as module\n"
+        "module._KEPT = 0\n"
+        "attention_gradient._HEADS = 0\n"
+        "def held():\n"
+        "    status = open('/proc/self/status').read()\n"
+        "    return int(status.split('RssAnon:')[1].split()[0]) * 1024\n"
+        "config = FAMILIES['llama']()\n"
+        "config.num_hidden_layers, config.hidden_size, config.head_dim = 16, 1024, 64\n"
+        "config.intermediate_size = 64\n"
+        "model, most = micro_model(config), []\n"
+        "where = Path(sys.argv[1]) if sys.argv[1] else None\n"
+        "forward = LongForward(model, 256, where)\n"
+        "with installed(model, yarn(model), always=True):\n"
+        "    gradient(forward, torch.arange(3, 203)[None])\n"
+        "    before = held()\n"
+        "    for layer in model.model.layers:\n"
+        "        layer.register_forward_pre_hook(lambda *_: most.append(held()))\n"
+        "    found = gradient(forward, torch.randint(3, 1500, (1, 1501)))\n"
+        "print(max(most) - before)\n"
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
+    took = []
+    for where in ("", str(tmp_path)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, where, str(Path(__file__).parent)],
+            capture_output=True,
+            text=True,
+            env=env,
+        )
+        assert done.returncode == 0, done.stderr
+        took.append(int(done.stdout))
+    assert took[0] > 125e6
+    assert took[1] < took[0] - 110e6
+
+
+def test_a_search_finds_the_same_and_a_killed_one_leaves_no_file(texts, tmp_path):
+    search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    search += ["--budget", 12, "--chunk", 200, "--dtype", "float32"]
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    succeeds(*search, "--out", tmp_path / "memory")
+    on_disk = [*LONGROPE, *search, "--hidden-device", folder, "--out", tmp_path / "disk"]
+    process = subprocess.Popen(list(map(str, on_disk)), stderr=subprocess.DEVNULL)
+    history = tmp_path / "disk" / "history.jsonl"
+    while process.poll() is None and (not history.exists() or history.read_text().count("\n") < 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(folder.iterdir())
+    succeeds(*on_disk[len(LONGROPE) :])
+    for name in ("history.jsonl", "rescale.json"):
+        found, expected = ((tmp_path / side / name).read_text() for side in ("disk", "memory"))
+        assert found == expected
+
+
+def test_the_plan_asks_the_disk(tmp_path):
+    facts = inspect_model("bundled")
+
+    def search(on_cpu, **changes):
+        recipe = make_recipe({"target": "8x", "chunk": 512, **changes})
+        return Costs(facts, recipe, on_cpu).search("search", 2048)
+
+    here, there = search(False), search(False, hidden_device=str(tmp_path))
+    assert there.disk == here.memory - there.memory > 0
+    assert (there.host, here.disk) == (0, 0)
+    on_cpu = search(True), search(True, hidden_device=str(tmp_path))
+    assert on_cpu[1].disk == on_cpu[0].memory - on_cpu[1].memory > 0
+    check_memory([there], Memory(10**9, host=0, disk=there.disk))
+    with pytest.raises(ValueError, match=r"search at 2,048 tokens keeps about .* in files of"):
+        check_memory([there], Memory(10**9, disk=there.disk - 1))
+    cpu = torch.device("cpu")
+    assert available(cpu).disk is available(cpu, 1, "cpu").disk is None
+    assert available(cpu, 1, str(tmp_path / "on another machine")).disk is None
+    assert 0 < available(cpu, 1, str(tmp_path)).disk < 10**16  # type: ignore[operator]
