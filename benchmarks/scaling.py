@@ -118,13 +118,13 @@ def stages(args: argparse.Namespace) -> None:
             facts = inspect_model(folder)
             for target in ("128k", "256k", "512k", "1024k", "2048k"):
                 rows += _stages(facts, shape, target, folder, args)
-    print("| model | target | stage | length | FLOPs | hours | GB | GB, offload and host |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| model | target | stage | length | FLOPs | hours | GB | GB, offloaded | GB that wait |")
+    print("|---" * 9 + "|")
     for row in rows:
         print(
             f"| {row['model']} | {row['target']} | {row['stage']} | {row['length']:,} "
             f"| {row['flops']:.1e} | {row['hours']:,.1f} | {row['gigabytes']:.0f} "
-            f"| {row['gigabytes_offloaded']:.0f} |"
+            f"| {row['gigabytes_offloaded']:.0f} | {row['gigabytes_waiting']:,.0f} |"
         )
     config = {"linear": args.linear, "attention": args.attention, "algorithm": args.algorithm}
     print(record.write("scaling-stages", config, rows))
@@ -158,6 +158,7 @@ def _stages(facts, shape: str, target: str, folder: str, args: argparse.Namespac
                 "hours": seconds / 3600,
                 "gigabytes": stage.memory / 1e9,
                 "gigabytes_offloaded": less[stage.name].memory / 1e9,
+                "gigabytes_waiting": less[stage.name].host / 1e9,
             }
         )
     return rows

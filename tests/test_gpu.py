@@ -31,12 +31,22 @@ def test_as_exact_as_the_plain_forward(ids, family, dtype):
 
 
 @pytest.mark.parametrize("chunk", [40, 1000])
-def test_a_slope_s_hidden_states_may_wait_on_the_host(ids, chunk):
-    model = micro_model(FAMILIES["llama"]()).cuda()
+@pytest.mark.parametrize("heads", [1, 3, 100])
+def test_a_slope_s_hidden_states_may_wait_elsewhere(ids, tmp_path, monkeypatch, chunk, heads):
+    config = FAMILIES["llama"]()
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 2, 64
+    model = micro_model(config).cuda()
     with installed(model, yarn(model), always=True):
-        there = gradient(LongForward(model, chunk, torch.device("cpu")), ids[:1])
-        here = gradient(LongForward(model, chunk), ids[:1])
-    torch.testing.assert_close(there.by_factor, here.by_factor)
+        kept = gradient(LongForward(model, 1000), ids[:1]).by_factor
+        monkeypatch.setattr("longrope.gradient._KEPT", 0)
+        monkeypatch.setattr("longrope.attention_gradient.heads_at_once", lambda *_: heads)
+        for where in (None, torch.device("cpu"), tmp_path):
+            found = gradient(LongForward(model, chunk, where), ids[:1]).by_factor
+            torch.testing.assert_close(found, kept, rtol=1e-3, atol=1e-6)
+        model.bfloat16()
+        halves = [gradient(LongForward(model, chunk, w), ids[:1]) for w in (None, tmp_path)]
+    torch.testing.assert_close(halves[0].by_factor, halves[1].by_factor)
+    assert torch.nn.functional.cosine_similarity(halves[0].by_factor, kept, dim=0) > 0.98
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -139,11 +139,11 @@ def test_of_the_answer_alone(micro_models, ids):
     softcap=st.sampled_from([None, 5.0]),
     value_dim=st.sampled_from([8, 5]),
     block=st.sampled_from([7, 1024]),
-    heads=st.sampled_from([0, 2 * 90 * 8 * 76, 4e9]),
-    blocks=st.booleans(),
+    heads=st.sampled_from([1, 2, 100]),
+    how=st.sampled_from(["kernel", "kernel in stretches", "products"]),
 )
 def test_attention_equals_brute_force(
-    tokens, chunk, kv_heads, groups, window, softcap, value_dim, block, heads, blocks
+    tokens, chunk, kv_heads, groups, window, softcap, value_dim, block, heads, how
 ):
     """By autograd through the whole, and apart from what is before and after it, by chunks."""
     generator = torch.Generator().manual_seed(tokens * 100 + chunk)
@@ -163,13 +163,16 @@ def test_attention_equals_brute_force(
         options = {"sliding_window": window, "softcap": softcap}
         return differentiable_attention(None, query, key, value, None, 0.3, **options)[0]
 
-    apart = Apart(tokens, torch.device("cpu"), lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    cpu = torch.device("cpu")
+    apart = Apart(tokens, chunk, cpu, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     spans = [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_backward, "_KEYS", block)
         patch.setattr(attention_backward, "_QUERIES", block)
-        patch.setattr(attention_gradient, "_HEADS", heads)
-        if blocks:  # as where there is no kernel of the CPU's
+        patch.setattr(attention_gradient, "heads_at_once", lambda *_: heads)
+        if how == "kernel in stretches":
+            patch.setattr(attention_backward, "_sums_roughly", lambda query: True)
+        if how == "products":  # as where there is no kernel of the CPU's
             patch.setattr(attention_backward, "_kernel", lambda query, value: None)
         output = attention(*inputs)
         assert_close(output, expected_output, rtol=1e-6, atol=1e-8)
@@ -193,28 +196,65 @@ def test_attention_equals_brute_force(
     assert_close([tensor.grad for tensor in inputs], list(expected), rtol=1e-6, atol=1e-8)
 
 
+def test_bfloat16_sums_no_worse_where_there_is_much_to_sum():
+    """8,192 queries ask the same of the first keys."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, slope = torch.randn(4, 1, 1, 8192, 32, generator=generator)
+    options = (32**-0.5, None, None)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [tensor.to(torch.bfloat16).to(dtype) for tensor in (query, key, value)]
+        saved = *inputs, *attention_backward.attend(*inputs, *options)
+        found[dtype] = attention_backward.slopes((slope + 1).to(dtype), saved, options)
+    for rough, exact in zip(found[torch.bfloat16], found[torch.float32], strict=True):
+        for part in (slice(0, 64), slice(64, None)):
+            error = (rough[:, :, part] - exact[:, :, part]).norm() / exact[:, :, part].norm()
+            assert error < 2**-7
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_layer_that_does_not_call_its_attention_once_is_refused(ids, monkeypatch, times):
+    monkeypatch.setattr(module, "_KEPT", 0)
+    model = micro_model(FAMILIES["llama"]())
+    own = model.model.layers[1].self_attn.forward
+
+    def several(hidden_states, *args, **kwargs):
+        for _ in range(times):
+            hidden_states, _ = own(hidden_states, *args, **kwargs)
+        return hidden_states, None
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", several)
+    with (
+        installed(model, yarn(model), always=True),
+        pytest.raises(ValueError, match=f"calls its attention {times} times, .*--algorithm paper"),
+    ):
+        gradient(LongForward(model, 40), ids[:1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [16, 64, 100])
 def test_a_kernel_is_proved_before_it_is_used(dtype, dim):
     own, here = attention_backward._cpu_kernel, torch.device("cpu")
 
-    def values_forgotten(*args):
-        return *own(*args)[:2], torch.zeros_like(args[4])
+    def past_forgotten(*args):
+        return own(*args) if args[0] else [torch.zeros_like(tensor) for tensor in args[3:6]]
 
     def missing(*args):
         raise RuntimeError("no kernel image is available for execution on the device")
 
     assert attention_backward.agrees(own, here, dtype, dim)
-    assert not attention_backward.agrees(values_forgotten, here, dtype, dim)
+    assert not attention_backward.agrees(past_forgotten, here, dtype, dim)
     assert not attention_backward.agrees(missing, here, dtype, dim)
 
 
-def test_a_gpu_s_kernel_is_called_as_this_torch_declares_it():
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_gpu_s_kernel_is_called_as_this_torch_declares_it(causal):
     """Shapes and arguments alone: what it computes is proved on the GPU itself."""
-    query = torch.empty(1, 4, 300, 64, device="meta", dtype=torch.bfloat16)
-    lse = torch.empty(1, 4, 300, device="meta")
-    found = attention_backward._cuda_kernel(64**-0.5, query, query, query, query, query, lse)
-    assert [tensor.shape for tensor in found] == [query.shape] * 3
+    query = torch.empty(1, 4, 100, 64, device="meta", dtype=torch.bfloat16)
+    key = torch.empty(1, 4, 100 if causal else 300, 64, device="meta", dtype=torch.bfloat16)
+    lse = torch.empty(1, 4, 100, device="meta")
+    found = attention_backward._cuda_kernel(causal, 64**-0.5, query, query, key, key, query, lse)
+    assert [tensor.shape for tensor in found] == [query.shape, key.shape, key.shape]
 
 
 def test_what_it_costs(monkeypatch):

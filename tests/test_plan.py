@@ -315,7 +315,7 @@ def test_what_helps_is_what_is_not_done_yet(facts):
         "offload weights",
         "chunk 2048",
     )
-    assert helps(True, offload="weights") == ("search.algorithm paper",)
+    assert helps(True, offload="weights") == ("search.algorithm paper", "hidden_device FOLDER")
     done = {"hidden_device": "cpu", "offload": "weights", "chunk": 2048}
     done["search"] = {"algorithm": "paper"}
     assert helps(False, **done) == ()

@@ -29,8 +29,9 @@ from test_forward import yarn
 def test_the_same_losses_and_slopes(ids, family, tmp_path):
     model = micro_model(FAMILIES[family]())
     with installed(model, yarn(model), always=True):
-        for chunk in (20, 500):
-            here, there = LongForward(model, chunk), LongForward(model, chunk, tmp_path)
+        for chunk, offloaded in ((20, False), (500, True), (500, False)):
+            here = LongForward(model, chunk, offloaded=offloaded)
+            there = LongForward(model, chunk, tmp_path, offloaded=offloaded)
             assert_close(there.losses(ids), here.losses(ids), rtol=0, atol=0)
             expected, found = gradient(here, ids[:1]), gradient(there, ids[:1])
             assert found.loss == expected.loss
@@ -53,10 +54,29 @@ def test_a_file_holds_it_and_has_no_name(tmp_path, dtype):
 
 
 def test_a_full_disk_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"hidden_device .* no room for 1,000,000\.0 GB \(.+\)"):
+    with pytest.raises(
+        ValueError, match=r"hidden_device .* no file of 1,000,000\.0 GB .* a larger disk"
+    ):
         room(tmp_path, (10**15,), torch.uint8)
-    with pytest.raises(ValueError, match="no room for"):
+    with pytest.raises(ValueError, match=r"no file of 10,000\.0 GB \(No space .* a larger disk"):
+        room(tmp_path, (10**13,), torch.uint8)
+    with pytest.raises(ValueError, match=r"\(No such file .* made and mapped on"):
         room(tmp_path / "gone", (10,), torch.uint8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="a folder in memory")
+def test_a_folder_in_memory_is_said(tmp_path, caplog):
+    assert find_waiting("--hidden-device", "/dev/shm") == Path("/dev/shm")
+    assert "--hidden-device /dev/shm: what is in that folder is in memory" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux says what is open")
+def test_no_file_stays_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    tensors = [room(tmp_path, (10,), torch.float32) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert sum(tensor.fill_(1).sum().item() for tensor in tensors) == 200
 
 
 def test_a_device_or_a_folder(tmp_path):
@@ -145,13 +165,20 @@ def test_the_plan_asks_the_disk(tmp_path):
         return Costs(facts, recipe, on_cpu).search("search", 2048)
 
     here, there = search(False), search(False, hidden_device=str(tmp_path))
-    assert there.disk == here.memory - there.memory > 0
+    assert there.disk > here.memory - there.memory > 0  # some heads are copied to the device
     assert (there.host, here.disk) == (0, 0)
     on_cpu = search(True), search(True, hidden_device=str(tmp_path))
     assert on_cpu[1].disk == on_cpu[0].memory - on_cpu[1].memory > 0
     check_memory([there], Memory(10**9, host=0, disk=there.disk))
-    with pytest.raises(ValueError, match=r"search at 2,048 tokens keeps about .* in files of"):
+    with pytest.raises(
+        ValueError, match=r"keeps about .* in files, .* a folder of a larger one, search.algorithm"
+    ):
         check_memory([there], Memory(10**9, disk=there.disk - 1))
+    with pytest.raises(ValueError, match=r"try --algorithm paper, --hidden-device FOLDER, --off"):
+        check_memory([on_cpu[0]], Memory(10**6), options=True)
+    host = search(False, hidden_device="cpu")
+    with pytest.raises(ValueError, match=r"the host's .* try --hidden-device FOLDER, --algorithm"):
+        check_memory([host], Memory(10**9, host=10**6), options=True)
     cpu = torch.device("cpu")
     assert available(cpu).disk is available(cpu, 1, "cpu").disk is None
     assert available(cpu, 1, str(tmp_path / "on another machine")).disk is None

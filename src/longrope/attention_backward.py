@@ -20,8 +20,8 @@ _KEYS = 1024
 _QUERIES = 2048
 # Scaling, soft-cap, sliding window.
 Options = tuple[float, float | None, int | None]
-# The slopes of query, key and value of causal attention: given its scaling, and the output's
-# slope, query, key, value, output and log-sum-exp, all of as many heads and tokens.
+# The slopes of query, key and value: given whether attention was causal, its scaling, and the
+# output's slope, query, key, value, output and log-sum-exp, all of as many heads.
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -36,19 +36,28 @@ def attend(
     """Output (B, H, C, D) and log-sum-exp of the scores (B, H, C) of the last C of T tokens."""
     if window is not None and window >= key.shape[2]:
         window = None
-    if softcap or window:
-        return blockwise(query, key, value, scaling, softcap, window)
-    return causal(query, key, value, scaling)
+    if not softcap and not window:
+        return causal(query, key, value, scaling)
+    past, parts = key.shape[2] - query.shape[2], []
+    for rows in slices(0, query.shape[2], _QUERIES):
+        seen = slice(0, past + rows.stop)
+        q, k, v = query[:, :, rows], key[:, :, seen], value[:, :, seen]
+        parts.append(blockwise(q, k, v, scaling, softcap, window))
+    output, lse = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
+    return output, lse
 
 
 def slopes(
     slope: Tensor, saved: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The slopes of query, key and value, of which heads may share some; all of one length."""
-    """Of attention by ``attend``; ``saved`` are query, key, value, output and log-sum-exp.
+    """Back through the attention of ``attend``, of as many queries as keys.
+
+    Args:
+        slope: of the output, shape (B, H, T, D).
+        saved: query (B, H, T, D), key and value (B, K, T, D), K dividing H, output, log-sum-exp.
 
     Returns:
-        The slopes of query (B, H, T, D), key and value (B, K, T, D), K dividing H.
+        The slopes of query, key and value.
     """
     (query, key, value, output, lse), slope = saved, slope.contiguous()
     scaling, softcap, window = options
@@ -57,24 +66,28 @@ def slopes(
     if window is not None and window >= tokens:
         window = None
     kernel = None if softcap or window else _kernel(query, value)
-    if kernel is not None:
+    if kernel is not None and not _sums_roughly(query):
         return _kernel_backward(slope, saved, scaling, kernel)
-    by_query, by_key, by_value = torch.empty_like(query), *_zeros(key, value)
+    by_query = torch.empty_like(query)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    by_key, by_value = (torch.zeros_like(tensor, dtype=exact) for tensor in (key, value))
     for rows in slices(0, tokens, _QUERIES):
         seen = slice(0 if window is None else max(0, rows.start - window + 1), rows.stop)
         part = query[:, :, rows], key[:, :, seen], value[:, :, seen], output[:, :, rows]
-        by_query[:, :, rows], *more = _block_backward(
-            slope[:, :, rows], (*part, lse[:, :, rows]), scaling, softcap, window
-        )
-        by_key[:, :, seen] += more[0]
-        by_value[:, :, seen] += more[1]
+        part = *part, lse[:, :, rows]
+        if kernel is not None:
+            found = _kernel_backward(slope[:, :, rows], part, scaling, kernel)
+        else:
+            found = _block_backward(slope[:, :, rows], part, scaling, softcap, window)
+        by_query[:, :, rows] = found[0]
+        by_key[:, :, seen] += found[1]
+        by_value[:, :, seen] += found[2]
     return by_query, by_key.to(key.dtype), by_value.to(key.dtype)
 
 
-def _zeros(*tensors: Tensor) -> list[Tensor]:
-    """Room for sums: in bfloat16 what is added to a large one would be lost."""
-    exact = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [torch.zeros_like(tensor, dtype=exact) for tensor in tensors]
+def _sums_roughly(query: Tensor) -> bool:
+    """A CPU's kernel adds up the slopes of keys in half precision, of whatever queries it gets."""
+    return query.device.type == "cpu" and query.dtype.itemsize < 4
 
 
 def _block_backward(
@@ -128,11 +141,27 @@ def _block_backward(
 def _kernel_backward(
     slope: Tensor, saved: tuple[Tensor, ...], scaling: float, kernel: Kernel
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by a kernel: of keys before the queries, and of their own, which add up."""
     query, key, value, output, lse = saved
-    groups = query.shape[1] // key.shape[1]
-    own = repeated(key, groups), repeated(value, groups)
-    by_query, by_key, by_value = kernel(scaling, slope, query, *own, output, lse)
-    return by_query, _summed(by_key, groups), _summed(by_value, groups)
+    groups, past = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    own = (repeated(t[:, :, past:], groups) for t in (key, value))
+    by_query, by_key, by_value = kernel(True, scaling, slope, query, *own, output, lse)
+    by_own = (_summed(by_key, groups), _summed(by_value, groups))
+    if past == 0:
+        return by_query, *by_own
+
+    def folded(heads: Tensor) -> Tensor:
+        return heads.unflatten(1, (-1, groups)).flatten(2, 3)
+
+    by_folded, *by_past = kernel(
+        False,
+        scaling,
+        *(folded(t) for t in (slope, query)),
+        *(t[:, :, :past] for t in (key, value)),
+        *(folded(t) for t in (output, lse)),
+    )
+    by_key, by_value = (torch.cat(both, dim=2) for both in zip(by_past, by_own, strict=True))
+    return by_query + by_folded.reshape(by_query.shape), by_key, by_value
 
 
 def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
@@ -148,22 +177,23 @@ def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
     return None
 
 
-def _cpu_kernel(scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *parts, 0.0, True, scale=scaling
+        *parts, 0.0, causal, scale=scaling
     )
 
 
-def _cuda_kernel(scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _, query, *_, lse = parts
-    ops, one, tokens = torch.ops.aten, query[:, :, :1], query.shape[2]
+def _cuda_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _, query, key, *_, lse = parts
+    ops, one = torch.ops.aten, query[:, :, :1]
     # What a forward hands to its backward beside results, which differs between versions.
     *_, starts, key_starts, _, _, state, unused, _ = ops._scaled_dot_product_flash_attention(
         one, one, one, 0.0, False, False, scale=scaling
     )
+    lengths = query.shape[2], key.shape[2]
     return ops._scaled_dot_product_flash_attention_backward(
-        *parts[:-1], lse.contiguous(), starts, key_starts, tokens, tokens,
-        0.0, True, state, unused, scale=scaling,
+        *parts[:-1], lse.contiguous(), starts, key_starts, *lengths,
+        0.0, causal, state, unused, scale=scaling,
     )  # fmt: skip
 
 
@@ -176,18 +206,19 @@ def _cuda_kernel_agrees(device: torch.device, dtype: torch.dtype, dim: int) -> b
 
 
 def agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Whether a kernel gives what plain products give, on a small case.
+    """Whether a kernel gives what plain products give, on a small case with a past.
 
     Not all GPUs have the kernel for all rows, and it is not documented: so it is proved where it
     is used.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def draw(heads: int) -> Tensor:
-        shape = (1, heads, 300, dim)
+    def draw(heads: int, tokens: int) -> Tensor:
+        shape = (1, heads, tokens, dim)
         return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
-    query, slope, key, value = draw(4), draw(4), draw(2), draw(2)
+    query, slope = draw(4, 100), draw(4, 100)
+    key, value = draw(2, 300), draw(2, 300)
     scaling = dim**-0.5
     try:
         saved = (query, key, value, *causal(query, key, value, scaling))

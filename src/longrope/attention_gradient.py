@@ -17,8 +17,9 @@ from longrope.attention import refuse_others
 from longrope.attention_backward import Options, attend, slices, slopes
 
 NAME = "longrope_differentiable"
-# Bytes that the backward pass of some heads may take; of one head whatever it takes.
-_HEADS = 4e9
+# Bytes that heads at work may take going back, for each token of a chunk: fewer, as that is halved,
+# where memory runs out. One head takes what it takes.
+_HEADS = 5e5
 
 
 def differentiable_attention(
@@ -63,6 +64,7 @@ class Apart:
 
     Args:
         tokens: of the sequence.
+        chunk: of them at most at a time, around attention.
         device: where to compute.
         empty: makes what waits between chunks, of a shape and a dtype.
     """
@@ -73,24 +75,37 @@ class Apart:
     inputs: list[Tensor]
     slope: Tensor
 
-    def __init__(self, tokens: int, device: torch.device, empty: Callable[..., Tensor]):
-        self.tokens, self.device, self.empty = tokens, device, empty
-        self.calls = 0
+    def __init__(self, tokens: int, chunk: int, device: torch.device, empty: Callable[..., Tensor]):
+        self.tokens, self.chunk, self.device, self.empty = tokens, chunk, device, empty
 
     def attend(self, span: slice, run: Callable[[], Tensor]) -> Tensor:
-        """What ``run`` gives, the layer on a chunk without gradients."""
+        """What ``run`` gives, the layer on a chunk without gradients.
+
+        Raises:
+            ValueError: the layer does not call its attention once.
+        """
+        calls = 0
 
         def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+            nonlocal calls
+            calls += 1
             output, lse = attend(query, key, value, *options)
-            if self.calls == 0:
+            if calls > 1:
+                return output
+            if span.start == 0:
                 self.options = options
                 self.output, self.lse = self._whole(output), self._whole(lse)
-            self.calls += 1
             self.output[:, :, span], self.lse[:, :, span] = output, lse
             return output
 
         with _in_its_place(attention):
-            return run()
+            result = run()
+        if calls != 1:
+            raise ValueError(
+                f"a layer of this model calls its attention {calls} times, and no slope is known "
+                "of that; use --algorithm paper"
+            )
+        return result
 
     def after(self, span: slice, run: Callable[[], Tensor], slope: Tensor) -> None:
         """From the slope of a chunk's output, by what ``run`` gives, to that of its attention's."""
@@ -113,26 +128,35 @@ class Apart:
 
     def backward(self) -> None:
         """To the slopes of queries, keys and values, which are put in the place of these."""
-        query, key, value = self.inputs
-        groups = query.shape[1] // key.shape[1]
-        most = heads_at_once(query.shape[1], query.shape[3], self.tokens, query.dtype.itemsize)
-        exact = torch.promote_types(query.dtype, torch.float32)
+        query, key, _ = self.inputs
+        shape, size = (query.shape[3], self.tokens, self.chunk), query.dtype.itemsize
+        most, groups = heads_at_once(query.shape[1], *shape, size), query.shape[1] // key.shape[1]
+        for shared in slices(0, key.shape[1], max(1, most // groups)):
+            self._backward(shared, slices(shared.start * groups, shared.stop * groups, most))
+        del self.output, self.lse, self.slope
+
+    def _backward(self, shared: slice, parts: list[slice]) -> None:
+        """Of some heads of keys, the heads of queries that share them part by part."""
 
         def here(tensor: Tensor, heads: slice) -> Tensor:
             return tensor[:, heads].to(self.device)
 
-        for shared in slices(0, key.shape[1], max(1, most // groups)):
-            k, v, sums = here(key, shared), here(value, shared), []
-            first, last = shared.start * groups, shared.stop * groups
-            for heads in slices(first, last, most if most < groups else last - first):
-                q, output, lse, slope = (
-                    here(t, heads) for t in (query, self.output, self.lse, self.slope)
-                )
-                query[:, heads], *found = slopes(slope, (q, k, v, output, lse), self.options)
-                found = [t.to(exact) for t in found]
-                sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-            key[:, shared], value[:, shared] = sums
-        del self.output, self.lse, self.slope
+        def part(heads: slice) -> list[Tensor]:
+            kept = (here(tensor, heads) for tensor in (self.output, self.lse))
+            saved = (here(query, heads), *both, *kept)
+            query[:, heads], *found = slopes(here(self.slope, heads), saved, self.options)
+            return found
+
+        query, key, value = self.inputs
+        both = here(key, shared), here(value, shared)
+        sums = part(parts[0])
+        if len(parts) > 1:
+            exact = torch.promote_types(query.dtype, torch.float32)
+            sums = [tensor.to(exact) for tensor in sums]
+        for heads in parts[1:]:
+            for total, more in zip(sums, part(heads), strict=True):
+                total += more
+        key[:, shared], value[:, shared] = sums
 
     def before(self, span: slice, run: Callable[[], Tensor]) -> None:
         """From the slopes of a chunk's queries, keys and values back to where ``run`` begins."""
@@ -168,16 +192,18 @@ def _in_its_place(attention: Callable[..., Tensor]) -> Iterator[None]:
         _APART.reset(token)
 
 
-def heads_at_once(heads: int, head_dim: int, tokens: int, size: int) -> int:
+def heads_at_once(heads: int, head_dim: int, tokens: int, chunk: int, size: int) -> int:
     """How many heads, of numbers of ``size`` bytes, are gone back through at a time."""
-    return max(1, min(heads, int(_HEADS / _head_bytes(head_dim, tokens, size))))
+    return max(1, min(heads, int(_HEADS * chunk / _head_bytes(head_dim, tokens, size))))
 
 
-def backward_bytes(heads: int, head_dim: int, tokens: int, size: int, here: bool) -> float:
+def backward_bytes(
+    heads: int, head_dim: int, tokens: int, chunk: int, size: int, here: bool
+) -> float:
     """Bytes that this takes; fewer where what waits is ``here``, on the device that computes."""
     there = 5 * size * tokens * head_dim if here else 0
     one = _head_bytes(head_dim, tokens, size) - there
-    return one * heads_at_once(heads, head_dim, tokens, size)
+    return one * heads_at_once(heads, head_dim, tokens, chunk, size)
 
 
 def _head_bytes(head_dim: int, tokens: int, size: int) -> float:

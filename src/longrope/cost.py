@@ -96,12 +96,21 @@ class Memory:
         return self.each * self.devices - stage.replicated * (self.devices - 1)
 
 
-def check_memory(stages: Sequence[Stage], memory: Memory) -> None:
+def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False) -> None:
     """Refuse stages that do not fit.
+
+    Args:
+        options: what helps is spelled as the command line's, not as a recipe's key.
 
     Raises:
         ValueError: names the stage, what it needs, what is there, and what helps.
     """
+
+    def tried(*helps: str) -> str:
+        if options:
+            helps = tuple("--" + h.rpartition(".")[2].replace("_", "-") for h in helps)
+        return ", ".join((*helps, "a smaller --target", "or a larger machine"))
+
     for stage in stages:
         if memory.devices > 1 and stage.unshared > memory.each:
             raise ValueError(
@@ -112,7 +121,7 @@ def check_memory(stages: Sequence[Stage], memory: Memory) -> None:
             )
         free = memory.of(stage)
         if stage.memory > free:
-            helps = ", ".join((*stage.helps, "a smaller --target", "or a larger machine"))
+            helps = tried(*stage.helps)
             if stage.kind == "finetune":
                 helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
                 if stage.replicated:
@@ -121,18 +130,18 @@ def check_memory(stages: Sequence[Stage], memory: Memory) -> None:
                 f"{stage.name} at {stage.length:,} tokens needs about {gigabytes(stage.memory)} "
                 f"and {gigabytes(free)} are free; try {helps}"
             )
+        less = [help for help in stage.helps if "algorithm" in help]
         if memory.host is not None and stage.host > memory.host:
             raise ValueError(
                 f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.host)} in "
                 f"the host's memory, and {gigabytes(memory.host)} of it are free for each process; "
-                f"give hidden_device a folder, of a disk that has room for them, or try "
-                f"{', '.join((*stage.helps, 'a smaller --target', 'or a larger machine'))}"
+                f"try {tried('hidden_device FOLDER', *less)}"
             )
         if memory.disk is not None and stage.disk > memory.disk:
             raise ValueError(
                 f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.disk)} in "
-                f"files of hidden_device, and {gigabytes(memory.disk)} are free there for each "
-                "process; give a folder of a larger disk"
+                f"files, and {gigabytes(memory.disk)} of that disk are free for each process; try "
+                f"a folder of a larger one, {tried(*less)}"
             )
 
 

@@ -3,9 +3,9 @@
 The backward pass of the long forward, layer-major too. Going forward it keeps of every layer its
 input and its attention's output, where the hidden states live. Going back it takes the layers
 from the last to the first: each runs again with gradients, chunk by chunk, what follows its
-attention and what comes before; between the two its attention is gone back through by itself, a
-few heads at a time, so that a device needs no more memory than in a forward. The graph of a
-sequence of one chunk is kept if it is small, and nothing runs twice.
+attention and what comes before; between the two its attention is gone back through by itself, some
+heads at a time, so that a device needs about what it does for a forward. The graph of a sequence
+of one chunk is kept if it is small, and nothing runs twice.
 """
 
 import contextlib
@@ -152,7 +152,9 @@ class _Layer:
         self.forward, self.layer = forward, forward.layers[index]
         self.recordings, self.spans, self.hidden_BTD = recordings, spans, hidden_BTD
         self.arguments = [recording.arguments[index] for recording in recordings]
-        self.apart = attention_gradient.Apart(spans[-1].stop, forward.device, forward.empty)
+        self.apart = attention_gradient.Apart(
+            spans[-1].stop, forward.chunk, forward.device, forward.empty
+        )
 
     def output(self) -> Tensor:
         """The layer's output, shape as its input."""
@@ -162,11 +164,6 @@ class _Layer:
             cache.start = span.start
             run = functools.partial(self._run, number, self._input(span), cache)
             result_BTD[:, span] = self.apart.attend(span, run)
-        if self.apart.calls != len(self.spans):
-            raise ValueError(
-                f"{type(self.layer).__name__} calls its attention "
-                f"{self.apart.calls / len(self.spans):g} times; use --algorithm paper"
-            )
         return result_BTD
 
     def backward(self, slope_BTD: Tensor) -> None:
@@ -220,8 +217,9 @@ def _head(
     forward: LongForward, inputs_BT: Tensor, targets_BT: Tensor, counted: int, hidden_BTD: Tensor
 ) -> tuple[float, Tensor]:
     """The mean loss of the last ``counted`` tokens, and its slope by the last hidden states."""
-    slope_BTD, total = forward.empty(hidden_BTD.shape, hidden_BTD.dtype).zero_(), 0.0
+    slope_BTD, total = forward.empty(hidden_BTD.shape, hidden_BTD.dtype), 0.0
     tokens = targets_BT.shape[1]
+    slope_BTD[:, : tokens - counted] = 0
     for span, _ in forward.chunks(tokens).own(forward.head_rows):
         span = slice(max(span.start, tokens - counted), span.stop)
         if span.start >= span.stop:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from longrope.parallel import Team
 from longrope.probe import why_not
 from longrope.rope.site import find_rotary
 from longrope.source import quiet, read_pretrained
-from longrope.waiting import names_folder
+from longrope.waiting import in_memory, names_folder
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +155,8 @@ def find_waiting(option: str, name: str) -> torch.device | Path:
     folder = Path(name).expanduser()
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{option} {name}: no device, and no folder that can be written")
+    if in_memory(folder):
+        log.warning("%s %s: what is in that folder is in memory, not on a disk", option, name)
     return folder
 
 

@@ -1,6 +1,5 @@
 """What is refused before an extension or a search begins, because it would fail after hours."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from longrope.cost import available, check_memory
@@ -57,10 +56,8 @@ def check_search(facts: ModelFacts, recipe: Recipe, ranks: Ranks) -> None:
     require_slopes(recipe.search.algorithm, ranks)
     cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
     stage = cost.search("search", parse_extension(recipe.target, facts))
-    # As options of the command line have it.
-    helps = tuple("--" + h.rpartition(".")[2].replace("_", "-") for h in stage.helps)
     memory = available(device, hidden_device=recipe.hidden_device)
-    check_memory([dataclasses.replace(stage, helps=helps)], memory)
+    check_memory([stage], memory, options=True)
 
 
 def check_settings(run: Run, stages: Sequence[Stage]) -> None:

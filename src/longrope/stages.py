@@ -52,7 +52,7 @@ class Costs:
         # Hidden states wait on the device, its share of them where a team has the sequence; or not.
         where = recipe.hidden_device
         self.on_disk = where is not None and names_folder(where)
-        self.on_host = where is not None and not self.on_disk and not on_cpu
+        self.on_host = where == "cpu" and not on_cpu
         self.hidden = facts.hidden_size / team
         self.dtype = facts.dtype if recipe.dtype == "auto" else recipe.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
@@ -142,7 +142,9 @@ class Costs:
         """So many forwards of a length."""
         linear, attention = (forwards * flops for flops in self.facts.forward_flops(length))
         hidden = length * self.hidden * self.size
-        helps = [] if self.on_host or self.on_disk or self.on_cpu else ["hidden_device cpu"]
+        helps = []
+        if not self.on_host and not self.on_disk:
+            helps = ["hidden_device FOLDER" if self.on_cpu else "hidden_device cpu"]
         helps += [] if self.recipe.offload else ["offload weights"]
         helps += ["chunk 2048"] if self.chunk > 2048 else []
         return Stage(
@@ -212,7 +214,9 @@ class Costs:
             return forward + graph, 2 * length * self.hidden * self.size
         graph = graph_bytes(1, facts.hidden_size, chunk)
         here = self.on_cpu or not (self.on_host or self.on_disk)
-        some_heads = backward_bytes(facts.heads, facts.head_dim, length, self.size, here)
+        some_heads = backward_bytes(
+            facts.heads, facts.head_dim, length, self.chunk, self.size, here
+        )
         work = self._held() + length * (24 + 2 * self._angles * self.size) + max(graph, some_heads)
         each = (self.hidden + heads) * self.size + 4 * facts.heads
         once = (self.hidden + 2 * heads + 2 * facts.kv_heads * facts.head_dim) * self.size

@@ -1,12 +1,12 @@
 """Where hidden states wait while a layer is at work: on a device, or in files of a folder.
 
 A slope of a long sequence keeps more than most machines have memory: of LLaMA2-7B's shape at two
-million tokens 1.2 TB, all of it written once and read once or twice, a layer at a time. That is
+million tokens 1.2 TB, all of it written once and read a few times, a layer at a time. That is
 what disks are for, and the system's own cache keeps as much of it in memory as there is room.
 """
 
+import errno
 import math
-import mmap
 import os
 import shutil
 import tempfile
@@ -32,25 +32,45 @@ def room(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtype) -
     """A tensor without content; in a folder a file without a name, which ends with it.
 
     Raises:
-        ValueError: the folder's disk is full, or the folder cannot be written.
+        ValueError: the folder's disk is full, or no such file can be made there.
     """
     if isinstance(where, torch.device):
         return torch.empty(shape, dtype=dtype, device=where)
-    size = math.prod(shape) * dtype.itemsize
+    count = math.prod(shape)
+    size = count * dtype.itemsize
     try:
-        with tempfile.TemporaryFile(dir=where) as file:
-            # What is not there now would end the process when it is written.
+        descriptor, name = tempfile.mkstemp(prefix="longrope-", dir=where)
+        try:
+            try:
+                os.truncate(descriptor, size)
+                tensor = torch.from_file(name, shared=True, size=count, dtype=dtype)
+            finally:
+                os.unlink(name)
+            # What is not reserved now would end the process when it is written.
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-            mapped = mmap.mmap(file.fileno(), size)
-    except OSError as error:
+                os.posix_fallocate(descriptor, 0, size)
+        finally:
+            os.close(descriptor)
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise ValueError(
-            f"hidden_device {where} has no room for {size / 1e9:,.1f} GB ({error.strerror}); give "
-            "a folder of a larger disk"
+            f"hidden_device {where}: no file of {size / 1e9:,.1f} GB ({why}); give a folder of "
+            f"a {'larger disk' if full else 'disk that files can be made and mapped on'}"
         ) from None
-    return torch.frombuffer(mapped, dtype=dtype).view(shape)
+    return tensor.view(shape)
+
+
+def in_memory(folder: Path) -> bool:
+    """Whether a folder's files are memory (tmpfs), as those of /dev/shm are, and some /tmp's."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    kinds = [line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number]
+    return any(kind in ("tmpfs", "ramfs") for kind in kinds)
 
 
 def free_on_disk(hidden_device: str | None) -> int | None:
