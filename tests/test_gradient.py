@@ -16,9 +16,11 @@ from conftest import FAMILIES, micro_model
 from longrope import attention_backward, attention_gradient
 from longrope import gradient as module
 from longrope.attention_gradient import Apart, differentiable_attention
+from longrope.chunks import Chunks
 from longrope.forward import LongForward
 from longrope.gradient import forwards, gradient
 from longrope.model import load_model
+from longrope.parallel import Team
 from longrope.rope.install import installed
 from longrope.rope.site import find_rotary
 from test_attention import dense
@@ -164,8 +166,8 @@ def test_attention_equals_brute_force(
         return differentiable_attention(None, query, key, value, None, 0.3, **options)[0]
 
     cpu = torch.device("cpu")
-    apart = Apart(tokens, chunk, cpu, lambda shape, dtype: torch.empty(shape, dtype=dtype))
-    spans = [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+    chunks = Chunks(tokens, chunk, Team())
+    apart = Apart(chunks, chunk, cpu, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_backward, "_KEYS", block)
         patch.setattr(attention_backward, "_QUERIES", block)
@@ -185,13 +187,13 @@ def test_attention_equals_brute_force(
             return attention(query[:, :, span], *(tensor[:, :, past] for tensor in others))
 
         with torch.no_grad():
-            for span in spans:
+            for span in chunks.spans:
                 part = apart.attend(span, functools.partial(layer, span, 0))
                 assert_close(part, expected_output[:, span], rtol=1e-6, atol=1e-8)
-            for span in spans:
+            for span in chunks.spans:
                 apart.after(span, functools.partial(layer, span), weight[:, span])
             apart.backward()
-            for span in spans:
+            for span in chunks.spans:
                 apart.before(span, functools.partial(layer, span))
     assert_close([tensor.grad for tensor in inputs], list(expected), rtol=1e-6, atol=1e-8)
 

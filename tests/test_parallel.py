@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from longrope.chunks import Chunks
 from longrope.forward import Asked, LongForward
+from longrope.gradient import gradient
 from longrope.layers import cache_name
-from longrope.parallel import Ranks, Team, local_device
+from longrope.parallel import Team, local_device
 from longrope.rope.install import installed
-from longrope.search.stage import require_slopes
 from program import history, refused, run, succeeds
 from test_forward import yarn
 
@@ -44,7 +44,7 @@ def torchrun(processes):
 
 
 def shared_forward(team, families, chunk=9):
-    """Losses of sequences of several lengths, and answers about tokens of many chunks."""
+    """Losses of sequences of several lengths, answers about tokens of many chunks, slopes."""
     import conftest
 
     found = {}
@@ -63,6 +63,17 @@ def shared_forward(team, families, chunk=9):
                 after = model(input_ids=following, **{cache_name(model): cache}).logits
             found[f"{family} next token"] = after.tolist()
             found[f"{family} answers"] = [list(a) for a in forward.answers(ids, asked)]
+        with installed(model, yarn(model), always=True):
+            for tokens, counted in ((3, 0), (40, 0), (97, 0), (97, 5)):
+                slope = gradient(forward, ids[:1, :tokens], counted)
+                found[f"{family} slope {tokens} {counted}"] = [
+                    slope.loss,
+                    *slope.by_factor.tolist(),
+                ]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("longrope.attention_gradient.heads_at_once", lambda *_: 1)
+                slope = gradient(forward, ids[1:])
+            found[f"{family} slope by heads"] = slope.by_factor.tolist()
     return found
 
 
@@ -77,7 +88,8 @@ def test_a_team_computes_what_one_process_does(tmp_path, members):
     assert found.keys() == expected.keys()
     for name in expected:
         ours, theirs = (torch.tensor(side[name]) for side in (found, expected))
-        assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+        atol = 1e-4 * max(theirs.abs().max().item(), 0.01) if "slope" in name else 1e-4
+        assert_close(ours, theirs, rtol=1e-4, atol=atol, msg=name)
 
 
 @given(tokens=st.integers(1, 300), size=st.integers(1, 50), members=st.integers(1, 5))
@@ -128,21 +140,19 @@ def test_the_commands_of_a_user(small, tmp_path):
     assert two["tokens"] == one["tokens"]
 
 
-def test_a_slope_is_not_shared():
-    with pytest.raises(ValueError, match="--sequence-parallel is 2, and --algorithm is fast"):
-        require_slopes("fast", Ranks(0, 2, Team(0, 2)))
-    require_slopes("paper", Ranks(0, 2, Team(0, 2)))
-
-
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_an_extension_names_its_search_that_cannot(tmp_path, dry):
-    launcher = [*torchrun(2), "-m", "longrope"]
+def test_a_team_goes_down_the_slope(small, tmp_path):
+    """Two processes that share each window, what they keep in files; and one."""
+    search = [*small[: small.index("--algorithm")], "--budget", 16, "--chunk", 50]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    out = ["--out", tmp_path / "out"]
-    asked = ["extend", "--target", "2x", "--sequence-parallel", 2, *dry]
-    done = run(*asked, *out, launcher=launcher, env=env)
-    assert done.returncode != 0
-    assert "--sequence-parallel is 2, and search.algorithm is fast, which cannot" in done.stderr
+    succeeds(*search, "--out", tmp_path / "one", env=env)
+    launcher = [*torchrun(2), "-m", "longrope"]
+    team = ["--sequence-parallel", 2, "--hidden-device", tmp_path]
+    succeeds(*search, *team, "--out", tmp_path / "two", launcher=launcher, env=env)
+    lines = list(zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True))
+    assert sum("slope" in found for found, _ in lines) >= 3
+    for found, expected in lines:
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert found["factors"] == pytest.approx(expected["factors"], rel=1e-2)
 
 
 @pytest.mark.parametrize("asked", [["search", "bundled"], ["extend"]])

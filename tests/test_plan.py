@@ -325,6 +325,10 @@ def test_a_team_shares_hidden_states(facts):
     recipe = make_recipe({"target": "8x", "search": {"algorithm": "paper"}})
     one, four = (Costs(facts, recipe, True, team).search("search", 2048) for team in (1, 4))
     assert one.memory - four.memory == 2048 * facts.hidden_size * 4 * 3 // 4
+    recipe = make_recipe({"target": "8x", "chunk": 512, "hidden_device": "cpu"})
+    one, four = (Costs(facts, recipe, False, team).search("search", 2048) for team in (1, 4))
+    assert four.host == one.host / 4
+    assert four.memory <= one.memory
 
 
 def test_training_is_spread_over_processes_where_it_is_sharded(monkeypatch):

@@ -139,7 +139,7 @@ def test_memory_does_not_hold_what_a_slope_keeps(tmp_path):
 
 def test_a_search_finds_the_same_and_a_killed_one_leaves_no_file(texts, tmp_path):
     search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
-    search += ["--budget", 12, "--chunk", 200, "--dtype", "float32"]
+    search += ["--budget", 14, "--chunk", 200, "--dtype", "float32"]
     folder = tmp_path / "scratch"
     folder.mkdir()
     succeeds(*search, "--out", tmp_path / "memory")
@@ -155,6 +155,7 @@ def test_a_search_finds_the_same_and_a_killed_one_leaves_no_file(texts, tmp_path
     for name in ("history.jsonl", "rescale.json"):
         found, expected = ((tmp_path / side / name).read_text() for side in ("disk", "memory"))
         assert found == expected
+    assert '"slope"' in history.read_text()
 
 
 def test_the_plan_asks_the_disk(tmp_path):

@@ -5,6 +5,7 @@ chunk at a time as in ``attention.py``, backward over the whole sequence, some h
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AttentionInterface
 
 from longrope.attention import refuse_others
 from longrope.attention_backward import Options, attend, slices, slopes
+from longrope.chunks import Chunks
 
 NAME = "longrope_differentiable"
 # Bytes that heads at work may take going back, for each token of a chunk: fewer, as that is halved,
@@ -60,11 +62,12 @@ class Apart:
     Forward (:meth:`attend`) it keeps outputs and log-sum-exps. Backward the layer runs on each
     chunk from its attention's output to its own (:meth:`after`), then attention itself is gone
     back through, the whole sequence at once (:meth:`backward`), then the layer on each chunk from
-    its input to its attention (:meth:`before`).
+    its input to its attention (:meth:`before`). Of a team each process has its chunks, but for
+    the second of these, when it has some heads of all tokens.
 
     Args:
-        tokens: of the sequence.
-        chunk: of them at most at a time, around attention.
+        chunks: of the sequence.
+        size: of one, at most.
         device: where to compute.
         empty: makes what waits between chunks, of a shape and a dtype.
     """
@@ -75,10 +78,12 @@ class Apart:
     inputs: list[Tensor]
     slope: Tensor
 
-    def __init__(self, tokens: int, chunk: int, device: torch.device, empty: Callable[..., Tensor]):
-        self.tokens, self.chunk, self.device, self.empty = tokens, chunk, device, empty
+    def __init__(
+        self, chunks: Chunks, size: int, device: torch.device, empty: Callable[..., Tensor]
+    ):
+        self.chunks, self.size, self.device, self.empty = chunks, size, device, empty
 
-    def attend(self, span: slice, run: Callable[[], Tensor]) -> Tensor:
+    def attend(self, place: slice, run: Callable[[], Tensor]) -> Tensor:
         """What ``run`` gives, the layer on a chunk without gradients.
 
         Raises:
@@ -92,10 +97,10 @@ class Apart:
             output, lse = attend(query, key, value, *options)
             if calls > 1:
                 return output
-            if span.start == 0:
+            if place.start == 0:
                 self.options = options
                 self.output, self.lse = self._whole(output), self._whole(lse)
-            self.output[:, :, span], self.lse[:, :, span] = output, lse
+            self.output[:, :, place], self.lse[:, :, place] = output, lse
             return output
 
         with _in_its_place(attention):
@@ -107,58 +112,73 @@ class Apart:
             )
         return result
 
-    def after(self, span: slice, run: Callable[[], Tensor], slope: Tensor) -> None:
+    def after(self, place: slice, run: Callable[[], Tensor], slope: Tensor) -> None:
         """From the slope of a chunk's output, by what ``run`` gives, to that of its attention's."""
-        leaf = self.output[:, :, span].to(self.device).detach().requires_grad_()
+        leaf = self.output[:, :, place].to(self.device).detach().requires_grad_()
 
         def attention(*given: Any) -> Tensor:
             *inputs, _ = given
-            if span.start == 0:
+            if place.start == 0:
                 self.inputs = [self._whole(tensor) for tensor in inputs]
                 self.slope = self._whole(leaf)
             for whole, own in zip(self.inputs, inputs, strict=True):
-                whole[:, :, span] = own.detach()
+                whole[:, :, place] = own.detach()
             return leaf
 
         with torch.enable_grad(), _in_its_place(attention):
             output = run()
         output.backward(slope)
         assert leaf.grad is not None
-        self.slope[:, :, span] = leaf.grad
+        self.slope[:, :, place] = leaf.grad
 
     def backward(self) -> None:
         """To the slopes of queries, keys and values, which are put in the place of these."""
         query, key, _ = self.inputs
-        shape, size = (query.shape[3], self.tokens, self.chunk), query.dtype.itemsize
-        most, groups = heads_at_once(query.shape[1], *shape, size), query.shape[1] // key.shape[1]
-        for shared in slices(0, key.shape[1], max(1, most // groups)):
-            self._backward(shared, slices(shared.start * groups, shared.stop * groups, most))
+        heads, groups, team = query.shape[1], query.shape[1] // key.shape[1], self.chunks.team.size
+        shape = query.shape[3], self.chunks.tokens, self.size, query.dtype.itemsize
+        most = heads_at_once(heads, *shape)
+        step = min(max(1, most // groups), -(-key.shape[1] // team))
+        for first in range(0, key.shape[1], step * team):
+            last = min(first + step * team, key.shape[1])
+            shares = slices(first, last, step)
+            shares += [slice(last, last)] * (team - len(shares))
+            self._backward(shares, groups, most)
         del self.output, self.lse, self.slope
 
-    def _backward(self, shared: slice, parts: list[slice]) -> None:
-        """Of some heads of keys, the heads of queries that share them part by part."""
+    def _backward(self, shares: list[slice], groups: int, most: int) -> None:
+        """Of some heads of keys for each process, with those of queries part by part."""
 
-        def here(tensor: Tensor, heads: slice) -> Tensor:
-            return tensor[:, heads].to(self.device)
+        def mine(tensor: Tensor, heads: list[slice]) -> Tensor:
+            return self.chunks.whole([tensor[:, some].to(self.device) for some in heads])
 
-        def part(heads: slice) -> list[Tensor]:
-            kept = (here(tensor, heads) for tensor in (self.output, self.lse))
-            saved = (here(query, heads), *both, *kept)
-            query[:, heads], *found = slopes(here(self.slope, heads), saved, self.options)
-            return found
+        def put(tensor: Tensor, heads: list[slice], whole: Tensor) -> None:
+            back = self.chunks.parts(whole, [some.stop - some.start for some in heads])
+            for some, part in zip(heads, back, strict=True):
+                tensor[:, some] = part
+
+        def part(heads: list[slice]) -> list[Tensor]:
+            kept = (mine(tensor, heads) for tensor in (self.output, self.lse))
+            saved = (mine(query, heads), *both, *kept)
+            slope = mine(self.slope, heads)
+            found = slopes(slope, saved, self.options) if slope.shape[1] else saved[:3]
+            put(query, heads, found[0])
+            return list(found[1:])
 
         query, key, value = self.inputs
-        both = here(key, shared), here(value, shared)
-        sums = part(parts[0])
-        if len(parts) > 1:
+        both = mine(key, shares), mine(value, shares)
+        each = [slices(share.start * groups, share.stop * groups, most) for share in shares]
+        first, *others = itertools.zip_longest(*each, fillvalue=slice(0, 0))
+        sums = part(list(first))
+        if others:
             exact = torch.promote_types(query.dtype, torch.float32)
             sums = [tensor.to(exact) for tensor in sums]
-        for heads in parts[1:]:
-            for total, more in zip(sums, part(heads), strict=True):
+        for heads in others:
+            for total, more in zip(sums, part(list(heads)), strict=True):
                 total += more
-        key[:, shared], value[:, shared] = sums
+        for tensor, total in zip((key, value), sums, strict=True):
+            put(tensor, shares, total.to(tensor.dtype))
 
-    def before(self, span: slice, run: Callable[[], Tensor]) -> None:
+    def before(self, place: slice, run: Callable[[], Tensor]) -> None:
         """From the slopes of a chunk's queries, keys and values back to where ``run`` begins."""
 
         def attention(*given: Any) -> Tensor:
@@ -171,12 +191,13 @@ class Apart:
                 (inputs,) = reached.args
             else:
                 raise AssertionError("a layer without attention")
-        by_inputs = [whole[:, :, span].to(self.device) for whole in self.inputs]
+        by_inputs = [whole[:, :, place].to(self.device) for whole in self.inputs]
         torch.autograd.backward(inputs, by_inputs)
 
     def _whole(self, part: Tensor) -> Tensor:
-        """Room for the whole sequence, of which a part has shape (B, H, C, …)."""
-        return self.empty((*part.shape[:2], self.tokens, *part.shape[3:]), part.dtype)
+        """Room for all of this process's tokens, of which a part has shape (B, H, C, …)."""
+        own = self.chunks.own()[-1].place.stop
+        return self.empty((*part.shape[:2], own, *part.shape[3:]), part.dtype)
 
 
 class _Reached(Exception):

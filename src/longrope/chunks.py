@@ -1,6 +1,7 @@
 """The chunks of a sequence, in order; and where several processes share it, which are whose."""
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,11 @@ class Chunks:
 
     def own(self, size: int | None = None) -> list[Chunk]:
         """This process's chunks, in order; in pieces of at most ``size`` where given."""
+        return self._of(self.team.rank, size)
+
+    def _of(self, rank: int, size: int | None = None) -> list[Chunk]:
         found, place = [], 0
-        for span in self.spans[self.team.rank :: self.team.size]:
+        for span in self.spans[rank :: self.team.size]:
             for start in range(span.start, span.stop, size or self.tokens):
                 stop = min(start + (size or self.tokens), span.stop)
                 found.append(Chunk(slice(start, stop), slice(place, place + stop - start)))
@@ -68,4 +72,48 @@ class Chunks:
             if first < last:
                 at = place.start + first - own.start
                 held[:, first - span.start : last - span.start] = mine[:, at : at + last - first]
-        return torch.stack(self.team.gather(held)).sum(dim=0)  # zeros but for one process's
+        return self.team.sum(held)  # zeros but for one process's
+
+    def whole(self, mine: Sequence[Tensor]) -> Tensor:
+        """From tensors of a process's tokens, one for each process, to one of all tokens.
+
+        Args:
+            mine: for each process some heads, shape (batch, heads, this one's tokens, ...); the
+                same numbers of heads on all.
+
+        Returns:
+            This process's heads, shape (batch, heads, tokens, ...).
+        """
+        if self.team.size == 1:
+            return mine[0]
+        heads, tokens = max(tensor.shape[1] for tensor in mine), self._longest
+        found = self.team.exchange([_padded(tensor, heads, tokens) for tensor in mine])
+        first = mine[self.team.rank]
+        result = first.new_empty((*first.shape[:2], self.tokens, *first.shape[3:]))
+        for rank, part in enumerate(found):
+            for span, place in self._of(rank):
+                result[:, :, span] = part[:, : first.shape[1], place]
+        return result
+
+    def parts(self, whole: Tensor, heads: Sequence[int]) -> list[Tensor]:
+        """The way back: of every process's heads, so many, this one's tokens."""
+        if self.team.size == 1:
+            return [whole]
+        sent = []
+        for rank in range(self.team.size):
+            theirs = torch.cat([whole[:, :, span] for span, _ in self._of(rank)], dim=2)
+            sent.append(_padded(theirs, max(heads), self._longest))
+        own = self.own()[-1].place.stop
+        found = zip(self.team.exchange(sent), heads, strict=True)
+        return [part[:, :count, :own] for part, count in found]
+
+    @property
+    def _longest(self) -> int:
+        """The most tokens that a process has."""
+        return max(self._of(rank)[-1].place.stop for rank in range(self.team.size))
+
+
+def _padded(tensor: Tensor, heads: int, tokens: int) -> Tensor:
+    room = tensor.new_zeros((tensor.shape[0], heads, tokens, *tensor.shape[3:]))
+    room[:, : tensor.shape[1], : tensor.shape[2]] = tensor
+    return room

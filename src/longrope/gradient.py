@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longrope import attention_gradient
+from longrope.chunks import Chunks
 from longrope.facts import ModelFacts
 from longrope.forward import LongForward
 from longrope.layers import Recording
@@ -54,23 +55,24 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
     assert site is not None
     rotary = getattr(site.owner, site.name)
     assert isinstance(rotary, RescaledRotary), "installed(…, always=True) is missing"
-    assert forward.team.size == 1, "slopes are not shared by a team"
     ids_BT = input_ids.to(forward.device)
     inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
     counted = answer_tokens or targets_BT.shape[1]
 
     def compute() -> Slope:
-        spans = [chunk.span for chunk in forward.chunks(inputs_BT.shape[1]).own()]
+        chunks = forward.chunks(inputs_BT.shape[1])
         rotary.tape = []
-        hidden_BTD, recordings = forward.embed(inputs_BT, forward.chunks(inputs_BT.shape[1]).own())
+        hidden_BTD, recordings = forward.embed(inputs_BT, chunks.own())
         handed_out, rotary.tape = rotary.tape, None  # the head rotates nothing
-        loss_of = functools.partial(_head, forward, inputs_BT, targets_BT, counted)
+        loss_of = functools.partial(_head, forward, chunks, inputs_BT, targets_BT, counted)
         shape = len(forward.layers), hidden_BTD.shape[2], hidden_BTD.shape[1]
-        if not forward.offloaded and is_kept(*shape, len(spans)):
+        if not forward.offloaded and is_kept(*shape, len(chunks.spans)):
             loss = _in_one(forward, hidden_BTD, recordings[0], loss_of)
         else:
-            loss = _by_layers(forward, hidden_BTD, recordings, spans, loss_of)
-        return Slope(loss, rotary.gradient(handed_out))
+            loss = _by_layers(forward, hidden_BTD, recordings, chunks, loss_of)
+        found = torch.cat([torch.tensor([loss]).double(), rotary.gradient(handed_out)])
+        loss, *by_factor = chunks.team.sum(found)
+        return Slope(loss.item(), torch.stack(by_factor))
 
     try:
         with torch.no_grad(), _frozen(forward.model), forward.attention(attention_gradient.NAME):
@@ -122,13 +124,13 @@ def _by_layers(
     forward: LongForward,
     hidden_BTD: Tensor,
     recordings: list[Recording],
-    spans: list[slice],
+    chunks: Chunks,
     loss_of: _LossOf,
 ) -> float:
     """The loss, and back: a layer at a time, and of that a chunk or some heads of its attention."""
     layers = []
     for index in range(len(forward.layers)):
-        layers.append(_Layer(forward, index, recordings, spans, hidden_BTD))
+        layers.append(_Layer(forward, index, recordings, chunks, hidden_BTD))
         hidden_BTD = layers[-1].output()
     recordings[0].cache.forget()
     loss, slope_BTD = loss_of(hidden_BTD)
@@ -146,45 +148,43 @@ class _Layer:
         forward: LongForward,
         index: int,
         recordings: list[Recording],
-        spans: list[slice],
+        chunks: Chunks,
         hidden_BTD: Tensor,
     ):
         self.forward, self.layer = forward, forward.layers[index]
-        self.recordings, self.spans, self.hidden_BTD = recordings, spans, hidden_BTD
+        self.recordings, self.chunks, self.hidden_BTD = recordings, chunks, hidden_BTD
         self.arguments = [recording.arguments[index] for recording in recordings]
-        self.apart = attention_gradient.Apart(
-            spans[-1].stop, forward.chunk, forward.device, forward.empty
-        )
+        self.apart = attention_gradient.Apart(chunks, forward.chunk, forward.device, forward.empty)
 
     def output(self) -> Tensor:
         """The layer's output, shape as its input."""
         result_BTD = self.forward.empty(self.hidden_BTD.shape, self.hidden_BTD.dtype)
-        for number, span in enumerate(self.spans):
+        for number, (span, place) in enumerate(self.chunks.own()):
             cache = self.recordings[number].cache
-            cache.start = span.start
-            run = functools.partial(self._run, number, self._input(span), cache)
-            result_BTD[:, span] = self.apart.attend(span, run)
+            cache.start, cache.together = span.start, self.chunks.together(number)
+            run = functools.partial(self._run, number, self._input(place), cache)
+            result_BTD[:, place] = self.apart.attend(place, run)
         return result_BTD
 
     def backward(self, slope_BTD: Tensor) -> None:
         """From d loss / d output to d loss / d input, in its place; the cosines gather theirs."""
-        for number, span in enumerate(self.spans):
-            hidden = self._input(span).requires_grad_()
+        own = list(enumerate(self.chunks.own()))
+        for number, (span, place) in own:
+            hidden = self._input(place).requires_grad_()
             run = functools.partial(self._run, number, hidden, _OwnKeys(span.start))
-            self.apart.after(span, run, slope_BTD[:, span].to(self.forward.device))
+            self.apart.after(place, run, slope_BTD[:, place].to(self.forward.device))
             assert hidden.grad is not None
-            slope_BTD[:, span] = hidden.grad
+            slope_BTD[:, place] = hidden.grad
         self.apart.backward()
-        for number, span in enumerate(self.spans):
-            hidden = self._input(span).requires_grad_()
-            self.apart.before(
-                span, functools.partial(self._run, number, hidden, _OwnKeys(span.start))
-            )
+        for number, (span, place) in own:
+            hidden = self._input(place).requires_grad_()
+            run = functools.partial(self._run, number, hidden, _OwnKeys(span.start))
+            self.apart.before(place, run)
             assert hidden.grad is not None
-            slope_BTD[:, span] += hidden.grad.to(slope_BTD.device)
+            slope_BTD[:, place] += hidden.grad.to(slope_BTD.device)
 
-    def _input(self, span: slice) -> Tensor:
-        return self.hidden_BTD[:, span].to(self.forward.device).detach()
+    def _input(self, place: slice) -> Tensor:
+        return self.hidden_BTD[:, place].to(self.forward.device).detach()
 
     def _run(self, number: int, hidden: Tensor, cache: Any) -> Tensor:
         return _run(self.layer, hidden, self.arguments[number], self.recordings[number], cache)
@@ -214,24 +214,32 @@ class _OwnKeys:
 
 
 def _head(
-    forward: LongForward, inputs_BT: Tensor, targets_BT: Tensor, counted: int, hidden_BTD: Tensor
+    forward: LongForward,
+    chunks: Chunks,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    counted: int,
+    hidden_BTD: Tensor,
 ) -> tuple[float, Tensor]:
-    """The mean loss of the last ``counted`` tokens, and its slope by the last hidden states."""
+    """This process's share of the mean loss of the last ``counted`` tokens, and its slope by the
+    last hidden states.
+    """
     slope_BTD, total = forward.empty(hidden_BTD.shape, hidden_BTD.dtype), 0.0
-    tokens = targets_BT.shape[1]
-    slope_BTD[:, : tokens - counted] = 0
-    for span, _ in forward.chunks(tokens).own(forward.head_rows):
-        span = slice(max(span.start, tokens - counted), span.stop)
-        if span.start >= span.stop:
+    for span, place in chunks.own(forward.head_rows):
+        first = max(span.start, targets_BT.shape[1] - counted)
+        if first >= span.stop:
+            slope_BTD[:, place] = 0
             continue
-        leaf = hidden_BTD[:, span].to(forward.device).detach().requires_grad_()
+        slope_BTD[:, place.start : place.stop - (span.stop - first)] = 0
+        span, place = slice(first, span.stop), slice(place.stop - (span.stop - first), place.stop)
+        leaf = hidden_BTD[:, place].to(forward.device).detach().requires_grad_()
         with torch.enable_grad():
             logits = forward.logits(inputs_BT, leaf, span)
         loss, slope = loss_and_slope(logits.detach(), targets_BT[:, span], 1 / counted)
         logits.backward(slope)
         total += loss
         assert leaf.grad is not None
-        slope_BTD[:, span] = leaf.grad
+        slope_BTD[:, place] = leaf.grad
     return total / counted, slope_BTD
 
 

@@ -59,6 +59,26 @@ class Team:
             dist.all_gather(found, raw, group=self._group)
         return [one.view(tensor.dtype) for one in found]
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor, in their order: the same bits for all.
+
+        Raises:
+            RankLost: a process is gone.
+        """
+        return torch.stack(self.gather(tensor)).sum(dim=0) if self.size > 1 else tensor
+
+    def exchange(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A tensor to every process, all of one shape; and what each of them had for this one.
+
+        Raises:
+            RankLost: a process is gone.
+        """
+        sent = torch.stack([tensor.contiguous().view(torch.uint8) for tensor in tensors])
+        found = torch.empty_like(sent)
+        with _losses_named():
+            dist.all_to_all_single(found, sent, group=self._group)
+        return [one.view(tensors[0].dtype) for one in found]
+
 
 class Ranks:
     """This process among those that torchrun started; alone, every call is trivial.

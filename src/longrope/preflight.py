@@ -10,7 +10,6 @@ from longrope.model import find_device, find_waiting
 from longrope.parallel import Ranks, local_device
 from longrope.pools import Pools
 from longrope.recipe import Recipe
-from longrope.search.stage import require_slopes
 from longrope.stages import Costs, Stage
 from longrope.train.finetune import require_lora
 from longrope.windows import parse_extension
@@ -48,12 +47,11 @@ def check_search(facts: ModelFacts, recipe: Recipe, ranks: Ranks) -> None:
     """Refuse the search alone that a recipe asks for, before any weight is read.
 
     Raises:
-        ValueError: a device that is not there, too little memory, or slopes that cannot be taken.
+        ValueError: a device that is not there, or too little memory.
     """
     device = find_device("--device", local_device(recipe.device))
     if recipe.hidden_device:
         find_waiting("--hidden-device", recipe.hidden_device)
-    require_slopes(recipe.search.algorithm, ranks)
     cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
     stage = cost.search("search", parse_extension(recipe.target, facts))
     memory = available(device, hidden_device=recipe.hidden_device)
@@ -69,11 +67,6 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
     recipe = run.recipe
     if recipe.hidden_device:
         find_waiting("hidden_device", recipe.hidden_device)
-    for stage in stages:
-        if stage.kind == "search":
-            key, section = recipe.section(stage.name)
-            if section.method == "search":
-                require_slopes(section.algorithm, run.ranks, f"{key}.algorithm")
     if any(stage.kind == "finetune" for stage in stages):
         _, _, number = (recipe.device or "").partition("cuda:")
         if number not in ("", "0"):

@@ -53,7 +53,7 @@ class Costs:
         where = recipe.hidden_device
         self.on_disk = where is not None and names_folder(where)
         self.on_host = where == "cpu" and not on_cpu
-        self.hidden = facts.hidden_size / team
+        self.team, self.hidden = team, facts.hidden_size / team
         self.dtype = facts.dtype if recipe.dtype == "auto" else recipe.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = facts.parameters * self.size
@@ -205,21 +205,18 @@ class Costs:
         log-sum-exps of this; of the layer at work queries, keys, values and their slopes.
         """
         facts, chunk = self.facts, min(length, self.chunk)
-        heads = facts.heads * facts.head_dim
-        forward = self._forward_memory(length)
-        if not self.recipe.offload and is_kept(
-            facts.layers, facts.hidden_size, length, -(-length // chunk)
-        ):
+        groups, rows = facts.heads // facts.kv_heads, facts.head_dim / self.team
+        forward, chunks = self._forward_memory(length), -(-length // chunk) * self.team
+        if not self.recipe.offload and is_kept(facts.layers, facts.hidden_size, length, chunks):
             graph = graph_bytes(facts.layers, facts.hidden_size, length)
             return forward + graph, 2 * length * self.hidden * self.size
         graph = graph_bytes(1, facts.hidden_size, chunk)
         here = self.on_cpu or not (self.on_host or self.on_disk)
-        some_heads = backward_bytes(
-            facts.heads, facts.head_dim, length, self.chunk, self.size, here
-        )
+        share = -(-facts.kv_heads // self.team) * groups
+        some_heads = backward_bytes(share, facts.head_dim, length, self.chunk, self.size, here)
         work = self._held() + length * (24 + 2 * self._angles * self.size) + max(graph, some_heads)
-        each = (self.hidden + heads) * self.size + 4 * facts.heads
-        once = (self.hidden + 2 * heads + 2 * facts.kv_heads * facts.head_dim) * self.size
+        each = (self.hidden + facts.heads * rows) * self.size + 4 * facts.heads / self.team
+        once = (self.hidden + 2 * (facts.heads + facts.kv_heads) * rows) * self.size
         return max(forward, work), length * (facts.layers * each + once)
 
     @property

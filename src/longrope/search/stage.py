@@ -190,7 +190,6 @@ def search_stage(
         raise ValueError(
             "--dtype float16: slopes are too small for it; give bfloat16 or --algorithm paper"
         )
-    require_slopes(how.algorithm, ranks)
     start, length = problem.space.start, problem.space.start.max_position_embeddings
     questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
     forward = loaded.forward(how.chunk, how.hidden_device)
@@ -260,19 +259,6 @@ def _config(
         upper=problem.space.upper,
         start_tokens=problem.space.start_tokens,
     )
-
-
-def require_slopes(algorithm: str, ranks: Ranks, key: str = "--algorithm") -> None:
-    """The fast search's slopes are one process's work.
-
-    Raises:
-        ValueError: it would have to share them with a team.
-    """
-    if algorithm == "fast" and ranks.team.size > 1:
-        raise ValueError(
-            f"--sequence-parallel is {ranks.team.size}, and {key} is fast, which cannot share a "
-            "slope: make it paper, or leave --sequence-parallel out"
-        )
 
 
 class _Reporter:
