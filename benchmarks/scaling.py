@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import long_forward
@@ -22,10 +23,12 @@ import torch
 import transformers
 
 from longrope.facts import inspect_model
+from longrope.gradient import gradient
 from longrope.model import load_model
 from longrope.parallel import Ranks, ranks
 from longrope.plan import make_plan
 from longrope.recipe import load_recipe, make_recipe
+from longrope.rope.install import installed
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.problem import first_search
 from longrope.search.stage import SearchSettings, search_stage
@@ -63,18 +66,22 @@ def _search(how: SearchSettings, these: Ranks, out: Path) -> float:
 
 
 def shared(args: argparse.Namespace) -> None:
-    """One process of a team: seconds of one sequence."""
+    """One process of a team: seconds of one sequence, and of its slope."""
     torch.set_num_threads(1)
     with ranks(int(os.environ.get("WORLD_SIZE", "1"))) as these:
         loaded = load_model("bundled", dtype="float32", device="cpu", team=these.team)
         ids = torch.randint(3, 1536, (1, 16_385), generator=torch.Generator().manual_seed(0))
-        forward = loaded.forward(1024)
-        these.gather(0.0)
-        started = time.perf_counter()
-        forward.losses(ids)
-        seconds = time.perf_counter() - started
+        forward, found = loaded.forward(1024), {}
+        with installed(loaded.model, loaded.facts.rescale("yarn", 16_384), always=True):
+            work = {"one sequence of 16,384": forward.losses}
+            work["its slope"] = partial(gradient, forward)
+            for name, compute in work.items():
+                these.gather(0.0)
+                started = time.perf_counter()
+                compute(ids)
+                found[name] = time.perf_counter() - started
     if these.first:
-        print(json.dumps({"one sequence of 16,384": seconds}), flush=True)
+        print(json.dumps(found), flush=True)
 
 
 def processes(args: argparse.Namespace) -> None:

@@ -103,6 +103,14 @@ def test_in_bfloat16(ids, kept, monkeypatch):
         assert F.cosine_similarity(*slopes, dim=0) > 0.98
 
 
+def test_the_loss_is_the_forward_s(ids):
+    model = micro_model(FAMILIES["llama"]()).double()
+    with installed(model, yarn(model), always=True):
+        forward = LongForward(model, 40)
+        found = gradient(forward, ids[:1]).loss
+        assert found == pytest.approx(forward.losses(ids[:1]).mean().item(), rel=1e-12)
+
+
 def test_out_of_memory_halves_the_chunk(micro_models, ids, monkeypatch):
     model = micro_models("llama")
     forward = LongForward(model, 64)
@@ -198,10 +206,15 @@ def test_attention_equals_brute_force(
     assert_close([tensor.grad for tensor in inputs], list(expected), rtol=1e-6, atol=1e-8)
 
 
-def test_bfloat16_sums_no_worse_where_there_is_much_to_sum():
-    """8,192 queries ask the same of the first keys."""
+@pytest.mark.parametrize(("tokens", "groups"), [(8192, 1), (4096, 8)])
+def test_bfloat16_sums_no_worse_where_there_is_much_to_sum(tokens, groups):
+    """So many queries ask the same of the first keys."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value, slope = torch.randn(4, 1, 1, 8192, 32, generator=generator)
+
+    def normal(heads):
+        return torch.randn(1, heads, tokens, 32, generator=generator)
+
+    query, slope, key, value = normal(groups), normal(groups), normal(1), normal(1)
     options = (32**-0.5, None, None)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -211,7 +224,7 @@ def test_bfloat16_sums_no_worse_where_there_is_much_to_sum():
     for rough, exact in zip(found[torch.bfloat16], found[torch.float32], strict=True):
         for part in (slice(0, 64), slice(64, None)):
             error = (rough[:, :, part] - exact[:, :, part]).norm() / exact[:, :, part].norm()
-            assert error < 2**-7
+            assert error < 2**-8 * 1.5
 
 
 @pytest.mark.parametrize("times", [0, 2])

@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from longrope.attention_gradient import Apart, differentiable_attention
 from longrope.chunks import Chunks
 from longrope.forward import Asked, LongForward
 from longrope.gradient import gradient
@@ -90,6 +94,80 @@ def test_a_team_computes_what_one_process_does(tmp_path, members):
         ours, theirs = (torch.tensor(side[name]) for side in (found, expected))
         atol = 1e-4 * max(theirs.abs().max().item(), 0.01) if "slope" in name else 1e-4
         assert_close(ours, theirs, rtol=1e-4, atol=atol, msg=name)
+
+
+class Thread(Team):
+    """A team's member that exchanges with the others of its own process."""
+
+    def __init__(self, rank, size, board, barrier):
+        super().__init__(rank, size)
+        self.board, self.barrier = board, barrier
+
+    def exchange(self, tensor):
+        self.board[self.rank] = tensor
+        self.barrier.wait(20)
+        found = torch.stack([sent[self.rank] for sent in self.board])
+        self.barrier.wait(20)
+        return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    chunk=st.integers(1, 20),
+    members=st.integers(2, 4),
+    kv_heads=st.integers(1, 5),
+    groups=st.sampled_from([1, 3]),
+    at_once=st.sampled_from([1, 2, 4, 100]),
+    value_dim=st.sampled_from([8, 5]),
+)
+def test_members_have_some_heads_of_attention_each(
+    tokens, chunk, members, kv_heads, groups, at_once, value_dim
+):
+    """Idle ones, uneven chunks and heads that are shared among them."""
+    generator = torch.Generator().manual_seed(tokens * 100 + chunk)
+
+    def normal(heads, dim=8):
+        return torch.randn(2, heads, tokens, dim, dtype=torch.float64, generator=generator)
+
+    inputs = normal(kv_heads * groups), normal(kv_heads), normal(kv_heads, value_dim)
+    weight = normal(kv_heads * groups, value_dim).transpose(1, 2)
+
+    def whole(*inputs):
+        return differentiable_attention(None, *inputs, None, 0.3)[0]
+
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    expected = torch.autograd.grad((whole(*leaves) * weight).sum(), leaves)
+    board, barrier = [None] * members, threading.Barrier(members)
+
+    def member(rank):
+        chunks = Chunks(tokens, chunk, Thread(rank, members, board, barrier))
+        apart = Apart(
+            chunks, chunk, torch.device("cpu"), lambda s, dtype: torch.empty(s, dtype=dtype)
+        )
+        mine = [tensor.clone().requires_grad_() for tensor in inputs]
+        query, *both = mine
+
+        def layer(span, first):
+            return whole(query[:, :, span], *(tensor[:, :, first : span.stop] for tensor in both))
+
+        with torch.no_grad():
+            for span, place in chunks.own():
+                apart.attend(place, partial(layer, span, 0))
+            for span, place in chunks.own():
+                apart.after(place, partial(layer, span, span.start), weight[:, span])
+            apart.backward()
+            for span, place in chunks.own():
+                apart.before(place, partial(layer, span, span.start))
+        return [tensor.grad for tensor in mine], chunks.team.size > 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longrope.attention_gradient.heads_at_once", lambda *_: at_once)
+        with ThreadPoolExecutor(members) as pool:
+            found = list(pool.map(member, range(members)))
+    shares = [grads for grads, shared in found if shared] or [found[0][0]]
+    total = [sum(each) for each in zip(*shares, strict=True)]
+    assert_close(total, list(expected), rtol=1e-9, atol=1e-12)
 
 
 @given(tokens=st.integers(1, 300), size=st.integers(1, 50), members=st.integers(1, 5))

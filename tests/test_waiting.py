@@ -17,10 +17,11 @@ from longrope.facts import inspect_model
 from longrope.forward import LongForward
 from longrope.gradient import gradient
 from longrope.model import find_waiting
+from longrope.parallel import RankLost
 from longrope.recipe import make_recipe
 from longrope.rope.install import installed
 from longrope.stages import Costs
-from longrope.waiting import names_folder, room
+from longrope.waiting import names_folder, room, say_if_in_memory
 from program import LONGROPE, succeeds
 from test_forward import yarn
 
@@ -65,10 +66,23 @@ def test_a_full_disk_is_said(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_launcher_s_word_is_not_a_full_disk(tmp_path, monkeypatch):
+    """As where another process of the team found the disk full, and this one is told to end."""
+
+    def told(*_):
+        raise RankLost("another process of this run died")
+
+    monkeypatch.setattr(os, "posix_fallocate", told, raising=False)
+    with pytest.raises(RankLost, match="another process"):
+        room(tmp_path, (10,), torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="a folder in memory")
 def test_a_folder_in_memory_is_said(tmp_path, caplog):
+    say_if_in_memory.cache_clear()
     assert find_waiting("--hidden-device", "/dev/shm") == Path("/dev/shm")
-    assert "--hidden-device /dev/shm: what is in that folder is in memory" in caplog.text
+    assert "hidden_device /dev/shm: files there are in memory" in caplog.text
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux says what is open")
@@ -92,7 +106,7 @@ def test_a_device_or_a_folder(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is held")
 def test_memory_does_not_hold_what_a_slope_keeps(tmp_path):
-    """Sixteen layers on 1,500 tokens keep 130 MB, in memory or in a folder."""
+    """Sixteen layers on 1,000 tokens keep 90 MB, in memory or in a folder."""
     program = (
         "import sys, torch\n"
         "sys.path.insert(0, sys.argv[2])\n"
@@ -111,30 +125,28 @@ def test_memory_does_not_hold_what_a_slope_keeps(tmp_path):
         "config = FAMILIES['llama']()\n"
         "config.num_hidden_layers, config.hidden_size, config.head_dim = 16, 1024, 64\n"
         "config.intermediate_size = 64\n"
-        "model, most = micro_model(config), []\n"
-        "where = Path(sys.argv[1]) if sys.argv[1] else None\n"
-        "forward = LongForward(model, 256, where)\n"
+        "model, seen = micro_model(config), []\n"
+        "for layer in model.model.layers:\n"
+        "    layer.register_forward_pre_hook(lambda *_: seen.append(held()))\n"
         "with installed(model, yarn(model), always=True):\n"
-        "    gradient(forward, torch.arange(3, 203)[None])\n"
-        "    before = held()\n"
-        "    for layer in model.model.layers:\n"
-        "        layer.register_forward_pre_hook(lambda *_: most.append(held()))\n"
-        "    found = gradient(forward, torch.randint(3, 1500, (1, 1501)))\n"
-        "print(max(most) - before)\n"
+        "    gradient(LongForward(model, 256), torch.arange(3, 203)[None])\n"
+        "    for where in (Path(sys.argv[1]), None):\n"
+        "        before = held()\n"
+        "        seen.clear()\n"
+        "        gradient(LongForward(model, 256, where), torch.randint(3, 1500, (1, 1001)))\n"
+        "        print(max(seen) - before)\n"
     )
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
-    took = []
-    for where in ("", str(tmp_path)):
-        done = subprocess.run(
-            [sys.executable, "-c", program, where, str(Path(__file__).parent)],
-            capture_output=True,
-            text=True,
-            env=env,
-        )
-        assert done.returncode == 0, done.stderr
-        took.append(int(done.stdout))
-    assert took[0] > 125e6
-    assert took[1] < took[0] - 110e6
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, Path(__file__).parent],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    in_folder, in_memory = map(int, done.stdout.split())
+    assert in_memory > 80e6
+    assert in_folder < in_memory - 70e6
 
 
 def test_a_search_finds_the_same_and_a_killed_one_leaves_no_file(texts, tmp_path):

@@ -137,7 +137,9 @@ class Apart:
         heads, groups, team = query.shape[1], query.shape[1] // key.shape[1], self.chunks.team.size
         shape = query.shape[3], self.chunks.tokens, self.size, query.dtype.itemsize
         most = heads_at_once(heads, *shape)
-        step = min(max(1, most // groups), -(-key.shape[1] // team))
+        # As few rounds as there may be, and in each as much for every process.
+        rounds = -(-key.shape[1] // (max(1, most // groups) * team))
+        step = -(-key.shape[1] // (rounds * team))
         for first in range(0, key.shape[1], step * team):
             last = min(first + step * team, key.shape[1])
             shares = slices(first, last, step)
@@ -149,10 +151,10 @@ class Apart:
         """Of some heads of keys for each process, with those of queries part by part."""
 
         def mine(tensor: Tensor, heads: list[slice]) -> Tensor:
-            return self.chunks.whole([tensor[:, some].to(self.device) for some in heads])
+            return self.chunks.to_heads([tensor[:, some].to(self.device) for some in heads])
 
         def put(tensor: Tensor, heads: list[slice], whole: Tensor) -> None:
-            back = self.chunks.parts(whole, [some.stop - some.start for some in heads])
+            back = self.chunks.to_tokens(whole, [some.stop - some.start for some in heads])
             for some, part in zip(heads, back, strict=True):
                 tensor[:, some] = part
 
@@ -160,9 +162,12 @@ class Apart:
             kept = (mine(tensor, heads) for tensor in (self.output, self.lse))
             saved = (mine(query, heads), *both, *kept)
             slope = mine(self.slope, heads)
-            found = slopes(slope, saved, self.options) if slope.shape[1] else saved[:3]
-            put(query, heads, found[0])
-            return list(found[1:])
+            if slope.shape[1]:
+                by_query, *found = slopes(slope, saved, self.options)
+            else:  # nothing to do but to hand out what the others ask for
+                by_query, *found = (torch.zeros_like(tensor) for tensor in saved[:3])
+            put(query, heads, by_query)
+            return found
 
         query, key, value = self.inputs
         both = mine(key, shares), mine(value, shares)

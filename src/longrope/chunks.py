@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from longrope.parallel import Team
@@ -74,46 +73,45 @@ class Chunks:
                 held[:, first - span.start : last - span.start] = mine[:, at : at + last - first]
         return self.team.sum(held)  # zeros but for one process's
 
-    def whole(self, mine: Sequence[Tensor]) -> Tensor:
-        """From tensors of a process's tokens, one for each process, to one of all tokens.
+    def to_heads(self, own: Sequence[Tensor]) -> Tensor:
+        """From all heads of a process's own tokens to its own heads of all tokens.
 
         Args:
-            mine: for each process some heads, shape (batch, heads, this one's tokens, ...); the
-                same numbers of heads on all.
+            own: the heads that each process is to have, as many for one on all of them; shapes
+                (batch, heads, this process's tokens, ...).
 
         Returns:
             This process's heads, shape (batch, heads, tokens, ...).
         """
         if self.team.size == 1:
-            return mine[0]
-        heads, tokens = max(tensor.shape[1] for tensor in mine), self._longest
-        found = self.team.exchange([_padded(tensor, heads, tokens) for tensor in mine])
-        first = mine[self.team.rank]
-        result = first.new_empty((*first.shape[:2], self.tokens, *first.shape[3:]))
+            return own[0]
+        heads, mine = max(tensor.shape[1] for tensor in own), own[self.team.rank]
+        sent = self._room(mine, heads)
+        for room, tensor in zip(sent, own, strict=True):
+            room[:, : tensor.shape[1], : tensor.shape[2]] = tensor
+        found = self.team.exchange(sent)
+        whole = mine.new_empty((*mine.shape[:2], self.tokens, *mine.shape[3:]))
         for rank, part in enumerate(found):
             for span, place in self._of(rank):
-                result[:, :, span] = part[:, : first.shape[1], place]
-        return result
+                whole[:, :, span] = part[:, : mine.shape[1], place]
+        return whole
 
-    def parts(self, whole: Tensor, heads: Sequence[int]) -> list[Tensor]:
-        """The way back: of every process's heads, so many, this one's tokens."""
+    def to_tokens(self, whole: Tensor, heads: Sequence[int]) -> list[Tensor]:
+        """The way back: what each process has, so many heads of all tokens, of this one's own.
+
+        Returns:
+            For each process a tensor of shape (batch, heads, this process's tokens, ...).
+        """
         if self.team.size == 1:
             return [whole]
-        sent = []
-        for rank in range(self.team.size):
-            theirs = torch.cat([whole[:, :, span] for span, _ in self._of(rank)], dim=2)
-            sent.append(_padded(theirs, max(heads), self._longest))
-        own = self.own()[-1].place.stop
-        found = zip(self.team.exchange(sent), heads, strict=True)
-        return [part[:, :count, :own] for part, count in found]
+        sent = self._room(whole, max(heads))
+        for rank, room in enumerate(sent):
+            for span, place in self._of(rank):
+                room[:, : whole.shape[1], place] = whole[:, :, span]
+        found, own = self.team.exchange(sent), self.own()[-1].place.stop
+        return [part[:, :count, :own] for part, count in zip(found, heads, strict=True)]
 
-    @property
-    def _longest(self) -> int:
-        """The most tokens that a process has."""
-        return max(self._of(rank)[-1].place.stop for rank in range(self.team.size))
-
-
-def _padded(tensor: Tensor, heads: int, tokens: int) -> Tensor:
-    room = tensor.new_zeros((tensor.shape[0], heads, tokens, *tensor.shape[3:]))
-    room[:, : tensor.shape[1], : tensor.shape[2]] = tensor
-    return room
+    def _room(self, like: Tensor, heads: int) -> Tensor:
+        """For every process so many heads of as many tokens as any of them has."""
+        longest = max(self._of(rank)[-1].place.stop for rank in range(self.team.size))
+        return like.new_zeros((self.team.size, like.shape[0], heads, longest, *like.shape[3:]))

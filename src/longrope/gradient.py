@@ -5,7 +5,7 @@ input and its attention's output, where the hidden states live. Going back it ta
 from the last to the first: each runs again with gradients, chunk by chunk, what follows its
 attention and what comes before; between the two its attention is gone back through by itself, some
 heads at a time, so that a device needs about what it does for a forward. The graph of a sequence
-of one chunk is kept if it is small, and nothing runs twice.
+of one chunk is kept if it is small, and nothing runs twice. A team of processes shares all of it.
 """
 
 import contextlib
@@ -70,9 +70,9 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
             loss = _in_one(forward, hidden_BTD, recordings[0], loss_of)
         else:
             loss = _by_layers(forward, hidden_BTD, recordings, chunks, loss_of)
-        found = torch.cat([torch.tensor([loss]).double(), rotary.gradient(handed_out)])
-        loss, *by_factor = chunks.team.sum(found)
-        return Slope(loss.item(), torch.stack(by_factor))
+        by_factor = rotary.gradient(handed_out)
+        found = chunks.team.sum(torch.cat([by_factor, by_factor.new_tensor([loss])]))
+        return Slope(found[-1].item(), found[:-1])
 
     try:
         with torch.no_grad(), _frozen(forward.model), forward.attention(attention_gradient.NAME):
@@ -85,7 +85,7 @@ def forwards(facts: ModelFacts, length: int, chunk: int) -> float:
     """What one gradient costs, in forwards of the same sequence, by FLOPs.
 
     The weights are frozen: a product with weights is done once forward and once backward. The same
-    where weights are offloaded, whose graphs are never kept, so that histories are the same too.
+    for offloaded weights and for a team, which keep no graph, so that histories are the same too.
     """
     linear, attention = facts.forward_flops(length)
     again = 0.0

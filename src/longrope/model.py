@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,7 @@ from longrope.parallel import Team
 from longrope.probe import why_not
 from longrope.rope.site import find_rotary
 from longrope.source import quiet, read_pretrained
-from longrope.waiting import in_memory, names_folder
-
-log = logging.getLogger(__name__)
+from longrope.waiting import names_folder, say_if_in_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +152,7 @@ def find_waiting(option: str, name: str) -> torch.device | Path:
     folder = Path(name).expanduser()
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{option} {name}: no device, and no folder that can be written")
-    if in_memory(folder):
-        log.warning("%s %s: what is in that folder is in memory, not on a disk", option, name)
+    say_if_in_memory(folder)
     return folder
 
 

@@ -67,17 +67,17 @@ class Team:
         """
         return torch.stack(self.gather(tensor)).sum(dim=0) if self.size > 1 else tensor
 
-    def exchange(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A tensor to every process, all of one shape; and what each of them had for this one.
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """From what is for each process, shape (size, …), to what each of them had for this one.
 
         Raises:
             RankLost: a process is gone.
         """
-        sent = torch.stack([tensor.contiguous().view(torch.uint8) for tensor in tensors])
+        sent = tensor.view(torch.uint8)
         found = torch.empty_like(sent)
         with _losses_named():
             dist.all_to_all_single(found, sent, group=self._group)
-        return [one.view(tensors[0].dtype) for one in found]
+        return found.view(tensor.dtype)
 
 
 class Ranks:

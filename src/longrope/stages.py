@@ -211,7 +211,7 @@ class Costs:
             graph = graph_bytes(facts.layers, facts.hidden_size, length)
             return forward + graph, 2 * length * self.hidden * self.size
         graph = graph_bytes(1, facts.hidden_size, chunk)
-        here = self.on_cpu or not (self.on_host or self.on_disk)
+        here = self.team == 1 and (self.on_cpu or not (self.on_host or self.on_disk))
         share = -(-facts.kv_heads // self.team) * groups
         some_heads = backward_bytes(share, facts.head_dim, length, self.chunk, self.size, here)
         work = self._held() + length * (24 + 2 * self._angles * self.size) + max(graph, some_heads)

@@ -6,6 +6,8 @@ what disks are for, and the system's own cache keeps as much of it in memory as 
 """
 
 import errno
+import functools
+import logging
 import math
 import os
 import shutil
@@ -16,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrope.parallel import local_processes
+from longrope.parallel import RankLost, local_processes
+
+log = logging.getLogger(__name__)
 
 
 def names_folder(name: str) -> bool:
@@ -51,6 +55,8 @@ def room(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtype) -
                 os.posix_fallocate(descriptor, 0, size)
         finally:
             os.close(descriptor)
+    except RankLost:  # a launcher's word, whatever is under way
+        raise
     except (OSError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -59,6 +65,13 @@ def room(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtype) -
             f"a {'larger disk' if full else 'disk that files can be made and mapped on'}"
         ) from None
     return tensor.view(shape)
+
+
+@functools.cache
+def say_if_in_memory(folder: Path) -> None:
+    """Once, that what waits in a folder is not on a disk."""
+    if in_memory(folder):
+        log.warning("hidden_device %s: files there are in memory, not on a disk", folder)
 
 
 def in_memory(folder: Path) -> bool:
