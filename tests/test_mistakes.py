@@ -138,7 +138,7 @@ def test_memory(tmp_path):
     search = ["search", "--target", "1000000x", "--device", "cpu"]
     line = refused(*search, "--out", tmp_path / "out")
     assert "search at 256,000,000 tokens needs about" in line
-    assert "try --algorithm paper, --offload weights, a smaller --target" in line
+    assert "try --algorithm paper, --hidden-device FOLDER, --offload weights, a smaller" in line
     assert not (tmp_path / "out").exists()
 
 

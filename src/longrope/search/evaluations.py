@@ -153,8 +153,8 @@ class Evaluations:
         fits &= {name: line.get(name) for name in asked} == asked
         if not fits or line.get("part") != trial.part:
             raise ValueError(
-                f"{self.record.history} is damaged at evaluation {number}: it is not what this "
-                f"search asked for; delete {self.out} to start over"
+                f"{self.record.history} is damaged at evaluation {number}, or another version's: "
+                f"it is not what this search asked for; delete {self.out} to start over"
             )
         found = Outcome(
             math.nan if loss is None else loss,
