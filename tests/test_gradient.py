@@ -219,12 +219,33 @@ def test_bfloat16_sums_no_worse_where_there_is_much_to_sum(tokens, groups):
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [tensor.to(torch.bfloat16).to(dtype) for tensor in (query, key, value)]
-        saved = *inputs, *attention_backward.attend(*inputs, *options)
+        saved = *inputs, *attention_backward.attend(*inputs, options)
         found[dtype] = attention_backward.slopes((slope + 1).to(dtype), saved, options)
     for rough, exact in zip(found[torch.bfloat16], found[torch.float32], strict=True):
         for part in (slice(0, 64), slice(64, None)):
             error = (rough[:, :, part] - exact[:, :, part]).norm() / exact[:, :, part].norm()
             assert error < 2**-8 * 1.5
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_model_whose_cosines_have_no_slope_is_refused(ids, monkeypatch, kept):
+    """As one that rotates by code of its own, without gradients."""
+    if not kept:
+        monkeypatch.setattr(module, "_KEPT", 0)
+    model = micro_model(FAMILIES["llama"]())
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, given: (
+                args,
+                given | {"position_embeddings": [t.detach() for t in given["position_embeddings"]]},
+            ),
+            with_kwargs=True,
+        )
+    with (
+        installed(model, yarn(model), always=True),
+        pytest.raises(ValueError, match="no gradient reaches this model's cosines"),
+    ):
+        gradient(LongForward(model, 40 if not kept else 500), ids[:1])
 
 
 @pytest.mark.parametrize("times", [0, 2])

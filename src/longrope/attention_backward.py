@@ -25,15 +25,9 @@ Options = tuple[float, float | None, int | None]
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Output (B, H, C, D) and log-sum-exp of the scores (B, H, C) of the last C of T tokens."""
+    scaling, softcap, window = options
     if window is not None and window >= key.shape[2]:
         window = None
     if not softcap and not window:

@@ -46,7 +46,7 @@ def differentiable_attention(
     if apart is not None:
         return apart(query, key, value, options).transpose(1, 2), None
     with torch.no_grad():
-        output, lse = attend(query, key, value, *options)
+        output, lse = attend(query, key, value, options)
     output = _Attention.apply(query, key, value, output, lse, options)
     return output.transpose(1, 2), None  # type: ignore[union-attr]
 
@@ -94,7 +94,7 @@ class Apart:
         def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
             nonlocal calls
             calls += 1
-            output, lse = attend(query, key, value, *options)
+            output, lse = attend(query, key, value, options)
             if calls > 1:
                 return output
             if place.start == 0:

@@ -73,7 +73,7 @@ class LongForward:
         chunk: tokens that go through a layer at a time; None: as fits the device
             (:func:`default_chunk`). Halved when a GPU runs out of memory, and left there.
         hidden_device: where the hidden states of the sequence wait; the model's
-            device by default, the CPU to save GPU memory, a folder to save both (:mod:`waiting`).
+            device by default, the CPU to save GPU memory, a folder to save both (``waiting.py``).
         attention_name: what all attention goes through; ours by default.
         offloaded: the layers' weights come and go, so no graph may wait for them.
         team: the processes that share every sequence: at any time each has a chunk of it at work,

@@ -116,7 +116,8 @@ def _in_one(
         for layer, arguments in zip(forward.layers, recording.arguments, strict=True):
             hidden_BTD = _run(layer, hidden_BTD, arguments, recording, _OwnKeys(0))
     loss, slope_BTD = loss_of(hidden_BTD.detach())
-    hidden_BTD.backward(slope_BTD.to(forward.device))
+    if hidden_BTD.requires_grad:  # or no cosine reaches it, which is said later
+        hidden_BTD.backward(slope_BTD.to(forward.device))
     return loss
 
 
