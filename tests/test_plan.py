@@ -4,16 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-import transformers
 
-from longrope.cost import Memory, Rates, available, check_memory, dry_run
 from longrope.facts import inspect_model
-from longrope.model import load_model
 from longrope.parallel import Ranks
 from longrope.plan import evaluation_lengths, make_plan
 from longrope.preflight import check_settings
 from longrope.recipe import make_recipe
-from longrope.stages import Costs
 from longrope.workspace import Run
 
 
@@ -200,153 +196,6 @@ def test_flops_agree_with_a_counter(micro_models, ids):
     assert counter.get_total_flops() == pytest.approx(linear + attention, rel=0.02)
 
 
-def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(facts):
-    made = plan(facts, target="64x")
-    check_memory(made.stages, Memory(10**12))
-    with pytest.raises(
-        ValueError, match=r"finetune at 2,048 tokens needs about 0\.\d GB and 0\.\d GB are"
-    ):
-        check_memory([made["finetune"]], Memory(10**7))
-
-
-def test_training_may_be_spread_over_devices_and_a_forward_not(facts):
-    made = plan(facts, target="64x")
-    each = made["second-search"].memory - 1
-    eight = Memory(each, 8)
-    assert made["finetune"].memory <= 8 * each
-    check_memory([made["finetune"]], eight)
-    with pytest.raises(
-        ValueError, match=r"second-search .* try second_search.algorithm paper, hidden_device cpu"
-    ):
-        check_memory([made["second-search"]], eight)
-    kept = plan(facts, target="64x", hidden_device="cpu")
-    check_memory([kept["second-search"]], eight)
-
-
-def test_every_device_has_a_teacher_of_its_own(facts):
-    tuning = {"enabled": True, "short_share": 1.0, "distill": True}
-    stage = plan(facts, target="8x", finetune=tuning)["finetune"]
-    assert stage.replicated == 4 * facts.parameters
-    each = (stage.memory - stage.replicated) // 2 + stage.replicated + 2
-    check_memory([stage], Memory(each, 2))
-    with pytest.raises(ValueError, match=r"try finetune.distill false, finetune.lora"):
-        check_memory([stage], Memory(each - 4, 2))
-
-
-def test_the_whole_model_is_on_every_device_before_it_is_shared_out(facts):
-    stage = plan(facts, target="8x", finetune={"enabled": True})["finetune"]
-    whole = 4 * facts.parameters
-    assert stage.memory < 64 * whole
-    check_memory([stage], Memory(whole, 64))
-    with pytest.raises(ValueError, match=r"finetune starts with the whole model on every device"):
-        check_memory([stage], Memory(whole - 1, 64))
-
-
-def test_the_estimate_has_a_time_for_every_stage_that_computes(facts):
-    recipe = make_recipe({"target": "64x"})
-    made = make_plan(facts, recipe)
-    estimate = dry_run(made, facts, recipe, "2x40")
-    assert estimate.memory == Memory(40 * 10**9, 2)
-    for stage in made.stages:
-        assert (estimate.seconds(stage) > 0) == (stage.tokens > 0)
-    for wrong in ("lots", "inf"):
-        with pytest.raises(ValueError, match=f"--memory {wrong}"):
-            dry_run(made, facts, recipe, wrong)
-
-
-def test_a_price_for_gpus_is_theirs_on_a_machine_without_one(facts):
-    recipe = make_recipe({"target": "8x", "hidden_device": "cpu"})
-    here = dry_run(make_plan(facts, recipe, on_cpu=True), facts, recipe)
-    there = dry_run(make_plan(facts, recipe, on_cpu=True), facts, recipe, "80")
-    assert there.plan["search"].memory < here.plan["search"].memory
-    shown = [[column.header for column in made.table().columns] for made in (here, there)]
-    assert shown[1] == [*shown[0][:-1], "elsewhere", shown[0][-1]]
-
-
-def test_where_bfloat16_is_slow_it_is_said(facts, monkeypatch):
-    """As on a CPU without instructions for it."""
-
-    def calibrated(facts, device, dtype):
-        return Rates(1e9 if dtype == torch.bfloat16 else 1e11, 1e11)
-
-    monkeypatch.setattr("longrope.cost.calibrate", calibrated)
-    recipe = make_recipe({"target": "64x", "dtype": "bfloat16"})
-    found = dry_run(make_plan(facts, recipe), facts, recipe).advice
-    assert "100 times as fast" in found
-    assert "dtype: float32 and finetune.precision: float32" in found
-    exact = make_recipe({"target": "8x", "dtype": "float32"})
-    assert not dry_run(make_plan(facts, exact), facts, exact).advice
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_grows_with_each_token_as_the_long_forward_s_does(dtype):
-    """Whose own figure is held to what it allocates by test_forward."""
-    loaded = load_model("bundled", dtype=dtype)
-    recipe = make_recipe({"target": "8x", "dtype": dtype, "search": {"algorithm": "paper"}})
-    cost = Costs(loaded.facts, recipe, on_cpu=True)
-    near, far = (cost.search("search", length).memory for length in (4096, 8192))
-    assert far - near == 4096 * loaded.forward().bytes_per_token()
-
-
-def test_hidden_states_wait_on_the_host_of_a_gpu_alone(facts):
-    def search(on_cpu, **changes):
-        recipe = make_recipe({"target": "8x", **changes})
-        return Costs(facts, recipe, on_cpu).search("search", 2048)
-
-    here, there = search(False), search(False, hidden_device="cpu")
-    assert there.host == here.memory - there.memory > 0
-    assert here.host == 0
-    check_memory([there], Memory(10**9))
-    with pytest.raises(ValueError, match=r"search at 2,048 tokens keeps about .* in the host's"):
-        check_memory([there], Memory(10**9, host=there.host - 1))
-    on_cpu = search(True), search(True, hidden_device="cpu")
-    assert on_cpu[0].memory == on_cpu[1].memory
-    assert on_cpu[1].host == 0
-
-
-def test_what_helps_is_what_is_not_done_yet(facts):
-    def helps(on_cpu, **changes):
-        recipe = make_recipe({"target": "8x", **changes})
-        return Costs(facts, recipe, on_cpu).search("search", 2048).helps
-
-    assert helps(False) == (
-        "search.algorithm paper",
-        "hidden_device cpu",
-        "offload weights",
-        "chunk 2048",
-    )
-    assert helps(True, offload="weights") == ("search.algorithm paper", "hidden_device FOLDER")
-    done = {"hidden_device": "cpu", "offload": "weights", "chunk": 2048}
-    done["search"] = {"algorithm": "paper"}
-    assert helps(False, **done) == ()
-
-
-def test_a_team_shares_hidden_states(facts):
-    recipe = make_recipe({"target": "8x", "search": {"algorithm": "paper"}})
-    one, four = (Costs(facts, recipe, True, team).search("search", 2048) for team in (1, 4))
-    assert one.memory - four.memory == 2048 * facts.hidden_size * 4 * 3 // 4
-    recipe = make_recipe({"target": "8x", "chunk": 512, "hidden_device": "cpu"})
-    one, four = (Costs(facts, recipe, False, team).search("search", 2048) for team in (1, 4))
-    assert four.host == one.host / 4
-    assert four.memory <= one.memory
-
-
-def test_training_is_spread_over_processes_where_it_is_sharded(monkeypatch):
-    """The same figures that a GPU would give: no process is asked for what another has."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
-    gpu = torch.device("cuda:1")
-    assert available(gpu, 8).devices == 1
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert (available(gpu, 8).each, available(gpu, 8).devices) == (10**9, 8)
-    assert available(torch.device("cpu"), 8).devices == 1
-
-
-def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    alone = available(torch.device("cpu")).each
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert available(torch.device("cpu")).each == pytest.approx(alone / 4, rel=0.2)
-
-
 def test_training_on_another_gpu_than_the_first_is_refused(facts, tmp_path):
     recipe = make_recipe({"target": "64x", "device": "cuda:1"})
     run = Run(recipe, facts, make_plan(facts, recipe), tmp_path, Ranks())
@@ -372,38 +221,3 @@ def test_how_it_is_computed_may_change_on_the_way(facts, tmp_path):
     claim(hidden_device="cpu", offload="weights", device="cpu")
     with pytest.raises(ValueError, match=r"differs in seed \(there 0, now 5\)"):
         claim(seed=5)
-
-
-LLAMA2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32_000,
-}
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-    "tie_word_embeddings": True,
-}
-
-
-@pytest.mark.parametrize(
-    ("shape", "length", "measured"),
-    [
-        (LLAMA2_7B, 131_072, 17.54e9),
-        (LLAMA2_7B, 262_144, 20.83e9),
-        (LLAMA2_7B | {"num_hidden_layers": 2}, 2_097_152, 54.76e9),
-        (SMOLLM2, 131_072, 3.14e9),
-    ],
-)
-def test_memory_is_what_an_h100_took(tmp_path, shape, length, measured):
-    """benchmarks/results/2026-11-26-long-forward-h100.json."""
-    names = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-    transformers.LlamaConfig(**shape, **names).save_pretrained(tmp_path)
-    costs = Costs(inspect_model(str(tmp_path)), make_recipe({"target": "8x"}), on_cpu=False)
-    assert costs.forwards("evaluate", "evaluate", length, 1).memory == pytest.approx(measured, 0.02)
