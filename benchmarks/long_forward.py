@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from longrope.facts import inspect_model
+from longrope.facts import ModelFacts, inspect_model
 from longrope.forward import LongForward
 from longrope.offload import offload
 from longrope.recipe import make_recipe
@@ -176,13 +176,18 @@ def measure(args: argparse.Namespace) -> dict:
 
 def predicted(args: argparse.Namespace, config: transformers.LlamaConfig) -> int:
     """Peak memory as ``longrope extend --dry-run`` has it."""
-    with tempfile.TemporaryDirectory() as folder:
-        config.architectures, config.dtype = ["LlamaForCausalLM"], args.dtype
-        config.save_pretrained(folder)
-        facts = inspect_model(folder)
+    facts = facts_of(config, args.dtype)
     asked = {"target": f"{args.tokens}", "offload": args.offload, "chunk": args.chunk or None}
     costs = Costs(facts, make_recipe(asked), args.device == "cpu")
     return costs.forwards("", "", int(args.tokens), 1).memory
+
+
+def facts_of(config: transformers.LlamaConfig, dtype: str) -> ModelFacts:
+    """Of a model that is on no disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
+        config.save_pretrained(folder)
+        return inspect_model(folder)
 
 
 def forget_peak(device: torch.device) -> None:

@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -27,7 +26,6 @@ import record
 import torch
 import transformers
 
-from longrope.facts import ModelFacts, inspect_model
 from longrope.forward import LongForward
 from longrope.gradient import forwards, gradient
 from longrope.model import find_waiting
@@ -71,18 +69,11 @@ def held() -> int:
     return int(status.read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
-def facts_of(config: transformers.LlamaConfig, dtype: str) -> ModelFacts:
-    with tempfile.TemporaryDirectory() as folder:
-        config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
-        config.save_pretrained(folder)
-        return inspect_model(folder)
-
-
 def measure(args: argparse.Namespace) -> dict:
     """In a child: a forward and a slope, a few times."""
     tokens, device, before = int(args.tokens), torch.device(args.device), held()
     shape = long_forward.SHAPES[args.shape]
-    shape |= {"num_hidden_layers": args.layers} if args.layers else {}
+    shape = shape | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = transformers.LlamaConfig(**shape, max_position_embeddings=2048)
     torch.manual_seed(0)
     with torch.device("cpu" if args.offload else device):
@@ -93,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict:
         offload(model, device)
     where = find_waiting("--hidden-device", args.hidden_device) if args.hidden_device else None
     forward = LongForward(model, args.chunk or None, where, offloaded=args.offload is not None)
-    facts = facts_of(config, args.dtype)
+    facts = long_forward.facts_of(config, args.dtype)
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
     there = {"hidden_device": args.hidden_device, "offload": args.offload, "chunk": forward.chunk}
     recipe = make_recipe({"target": f"{tokens}", "search": {"samples": 1}} | there)
