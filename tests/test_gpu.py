@@ -1,16 +1,22 @@
 """What only a CUDA device can show: pytest -m gpu."""
 
+import json
+
 import pytest
 import torch
+import yaml
 
 from conftest import FAMILIES, micro_model
 from longrope import cudnn
 from longrope.attention import _online_softmax, causal
 from longrope.forward import LongForward
+from longrope.generate import load_extended, stream
 from longrope.gradient import gradient
 from longrope.offload import offload
 from longrope.rope.install import installed
+from longrope.rope.switch import switched
 from test_forward import plain_losses, yarn
+from whole_run import RECIPE, STAGES, evaluated, run
 
 pytestmark = pytest.mark.gpu
 
@@ -136,3 +142,32 @@ def test_weights_that_do_not_fit_pass_through():
         gradient(forward, ids)
     assert torch.cuda.memory_stats()["active_bytes.all.peak"] < size * 10 / 24
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_a_whole_extension(checkpoints, texts, tmp_path, precision):
+    """Every stage; what it leaves measures and generates the same on both devices."""
+    tuned = RECIPE["finetune"] | {"precision": precision}
+    content = RECIPE | {"model": str(checkpoints("llama")), "data": [str(texts)]}
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(content | {"finetune": tuned}))
+    run("--recipe", recipe, "--out", out, "--device", "cuda")
+    assert all((out / name / "done.json").exists() for name in STAGES)
+    tuning = json.loads((out / "finetune" / "done.json").read_text())
+    assert tuning["last_loss"] < tuning["first_loss"]
+    measured = [
+        evaluated(out, "--data", texts, "--lengths", "64,1024", "--device", device, "--json")
+        for device in ("cuda", "cpu")
+    ]
+    assert len(measured[0]["perplexity"]) > 1
+    for there, here in zip(*(found["perplexity"] for found in measured), strict=True):
+        assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-3)
+    loaded, both = load_extended(str(out), device="cuda", dtype="float32")
+    assert both is not None
+    loaded.model.generation_config.eos_token_id = None
+    prompt = list(range(100, 96 + both.recovery_length))  # four more cross the boundary
+    found = list(stream(loaded, both.choose, prompt, max_new_tokens=9))
+    ids = torch.tensor([prompt], device="cuda")
+    with switched(loaded.model, both):
+        expected = loaded.model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=2)
+    assert found == expected[0, len(prompt) :].tolist()
