@@ -138,12 +138,23 @@ def test_retrieval_and_generation(tmp_path):
 
 
 def test_memory(tmp_path):
-    """A search that cannot fit is not begun, and no weight is read."""
+    """What cannot fit is not begun, and no weight is read."""
     search = ["search", "--target", "1000000x", "--device", "cpu"]
     line = refused(*search, "--out", tmp_path / "out")
     assert "search at 256,000,000 tokens needs about" in line
     assert "try --algorithm paper, --hidden-device FOLDER, --offload weights, a smaller" in line
     assert not (tmp_path / "out").exists()
+    long = ["--device", "cpu", "--lengths", "2048,1000000x"]
+    measuring = [
+        ("compare", "--target", "2x", *long),
+        *(("evaluate", *long, *what) for what in ([], ["--passkey"], ["--needle"])),
+        ("evaluate", *long, "--benchmarks", "niah_single_1"),
+    ]
+    for line in each_refused(*measuring):
+        assert "measuring at 256,000,000 tokens needs about" in line
+        assert "try --hidden-device FOLDER, --offload weights, shorter --lengths" in line
+    line = refused("evaluate", "--lengths", 512, "--hidden-device", tmp_path / "nowhere")
+    assert "nowhere: no device, and no folder that can be written" in line
 
 
 def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):

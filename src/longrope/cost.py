@@ -107,9 +107,12 @@ def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False)
     """
 
     def tried(*helps: str) -> str:
+        shorter = "a smaller --target"
+        if options and stage.kind == "evaluate":
+            shorter = "shorter --lengths"
         if options:
             helps = tuple("--" + h.rpartition(".")[2].replace("_", "-") for h in helps)
-        return ", ".join((*helps, "a smaller --target", "or a larger machine"))
+        return ", ".join((*helps, shorter, "or a larger machine"))
 
     for stage in stages:
         if memory.devices > 1 and stage.unshared > memory.each:

@@ -1,4 +1,4 @@
-"""What is refused before an extension or a search begins, because it would fail after hours."""
+"""What is refused before an extension, a search or a measurement begins, as it would fail later."""
 
 from collections.abc import Sequence
 
@@ -43,17 +43,23 @@ def preflight(run: Run) -> None:
     run.keep_pools()
 
 
-def check_search(facts: ModelFacts, recipe: Recipe, ranks: Ranks) -> None:
-    """Refuse the search alone that a recipe asks for, before any weight is read.
+def check_alone(facts: ModelFacts, recipe: Recipe, ranks: Ranks, measured: int = 0) -> None:
+    """Refuse a search for a recipe's target alone, or a measurement, before any weight is read.
+
+    Args:
+        measured: the longest sequence, in tokens, where it is not a search.
 
     Raises:
-        ValueError: a device that is not there, or too little memory.
+        ValueError: a device that is not there, or too little memory; names the option that helps.
     """
     device = find_device("--device", local_device(recipe.device))
     if recipe.hidden_device:
         find_waiting("--hidden-device", recipe.hidden_device)
     cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
-    stage = cost.search("search", parse_extension(recipe.target, facts))
+    if measured:
+        stage = cost.forwards("measuring", "evaluate", measured, 1)
+    else:
+        stage = cost.search("search", parse_extension(recipe.target, facts))
     memory = available(device, hidden_device=recipe.hidden_device)
     check_memory([stage], memory, options=True)
 

@@ -72,6 +72,9 @@ def compare(
     from longrope.facts import ModelFacts
     from longrope.files import require_directory
     from longrope.model import load_model
+    from longrope.parallel import Ranks
+    from longrope.preflight import check_alone
+    from longrope.recipe import make_recipe
     from longrope.report.run import report as write_report
 
     options = CompareOptions(
@@ -92,6 +95,9 @@ def compare(
     def check(facts: ModelFacts) -> None:
         options.check(facts)
         require_directory(directory)
+        work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
+        recipe = make_recipe(work | {"target": target, "hidden_device": hidden_device})
+        check_alone(facts, recipe, Ranks(), measured=options.resolve(facts)[0][-1])
 
     loaded = load_model(
         model,

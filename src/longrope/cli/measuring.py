@@ -119,6 +119,8 @@ def evaluate(
     from longrope.generate import find_pair, load_extended
     from longrope.model import load_model
     from longrope.parallel import local_device, ranks
+    from longrope.preflight import check_alone
+    from longrope.recipe import make_recipe
 
     kind = _kind(passkey, needle, benchmarks)
     measured_at = _made_for(rescale, target) if kind == "benchmarks" else lengths
@@ -163,10 +165,16 @@ def evaluate(
             asked.check(facts)
         else:
             options.check(facts)
+        measured = asked.resolve(facts)
         if kind == "benchmarks":
             standard.check(facts)
+            measured = standard.resolve(facts)
         if out:
             require_directory(out)
+        work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
+        where = {"target": measured_at, "hidden_device": hidden_device}
+        longest = max(measured, default=facts.original_max_position_embeddings)
+        check_alone(facts, make_recipe(work | where), these, measured=longest)
 
     loading: dict[str, Any] = {
         "dtype": dtype,
