@@ -15,9 +15,11 @@ def test_usage(tmp_path):
 
 def test_target(tmp_path):
     search = ["search", "--out", tmp_path, "--target"]
-    small, unreadable = each_refused([*search, "256"], [*search, "much"])
-    assert "--target is 256" in small
-    assert "give a larger target" in small
+    compare = ["compare", "--target"]
+    *small, unreadable = each_refused([*search, "256"], [*compare, "1x"], [*search, "much"])
+    for line in small:
+        assert "--target is 256" in line
+        assert "give a larger target" in line
     assert "'much'" in unreadable
 
 
@@ -73,6 +75,7 @@ def test_rescale_files(texts, tmp_path):
     without.write_text(wrong.read_text().replace('"factors"', '"factor"'))
     messages = {
         "nothing": "neither",
+        tmp_path: "neither",
         wrong: "factors has 16 numbers; this model needs 32",
         without: "without.json: a rescale needs the key 'factors'",
     }
@@ -102,6 +105,29 @@ def test_directories(small_search, tmp_path):
         assert message in line
 
 
+def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
+    run_of, imported, compared = (tmp_path / name for name in ("run", "imported", "compared"))
+    for directory, name in ((run_of, "recipe.yaml"), (imported, "rescale.json")):
+        directory.mkdir()
+        (directory / name).write_text("{}")
+    search = ["search", "--target", "2x", "--out"]
+    compare = ["compare", "--data", texts, "--tokens-per-document", 512, "--out", compared]
+    both = ["--lengths", "256,512", "--target", "2x"]
+    succeeds(*compare, *both, "--methods", "none, pi")
+    messages = {
+        (*search, run_of): "recipe.yaml is there without a search's state.json",
+        (*search, imported): "rescale.json is there without a search's state.json",
+        (*compare, "--target", "4x"): "another comparison (for 512 tokens, none at 256, none at",
+        (*compare, "--target", "2x", "--methods", "none,pi"): "(for 512 tokens, none at 256, pi",
+    }
+    before = (compared / "compare.json").read_bytes()
+    for line, message in zip(each_refused(*messages), messages.values(), strict=True):
+        assert message in line
+        assert "give another --out" in line
+    assert (compared / "compare.json").read_bytes() == before
+    succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
+
+
 def test_full_disk(small_search, tmp_path):
     """A file-size limit stands in for a full disk: the writes fail the same way."""
     code = (
@@ -129,6 +155,8 @@ def test_retrieval_and_generation(tmp_path):
         (*base, "--passkey", "--trials", 0): "--trials is 0",
         (*base[:-1], "40", "--passkey"): "too few for the question",
         ("generate", "bundled", "--max-new-tokens", 0): "--max-new-tokens is 0",
+        ("generate", "bundled"): "--prompt is empty",
+        ("generate", "runs/nowhere", "--prompt", "a"): "runs/nowhere: no such directory, nor read",
         ("generate", "bundled", "--prompt-file", tmp_path / "x"): "no such file",
         ("extend", tmp_path): "--target is missing",
         ("extend", "--memory", 80, "--out", tmp_path): "--memory is 80",

@@ -231,7 +231,7 @@ def test_a_history_from_before_there_were_prices_goes_on(tmp_path):
 
 def test_a_history_without_state_is_refused(tmp_path):
     (tmp_path / "history.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"without its state\.json"):
+    with pytest.raises(ValueError, match=r"without a search's state\.json"):
         go(tmp_path)
 
 

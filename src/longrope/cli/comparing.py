@@ -45,7 +45,8 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for compare.json and the plots; by default the rescale file's."
+            help="Directory for compare.json and the plots; by default the rescale file's, or "
+            "compare/."
         ),
     ] = None,
     data: Data = None,
@@ -76,9 +77,10 @@ def compare(
     from longrope.preflight import check_alone
     from longrope.recipe import make_recipe
     from longrope.report.run import report as write_report
+    from longrope.windows import parse_extension
 
     options = CompareOptions(
-        methods=tuple(methods.split(",")),
+        methods=tuple(name.strip() for name in methods.split(",")),
         lengths=tuple((lengths or target).split(",")),
         target=target,
         data=tuple(data or ()),
@@ -93,7 +95,9 @@ def compare(
     directory = out or options.directory
 
     def check(facts: ModelFacts) -> None:
+        parse_extension(target, facts)
         options.check(facts)
+        options.require_all_of(directory / "compare.json", facts)
         require_directory(directory)
         work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
         recipe = make_recipe(work | {"target": target, "hidden_device": hidden_device})

@@ -69,8 +69,40 @@ class CompareOptions:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         assert facts.rotary_dim and facts.rope_theta
         for entry in self.entries(facts):
-            check_fits(entry.rescale(lengths[-1]), facts.rotary_dim // 2, facts.rope_theta)
+            rescale = entry.rescale(lengths[-1])
+            check_fits(rescale, facts.rotary_dim // 2, facts.rope_theta)
+            made_for = rescale.max_position_embeddings
+            if entry.name in set(self.methods) - set(METHODS) and made_for < lengths[-1]:
+                log.warning(
+                    "%s is made for %s tokens, and measured at %s",
+                    entry.name,
+                    f"{made_for:,}",
+                    f"{lengths[-1]:,}",
+                )
         check_sources(self.data)
+
+    def require_all_of(self, file: Path, facts: ModelFacts) -> None:
+        """See that a comparison which is there already is this one, or a part of it.
+
+        Raises:
+            ValueError: it has another target, or methods or lengths that this one has not.
+        """
+        if not file.exists():
+            return
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+            rows = {(row["method"], row["length"]) for row in there["perplexity"]}
+            before = there["target"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file}: no comparison is in it; give another --out") from None
+        lengths, target = self.resolve(facts)
+        rows -= {(entry.name, length) for entry in self.entries(facts) for length in lengths}
+        if rows or before != target:
+            lost = ", ".join(f"{name} at {length:,}" for name, length in sorted(rows)[:3])
+            raise ValueError(
+                f"{file}: holds another comparison (for {before:,} tokens{lost and ', '}{lost}); "
+                "give another --out, or delete it"
+            )
 
     def entries(self, facts: ModelFacts) -> list["Entry"]:
         """What is scored: a line per method and file."""

@@ -49,6 +49,22 @@ class SearchConfig:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
+def refuse_another_s(directory: Path) -> None:
+    """See that a directory with factors or a history in it is a search's.
+
+    Raises:
+        ValueError: an extension's or an import's, whose files would be written over.
+    """
+    if (directory / "state.json").exists():
+        return
+    for name in ("history.jsonl", "rescale.json", "recipe.yaml"):
+        if (directory / name).exists():
+            raise ValueError(
+                f"{directory / name} is there without a search's state.json; give another --out, "
+                "or delete it"
+            )
+
+
 class Record:
     """The directory of one search: which search it is, and its history.
 
@@ -69,12 +85,8 @@ class Record:
             ValueError: the directory holds another search (the differing fields are
                 named) or a damaged state, or it cannot be written.
         """
+        refuse_another_s(self.directory)
         if not self.state.exists():
-            if self.history.exists():
-                raise ValueError(
-                    f"{self.history} is there without its state.json; give another --out, or "
-                    "delete it"
-                )
             self.save_state(0, 0)
             return []
         before, digest = self._read_state()

@@ -24,7 +24,7 @@ from longrope.search.evaluations import Progress, SearchResult
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.objective import Objective, passkey_questions
 from longrope.search.problem import Problem, first_search
-from longrope.search.record import SearchConfig
+from longrope.search.record import SearchConfig, refuse_another_s
 from longrope.search.run import ALGORITHMS, search
 from longrope.search.space import START_TOKENS, Price
 from longrope.windows import (
@@ -137,10 +137,12 @@ class SearchOptions:
         """Refuse what cannot work on a model, before its weights are read.
 
         Raises:
-            ValueError: a target that is no extension, or data that is not there.
+            ValueError: a target that is no extension, data that is not there, or an ``out`` that
+                holds something else.
         """
         parse_extension(self.target, facts)
         check_sources(self.data)
+        refuse_another_s(self.out)
 
 
 def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
