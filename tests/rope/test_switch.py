@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from conftest import RECOVERY, pair
 from longrope.layers import cache_name
@@ -126,6 +126,24 @@ def test_ways_of_generating_that_cannot_be_exact_are_refused(micro_models, ids, 
         options = {cache_name(model): StaticCache(config=model.config, max_cache_len=128)}
     with switched(model, pair(model)), pytest.raises(ValueError, match=named):
         model.generate(ids, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("place", ["the model's", "positional", "by name"])
+def test_beams_are_refused_wherever_they_are_asked_for(micro_models, ids, place, monkeypatch):
+    model = micro_models("llama")
+    config = GenerationConfig(num_beams=3, max_new_tokens=2, pad_token_id=2, eos_token_id=None)
+    given, options = (), {}
+    if place == "the model's":
+        monkeypatch.setattr(model, "generation_config", config)
+    elif place == "positional":
+        given = (config,)
+    else:
+        options = {"generation_config": config}
+    with switched(model, pair(model)):
+        with pytest.raises(ValueError, match="num_beams is 3"):
+            model.generate(ids, *given, **options)
+        alone = model.generate(ids, *given, **options, num_beams=1)
+    assert alone.shape[1] > ids.shape[1]
 
 
 def test_what_hides_the_tokens_is_refused(micro_models, ids):

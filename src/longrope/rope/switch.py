@@ -205,10 +205,13 @@ class _Switch:
 
     def generate(self, original: Any, inputs: Any = None, *args: Any, **options: Any) -> Any:
         """The model's own ``generate``, without the ways of it that cannot be exact."""
-        settings = options.get("generation_config")
+        given = options.get("generation_config", args[0] if args else None)
+        configs = (given, getattr(original.__self__, "generation_config", None))
 
         def asked(name: str) -> Any:
-            return options.get(name, getattr(settings, name, None))
+            """As transformers settles it: the option, what was given, the model's own."""
+            found = (getattr(config, name, None) for config in configs)
+            return options.get(name, next((value for value in found if value is not None), None))
 
         refused = {
             "assistant_model": "assisted generation crops the cache",
