@@ -1,11 +1,13 @@
 """Generation token by token, over the boundary, against transformers' own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from conftest import pair
 from longrope.export.huggingface import export_model
@@ -74,8 +76,6 @@ def test_an_export_generates_the_same_in_a_process_of_its_own(bundled, tmp_path)
 
 
 def test_plain_transformers_reads_the_exported_pair(bundled, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     from longrope.rope.install import installed
 
     made = pair_for(bundled.facts)
@@ -124,6 +124,40 @@ def test_an_empty_prompt_is_refused(bundled):
     loaded = LoadedModel(bundled.model, bundled.tokenizer, bundled.facts)
     with pytest.raises(ValueError, match="--prompt is empty"):
         next(stream(loaded, None, [], max_new_tokens=1))
+
+
+def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp_path):
+    shutil.copytree(checkpoints("llama"), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    source = str(tmp_path / "m")
+    with pytest.raises(ValueError, match="choose --existing-scaling keep"):
+        load_extended(source)
+    loaded, none = load_extended(source, existing_scaling="keep", dtype="float32")
+    assert none is None
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for model in (loaded.model, plain):
+        model.generation_config.eos_token_id = None
+    found = list(stream(loaded, None, ids[0].tolist(), max_new_tokens=8, chunk=20))
+    told = {"attention_mask": torch.ones_like(ids[:1]), "pad_token_id": 2}
+    expected = plain.generate(ids[:1], max_new_tokens=8, do_sample=False, **told)
+    assert found == expected[0, ids.shape[1] :].tolist()
+    command = [sys.executable, "-m", "longrope", "generate", source, "--prompt", "import os"]
+    kept = [*command, "--existing-scaling", "keep", "--max-new-tokens", "2"]
+    assert subprocess.run(kept, capture_output=True, timeout=120).returncode == 0
+
+
+def test_an_export_is_as_long_originally_as_what_it_was_made_from(bundled, tmp_path):
+    """Its config calls the recovery length so, where the long factors begin."""
+    made = pair_for(bundled.facts)
+    export_model(bundled, Intent("hf", "bundled", made), tmp_path / "model")
+    loaded, found = load_extended(str(tmp_path / "model"))
+    assert found is not None and found.recovery_length == 300
+    assert loaded.facts.original_max_position_embeddings == 256
+    (tmp_path / "model" / "longrope.json").unlink()
+    loaded, _ = load_extended(str(tmp_path / "model"))
+    assert loaded.facts.original_max_position_embeddings == 300
 
 
 def test_the_original_of_a_run_is_loaded_as_the_run_did(tmp_path):

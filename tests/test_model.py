@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.facts import inspect_model
 from longrope.forward import LongForward
+from longrope.importing import import_pair
 from longrope.model import load_model
 from longrope.rope.install import installed
 from longrope.source import BUNDLED
@@ -123,7 +125,7 @@ def test_scaling_must_be_kept_or_replaced(scaled, kind):
     source = scaled(kind)
     facts = inspect_model(source)
     assert not facts.extendable
-    assert "--existing-scaling keep" in facts.reason
+    assert ("--existing-scaling keep" in facts.reason) == (kind != "dynamic")
     assert "--existing-scaling replace" in facts.reason
     assert facts.existing_scaling["rope_type"] == kind
     with pytest.raises(ValueError, match="--existing-scaling"):
@@ -183,6 +185,38 @@ def test_kept_scaling_is_the_start(scaled, kind, ids):
     assert (plain - own).abs().max() > 1e-2
     doubled = facts.rescale("pi", 2 * ORIGINAL)
     assert doubled.factors == pytest.approx([2 * f for f in base.factors])
+
+
+@pytest.mark.parametrize(("factor", "length"), [(8.0, 128), (2.0, ORIGINAL)])
+def test_the_scaled_length_is_never_less_than_its_factor_says(scaled, factor, length):
+    """Configs leave max_position_embeddings as it was, or raise it, even beyond (Llama 3.1)."""
+    source = scaled("yarn")
+    path = Path(source) / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["factor"] = factor
+    path.write_text(json.dumps(config))
+    facts = inspect_model(source, existing_scaling="keep")
+    assert facts.original_max_position_embeddings == length
+    assert f"its scaled length, {length:,}," in inspect_model(source).reason
+    assert import_pair(source).long.max_position_embeddings == length
+
+
+def test_a_length_that_transformers_filled_in_is_called_so(scaled):
+    source = scaled("yarn")
+    path = Path(source) / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"], config["max_position_embeddings"]
+    path.write_text(json.dumps(config))
+    facts = inspect_model(source)
+    assert facts.original_max_position_embeddings == 2048
+    assert facts.original_read_from == "the default of LlamaConfig: its config.json does not say"
+
+
+def test_a_model_without_a_tokenizer_is_told_what_is_missing(checkpoints, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(checkpoints("llama") / name, tmp_path / name)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load_model(str(tmp_path))
 
 
 def test_dynamic_scaling_cannot_be_kept(scaled):

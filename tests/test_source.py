@@ -32,7 +32,7 @@ def test_pickles_are_not_read(checkpoints, tmp_path):
         ("./nowhere", "no such model"),
         ("a/b/c", "no such model"),
         ("nowhere.gguf", "no such model"),
-        ("owner/name", "cannot be loaded"),
+        ("owner/name", "no such directory, nor read from the hub"),
     ],
 )
 def test_missing_models_are_named(source, message):

@@ -8,13 +8,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from longrope.layers import find_layers
 from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
-from longrope.rope.site import RotarySite, column_layout, existing_factors, find_rotary
-from longrope.source import quiet, read_pretrained, refuse_scaled_gguf
+from longrope.rope.site import (
+    RotarySite,
+    column_layout,
+    existing_factors,
+    find_rotary,
+    scaled_length,
+)
+from longrope.source import quiet, read_pretrained, refuse_scaled_gguf, says
 
 Existing = Literal["keep", "replace"]
 
@@ -133,7 +139,7 @@ def load_rescale(name: str, facts: ModelFacts, target: int) -> Rescale:
     Raises:
         ValueError: no such file, or not a rescale.
     """
-    if not Path(name).exists():
+    if not Path(name).is_file():
         raise ValueError(f"{name!r} is neither a rescale file nor one of {', '.join(METHODS)}")
     if Path(name).suffix != ".csv":
         return Rescale.load(name)
@@ -190,13 +196,18 @@ def _with_base(
     original_length: int | None,
 ) -> ModelFacts:
     """Settle what counts as the original length, and the scaling to start from."""
-    original = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest, read_from = original, "max_position_embeddings"
+    text, read_from = config.get_text_config(), "max_position_embeddings"
+    original = getattr(text, read_from, None)
+    if not says(facts.source, text, read_from):
+        read_from = f"the default of {type(text).__name__}: its config.json does not say"
     factors, attention_factor, reason = np.ones(len(site.inv_freq)), 1.0, facts.reason
     scaling = facts.existing_scaling
     kind = scaling and scaling["rope_type"]
+    longest = scaled_length(scaling, original) if scaling and original else original
     if scaling and existing == "keep":
         factors, attention_factor = existing_factors(site), site.attention_factor
+        if longest != original:
+            original, read_from = longest, f"its {kind} scaling by {scaling['factor']:g}"
         if kind == "dynamic":
             reason = reason or (
                 "its dynamic scaling changes with the length and cannot be kept; use "
@@ -216,11 +227,14 @@ def _with_base(
         reason = (
             reason or "its config does not say how many tokens it handles; give --original-length"
         )
-    if scaling and existing is None:
-        reason = reason or (
-            f"it already has {kind!r} scaling: choose --existing-scaling keep (extend from its "
-            f"scaled length, {longest:,}, on top of its factors) or "
-            f"--existing-scaling replace (start over, unscaled)"
+    if scaling and existing is None and reason is None:
+        keep = (
+            f"--existing-scaling keep (extend from its scaled length, {longest:,}, on top of its "
+            "factors) or "
+        )
+        reason = (
+            f"it already has {kind!r} scaling: choose {'' if kind == 'dynamic' else keep}"
+            "--existing-scaling replace (start over, unscaled)"
         )
     return dataclasses.replace(
         facts,
@@ -252,6 +266,7 @@ def skeleton(
 ) -> tuple[nn.Module, RotarySite | None, str | None]:
     """The model without weights, and its rotary site or why it has none to rescale."""
     try:
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # an import is nothing to do on meta
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         return model, *_rotary_site(model, config.get_text_config())

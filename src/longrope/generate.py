@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from longrope.export.gguf import read_pair
+from longrope.export.intent import Intent
 from longrope.layers import cache_name
 from longrope.model import LoadedModel, load_model
 from longrope.rope.install import installed
@@ -24,23 +25,34 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
     Args:
         source: what ``longrope extend`` wrote, a checkpoint with ``longrope`` scaling, or
             any other model, which has no pair.
-        options: as :func:`longrope.model.load_model` takes them.
+        options: as :func:`longrope.model.load_model` takes them. With ``existing_scaling`` the
+            model is taken as that says, without a pair.
 
     Raises:
         ValueError: no such model, or one that cannot be rescaled.
     """
+    if options.get("existing_scaling"):
+        return load_model(source, **options), None
     pair, run = find_pair(source, options.get("trust_remote_code", False)), Path(source)
     if pair is None:
         return load_model(source, **options), None
-    original = None
-    if is_run(run):
-        source = str(run / "model")
-        # The checkpoint's own is the recovery length, where its long factors begin.
-        original = pair.long.original_max_position_embeddings
-    elif run.suffix == ".gguf":
-        original = pair.recovery_length
-    options["original_length"] = options.get("original_length") or original
-    return load_model(source, existing_scaling="replace", **options), pair
+    options |= {"existing_scaling": "replace"}
+    # What the checkpoint calls original is the recovery length, where its long factors begin.
+    options["original_length"] = options.get("original_length") or _original_length(run, pair)
+    return load_model(str(run / "model") if is_run(run) else source, **options), pair
+
+
+def _original_length(source: Path, pair: Pair) -> int:
+    """Tokens that a model handled before it was extended, as far as what lies there tells."""
+    if is_run(source):
+        return pair.long.original_max_position_embeddings
+    intent = None
+    if source.suffix == ".gguf":
+        intent = read_pair(source)[1]
+    elif source.is_dir():
+        intent = Intent.load(source)
+    known = intent.pair if intent is not None and intent.describes(pair) else pair
+    return known.long.original_max_position_embeddings
 
 
 def find_pair(source: str, trust_remote_code: bool = False) -> Pair | None:

@@ -9,7 +9,7 @@ from longrope.export.intent import Intent
 from longrope.facts import skeleton
 from longrope.rope.methods import dynamic_ntk
 from longrope.rope.rescale import Rescale
-from longrope.rope.site import RotarySite, existing_factors
+from longrope.rope.site import RotarySite, existing_factors, scaled_length
 from longrope.rope.switch import Pair
 from longrope.source import quiet, read_pretrained
 
@@ -53,10 +53,8 @@ def _of_config(source: str, trust_remote_code: bool) -> Pair | None:
 def _of_site(site: RotarySite, longest: int) -> Rescale:
     """What a module of transformers computes, as factors on the unscaled frequencies."""
     parameters, kind = site.parameters, site.rope_type
-    original = parameters.get("original_max_position_embeddings")
-    if original is None:  # linear and dynamic: the config says the length before
-        original = longest
-        longest = round(original * parameters["factor"])
+    original = parameters.get("original_max_position_embeddings", longest)
+    longest = scaled_length(parameters, longest)
     theta = float(parameters["rope_theta"])
     if kind == "dynamic":
         return dynamic_ntk(theta, 2 * len(site.inv_freq), original, longest, length=longest)

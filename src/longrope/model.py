@@ -118,8 +118,15 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """A model's tokenizer alone.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or there is none.
     """
+    directory = Path(source)
+    files = [f for kind in ("*token*", "vocab*", "*.model") for f in directory.glob(kind)]
+    if directory.is_dir() and not files:
+        raise ValueError(
+            f"{source}: has no tokenizer (tokenizer.json and the like); copy those of the model "
+            "that it was made from there"
+        )
     with quiet():
         return read_pretrained(AutoTokenizer, source, trust_remote_code)
 

@@ -44,20 +44,33 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             return auto.from_pretrained(location, **options)
         model, report = auto.from_pretrained(location, output_loading_info=True, **options)
     except ImportError as error:
-        raise ValueError(f"{source}: reading it needs more: {_first_line(error)}") from None
+        raise ValueError(f"{source}: reading it needs more: {first_line(error)}") from None
     except Exception as error:
         if "gated repo" in str(error).lower() or "401 client" in str(error).lower():
             raise ValueError(
                 f"{source}: the hub wants a login for it: run 'hf auth login', and accept the "
                 "model's terms on its page"
             ) from None
-        raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from error
+        here = "cannot be loaded" if path.exists() else "no such directory, nor read from the hub"
+        raise ValueError(f"{source}: {here}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{source}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; "
             "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
         )
     return model
+
+
+def says(source: str, config: Any, key: str) -> bool:
+    """Whether a model's own file says a key of its config, or transformers filled it in."""
+    path = _place(source)
+    if path.is_file():  # GGUF
+        return True
+    from transformers import PreTrainedConfig
+
+    found, _ = PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else source)
+    text = found | found.get("text_config", {})
+    return key in text or config.attribute_map.get(key) in text
 
 
 def _place(source: str) -> Path:
@@ -79,7 +92,9 @@ def local_copy(source: str) -> Path:
         kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
         return Path(snapshot_download(source, allow_patterns=kinds))
     except Exception as error:
-        raise ValueError(f"{source}: cannot be fetched: {_first_line(error)}") from error
+        raise ValueError(
+            f"{source}: no such directory, nor read from the hub: {first_line(error)}"
+        ) from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -117,7 +132,7 @@ def refuse_scaled_gguf(source: str) -> None:
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: not a GGUF file ({_first_line(error)})") from None
+        raise ValueError(f"{path}: not a GGUF file ({first_line(error)})") from None
     kinds = [f.contents() for key, f in reader.fields.items() if key.endswith("rope.scaling.type")]
     factors = [t.name for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
     if factors or any(kind != "none" for kind in kinds):
@@ -139,9 +154,10 @@ def _smollm2() -> Path:
     return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """Of what a library says at length; with the next where it ends in a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
 
 
 @contextlib.contextmanager

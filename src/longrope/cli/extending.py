@@ -13,9 +13,12 @@ from longrope.cli.options import (
     Data,
     Device,
     Dtype,
+    ExistingScaling,
     Json,
+    OriginalLength,
     SequenceParallel,
     TrustRemoteCode,
+    existing_choice,
 )
 from longrope.cli.tables import console, print_json
 
@@ -52,6 +55,9 @@ def extend(
         str | None, typer.Option(help="As for search; by default the recipe's, or auto.")
     ] = None,
     sequence_parallel: SequenceParallel = 1,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what each stage would cost, count --data, stop.")
     ] = False,
@@ -80,6 +86,9 @@ def extend(
         seed=seed,
         device=device,
         dtype=dtype,
+        existing_scaling=existing_choice(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code or None,
         finetune=finetune,
         lora=lora,
     )
@@ -131,6 +140,8 @@ def generate(
     device: Device = None,
     dtype: Dtype = "auto",
     chunk: Chunk = None,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Go on from a text of any length, tokens as they come."""
@@ -143,8 +154,15 @@ def generate(
             "be at least 1, the second not negative"
         )
     text = (read_text(prompt_file) if prompt_file else "") + prompt
+    if not text:
+        raise ValueError("--prompt is empty; give some text, or a --prompt-file")
     loaded, pair = load_extended(
-        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        model,
+        device=device,
+        dtype=dtype,
+        existing_scaling=existing_choice(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
     )
     ids = loaded.tokenizer(text, verbose=False)["input_ids"]
     tokens = stream(

@@ -117,6 +117,20 @@ def column_layout(site: RotarySite) -> Tensor:
     return layout
 
 
+def scaled_length(parameters: dict[str, Any], longest: int) -> int:
+    """Tokens that a model's own scaling is for.
+
+    Some configs raise ``max_position_embeddings``, here ``longest``, to it, others leave it at the
+    length before. Where nothing tells which (``linear``) it is taken as it stands.
+    """
+    before = parameters.get("original_max_position_embeddings")
+    if parameters["rope_type"] == "dynamic":  # transformers' formula has the length before there
+        before = longest
+    if before is None:
+        return longest
+    return max(longest, round(before * (parameters.get("factor") or 1)))
+
+
 def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
     """Whether a rescale is what the model does already."""
     return (
