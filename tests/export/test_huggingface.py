@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, pair
 from longrope.export.run import ExportOptions, export
+from longrope.facts import inspect_model
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.rope.switch import Pair
 
 
 def files(made, where):
@@ -64,7 +66,7 @@ def test_what_version_4_wrote_of_layered_scaling_does_not_stay(
     torch.testing.assert_close(logits(loaded, ids[:, :81]), expected, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "stablelm", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "stablelm", "mistral", "smollm3"])
 def test_a_folded_attention_factor_gives_the_same_logits(
     family, checkpoints, micro_models, ids, tmp_path
 ):
@@ -100,6 +102,70 @@ def test_where_it_cannot_be_folded_it_is_said(family, why, checkpoints, micro_mo
     with pytest.raises(ValueError, match=why):
         export(options)
     assert not (tmp_path / "out").exists()
+
+
+def test_where_folding_goes_wrong_the_factor_stays_in_the_config(
+    checkpoints, micro_models, ids, tmp_path, caplog
+):
+    """Half precision rounds more than is left to fold."""
+    source, out = str(tmp_path / "half"), tmp_path / "out"
+    shutil.copytree(checkpoints("llama"), source)
+    half = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    half.save_pretrained(source)
+    model = half.float()
+    almost = default_attention_factor(80, 512) * 1.0001
+    both = pair(model)
+    made = Pair(*(r.replace(attention_factor=almost) for r in (both.short, both.long)))
+    named = files(made, tmp_path)
+    with pytest.raises(ValueError, match=r"--attention-factors fold: .*use field"):
+        export(ExportOptions(source, out, attention_factors="fold", **named))
+    assert not out.exists()
+    assert export(ExportOptions(source, out, **named)).folded is None
+    assert "fields that transformers and vLLM read" in caplog.text
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with installed(model, made.long):
+        expected = logits(model, ids[:, :81])
+    torch.testing.assert_close(logits(loaded, ids[:, :81]), expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaling_that_is_there_is_kept_or_replaced_as_told(
+    kind, checkpoints, micro_models, ids, tmp_path
+):
+    """A method goes on from it, or starts over; a file has the whole of it in its factors."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("llama"), source)
+    config = json.loads((source / "config.json").read_text())
+    scaling = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = 64
+    config["rope_parameters"] = scaling
+    (source / "config.json").write_text(json.dumps(config))
+    asked = {"rescale": "pi", "target": "512", "attention_factors": "field"}
+    with pytest.raises(ValueError, match=f"already has '{kind}' scaling: choose"):
+        export(ExportOptions(str(source), tmp_path / "out", **asked))
+    scaled = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    facts = inspect_model(str(source), existing_scaling="keep")
+    kept = facts.rescale("pi", 512)
+    kept.save(tmp_path / "kept.json")
+    with installed(scaled, kept):
+        expected = logits(scaled, ids)
+    found = {}
+    for name, options in {
+        "keep": asked | {"existing_scaling": "keep"},
+        "replace": asked | {"existing_scaling": "replace", "original_length": 64},
+        "file": {"rescale": str(tmp_path / "kept.json"), "attention_factors": "field"},
+    }.items():
+        export(ExportOptions(str(source), tmp_path / name, **options))
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        found[name] = logits(exported.eval(), ids)
+    torch.testing.assert_close(found["keep"], expected, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(found["file"], expected, atol=2e-3, rtol=1e-3)
+    model = micro_models("llama")
+    with installed(model, inspect_model(str(checkpoints("llama"))).rescale("pi", 512)):
+        expected = logits(model, ids)
+    torch.testing.assert_close(found["replace"], expected, atol=2e-3, rtol=1e-3)
+    assert (found["keep"] - expected).abs().max() > 0.1
 
 
 def test_the_static_export_has_one_set_and_no_boundary(checkpoints, micro_models, ids, tmp_path):
@@ -183,8 +249,20 @@ def test_nothing_is_overwritten_unasked(checkpoints, micro_models, tmp_path):
     with pytest.raises(ValueError, match="is there already; give another --out, or --force"):
         export(ExportOptions(**options))
     assert (tmp_path / "out" / "mine").read_text() == "dear"
+    with pytest.raises(ValueError, match="would delete all that is in it"):
+        export(ExportOptions(**options, force=True))
+    assert (tmp_path / "out" / "mine").read_text() == "dear"
+    (tmp_path / "out" / "mine").unlink()
     export(ExportOptions(**options, force=True))
-    assert (tmp_path / "out" / "config.json").exists()
+    export(ExportOptions(**options | {"format": "hf-static"}, force=True))  # over an export's own
+    exported = json.loads((tmp_path / "out" / "longrope.json").read_text())
+    assert exported["format"] == "hf-static"
+    inside = tmp_path / "out" / "inside"
+    shutil.copytree(checkpoints("llama"), inside)
+    for source in (tmp_path / "out", inside):
+        with pytest.raises(ValueError, match="is read from there"):
+            export(ExportOptions(**options | {"model": str(source)}, force=True))
+    assert (inside / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("suffix", ["", ".gguf"])

@@ -8,7 +8,14 @@ import typer
 from rich.table import Table
 
 from longrope.cli.app import app
-from longrope.cli.options import Chunk, Json, OriginalLength, TrustRemoteCode
+from longrope.cli.options import (
+    Chunk,
+    ExistingScaling,
+    Json,
+    OriginalLength,
+    TrustRemoteCode,
+    existing_choice,
+)
 from longrope.cli.tables import console, print_json
 
 
@@ -36,6 +43,7 @@ def export(
     ] = False,
     dtype: Annotated[str, typer.Option(help="Of weights that come from a GGUF file.")] = "bfloat16",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
@@ -53,6 +61,7 @@ def export(
             short=short,
             target=target,
             drop_start_tokens=drop_start_tokens,
+            existing_scaling=existing_choice(existing_scaling),
             original_length=original_length,
             dtype=dtype,
             force=force,

@@ -60,9 +60,12 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary = round(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+    # SmolLM3's, despite the name: 1 where a layer's queries are rotated.
+    rotated = getattr(config, "no_rope_layers", None)
 
     def scaled(name: str, tensor: Tensor) -> Tensor:
-        if not _QUERY.search(name):
+        found = _QUERY.search(name)
+        if found is None or (rotated and not rotated[int(found[1])]):
             return tensor
         rows = tensor.double().reshape(heads, head_dim, -1)
         rows[:, :rotary] *= square

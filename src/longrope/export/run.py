@@ -3,36 +3,32 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from longrope.export import card
-from longrope.export.fold import largest_difference, tensor_names, why_not_foldable
+from longrope.export.attention_factor import (
+    AttentionFactors,
+    FoldedWrong,
+    folding_check,
+    settled,
+    unfolded,
+)
 from longrope.export.gguf import export_gguf
 from longrope.export.huggingface import export_directory
-from longrope.export.intent import FORMATS, Format, Intent
-from longrope.facts import ModelFacts, inspect_model, load_rescale
+from longrope.export.intent import FILE, FORMATS, Format, Intent
+from longrope.facts import Existing, inspect_model, load_rescale
 from longrope.files import write_atomically
 from longrope.generate import is_run, original_of
 from longrope.model import load_model
-from longrope.rope.install import check_fits, installed
+from longrope.rope.install import check_fits
 from longrope.rope.methods import METHODS
-from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.rope.rescale import Rescale
 from longrope.rope.switch import Pair
 from longrope.source import local_copy, quiet
 from longrope.windows import parse_extension
-
-log = logging.getLogger(__name__)
-AttentionFactors = Literal["auto", "fold", "field"]
-_SAME = 1e-6  # attention factors that engines compute are float32
-# A folded model may differ by this share of what leaving the factor out would change.
-_TOLERANCE = 0.1
-_PROBE_TOKENS = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +44,7 @@ class ExportOptions:
             rescale's: ``fold`` the rest into the query projections, leave it in ``field``s of
             the config that some engines read, or ``auto``: fold where the model allows it.
         drop_start_tokens: export factors that were searched with n̂ > 0 as if it were 0.
+        existing_scaling: what a method goes on from; a rescale file has it in its factors.
         force: replace what is at ``out``.
     """
 
@@ -59,6 +56,7 @@ class ExportOptions:
     target: str | None = None
     attention_factors: AttentionFactors = "auto"
     drop_start_tokens: bool = False
+    existing_scaling: Existing | None = None
     original_length: int | None = None
     dtype: str = "bfloat16"
     force: bool = False
@@ -78,30 +76,56 @@ def export(options: ExportOptions) -> Intent:
         raise ValueError(
             f"--attention-factors {options.attention_factors}: choose auto, fold or field"
         )
-    if options.out.exists() and not options.force:
-        raise ValueError(f"{options.out}: is there already; give another --out, or --force")
     gguf = options.format.startswith("gguf")
     if gguf and options.out.suffix != ".gguf":
         raise ValueError(f"--out {options.out}: the name of a GGUF file ends in .gguf")
     run = Path(options.model) if is_run(Path(options.model)) else None
     model = str(run / "model") if run else options.model
+    _require_free(options, model)
     pair = _pair(options, run, model)
     named = str((original_of(options.model) or {}).get("source", options.model))
     intent = Intent(options.format, Path(named).name, pair)
-    with _checkpoint(options, model, keep_gguf=gguf) as source:
+    with _checkpoint(options, model, pair, keep_gguf=gguf) as source:
         if gguf:
             export_gguf(source, intent, options.out)
         else:
-            intent = _with_attention_factor(intent, source, options.attention_factors)
-            export_directory(
-                source,
-                intent,
-                options.out,
-                check=None if intent.folded is None else _folding_check(intent, source, options),
-                trust_remote_code=options.trust_remote_code,
-            )
+            intent = settled(intent, source, options.attention_factors)
+            try:
+                _write_directory(intent, source, options)
+            except FoldedWrong as error:
+                intent = unfolded(intent, options.attention_factors, str(error))
+                _write_directory(intent, source, options)
     _write_card(intent, options.out, None if options.rescale or options.short else run)
     return intent
+
+
+def _require_free(options: ExportOptions, model: str) -> None:
+    """See that nothing is at ``out``, or with ``force`` nothing but what an export wrote."""
+    out = options.out.resolve()
+    if not out.exists():
+        return
+    if not options.force:
+        raise ValueError(f"{options.out}: is there already; give another --out, or --force")
+    for read in (options.model, model, options.rescale, options.short):
+        if read and Path(read).exists() and Path(read).resolve().is_relative_to(out):
+            raise ValueError(f"{options.out}: {read} is read from there; give another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / FILE).exists():
+        raise ValueError(
+            f"{options.out}: no export wrote it ({FILE} is missing), and --force would delete all "
+            "that is in it; give another --out"
+        )
+
+
+def _write_directory(intent: Intent, source: Path, options: ExportOptions) -> None:
+    trusted = options.trust_remote_code
+    check = None if intent.folded is None else folding_check(intent, source, trusted)
+    export_directory(
+        source,
+        intent,
+        options.out,
+        check=check,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _pair(options: ExportOptions, run: Path | None, model: str) -> Pair:
@@ -111,21 +135,10 @@ def _pair(options: ExportOptions, run: Path | None, model: str) -> Pair:
     )
     if named is None:
         raise ValueError("--rescale is missing: give a rescale file, or a run as MODEL")
-    facts = inspect_model(
-        model,
-        existing_scaling="replace",
-        original_length=options.original_length,
-        trust_remote_code=options.trust_remote_code,
-    )
-    if not facts.extendable:
-        raise ValueError(f"{model} cannot be exported: {facts.reason}")
-    long = _rescale(named, facts, options)
-    short = _rescale(short_named, facts, options) if short_named else None
+    long = _rescale(named, model, options)
+    short = _rescale(short_named, model, options) if short_named else None
     if short is None:
         short = long.replace(max_position_embeddings=long.original_max_position_embeddings)
-    for rescale in (short, long):
-        assert facts.rotary_dim and facts.rope_theta
-        check_fits(rescale, facts.rotary_dim // 2, facts.rope_theta)
     if short.attention_factor != long.attention_factor:
         raise ValueError(
             f"attention_factor is {short.attention_factor:g} in --short and "
@@ -135,14 +148,31 @@ def _pair(options: ExportOptions, run: Path | None, model: str) -> Pair:
     return Pair(short, long)
 
 
-def _rescale(name: str, facts: ModelFacts, options: ExportOptions) -> Rescale:
+def _rescale(name: str, model: str, options: ExportOptions) -> Rescale:
+    """A method's factors on top of the scaling that is kept, or a file's, which are all there is.
+
+    Raises:
+        ValueError: no such factors, not for this model, or of a kind that no checkpoint can say.
+    """
     made = name in METHODS or Path(name).suffix == ".csv"
     if made and options.target is None:
         raise ValueError(f"--target is missing; say what {name} is made for, such as 32k")
+    rescale = None if made or not Path(name).is_file() else Rescale.load(name)
+    before = rescale and rescale.original_max_position_embeddings
+    facts = inspect_model(
+        model,
+        existing_scaling=options.existing_scaling if name in METHODS else "replace",
+        original_length=options.original_length or before,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if not facts.extendable:
+        raise ValueError(f"{model} cannot be exported: {facts.reason}")
     target = parse_extension(options.target, facts) if made and options.target else 0
     if name in METHODS:
-        return facts.rescale(name, target)
-    rescale = load_rescale(name, facts, target)
+        rescale = facts.rescale(name, target)
+    rescale = rescale or load_rescale(name, facts, target)
+    assert facts.rotary_dim and facts.rope_theta
+    check_fits(rescale, facts.rotary_dim // 2, facts.rope_theta)
     if rescale.portable:
         return rescale
     if options.drop_start_tokens:
@@ -167,73 +197,8 @@ def _cost_of_none(file: Path, rescale: Rescale) -> str:
     )
 
 
-def _with_attention_factor(intent: Intent, source: Path, how: AttentionFactors) -> Intent:
-    """Settle how engines that do not read ``attention_factor`` come to it."""
-    written = intent.written
-    theirs = default_attention_factor(written.recovery_length, written.long.max_position_embeddings)
-    ours = written.long.attention_factor
-    if abs(ours - theirs) < _SAME or how == "field":
-        if abs(ours - theirs) >= _SAME:
-            log.warning(_FIELD, ours, theirs)
-        return intent
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    layers = config.get("text_config", config)["num_hidden_layers"]
-    reason = why_not_foldable(tensor_names(source), layers)
-    if reason is None:
-        return dataclasses.replace(intent, folded=theirs)
-    if how == "fold":
-        raise ValueError(
-            f"--attention-factors fold: {intent.source} cannot take it: {reason}; use field"
-        )
-    log.warning(f"{_FIELD}; it cannot be folded into the weights: %s", ours, theirs, reason)
-    return intent
-
-
-_FIELD = (
-    "attention_factor %.6g is in fields that transformers and vLLM read; mlx-lm and SGLang compute "
-    "%.6g by themselves"
-)
-
-
-def _folding_check(intent: Intent, source: Path, options: ExportOptions) -> Callable[[Path], None]:
-    """Hold the folded weights to the model's logits, and to what dropping the factor would do."""
-
-    def logits(model: str, rescale: Rescale) -> torch.Tensor:
-        loaded = load_model(
-            model,
-            device="cpu",  # in float32 a large one may fit no GPU
-            dtype="float32",
-            existing_scaling="replace",
-            original_length=rescale.original_max_position_embeddings,
-            trust_remote_code=options.trust_remote_code,
-        )
-        ids = torch.randint(
-            0,
-            loaded.facts.vocabulary,
-            (1, _PROBE_TOKENS),
-            generator=torch.Generator().manual_seed(0),
-        ).to(loaded.model.device)
-        with torch.inference_mode(), installed(loaded.model, rescale):
-            return loaded.model(input_ids=ids).logits.cpu()
-
-    def check(directory: Path) -> None:
-        long, folded = intent.pair.long, intent.written.long
-        expected = logits(str(source), long)
-        dropped = largest_difference(logits(str(source), folded), expected)
-        found = largest_difference(logits(str(directory), folded), expected)
-        if found > _TOLERANCE * dropped:
-            raise ValueError(
-                f"attention_factor {long.attention_factor:g} folded into the query projections "
-                f"changes log-probabilities by {found:.3g}, against {dropped:.3g} without it; use "
-                "--attention-factors field"
-            )
-        log.info("folded attention factor: largest difference %.3g nats", found)
-
-    return check
-
-
 @contextlib.contextmanager
-def _checkpoint(options: ExportOptions, model: str, keep_gguf: bool) -> Iterator[Path]:
+def _checkpoint(options: ExportOptions, model: str, pair: Pair, keep_gguf: bool) -> Iterator[Path]:
     """The model as a directory of safetensors (or the GGUF file itself), wherever it is."""
     path = local_copy(model)
     if path.is_dir() or keep_gguf:
@@ -245,7 +210,7 @@ def _checkpoint(options: ExportOptions, model: str, keep_gguf: bool) -> Iterator
             device="cpu",
             dtype=options.dtype,
             existing_scaling="replace",
-            original_length=options.original_length,
+            original_length=pair.long.original_max_position_embeddings,
             trust_remote_code=options.trust_remote_code,
         )
         with quiet():
