@@ -37,6 +37,8 @@ def test_reads_every_kind(tmp_path):
         ("x.jsonl", b'{"other": "a"}\n', r"name it with --field \(it has: other\)"),
         ("x.parquet", b"PAR1", "x.parquet: not a Parquet file"),
         ("blank.jsonl", b'{"text": " "}\n', "no text in it"),
+        ("x.json", b'{"a": [1],\n "b": 2}', r"no text field 'text'.*it has: a, b"),
+        ("x.json", b"[1,\n 2", "x.json: line 1 is not JSON"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
@@ -61,6 +63,22 @@ def test_jsonl_as_others_write_it(tmp_path):
     path.write_text('{"text": "caf\\ud83d, \\ud83d\\ude00"}')  # half an emoji, and a whole one
     (document,) = read_documents([str(path)])
     assert document.text == "caf\ufffd, \U0001f600"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "one"},\n {"text": "two"}]',
+        '{"text": "one"}\n{"text": "two"}\n',
+        json.dumps([{"text": "one"}, {"text": "two"}], indent=1),
+    ],
+)
+def test_json_as_others_write_it(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    assert [d.text for d in read_documents([str(path)])] == ["one", "two"]
+    path.write_text(json.dumps({"text": "one", "more": 1}, indent=1))
+    assert [d.text for d in read_documents([str(path)])] == ["one"]
 
 
 def test_missing_data_is_named(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
-"""Documents: from text files, folders, JSONL, Parquet, hub datasets, or the Python library."""
+"""Documents: from text, JSON, JSONL and Parquet files, folders, hub datasets, this Python."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,9 +31,9 @@ class Document:
 
 
 def read_documents(sources: Sequence[str], field: str = "text") -> list[Document]:
-    """Read text files, folders of them, JSONL and Parquet files, or hub datasets.
+    """Read text files, folders of them, JSON, JSONL and Parquet files, or hub datasets.
 
-    ``field`` names the text's field in JSONL, Parquet and datasets. Documents with
+    ``field`` names the text's field in JSON, JSONL, Parquet and datasets. Documents with
     the same text are kept once.
 
     Raises:
@@ -89,7 +90,7 @@ def _read(source: str, field: str) -> Iterable[Document]:
 def _read_file(path: Path, field: str) -> Iterable[Document]:
     if path.suffix == ".parquet":
         yield from _rows(_parquet_rows(path, field), str(path), field)
-    elif path.suffix in (".jsonl", ".ndjson"):
+    elif path.suffix in (".jsonl", ".ndjson", ".json"):
         yield from _rows(_json_rows(path), str(path), field)
     else:
         text = read_text(path)
@@ -113,12 +114,19 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise ValueError(f"{path}: not UTF-8 text; longrope reads text, JSONL and Parquet")
+        raise ValueError(f"{path}: not UTF-8 text; longrope reads text, JSON, JSONL and Parquet")
     return text
 
 
 def _json_rows(path: Path) -> Iterable[Any]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    """A value a line; in a ``.json`` file perhaps one list of them, or one object, over many."""
+    content = read_text(path)
+    if path.suffix == ".json":
+        with contextlib.suppress(json.JSONDecodeError):
+            whole = json.loads(content)
+            yield from whole if isinstance(whole, list) else [whole]
+            return
+    for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -150,14 +158,16 @@ def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
             f"--data {source}: no such file or folder; to read it as a hub dataset: "
             "pip install 'longrope[datasets]'"
         ) from None
-    from longrope.source import quiet  # it imports transformers
+    from longrope.source import first_line, quiet  # it imports transformers
 
     name, _, split = source.partition(":")
     try:
         with quiet():
             rows = load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds
-        raise ValueError(f"--data {source}: cannot be read from the hub ({error})") from None
+        raise ValueError(
+            f"--data {source}: no such file or folder, nor read from the hub ({first_line(error)})"
+        ) from None
     yield from _rows(rows, source, field)
 
 

@@ -222,23 +222,25 @@ def unseen(documents: Sequence[TokenDocument], hashes: Iterable[str]) -> list[To
 
 
 def parse_length(text: str, original: int | None = None) -> int:
-    """Tokens from ``131072``, ``128k`` (× 1,024) or, given an original length, ``8x``.
+    """Tokens from ``131072``, ``128k`` (× 1,024), ``2m`` or, given an original length, ``8x``.
 
     Raises:
         ValueError: none of these forms.
     """
     number, unit = text.strip().lower(), 1
-    if number.endswith("k"):
-        number, unit = number[:-1], 1024
+    if number.endswith(("k", "m")):
+        number, unit = number[:-1], 1024 if number[-1] == "k" else 1024**2
     elif number.endswith("x") and original is not None:
         number, unit = number[:-1], original
     try:
         length = float(number) * unit
     except ValueError:
         length = 0.0
-    if not 0 < length < 1e12 or length != int(length):
+    if not 0 < length < 1e12:
         raise ValueError(f"length {text!r} is not one; write 131072, 128k or 8x")
-    return int(length)
+    if abs(length - round(length)) > 1e-6:  # 1.1 times 1,000 is a little more than 1,100
+        raise ValueError(f"length {text!r} is {length:,g} tokens; give a whole number of them")
+    return round(length)
 
 
 def parse_extension(text: str, facts: ModelFacts) -> int:

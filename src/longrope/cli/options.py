@@ -11,11 +11,11 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="Text, folder, JSONL, Parquet or hub dataset id; repeatable. By default the Python "
-        "library of this machine.",
+        help="Text, folder, JSON, JSONL, Parquet or hub dataset id; repeatable. By default the "
+        "Python library of this machine.",
     ),
 ]
-Field = Annotated[str, typer.Option(help="The text's field in JSONL, Parquet and datasets.")]
+Field = Annotated[str, typer.Option(help="The text's field in JSON, JSONL, Parquet and datasets.")]
 Pack = Annotated[
     bool, typer.Option("--pack", help="Let windows join documents, with BOS and EOS between.")
 ]
