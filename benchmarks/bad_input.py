@@ -42,6 +42,13 @@ def cases(folder: Path) -> list[tuple[str, str]]:
     text = Rescale((1.0,) * 32, 1e4, 256, 512).to_json()
     (folder / "unknown.json").write_text(json.dumps(text | {"lambda": 1}))
     (folder / "layers.csv").write_text("1,2\n1,3\n")
+    for name in ("run/recipe.yaml", "mine/notes.txt"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("")
+    row = {"method": "none", "length": 4096}
+    (folder / "compared").mkdir()
+    there = {"target": 4096, "perplexity": [row]}
+    (folder / "compared/compare.json").write_text(json.dumps(there))
     done = folder / "done"
     run(
         [
@@ -88,6 +95,10 @@ def cases(folder: Path) -> list[tuple[str, str]]:
         ("state of another search", f"{again} --seed 1"),
         ("state of another model", again.replace("search", "search smaller", 1)),
         ("disk full on the state file", "FULL search --target 2x --samples 1 --out full"),
+        ("more than the memory holds", "evaluate --lengths 512,1000000x"),
+        ("another's directory", "search --target 2x --out run"),
+        ("another comparison's", "compare --target 2x --out compared"),
+        ("an export over something else", "export nan --rescale unknown.json --out mine --force"),
         ("nothing to draw", "report nan"),
         ("no such option", "search --trget 2x"),
     ]
