@@ -54,15 +54,16 @@ def calibrate(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> Ra
 
 
 def _rate(work, flops: float, device: torch.device) -> float:
+    work()  # the first time threads start and kernels are chosen: it may take ten times as long
     times = []
     started = time.monotonic()
-    while len(times) < 2 or time.monotonic() - started < _SECONDS:
+    while not times or time.monotonic() - started < _SECONDS:
         before = time.monotonic()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.monotonic() - before)
-    return flops / sorted(times)[len(times) // 2]
+    return flops / sorted(times)[(len(times) - 1) // 2]
 
 
 def _machine_memory() -> int:

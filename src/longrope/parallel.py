@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -169,14 +170,29 @@ def ranks(sequence_parallel: int = 1) -> Iterator[Ranks]:
         return
     # Losses and JSON travel over gloo; gradients, where there are GPUs, over nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    with _gloo_quiet():
+        dist.init_process_group(backend, timeout=_PATIENCE)
+        team = _own_team(sequence_parallel)
     # torchrun ends the others when one dies: say the same, whichever word comes first.
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        yield Ranks(dist.get_rank(), size, _own_team(sequence_parallel))
+        yield Ranks(dist.get_rank(), size, team)
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _gloo_quiet() -> Iterator[None]:
+    """torch 2.8's gloo says on standard output whom it met, where ``--json`` has the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _own_team(members: int) -> Team:

@@ -172,8 +172,8 @@ def evaluate(
         if out:
             require_directory(out)
         work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
-        where = {"target": measured_at, "hidden_device": hidden_device}
         longest = max(measured, default=facts.original_max_position_embeddings)
+        where = {"target": str(longest), "hidden_device": hidden_device}
         check_alone(facts, make_recipe(work | where), these, measured=longest)
 
     loading: dict[str, Any] = {

@@ -81,6 +81,13 @@ def export(options: ExportOptions) -> Intent:
         raise ValueError(f"--out {options.out}: the name of a GGUF file ends in .gguf")
     run = Path(options.model) if is_run(Path(options.model)) else None
     model = str(run / "model") if run else options.model
+    if run:  # its scaling is ours, and its config calls the recovery length original
+        before = Rescale.load(run / "rescale.json").original_max_position_embeddings
+        options = dataclasses.replace(
+            options,
+            existing_scaling=options.existing_scaling or "replace",
+            original_length=options.original_length or before,
+        )
     _require_free(options, model)
     pair = _pair(options, run, model)
     named = str((original_of(options.model) or {}).get("source", options.model))
