@@ -16,6 +16,7 @@ from longrope.generate import load_extended, original_of, stream, text_of
 from longrope.model import LoadedModel, load_model
 from longrope.recipe import make_recipe
 from longrope.rope.switch import switched
+from program import succeeds
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +144,10 @@ def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp
     told = {"attention_mask": torch.ones_like(ids[:1]), "pad_token_id": 2}
     expected = plain.generate(ids[:1], max_new_tokens=8, do_sample=False, **told)
     assert found == expected[0, ids.shape[1] :].tolist()
-    command = [sys.executable, "-m", "longrope", "generate", source, "--prompt", "import os"]
-    kept = [*command, "--existing-scaling", "keep", "--max-new-tokens", "2"]
-    assert subprocess.run(kept, capture_output=True, timeout=120).returncode == 0
+    kept = ["--existing-scaling", "keep"]
+    succeeds("generate", source, "--prompt", "import os", *kept, "--max-new-tokens", 2)
+    told = [*kept, "--original-length", 32, "--target", "2x", "--dry-run", "--json"]
+    assert json.loads(succeeds("extend", source, *told))["stages"][0]["length"] == 64
 
 
 def test_an_export_is_as_long_originally_as_what_it_was_made_from(bundled, tmp_path):

@@ -54,7 +54,7 @@ def calibrate(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> Ra
 
 
 def _rate(work, flops: float, device: torch.device) -> float:
-    work()  # the first time threads start and kernels are chosen: it may take ten times as long
+    work()  # the first time threads start and kernels are chosen
     times = []
     started = time.monotonic()
     while not times or time.monotonic() - started < _SECONDS:
