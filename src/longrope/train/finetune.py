@@ -68,6 +68,7 @@ def finetune(
     model = loaded.model
     model.to(torch.bfloat16 if settings.precision == "pure-bf16" else torch.float32)
     if settings.lora is not None:
+        torch.manual_seed(seed)  # adapters are drawn, before the Trainer would set it
         model = _with_lora(model, settings.lora)
     arguments = _arguments(settings, work, model.device, ranks, seed)
     if teacher is not None:  # the Trainer chooses the device; autocast copies what may be trained
