@@ -22,15 +22,21 @@ def main() -> None:
     params.fit_params = False
     params.ctx_shift = False
     server = xllamacpp.Server(params)
-    answers = [next_token(server, ids, question["top"]) for ids in question["prompts"]]
+    top, letter = question["top"], question["letter"]
+    answers = [next_token(server, ids, top, letter) for ids in question["prompts"]]
     answer = {"answers": answers, "version": f"xllamacpp {xllamacpp.__version__}"}
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(answer, file)
 
 
-def next_token(server: Any, ids: list[int], top: int) -> dict[str, float]:
-    """Token id → log-probability of being the next, the likeliest ones."""
+def next_token(server: Any, ids: list[int], top: int, letter: int) -> dict[str, float]:
+    """Token id → log-probability of being the next, the likeliest ones.
+
+    Of half a character llama.cpp says none: so a token that is a ``letter`` is made to come, which
+    changes nothing of what the model says.
+    """
     asked = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0.0}
+    asked["logit_bias"] = [[letter, 1000.0]]
     result = server.handle_completions(asked | {"cache_prompt": False})
     if "choices" not in result:
         raise SystemExit(f"llama.cpp: {result}")

@@ -84,6 +84,7 @@ def verify(
     pair = reference.pair
     points = lengths or _points(reference.boundary, pair.long.max_position_embeddings, how)
     asked = [_prompts(reference.loaded, length, prompts) for length in points]
+    letter = reference.loaded.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     contexts = [_context(how, pair, length, max(points)) for length in points]
     answers: dict[int, list[dict[str, float]]] = {}
     version = ""
@@ -93,6 +94,7 @@ def verify(
             "path": str(Path(reference.path).resolve()),
             "context": context,
             "top": _TOP,
+            "letter": letter,
             "dtype": reference.dtype,
             "prompts": [ids for i in these for ids in asked[i]],
         }
@@ -206,7 +208,10 @@ def advice(verdict: Verdict) -> Iterator[str]:
     """What to do about the lines that are not as intended."""
     wrong = [line for line in verdict.lines if not line.right]
     for line in wrong:
+        what = ENGINES[verdict.engine].instead
+        if line.applied == "unclear":
+            what = "no set explains it; quantised weights may round more than factors change"
         yield (
             f"at {line.length:,} tokens {verdict.engine} applied {line.applied}, not "
-            f"{line.intended}: {ENGINES[verdict.engine].instead}"
+            f"{line.intended}: {what}"
         )

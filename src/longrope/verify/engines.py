@@ -112,9 +112,8 @@ def ask(how: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             raise ValueError(f"--python {python}: {error.strerror}") from None
         if ended.returncode or not answered.exists():
-            raise ValueError(
-                f"{how.ask} failed in {python}: {_last_line(ended.stderr)}; it wants {how.setup}"
-            )
+            wants = f"; it wants {how.setup}" if "ModuleNotFoundError" in ended.stderr else ""
+            raise ValueError(f"{how.ask} failed in {python}: {_last_line(ended.stderr)}{wants}")
         return json.loads(answered.read_text(encoding="utf-8"))
 
 
