@@ -32,7 +32,7 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
         ValueError: no such model, or one that cannot be rescaled.
     """
     if options.get("existing_scaling"):
-        return load_model(source, **options), None
+        return load_weights(source, **options), None
     pair, run = find_pair(source, options.get("trust_remote_code", False)), Path(source)
     if pair is None:
         return load_model(source, **options), None
@@ -40,6 +40,22 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
     # What the checkpoint calls original is the recovery length, where its long factors begin.
     options["original_length"] = options.get("original_length") or _original_length(run, pair)
     return load_model(str(run / "model") if is_run(run) else source, **options), pair
+
+
+def load_weights(source: str, **options: Any) -> LoadedModel:
+    """A model without its pair: of a run the trained weights, unscaled unless that is to be kept.
+
+    Args:
+        options: as :func:`longrope.model.load_model` takes them.
+    """
+    run = Path(source)
+    if is_run(run):
+        source = str(run / "model")
+        if options.get("existing_scaling") != "keep":
+            before = Rescale.load(run / "rescale.json").original_max_position_embeddings
+            told = options.get("original_length") or before
+            options |= {"existing_scaling": "replace", "original_length": told}
+    return load_model(source, **options)
 
 
 def _original_length(source: Path, pair: Pair) -> int:

@@ -147,6 +147,20 @@ def test_without_our_note_the_factors_come_from_the_tensors(made, tmp_path):
         assert theirs.max_position_embeddings == ours.max_position_embeddings
 
 
+def test_a_note_of_the_users_is_not_taken_for_our_card(checkpoints, micro_models, tmp_path):
+    pair(micro_models("llama")).long.save(tmp_path / "long.json")
+    (tmp_path / "notes.md").write_text("dear")
+    out = tmp_path / "notes.gguf"
+    with pytest.raises(ValueError, match=r"notes\.md: is there already"):
+        export(
+            ExportOptions(
+                str(checkpoints("llama")), out, "gguf", rescale=str(tmp_path / "long.json")
+            )
+        )
+    assert (tmp_path / "notes.md").read_text() == "dear"
+    assert not out.exists()
+
+
 def test_an_architecture_without_factor_tensors_is_refused(made, tmp_path):
     import gguf
 

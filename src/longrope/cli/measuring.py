@@ -116,8 +116,7 @@ def evaluate(
     from longrope.evaluate.paired import compare_with_original
     from longrope.evaluate.unfinished import kept_until_done
     from longrope.files import require_directory, write_atomically
-    from longrope.generate import find_pair, load_extended
-    from longrope.model import load_model
+    from longrope.generate import find_pair, load_extended, load_weights
     from longrope.parallel import local_device, ranks
     from longrope.preflight import check_alone
     from longrope.recipe import make_recipe
@@ -197,7 +196,7 @@ def evaluate(
             loaded, pair = load_extended(model, **loading)
         else:
             scaling = existing_choice(existing_scaling)
-            loaded = load_model(model, existing_scaling=scaling, **loading)
+            loaded = load_weights(model, existing_scaling=scaling, **loading)
         entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.facts)[0]
         with kept_until_done(out, these.team.size) as unfinished:
             if kind == "benchmarks":

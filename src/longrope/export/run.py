@@ -108,11 +108,14 @@ def export(options: ExportOptions) -> Intent:
 
 def _require_free(options: ExportOptions, model: str) -> None:
     """See that nothing is at ``out``, or with ``force`` nothing but what an export wrote."""
-    out = options.out.resolve()
+    out, card_file = options.out.resolve(), _card_file(options.out)
+    for there in (options.out, card_file):
+        if there.exists() and not options.force:
+            raise ValueError(f"{there}: is there already; give another --out, or --force")
     if not out.exists():
         return
-    if not options.force:
-        raise ValueError(f"{options.out}: is there already; give another --out, or --force")
+    if is_run(out.parent):
+        raise ValueError(f"{options.out}: a run's own, which tells of it; give another --out")
     for read in (options.model, model, options.rescale, options.short):
         if read and Path(read).exists() and Path(read).resolve().is_relative_to(out):
             raise ValueError(f"{options.out}: {read} is read from there; give another --out")
@@ -236,5 +239,8 @@ def _write_card(intent: Intent, out: Path, run: Path | None) -> None:
     results: dict[str, Any] | None = None
     if run and (run / "results.json").exists():
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    file = out / "README.md" if out.is_dir() else out.with_suffix(".md")
-    write_atomically(file, card.write(intent, results))
+    write_atomically(_card_file(out), card.write(intent, results))
+
+
+def _card_file(out: Path) -> Path:
+    return out.with_suffix(".md") if out.suffix == ".gguf" else out / "README.md"
