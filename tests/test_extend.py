@@ -18,7 +18,7 @@ from longrope.parallel import Ranks
 from longrope.recipe import load_recipe, make_recipe
 from longrope.rope.rescale import Rescale
 from program import refused
-from whole_run import RECIPE, STAGES, run
+from whole_run import RECIPE, STAGES, evaluated, run
 
 
 def test_leaves_what_other_programs_read(finished):
@@ -228,6 +228,35 @@ def test_start_tokens_stay_with_our_own_runtime(arguments, tmp_path, checkpoints
     measured = {row["length"] for row in results["perplexity"] if row["method"] == "none"}
     assert measured == {row["length"] for row in results["recovery"]}
     assert max(measured) < results["target"]
+
+
+def test_a_run_s_weights_under_another_rescale(finished, texts):
+    """A run is a model too: its weights, as if they were not scaled, at its original length."""
+    out, _ = finished
+    asked = ["--lengths", "128,512", "--data", texts, "--json", "--target", "8x"]
+    run_s = evaluated(out, *asked, "--rescale", "yarn")["perplexity"]
+    told = ["--existing-scaling", "replace", "--original-length", 64]
+    model_s = evaluated(out / "model", *asked, "--rescale", "yarn", *told)["perplexity"]
+    assert run_s == model_s
+    plain = evaluated(out, *asked[:4], "--json")["perplexity"]
+    assert plain[1]["perplexity"] != run_s[1]["perplexity"]
+
+
+def test_no_export_takes_the_place_of_a_run_s_model(finished, checkpoints):
+    out, _ = finished
+    before = (out / "model" / "model.safetensors").read_bytes()
+    asked = ["--rescale", "yarn", "--target", "1024", "--out", out / "model", "--force"]
+    assert "a run's own" in refused("export", checkpoints("llama"), *asked)
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_refused_run_claims_nothing(arguments, tmp_path):
+    out = tmp_path / "out"
+    for name in ("short.txt", "other.txt"):  # the second is no other run than the first
+        (tmp_path / name).write_text("too short")
+        line = refused("extend", *arguments, "--data", tmp_path / name, "--out", out)
+        assert "too few tokens" in line
+    assert [file.name for file in out.iterdir()] == [".lock"]
 
 
 def test_json_is_all_that_is_printed(finished, arguments):

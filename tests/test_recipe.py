@@ -141,7 +141,8 @@ def test_is_priced_at_its_true_shape(name, tmp_path):
 def test_the_command_line_goes_before_the_file(tmp_path):
     assert resolve_recipe(None, None).model == "bundled"
     assert resolve_recipe(None, "bundled", target="8x").finetune.steps == 260
-    assert resolve_recipe(None, None, target="512x").finetune.through == "2k"
+    for target in ("512x", "131072", "128k"):
+        assert resolve_recipe(None, None, target=target).finetune.through == "2k"
     recipe = resolve_recipe("bundled", None, target="16x", seed=3, finetune=False)
     assert (recipe.target, recipe.seed, recipe.finetune.enabled) == ("16x", 3, False)
     assert resolve_recipe(None, "some/model", target="8x").finetune.learning_rate == 2e-5

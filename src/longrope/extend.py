@@ -65,10 +65,14 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
     ranks = ranks or Ranks()
     run = open_run(recipe, out, ranks)
     with only_process(out) if ranks.first else contextlib.nullcontext():
-        if ranks.first:
-            run.claim()
-        if not all(run.done(stage.name) for stage in run.plan.stages):
-            preflight(run)
+        claimed = ranks.first and run.claim()
+        try:
+            if not all(run.done(stage.name) for stage in run.plan.stages):
+                preflight(run)
+        except ValueError:
+            if claimed:  # what is asked for instead may be another run
+                run.unclaim()
+            raise
         if ranks.first:
             run.remeasure()
         for stage in run.plan.stages:

@@ -1,5 +1,6 @@
 """The recipe of an extension: one YAML file, every key known, every default the paper's."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,9 @@ from longrope.rope.methods import METHODS
 from longrope.search.descent import DescentSettings
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.stage import SearchSettings
+from longrope.source import BUNDLED
 from longrope.train.settings import FinetuneSettings
+from longrope.windows import parse_length
 
 RECIPES = Path(__file__).parent / "recipes"
 _Positive = Annotated[int, Field(ge=1)]
@@ -233,8 +236,7 @@ def resolve_recipe(
         ValueError: no target, or anything that :func:`load_recipe` raises for.
     """
     if source is None and model in (None, "bundled"):
-        further = f"bundled-{changes.get('target')}"  # 512x takes other training than 64x
-        source = further if (RECIPES / f"{further}.yaml").exists() else "bundled"
+        source = _of_bundled(changes.get("target"))
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= {} if model is None else {"model": model}
     if source is not None:
@@ -248,6 +250,18 @@ def resolve_recipe(
     if not given:
         return recipe
     return make_recipe(recipe.model_dump() | {"finetune": recipe.finetune.model_dump() | given})
+
+
+def _of_bundled(target: str | None) -> str:
+    """The recipe for the bundled model to a target: 512x takes other training than 64x."""
+    config = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
+    original = config["max_position_embeddings"]
+    if target is not None:
+        for file in RECIPES.glob("bundled-*.yaml"):
+            made_for = file.stem.removeprefix("bundled-")
+            if parse_length(made_for, original) == parse_length(target, original):
+                return file.stem
+    return "bundled"
 
 
 def make_recipe(content: dict[str, Any]) -> Recipe:

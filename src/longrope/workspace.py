@@ -39,16 +39,18 @@ class Run:
         self._loaded: tuple[tuple[str, bool], LoadedModel] | None = None
         self._remeasures = False
 
-    def claim(self) -> None:
+    def claim(self) -> bool:
         """Write the resolved recipe, or see that it is the one that was written before.
 
-        Another evaluation than before is not written yet: see :meth:`remeasure`.
+        Says whether nothing was there. Another evaluation than before is not written yet: see
+        :meth:`remeasure`.
 
         Raises:
             ValueError: another run, or something else, is there; what differs is named.
         """
         file, now = self.out / "recipe.yaml", self.recipe.model_dump(mode="json")
-        if file.exists():
+        new = not file.exists()
+        if not new:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             there, here = _leaves(before), _leaves(now)
             default = _leaves(Recipe(target=self.recipe.target).model_dump(mode="json"))
@@ -68,6 +70,12 @@ class Run:
             raise ValueError(f"{self.out} is not empty and holds no run; give another --out")
         if not self._remeasures:
             self.recipe.save(file)
+        return new
+
+    def unclaim(self) -> None:
+        """Leave the directory as it was before a run that is refused."""
+        for name in ("recipe.yaml", "pools.json"):
+            (self.out / name).unlink(missing_ok=True)
 
     def remeasure(self) -> None:
         """Where the recipe has another evaluation than before, and it can be done: drop the old."""
