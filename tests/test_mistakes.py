@@ -1,6 +1,7 @@
 """A user's mistake: exit code 2, and one line with the field, its value and the remedy."""
 
 import json
+import os
 import sys
 
 from longrope.rope.rescale import Rescale
@@ -117,13 +118,17 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
     messages = {
         (*search, run_of): "recipe.yaml is there without a search's state.json",
         (*search, imported): "rescale.json is there without a search's state.json",
-        (*compare, "--target", "4x"): "another comparison (for 512 tokens, none at 256, none at",
-        (*compare, "--target", "2x", "--methods", "none,pi"): "(for 512 tokens, none at 256, pi",
+        (*compare, "--target", "4x"): "another comparison (for 512 tokens, with none at 256, wit",
+        (*compare, "--target", "2x", "--methods", "none,pi"): "(with none at 256, with pi at 256",
     }
     before = (compared / "compare.json").read_bytes()
     for line, message in zip(each_refused(*messages), messages.values(), strict=True):
         assert message in line
         assert "give another --out" in line
+    another = [*compare, *both, "--methods", "none,pi", "--attention-factor", 1.2]
+    assert "(of attention_factor None)" in refused(*another)
+    team = os.environ | {"WORLD_SIZE": "2"}
+    assert "compare is work for one process" in refused(*another, env=team)
     assert (compared / "compare.json").read_bytes() == before
     succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
 

@@ -201,6 +201,11 @@ def test_the_scaled_length_is_never_less_than_its_factor_says(scaled, factor, le
     assert import_pair(source).long.max_position_embeddings == length
 
 
+def test_what_to_do_with_scaling_is_one_of_two(scaled):
+    with pytest.raises(ValueError, match="existing_scaling is 'Keep'; choose keep or replace"):
+        load_model(scaled("yarn"), existing_scaling="Keep")
+
+
 def test_a_length_that_transformers_filled_in_is_called_so(scaled):
     source = scaled("yarn")
     path = Path(source) / "config.json"

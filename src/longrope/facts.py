@@ -11,6 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from longrope.layers import find_layers
+from longrope.parallel import RankLost
 from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
 from longrope.rope.site import (
@@ -113,6 +114,8 @@ def inspect_model(
     Raises:
         ValueError: there is no such model, or its config is not one transformers knows.
     """
+    if existing_scaling not in (None, "keep", "replace"):
+        raise ValueError(f"existing_scaling is {existing_scaling!r}; choose keep or replace")
     if existing_scaling != "replace" or original_length is None:
         refuse_scaled_gguf(source)
     with quiet():
@@ -274,6 +277,8 @@ def skeleton(
         raise ValueError(
             f"{source}: a {config.model_type!r} model is not a causal language model"
         ) from None
+    except RankLost:
+        raise
     except Exception as error:  # configs of dozens of kinds fail in ways of their own
         raise ValueError(
             f"{source}: a {config.model_type!r} model cannot be made from its config "

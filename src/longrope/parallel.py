@@ -33,6 +33,16 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def require_one_process(verb: str) -> None:
+    """Refuse what several processes would do over each other.
+
+    Raises:
+        ValueError: a launcher started several.
+    """
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"{verb} is work for one process, not {size}: start it without torchrun")
+
+
 class RankLost(RuntimeError):
     """Another process of the run died."""
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
+from longrope.parallel import RankLost
+
 BUNDLED = Path(__file__).parent / "bundled"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -43,6 +45,8 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
         if not reads_weights:
             return auto.from_pretrained(location, **options)
         model, report = auto.from_pretrained(location, output_loading_info=True, **options)
+    except RankLost:  # a launcher's word, whatever is under way
+        raise
     except ImportError as error:
         raise ValueError(f"{source}: reading it needs more: {first_line(error)}") from None
     except Exception as error:

@@ -4,8 +4,9 @@ import math
 import pytest
 
 from longrope.report import plots
-from longrope.report.run import report
+from longrope.report.run import known_methods, report
 from longrope.rope import methods
+from longrope.rope.rescale import Rescale
 
 
 def yarn():
@@ -24,6 +25,12 @@ def test_factors_are_drawn_as_they_are():
     (axes,) = plots.factors_figure({"yarn": yarn(), "rescale": yarn()}).axes
     assert [line.get_label() for line in axes.lines] == ["yarn", "rescale"]
     assert tuple(axes.lines[0].get_ydata()) == yarn().factors
+
+
+def test_known_methods_stand_on_the_scaling_that_is_kept():
+    made = Rescale((2.0, 4.0), 1e4, 64, 128, provenance={"base_factors": [1.0, 3.0]})
+    assert known_methods(made)["pi"].factors == (2.0, 6.0)
+    assert known_methods(made.replace(provenance={}))["pi"].factors == (2.0, 2.0)
 
 
 def test_perplexities_are_drawn_at_their_lengths():

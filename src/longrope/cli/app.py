@@ -49,6 +49,8 @@ def main() -> None:
 def _stopped(arguments: list[str]) -> str:
     if arguments[0] == "evaluate" and not any(a.startswith("--out") for a in arguments):
         return "stopped; evaluate keeps what it has measured only with --out"
+    if arguments[0] == "evaluate" and any(a.startswith("--sequence-parallel") for a in arguments):
+        return "stopped; evaluate keeps nothing with --sequence-parallel"
     if arguments[0] not in _RESUMED:
         return "stopped"
     return "stopped; it goes on where it was when the same command runs again"

@@ -73,7 +73,7 @@ def compare(
     from longrope.facts import ModelFacts
     from longrope.files import require_directory
     from longrope.model import load_model
-    from longrope.parallel import Ranks
+    from longrope.parallel import Ranks, require_one_process
     from longrope.preflight import check_alone
     from longrope.recipe import make_recipe
     from longrope.report.run import report as write_report
@@ -93,6 +93,7 @@ def compare(
         own_attention_factors=True,
     )
     directory = out or options.directory
+    require_one_process("compare")
 
     def check(facts: ModelFacts) -> None:
         parse_extension(target, facts)

@@ -51,7 +51,7 @@ def inspect(
     table = Table(show_header=False, box=None)
     for name, value in dataclasses.asdict(facts).items():
         if name not in ("base_factors", "base_attention_factor"):
-            shown = f"{value:,}" if isinstance(value, int) and name != "extendable" else str(value)
+            shown = f"{value:,}" if type(value) is int else str(value)
             table.add_row(name, shown)
     console.print(table)
 

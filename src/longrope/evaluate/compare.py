@@ -92,17 +92,26 @@ class CompareOptions:
         try:
             there = json.loads(file.read_text(encoding="utf-8"))
             rows = {(row["method"], row["length"]) for row in there["perplexity"]}
-            before = there["target"]
+            before, of = there["target"], there.get("of")  # of an older version's is not known
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file}: no comparison is in it; give another --out") from None
         lengths, target = self.resolve(facts)
         rows -= {(entry.name, length) for entry in self.entries(facts) for length in lengths}
-        if rows or before != target:
-            lost = ", ".join(f"{name} at {length:,}" for name, length in sorted(rows)[:3])
+        other = [f"for {before:,} tokens"] if before != target else []
+        other += [f"with {name} at {length:,}" for name, length in sorted(rows)[:3]]
+        now = self.of(facts)
+        other += [f"of {key} {of.get(key)}" for key in now if of and of.get(key) != now[key]]
+        if other:
             raise ValueError(
-                f"{file}: holds another comparison (for {before:,} tokens{lost and ', '}{lost}); "
-                "give another --out, or delete it"
+                f"{file}: holds another comparison ({', '.join(other)}); give another --out, or "
+                "delete it"
             )
+
+    def of(self, facts: ModelFacts) -> dict[str, Any]:
+        """What is compared, beside methods and lengths."""
+        keys = ("data", "field", "pack", "stride", "tokens_per_document", "attention_factor")
+        asked = {key: getattr(self, key) for key in keys}
+        return json.loads(json.dumps({"model": facts.source} | asked))
 
     def entries(self, facts: ModelFacts) -> list["Entry"]:
         """What is scored: a line per method and file."""
@@ -143,6 +152,7 @@ class Comparison:
     target: int
     subject: str
     scores: dict[tuple[str, int], Scores]
+    of: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """The ``perplexity`` rows of the JSON output."""
@@ -187,6 +197,7 @@ class Comparison:
             "schema": SCHEMA,
             "original_length": self.original_length,
             "target": self.target,
+            "of": self.of,
             "perplexity": self.rows(),
             "differences": self.differences(),
             "by_position": [
@@ -238,7 +249,8 @@ def run_comparison(
     named = named or [entry.name for entry in entries]
     subject = next((name for name in named if name not in METHODS), named[-1])
     assert facts.original_max_position_embeddings
-    return Comparison(facts.original_max_position_embeddings, target, subject, scores)
+    original = facts.original_max_position_embeddings
+    return Comparison(original, target, subject, scores, options.of(facts))
 
 
 def _entries(facts: ModelFacts, options: CompareOptions, target: int) -> list[Entry]:

@@ -115,9 +115,9 @@ def _wanted(run: Run, lengths: list[int], shortest: int) -> Iterator[Cell]:
                 yield Cell("needle", method, length, asked(section.needle_trials))
         if method in ("none", RESULT):
             yield from _benchmarks(run, method)
-    for length in short:
-        yield Cell("perplexity", WITHOUT, length, scored)
     if "recovery" in plan:
+        for length in short:
+            yield Cell("perplexity", WITHOUT, length, scored)
         yield from _benchmarks(run, WITHOUT)
 
 

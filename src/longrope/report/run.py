@@ -20,7 +20,10 @@ def report(directory: Path) -> list[Path]:
     figures = {}
     if (directory / "rescale.json").exists():
         rescale = Rescale.load(directory / "rescale.json")
-        figures["factors.png"] = plots.factors_figure(_beside_methods(directory, rescale))
+        beside = known_methods(rescale) | {"rescale": rescale}
+        if rescale.start_tokens and (directory / "portable.json").exists():
+            beside["portable"] = Rescale.load(directory / "portable.json")
+        figures["factors.png"] = plots.factors_figure(beside)
     history = [line for line in read_lines(directory / "history.jsonl") if line.get("loss")]
     if any("part" not in line for line in history):
         figures["history.png"] = plots.history_figure(history)
@@ -39,8 +42,8 @@ def report(directory: Path) -> list[Path]:
     return [plots.save_figure(figure, directory / name) for name, figure in figures.items()]
 
 
-def _beside_methods(directory: Path, rescale: Rescale) -> dict[str, Rescale]:
-    """The searched factors and the known methods' for the same model and target."""
+def known_methods(rescale: Rescale) -> dict[str, Rescale]:
+    """The known methods' factors for the model and target of a search's."""
     rescales = {
         name: METHODS[name](
             rescale.rope_theta,
@@ -56,9 +59,6 @@ def _beside_methods(directory: Path, rescale: Rescale) -> dict[str, Rescale]:
             name: known.replace(factors=tuple(map(operator.mul, known.factors, base)))
             for name, known in rescales.items()
         }
-    rescales["rescale"] = rescale
-    if rescale.start_tokens and (directory / "portable.json").exists():
-        rescales["portable"] = Rescale.load(directory / "portable.json")
     return rescales
 
 

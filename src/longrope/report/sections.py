@@ -17,7 +17,7 @@ from longrope.files import read_lines
 from longrope.progress import duration
 from longrope.report import plots
 from longrope.report.numbers import number, percent, ratio
-from longrope.rope.methods import METHODS
+from longrope.report.run import known_methods
 from longrope.rope.rescale import Rescale
 
 
@@ -139,8 +139,9 @@ def _retrieval(results: dict[str, Any], kind: str) -> Section:
 
 
 def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
+    benchmarks = _benchmarks(results)
     if not results["recovery"]:
-        return None
+        return Section("Standard benchmarks", tables=benchmarks) if benchmarks else None
     table = Table(
         ["perplexity at", "original", "without recovery", "with recovery", "with against original"],
         [
@@ -170,7 +171,7 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
             f"set's loss would be {record['free']:.4f} instead of {record['shared']:.4f}; only "
             "longrope's own runtime can apply that."
         )
-    return Section("Short context", text, tables=[table, *_benchmarks(results)])
+    return Section("Short context", text, tables=[table, *benchmarks])
 
 
 def _benchmarks(results: dict[str, Any]) -> list[Table]:
@@ -198,10 +199,8 @@ def _benchmarks(results: dict[str, Any]) -> list[Table]:
 
 def _factors(directory: Path) -> Section:
     long, short = (Rescale.load(directory / f"{name}.json") for name in ("rescale", "short"))
-    shape = (long.rope_theta, long.rotary_dim, long.original_max_position_embeddings)
-    known = {
-        name: METHODS[name](*shape, long.max_position_embeddings) for name in ("pi", "ntk", "yarn")
-    }
+    known = known_methods(long)
+    del known["dynamic-ntk"]  # at the target it is NTK's
     searched = directory / "search" / "rescale.json"
     shown = known | {"long": long, "short": short}
     if searched.exists():
@@ -248,7 +247,8 @@ def _plan(directory: Path, results: dict[str, Any]) -> Section:
     header += ["time taken", "forwards", "tokens taken"]
     text = [
         "As it was planned before anything ran, the time it took (of a stage that was "
-        "interrupted, since its last start), and what it used, of which only a search may use less."
+        "interrupted, since its last start), and what it used: of searches and training what "
+        "they computed, of the others at most so much."
     ]
     return Section("Plan and cost", text, tables=[Table(header, rows)])
 
