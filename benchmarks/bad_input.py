@@ -82,7 +82,7 @@ def cases(folder: Path) -> list[tuple[str, str]]:
         ("binary document", f"{search} --data binary.bin"),
         ("too short", f"{search} --data short.txt"),
         ("field missing", f"{search} --data rows.jsonl"),
-        ("dataset without its extra", f"{search} --data owner/name"),
+        ("a hub dataset, offline", f"{search} --data owner/name"),
         ("budget of nothing", f"{search} --budget 0"),
         ("probability", f"{search} --probability 2"),
         ("no such device", f"{search} --device cuda:9"),
