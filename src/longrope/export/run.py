@@ -114,7 +114,7 @@ def _require_free(options: ExportOptions, model: str) -> None:
             raise ValueError(f"{there}: is there already; give another --out, or --force")
     if not out.exists():
         return
-    if is_run(out.parent):
+    if out.name == "model" and is_run(out.parent):
         raise ValueError(f"{options.out}: a run's own, which tells of it; give another --out")
     for read in (options.model, model, options.rescale, options.short):
         if read and Path(read).exists() and Path(read).resolve().is_relative_to(out):
