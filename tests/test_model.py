@@ -187,10 +187,18 @@ def test_kept_scaling_is_the_start(scaled, kind, ids):
     assert doubled.factors == pytest.approx([2 * f for f in base.factors])
 
 
-@pytest.mark.parametrize(("factor", "length"), [(8.0, 128), (2.0, ORIGINAL)])
-def test_the_scaled_length_is_never_less_than_its_factor_says(scaled, factor, length):
-    """Configs leave max_position_embeddings as it was, or raise it, even beyond (Llama 3.1)."""
-    source = scaled("yarn")
+@pytest.mark.parametrize(
+    ("kind", "factor", "length"),
+    [
+        ("yarn", 8.0, 128),
+        ("yarn", 2.0, ORIGINAL),
+        ("llama3", 2.0, ORIGINAL),  # Llama 3.1
+        ("llama3", 32.0, ORIGINAL),  # Llama 3.2: its factor is no ratio of lengths
+    ],
+)
+def test_the_scaled_length_is_what_the_config_says_or_its_factor(scaled, kind, factor, length):
+    """Some configs leave max_position_embeddings as it was, others raise it."""
+    source = scaled(kind)
     path = Path(source) / "config.json"
     config = json.loads(path.read_text())
     config["rope_parameters"]["factor"] = factor

@@ -26,7 +26,7 @@ from longrope.export.intent import Intent
 from longrope.facts import inspect_model
 from longrope.files import only_process
 from longrope.model import find_device
-from longrope.parallel import Ranks, local_device
+from longrope.parallel import RankLost, Ranks, local_device
 from longrope.plan import make_plan
 from longrope.preflight import preflight
 from longrope.progress import console
@@ -69,7 +69,7 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
         try:
             if not all(run.done(stage.name) for stage in run.plan.stages):
                 preflight(run)
-        except ValueError:
+        except (ValueError, RankLost):  # it, or another process, refuses
             if claimed:  # what is asked for instead may be another run
                 run.unclaim()
             raise

@@ -58,6 +58,7 @@ class ModelFacts:
     reason: str | None
     base_factors: tuple[float, ...] = ()
     base_attention_factor: float = 1.0
+    quantized: bool = False
 
     @property
     def name(self) -> str:
@@ -188,6 +189,7 @@ def _facts(
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         extendable=reason is None,
         reason=reason,
+        quantized=getattr(config, "quantization_config", None) is not None,
     )
 
 
@@ -210,7 +212,7 @@ def _with_base(
     if scaling and existing == "keep":
         factors, attention_factor = existing_factors(site), site.attention_factor
         if longest != original:
-            original, read_from = longest, f"its {kind} scaling by {scaling['factor']:g}"
+            original, read_from = longest, f"its {kind} scaling"
         if kind == "dynamic":
             reason = reason or (
                 "its dynamic scaling changes with the length and cannot be kept; use "

@@ -1,5 +1,6 @@
 """Text from an extended model: the prompt through the long forward, then token by token."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def _original_length(source: Path, pair: Pair) -> int:
     if source.suffix == ".gguf":
         intent = read_pair(source)[1]
     elif source.is_dir():
-        intent = Intent.load(source)
+        with contextlib.suppress(ValueError):  # a note that is damaged, and only tells the length
+            intent = Intent.load(source)
     known = intent.pair if intent is not None and intent.describes(pair) else pair
     return known.long.original_max_position_embeddings
 

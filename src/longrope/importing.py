@@ -53,7 +53,7 @@ def _of_config(source: str, trust_remote_code: bool) -> Pair | None:
 def _of_site(site: RotarySite, longest: int) -> Rescale:
     """What a module of transformers computes, as factors on the unscaled frequencies."""
     parameters, kind = site.parameters, site.rope_type
-    original = parameters.get("original_max_position_embeddings", longest)
+    original = parameters.get("original_max_position_embeddings") or longest
     longest = scaled_length(parameters, longest)
     theta = float(parameters["rope_theta"])
     if kind == "dynamic":

@@ -121,7 +121,9 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         ValueError: it cannot be read, or there is none.
     """
     directory = Path(source)
-    files = [f for kind in ("*token*", "vocab*", "*.model") for f in directory.glob(kind)]
+    files = [
+        f for kind in ("*token*", "vocab*", "*.model", "tekken*") for f in directory.glob(kind)
+    ]
     if directory.is_dir() and not files:
         raise ValueError(
             f"{source}: has no tokenizer (tokenizer.json and the like); copy those of the model "

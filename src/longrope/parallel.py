@@ -195,8 +195,13 @@ def ranks(sequence_parallel: int = 1) -> Iterator[Ranks]:
 @contextlib.contextmanager
 def _gloo_quiet() -> Iterator[None]:
     """torch 2.8's gloo says on standard output whom it met, where ``--json`` has the result."""
-    sys.stdout.flush()
-    kept = os.dup(1)
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    if sys.stdout:
+        sys.stdout.flush()
     os.dup2(2, 1)
     try:
         yield

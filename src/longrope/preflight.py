@@ -55,6 +55,10 @@ def check_alone(facts: ModelFacts, recipe: Recipe, ranks: Ranks, measured: int =
     device = find_device("--device", local_device(recipe.device))
     if recipe.hidden_device:
         find_waiting("--hidden-device", recipe.hidden_device)
+    if measured and facts.quantized:  # its weights are smaller than its numbers say
+        return
+    if measured and recipe.chunk is None:  # on a GPU it halves by itself
+        recipe = recipe.model_copy(update={"chunk": 2048})
     cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
     if measured:
         stage = cost.forwards("measuring", "evaluate", measured, 1)

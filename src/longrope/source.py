@@ -55,8 +55,9 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
                 f"{source}: the hub wants a login for it: run 'hf auth login', and accept the "
                 "model's terms on its page"
             ) from None
-        here = "cannot be loaded" if path.exists() else "no such directory, nor read from the hub"
-        raise ValueError(f"{source}: {here}: {first_line(error)}") from error
+        missing = isinstance(error, OSError) and not path.exists()
+        what = "no such directory, nor read from the hub" if missing else "cannot be loaded"
+        raise ValueError(f"{source}: {what}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{source}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; "
@@ -72,8 +73,11 @@ def says(source: str, config: Any, key: str) -> bool:
         return True
     from transformers import PreTrainedConfig
 
-    found, _ = PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else source)
-    text = found | found.get("text_config", {})
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else source)
+    except OSError:  # the hub, which gave it a moment ago
+        return True
+    text = found | (found.get("text_config") or {})
     return key in text or config.attribute_map.get(key) in text
 
 

@@ -236,10 +236,10 @@ def parse_length(text: str, original: int | None = None) -> int:
         length = float(number) * unit
     except ValueError:
         length = 0.0
-    if not 0 < length < 1e12:
+    if not 0 < length < 1e12 or round(length) < 1:
         raise ValueError(f"length {text!r} is not one; write 131072, 128k or 8x")
     if abs(length - round(length)) > 1e-6:  # 1.1 times 1,000 is a little more than 1,100
-        raise ValueError(f"length {text!r} is {length:,g} tokens; give a whole number of them")
+        raise ValueError(f"length {text!r} is {length:,.1f} tokens; give a whole number of them")
     return round(length)
 
 

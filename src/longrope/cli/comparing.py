@@ -77,7 +77,6 @@ def compare(
     from longrope.preflight import check_alone
     from longrope.recipe import make_recipe
     from longrope.report.run import report as write_report
-    from longrope.windows import parse_extension
 
     options = CompareOptions(
         methods=tuple(name.strip() for name in methods.split(",")),
@@ -96,7 +95,6 @@ def compare(
     require_one_process("compare")
 
     def check(facts: ModelFacts) -> None:
-        parse_extension(target, facts)
         options.check(facts)
         options.require_all_of(directory / "compare.json", facts)
         require_directory(directory)

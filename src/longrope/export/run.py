@@ -107,7 +107,7 @@ def export(options: ExportOptions) -> Intent:
 
 
 def _require_free(options: ExportOptions, model: str) -> None:
-    """See that nothing is at ``out``, or with ``force`` nothing but what an export wrote."""
+    """See that nothing is at ``out``, or with ``force`` a file, or a directory of an export's."""
     out, card_file = options.out.resolve(), _card_file(options.out)
     for there in (options.out, card_file):
         if there.exists() and not options.force:
@@ -243,4 +243,5 @@ def _write_card(intent: Intent, out: Path, run: Path | None) -> None:
 
 
 def _card_file(out: Path) -> Path:
-    return out.with_suffix(".md") if out.suffix == ".gguf" else out / "README.md"
+    file = out.suffix == ".gguf" and not out.is_dir()
+    return out.with_suffix(".md") if file else out / "README.md"

@@ -121,12 +121,13 @@ def scaled_length(parameters: dict[str, Any], longest: int) -> int:
     """Tokens that a model's own scaling is for.
 
     Some configs raise ``max_position_embeddings``, here ``longest``, to it, others leave it at the
-    length before. Where nothing tells which (``linear``) it is taken as it stands.
+    length before. Where nothing tells which (``linear``) it is taken as it stands, and where it was
+    raised beside a factor that is no ratio of lengths (``llama3``: 32 of 8,192 for 131,072).
     """
     before = parameters.get("original_max_position_embeddings")
     if parameters["rope_type"] == "dynamic":  # transformers' formula has the length before there
         before = longest
-    if before is None:
+    if before is None or (parameters["rope_type"] == "llama3" and longest > before):
         return longest
     return max(longest, round(before * (parameters.get("factor") or 1)))
 

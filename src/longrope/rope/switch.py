@@ -228,11 +228,12 @@ class _Switch:
             )
         kind = asked("cache_implementation")
         cache = options.get("cache", options.get("past_key_values"))
-        static = kind not in (None, "dynamic", "dynamic_full")
+        # Gemma's files still say hybrid, for which transformers 5 takes a dynamic one.
+        static = kind not in (None, "dynamic", "dynamic_full", "hybrid")
         if static or getattr(cache, "is_compileable", False):
             raise ValueError(
                 f"cache_implementation is {kind or type(cache).__name__!r}: only dynamic caches "
-                "can be filled again at the boundary"
+                "can be filled again at the boundary; give cache_implementation='dynamic'"
             )
         ids = inputs if inputs is not None else options.get("input_ids")
         mask = options.get("attention_mask")
