@@ -20,7 +20,8 @@ from typing import Any
 
 import record
 
-from longrope.evaluate.compare import CompareOptions, run_comparison
+from longrope.evaluate.compare import run_comparison
+from longrope.evaluate.options import CompareOptions
 from longrope.evaluate.unfinished import Unfinished
 from longrope.extend import extend
 from longrope.model import load_model

@@ -1,6 +1,5 @@
 """What is known of a model before any of its weights is read."""
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
@@ -8,24 +7,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from longrope.layers import find_layers
-from longrope.parallel import RankLost
 from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
 from longrope.rope.site import (
     RotarySite,
-    column_layout,
     existing_factors,
-    find_rotary,
     scaled_length,
 )
+from longrope.skeleton import skeleton, unscaled
 from longrope.source import quiet, read_pretrained, refuse_scaled_gguf, says
 
 Existing = Literal["keep", "replace"]
-
-_RESCALABLE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +227,7 @@ def _with_base(
             reason or "its config does not say how many tokens it handles; give --original-length"
         )
     if scaling and existing is None and reason is None:
-        keep = (
-            f"--existing-scaling keep (extend from its scaled length, {longest:,}, on top of its "
-            "factors) or "
-        )
-        reason = (
-            f"it already has {kind!r} scaling: choose {'' if kind == 'dynamic' else keep}"
-            "--existing-scaling replace (start over, unscaled)"
-        )
+        reason = _undecided(str(kind), longest)
     return dataclasses.replace(
         facts,
         original_max_position_embeddings=original,
@@ -252,69 +239,12 @@ def _with_base(
     )
 
 
-def unscaled(config: Any, layer_type: str | None) -> Any:
-    """A copy of a config whose (full-attention) rotary embedding is not scaled."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    scaled = text.rope_parameters if layer_type is None else text.rope_parameters[layer_type]
-    kept = {k: scaled[k] for k in ("rope_theta", "partial_rotary_factor") if k in scaled}
-    plain = {"rope_type": "default"} | kept
-    if layer_type is None:
-        text.rope_parameters = plain
-    else:
-        text.rope_parameters = text.rope_parameters | {layer_type: plain}
-    return config
-
-
-def skeleton(
-    source: str, config: Any, trust_remote_code: bool
-) -> tuple[nn.Module, RotarySite | None, str | None]:
-    """The model without weights, and its rotary site or why it has none to rescale."""
-    try:
-        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # an import is nothing to do on meta
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        return model, *_rotary_site(model, config.get_text_config())
-    except ValueError:
-        raise ValueError(
-            f"{source}: a {config.model_type!r} model is not a causal language model"
-        ) from None
-    except RankLost:
-        raise
-    except Exception as error:  # configs of dozens of kinds fail in ways of their own
-        raise ValueError(
-            f"{source}: a {config.model_type!r} model cannot be made from its config "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
-def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str | None]:
-    """The rotary site with real frequencies, or why there is none that can be rescaled."""
-    site = find_rotary(model)
-    if site is None:
-        rotary = [
-            k for k in ("rope_parameters", "rotary_dim", "rope_theta") if getattr(config, k, None)
-        ]
-        if rotary:
-            return (
-                None,
-                f"its kind of rotary embedding is not one longrope can rescale ({rotary[0]})",
-            )
-        return None, "it has no rotary position embedding (RoPE)"
-    try:
-        with torch.device("cpu"):  # the meta model's frequencies have no values
-            module = type(site.module)(config=site.module.config)
-    except Exception as error:
-        kind = type(site.module).__name__
-        return None, f"{kind} cannot be rescaled: it is not made from a config alone ({error})"
-    site = dataclasses.replace(site, module=module)
-    if site.rope_type not in _RESCALABLE:
-        return site, f"its rotary embedding is of type {site.rope_type!r}, which cannot be rescaled"
-    if site.parameters.get("mrope_section"):
-        return site, "its rotary embedding has several position axes (mrope_section)"
-    try:
-        column_layout(site)
-        find_layers(model)
-    except ValueError as error:
-        return site, str(error)
-    return site, None
+def _undecided(kind: str, longest: int | None) -> str:
+    keep = (
+        f"--existing-scaling keep (extend from its scaled length, {longest:,}, on top of its "
+        "factors) or "
+    )
+    return (
+        f"it already has {kind!r} scaling: choose {'' if kind == 'dynamic' else keep}"
+        "--existing-scaling replace (start over, unscaled)"
+    )

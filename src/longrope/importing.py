@@ -6,11 +6,11 @@ from transformers import AutoConfig
 
 from longrope.export.gguf import read_pair
 from longrope.export.intent import Intent
-from longrope.facts import skeleton
 from longrope.rope.methods import dynamic_ntk
 from longrope.rope.rescale import Rescale
 from longrope.rope.site import RotarySite, existing_factors, scaled_length
 from longrope.rope.switch import Pair
+from longrope.skeleton import skeleton
 from longrope.source import quiet, read_pretrained
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from longrope.facts import Existing, ModelFacts, inspect_model, skeleton, unscaled
+from longrope.facts import Existing, ModelFacts, inspect_model
 from longrope.forward import LongForward
 from longrope.offload import offload as offload_layers
 from longrope.parallel import Team
 from longrope.probe import why_not
 from longrope.rope.site import find_rotary
+from longrope.skeleton import skeleton, unscaled
 from longrope.source import quiet, read_pretrained
 from longrope.waiting import names_folder, say_if_in_memory
 

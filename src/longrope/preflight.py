@@ -1,6 +1,9 @@
 """What is refused before an extension, a search or a measurement begins, as it would fail later."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from longrope.cost import available, check_memory
 from longrope.evaluate.retrieval import require_room
@@ -9,7 +12,7 @@ from longrope.facts import ModelFacts
 from longrope.model import find_device, find_waiting
 from longrope.parallel import Ranks, local_device
 from longrope.pools import Pools
-from longrope.recipe import Recipe
+from longrope.recipe import Recipe, make_recipe
 from longrope.stages import Costs, Stage
 from longrope.train.finetune import require_lora
 from longrope.windows import parse_extension
@@ -43,29 +46,43 @@ def preflight(run: Run) -> None:
     run.keep_pools()
 
 
-def check_alone(facts: ModelFacts, recipe: Recipe, ranks: Ranks, measured: int = 0) -> None:
-    """Refuse a search for a recipe's target alone, or a measurement, before any weight is read.
-
-    Args:
-        measured: the longest sequence, in tokens, where it is not a search.
+def check_search(facts: ModelFacts, recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse the search alone that a recipe asks for, before any weight is read.
 
     Raises:
         ValueError: a device that is not there, or too little memory; names the option that helps.
     """
+    device = _devices(recipe)
+    cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
+    stage = cost.search("search", parse_extension(recipe.target, facts))
+    check_memory([stage], available(device, hidden_device=recipe.hidden_device), options=True)
+
+
+def check_measuring(facts: ModelFacts, longest: int, how: dict[str, Any], ranks: Ranks) -> None:
+    """Refuse forwards of sequences of up to ``longest`` tokens, before any weight is read.
+
+    Args:
+        how: what a recipe has as ``dtype``, ``device``, ``chunk``, ``offload``, ``hidden_device``.
+
+    Raises:
+        ValueError: a device that is not there, or too little memory; names the option that helps.
+    """
+    # A chunk that is not given halves by itself on a GPU.
+    recipe = make_recipe(how | {"target": str(longest), "chunk": how["chunk"] or 2048})
+    device = _devices(recipe)
+    if facts.quantized:  # its weights are smaller than its numbers say
+        return
+    cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
+    stage = cost.forwards("measuring", "evaluate", longest, 1)
+    check_memory([stage], available(device, hidden_device=recipe.hidden_device), options=True)
+
+
+def _devices(recipe: Recipe) -> torch.device:
+    """The device to work on; see that this and the one to wait on are there."""
     device = find_device("--device", local_device(recipe.device))
     if recipe.hidden_device:
         find_waiting("--hidden-device", recipe.hidden_device)
-    if measured and facts.quantized:  # its weights are smaller than its numbers say
-        return
-    if measured and recipe.chunk is None:  # on a GPU it halves by itself
-        recipe = recipe.model_copy(update={"chunk": 2048})
-    cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
-    if measured:
-        stage = cost.forwards("measuring", "evaluate", measured, 1)
-    else:
-        stage = cost.search("search", parse_extension(recipe.target, facts))
-    memory = available(device, hidden_device=recipe.hidden_device)
-    check_memory([stage], memory, options=True)
+    return device
 
 
 def check_settings(run: Run, stages: Sequence[Stage]) -> None:

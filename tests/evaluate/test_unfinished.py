@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from longrope.evaluate.ask import AskOptions, ask
-from longrope.evaluate.compare import CompareOptions, run_comparison
+from longrope.evaluate.compare import run_comparison
+from longrope.evaluate.options import CompareOptions
 from longrope.evaluate.unfinished import Unfinished, kept_until_done
 from longrope.forward import LongForward
 from longrope.model import load_model

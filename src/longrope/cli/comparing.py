@@ -68,14 +68,14 @@ def compare(
 
     Run again, it resumes.
     """
-    from longrope.evaluate.compare import CompareOptions, run_comparison
+    from longrope.evaluate.compare import run_comparison
+    from longrope.evaluate.options import CompareOptions
     from longrope.evaluate.unfinished import kept_until_done
     from longrope.facts import ModelFacts
     from longrope.files import require_directory
     from longrope.model import load_model
     from longrope.parallel import Ranks, require_one_process
-    from longrope.preflight import check_alone
-    from longrope.recipe import make_recipe
+    from longrope.preflight import check_measuring
     from longrope.report.run import report as write_report
 
     options = CompareOptions(
@@ -98,9 +98,9 @@ def compare(
         options.check(facts)
         options.require_all_of(directory / "compare.json", facts)
         require_directory(directory)
-        work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
-        recipe = make_recipe(work | {"target": target, "hidden_device": hidden_device})
-        check_alone(facts, recipe, Ranks(), measured=options.resolve(facts)[0][-1])
+        how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
+        how["hidden_device"] = hidden_device
+        check_measuring(facts, options.resolve(facts)[0][-1], how, Ranks())
 
     loaded = load_model(
         model,

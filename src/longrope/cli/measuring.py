@@ -112,14 +112,14 @@ def evaluate(
     """Measure perplexity, retrieval or benchmarks of a model under one rescale, or of a run."""
     from longrope.evaluate.ask import AskOptions, ask, save_heat_map
     from longrope.evaluate.benchmarks import BenchmarkOptions
-    from longrope.evaluate.compare import CompareOptions, Entry, run_comparison
+    from longrope.evaluate.compare import run_comparison
+    from longrope.evaluate.options import CompareOptions, Entry
     from longrope.evaluate.paired import compare_with_original
     from longrope.evaluate.unfinished import kept_until_done
     from longrope.files import require_directory, write_atomically
     from longrope.generate import find_pair, load_extended, load_weights
     from longrope.parallel import local_device, ranks
-    from longrope.preflight import check_alone
-    from longrope.recipe import make_recipe
+    from longrope.preflight import check_measuring
 
     kind = _kind(passkey, needle, benchmarks)
     measured_at = _made_for(rescale, target) if kind == "benchmarks" else lengths
@@ -170,11 +170,10 @@ def evaluate(
             measured = standard.resolve(facts)
         if out:
             require_directory(out)
-        work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
         # Benchmarks that make no texts have prompts of a few thousand tokens.
         longest = max(measured, default=min(facts.original_max_position_embeddings or 0, 4096))
-        where = {"target": str(longest), "hidden_device": hidden_device}
-        check_alone(facts, make_recipe(work | where), these, measured=longest)
+        how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
+        check_measuring(facts, longest, how | {"hidden_device": hidden_device}, these)
 
     loading: dict[str, Any] = {
         "dtype": dtype,

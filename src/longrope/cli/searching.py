@@ -119,7 +119,7 @@ def search(
     from longrope.facts import ModelFacts
     from longrope.model import load_model
     from longrope.parallel import local_device, ranks
-    from longrope.preflight import check_alone
+    from longrope.preflight import check_search
     from longrope.recipe import make_recipe
     from longrope.search.evolution import EvolutionSettings
     from longrope.search.stage import SearchOptions, SearchSettings, search_factors
@@ -155,7 +155,7 @@ def search(
         work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
         section = {"algorithm": algorithm, "samples": samples, "passkeys": passkeys}
         where = {"target": target, "hidden_device": hidden_device, "search": section}
-        check_alone(facts, make_recipe(work | where), these)
+        check_search(facts, make_recipe(work | where), these)
 
     with ranks(sequence_parallel) as these:
         loaded = load_model(

@@ -134,7 +134,7 @@ def _write_directory(intent: Intent, source: Path, options: ExportOptions) -> No
         intent,
         options.out,
         check=check,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=trusted,
     )
 
 
