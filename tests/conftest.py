@@ -43,6 +43,20 @@ _SHAPE = {
 }
 _MHA = {k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"}
 _WINDOW = {"sliding_window": 24}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# A query or key of 24 numbers, 8 of which are rotated, and values of 16.
+_LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+_UNSCALED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 
 FAMILIES = {
     "llama": lambda: transformers.LlamaConfig(**_SHAPE),
@@ -78,19 +92,43 @@ FAMILIES = {
     "phi": lambda: transformers.PhiConfig(**_SHAPE),
     "stablelm": lambda: transformers.StableLmConfig(**_SHAPE),
     "starcoder2": lambda: transformers.Starcoder2Config(**_SHAPE),
+    "mixtral": lambda: transformers.MixtralConfig(**_SHAPE, num_local_experts=4),
+    # sinks in its attention
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_SHAPE, **_WINDOW, **_UNSCALED, head_dim=16, num_local_experts=4, num_experts_per_tok=2
+    ),
+    # complex numbers for cosines and sines
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(**_MHA, **_LATENT, **_EXPERTS),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(**_MHA, **_LATENT, **_EXPERTS),
+    # convolutions, or a state, in place of attention in every other layer
+    "lfm2": lambda: transformers.Lfm2Config(
+        **_SHAPE, layer_types=["conv", "full_attention"] * 2, block_multiple_of=32
+    ),
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(
+        **_SHAPE,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    ),
 }
 
 
 # Where they are not 16 and 10,000.
 ROTARY_DIM = {"qwen3": 32, "gemma": 32, "gemma2": 32, "gemma3": 32}
 ROTARY_DIM |= {"gpt_neox": 4, "glm": 8, "phi": 8, "stablelm": 4}
-THETA = {"gemma3": 1e6, "smollm3": 2e6, "cohere": 5e5}
+ROTARY_DIM |= {"deepseek_v2": 8, "deepseek_v3": 8, "qwen3_5": 8}
+THETA = {"gemma3": 1e6, "smollm3": 2e6, "cohere": 5e5, "lfm2": 1e6, "mixtral": 1e6}
 
 
 def micro_model(config, seed: int = 0):
     """A model with random weights large enough that attention matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
+    if "num_experts_per_tok" in config.to_dict():
+        model.set_experts_implementation("eager")  # the others have no float64
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

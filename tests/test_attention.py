@@ -10,7 +10,7 @@ from longrope import cudnn
 from longrope.attention import _online_softmax, causal, chunk_attention
 
 
-def dense(query, key, value, scaling, window=None, softcap=None):
+def dense(query, key, value, scaling, window=None, softcap=None, sinks=None):
     """Brute force in float64: every score at once."""
     query, key, value = (t.double() for t in (query, key, value))
     groups = query.shape[1] // key.shape[1]
@@ -24,7 +24,13 @@ def dense(query, key, value, scaling, window=None, softcap=None):
     seen = columns <= rows
     if window:
         seen &= columns > rows - window
-    return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ value).transpose(1, 2)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:  # a column that has no value
+        sink = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2)
 
 
 @settings(max_examples=60)
@@ -36,9 +42,12 @@ def dense(query, key, value, scaling, window=None, softcap=None):
     batch=st.integers(1, 2),
     window=st.sampled_from([None, 1, 8, 33, 500]),
     softcap=st.sampled_from([None, 5.0]),
+    with_sinks=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
-def test_equals_brute_force(chunk, past, kv_heads, groups, batch, window, softcap, dtype):
+def test_equals_brute_force(
+    chunk, past, kv_heads, groups, batch, window, softcap, with_sinks, dtype
+):
     generator = torch.Generator().manual_seed(chunk * 100 + past)
     shapes = [
         (batch, heads, tokens, 16)
@@ -49,10 +58,10 @@ def test_equals_brute_force(chunk, past, kv_heads, groups, batch, window, softca
         )
     ]
     query, key, value = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
-    output, _ = chunk_attention(
-        None, query, key, value, None, scaling=0.3, sliding_window=window, softcap=softcap
-    )
-    expected = dense(query, key, value, 0.3, window, softcap)
+    sinks = torch.randn(kv_heads * groups, generator=generator).to(dtype) if with_sinks else None
+    options = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
+    output, _ = chunk_attention(None, query, key, value, None, scaling=0.3, **options)
+    expected = dense(query, key, value, 0.3, window, softcap, sinks)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}[dtype]
     assert output.dtype == dtype
     assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
@@ -121,7 +130,7 @@ def test_blocks_of_keys_join(monkeypatch):
 
 def test_the_unknown_is_refused_by_name():
     q = torch.zeros(1, 1, 2, 8)
-    with pytest.raises(ValueError, match="'s_aux'"):
-        chunk_attention(None, q, q, q, None, scaling=1.0, s_aux=torch.zeros(1))
+    with pytest.raises(ValueError, match="'position_bias'"):
+        chunk_attention(None, q, q, q, None, scaling=1.0, position_bias=torch.zeros(1))
     with pytest.raises(ValueError, match="attention mask"):
         chunk_attention(None, q, q, q, torch.zeros(1, 1, 2, 2), scaling=1.0)

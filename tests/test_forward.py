@@ -23,9 +23,10 @@ def yarn(model, **changes):
 
 
 def dense_attention(
-    module, query, key, value, mask, scaling, sliding_window=None, softcap=None, **_
+    module, query, key, value, mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_
 ):
-    return dense(query, key, value, scaling, sliding_window, softcap).to(query.dtype), None
+    output = dense(query, key, value, scaling, sliding_window, softcap, s_aux)
+    return output.to(query.dtype).contiguous(), None
 
 
 AttentionInterface.register("dense64", dense_attention)

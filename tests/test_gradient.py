@@ -15,18 +15,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import FAMILIES, micro_model
 from longrope import attention_backward, attention_gradient
 from longrope import gradient as module
+from longrope.attention import Options, attend
 from longrope.attention_gradient import Apart, differentiable_attention
 from longrope.chunks import Chunks
 from longrope.forward import LongForward
 from longrope.gradient import forwards, gradient
 from longrope.model import load_model
 from longrope.parallel import Team
-from longrope.rope.install import installed
+from longrope.rope.install import installed, one_axis
 from longrope.rope.site import find_rotary
 from test_attention import dense
 from test_forward import dense_attention, yarn
 
 assert dense_attention is not None  # registered under "dense64"
+CACHES = ("cache", "past_key_values")
 
 
 class Differentiable(nn.Module):
@@ -40,15 +42,17 @@ class Differentiable(nn.Module):
         rotary = self._held[0]
         if layer_type != rotary.layer_type:
             return rotary.original(hidden, position_ids, layer_type)
-        positions = position_ids[..., None].double()
+        positions = one_axis(position_ids)[..., None].double()
         scaled = positions * rotary.inv_freq.double() * torch.exp(-self.x)
         first = positions < rotary.rescale.start_tokens
         phases = torch.where(first, positions * rotary._original_inv_freq.double(), scaled)
         scaling = torch.where(
             first, rotary._original_attention_scaling, rotary.attention_scaling
         ).double()
-        cos, sin = phases.cos() * scaling, phases.sin() * scaling
-        return cos[..., rotary._layout].to(hidden), sin[..., rotary._layout].to(hidden)
+        cos, sin = ((f * scaling)[..., rotary._layout] for f in (phases.cos(), phases.sin()))
+        if rotary._complex:
+            return torch.complex(cos, sin)
+        return cos.to(hidden), sin.to(hidden)
 
 
 def by_autograd(model, ids, answer_tokens=0):
@@ -77,10 +81,12 @@ def test_equals_autograd(ids, family, kept, monkeypatch):
         loss, slope = by_autograd(model, row)
         for chunk in (13, 50, 4096):
             found = gradient(LongForward(model, chunk), row)
-            # Norms and softmax of some families compute in float32 even in a float64 model.
+            # Norms and softmax of some families compute in float32 even in a float64 model, and
+            # so do the states of this one.
+            most = 1e-4 if family == "qwen3_5" else 1e-5
             assert found.loss == pytest.approx(loss, rel=1e-6)
-            atol = 1e-5 * slope.abs().max().item()
-            assert_close(found.by_factor, slope, rtol=1e-4, atol=atol)
+            atol = most * slope.abs().max().item()
+            assert_close(found.by_factor, slope, rtol=10 * most, atol=atol)
     assert slope.abs().max() > 1e-3  # it is a slope of something
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -215,11 +221,11 @@ def test_bfloat16_sums_no_worse_where_there_is_much_to_sum(tokens, groups):
         return torch.randn(1, heads, tokens, 32, generator=generator)
 
     query, slope, key, value = normal(groups), normal(groups), normal(1), normal(1)
-    options = (32**-0.5, None, None)
+    options = Options(32**-0.5)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [tensor.to(torch.bfloat16).to(dtype) for tensor in (query, key, value)]
-        saved = *inputs, *attention_backward.attend(*inputs, options)
+        saved = *inputs, *attend(*inputs, options)
         found[dtype] = attention_backward.slopes((slope + 1).to(dtype), saved, options)
     for rough, exact in zip(found[torch.bfloat16], found[torch.float32], strict=True):
         for part in (slice(0, 64), slice(64, None)):
@@ -248,13 +254,18 @@ def test_a_model_whose_cosines_have_no_slope_is_refused(ids, monkeypatch, kept):
         gradient(LongForward(model, 40 if not kept else 500), ids[:1])
 
 
-@pytest.mark.parametrize("times", [0, 2])
-def test_a_layer_that_does_not_call_its_attention_once_is_refused(ids, monkeypatch, times):
+@pytest.mark.parametrize(
+    ("times", "says"), [(0, "an attention of its own kind"), (2, "calls its attention 2 times")]
+)
+def test_a_layer_that_does_not_call_its_attention_once_is_refused(ids, monkeypatch, times, says):
     monkeypatch.setattr(module, "_KEPT", 0)
     model = micro_model(FAMILIES["llama"]())
     own = model.model.layers[1].self_attn.forward
 
     def several(hidden_states, *args, **kwargs):
+        cache = next(value for name, value in kwargs.items() if name in CACHES)
+        if not times:
+            cache.update(*[hidden_states.unflatten(-1, (4, 16)).transpose(1, 2)] * 2, 1)
         for _ in range(times):
             hidden_states, _ = own(hidden_states, *args, **kwargs)
         return hidden_states, None
@@ -262,7 +273,7 @@ def test_a_layer_that_does_not_call_its_attention_once_is_refused(ids, monkeypat
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", several)
     with (
         installed(model, yarn(model), always=True),
-        pytest.raises(ValueError, match=f"calls its attention {times} times, .*--algorithm paper"),
+        pytest.raises(ValueError, match=f"{says}.*--algorithm paper"),
     ):
         gradient(LongForward(model, 40), ids[:1])
 

@@ -56,19 +56,24 @@ def test_facts_of_every_family(checkpoints, family):
     facts = inspect_model(str(checkpoints(family)))
     config = FAMILIES[family]()
     head_dim = getattr(config, "head_dim", None) or 16
+    if family.startswith("deepseek"):
+        head_dim = (24 + 16) // 2
+    with_keys = 2 if family in ("lfm2", "qwen3_5") else 4
     assert facts.extendable, facts.reason
     assert facts.original_max_position_embeddings == ORIGINAL  # never the sliding window, 24
     assert facts.original_read_from == "max_position_embeddings"
     assert (facts.layers, facts.heads) == (4, 4)
-    assert facts.kv_heads == (4 if family == "gpt_neox" else 2)
+    assert facts.attention_layers == with_keys
+    assert facts.kv_heads == (4 if family in ("gpt_neox", "deepseek_v2", "deepseek_v3") else 2)
     assert facts.head_dim == head_dim
     assert facts.rotary_dim == ROTARY_DIM.get(family, 16)
     assert facts.rope_theta == THETA.get(family, 1e4)
     assert facts.existing_scaling is None
     assert facts.dtype == "float32"
-    assert facts.kv_bytes_per_token == 2 * 4 * facts.kv_heads * head_dim * 4
+    assert facts.kv_bytes_per_token == 2 * with_keys * facts.kv_heads * head_dim * 4
     tensors = load_file(checkpoints(family) / "model.safetensors")
-    assert facts.parameters == sum(t.numel() for t in tensors.values())
+    weights = [t for name, t in tensors.items() if "correction_bias" not in name]
+    assert facts.parameters == sum(t.numel() for t in weights)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,7 +103,7 @@ WITHOUT = {
     "gptj": (lambda: transformers.GPTJConfig(), "not one longrope can rescale"),
     "llama4": (
         lambda: transformers.Llama4TextConfig(num_hidden_layers=2),
-        "Llama4TextRotaryEmbedding cannot be rescaled",
+        "see chunks of a text, which only a mask says",
     ),
 }
 
@@ -276,21 +281,18 @@ def test_a_rescale_without_effect_is_refused(checkpoints, tmp_path):
 
 
 def test_layers_of_another_kind_are_refused_by_name(checkpoints, tmp_path):
-    config = transformers.GptOssConfig(
+    config = transformers.DogeConfig(
         vocab_size=1536,
         hidden_size=64,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=4,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
     micro_model(config).save_pretrained(tmp_path)
     for file in BUNDLED.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    with pytest.raises(ValueError, match=r"GptOssForCausalLM.*'s_aux'"):
+    with pytest.raises(ValueError, match=r"DogeForCausalLM.*an attention mask"):
         load_model(str(tmp_path))
 
 

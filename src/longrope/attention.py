@@ -9,7 +9,7 @@ past in several stretches.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,23 @@ NAME = "longrope_chunked"
 _BLOCK = 1024
 # Queries at a time under the band of a sliding window.
 _BAND = 2048
+# Queries at a time where scores are made explicitly.
+_QUERIES = 2048
 # Attention arguments that change nothing in a plain causal forward.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "position_embeddings", "is_causal"}
+
+
+class Options(NamedTuple):
+    """What attention does beside the scores of queries and keys, of which it scales those.
+
+    ``sinks``: a score for each head, shape (H,), that takes its share of the weights and has no
+    value (GPT-OSS).
+    """
+
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
 
 
 def chunk_attention(
@@ -37,9 +52,10 @@ def chunk_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls as attention.
+    """What transformers calls as attention; ``s_aux`` are its sinks.
 
     Shapes: query (B, H, C, D); key and value (B, K, T, D) with T ≥ C, K dividing H.
     Returns (B, C, H, D).
@@ -48,8 +64,9 @@ def chunk_attention(
         ValueError: the model asks for something this attention does not compute.
     """
     refuse_others(attention_mask, others)
-    if softcap:
-        output, _ = blockwise(query, key, value, scaling, softcap, sliding_window)
+    if softcap or s_aux is not None:
+        options = Options(scaling, softcap or None, sliding_window, s_aux)
+        output, _ = attend(query, key, value, options)
     elif sliding_window is not None and sliding_window < key.shape[2]:
         output = _windowed(query, key, value, scaling, sliding_window)
     elif key.shape[2] == query.shape[2]:
@@ -59,7 +76,8 @@ def chunk_attention(
         )
     else:
         output, _ = causal(query, key, value, scaling)
-    return output.transpose(1, 2), None
+    # Most models make it so themselves, and some must have it.
+    return output.transpose(1, 2).contiguous(), None
 
 
 def refuse_others(attention_mask: Tensor | None, others: dict[str, Any]) -> None:
@@ -73,6 +91,32 @@ def refuse_others(attention_mask: Tensor | None, others: dict[str, Any]) -> None
             raise ValueError(f"the long forward does not support the attention argument {name!r}")
     if attention_mask is not None:
         raise ValueError("the long forward takes unpadded sequences; it got an attention mask")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Output (B, H, C, D) and log-sum-exp of the scores (B, H, C) of the last C of T tokens."""
+    scaling, softcap, window, sinks = options
+    if window is not None and window >= key.shape[2]:
+        window = None
+    if softcap or window:
+        past, parts = key.shape[2] - query.shape[2], []
+        for rows in slices(0, query.shape[2], _QUERIES):
+            seen = slice(0, past + rows.stop)
+            q, k, v = query[:, :, rows], key[:, :, seen], value[:, :, seen]
+            parts.append(blockwise(q, k, v, scaling, softcap, window))
+        output, lse = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
+    else:
+        output, lse = causal(query, key, value, scaling)
+    if sinks is None:
+        return output, lse
+    exact = torch.promote_types(output.dtype, torch.float32)
+    with_sinks = torch.logaddexp(lse.to(exact), sinks.to(exact)[:, None])
+    return (output * (lse - with_sinks).exp()[..., None]).to(output.dtype), with_sinks
+
+
+def slices(first: int, last: int, size: int) -> list[slice]:
+    """What lies between two numbers, in slices of at most a size."""
+    return [slice(i, min(i + size, last)) for i in range(first, last, size)]
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -11,40 +11,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longrope.attention import blockwise, causal, repeated
+from longrope.attention import Options, causal, repeated, slices
 
 log = logging.getLogger(__name__)
 
 # Keys at a time, and queries, where no kernel fits.
 _KEYS = 1024
 _QUERIES = 2048
-# Scaling, soft-cap, sliding window.
-Options = tuple[float, float | None, int | None]
 # The slopes of query, key and value: given whether attention was causal, its scaling, and the
 # output's slope, query, key, value, output and log-sum-exp, all of as many heads.
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Output (B, H, C, D) and log-sum-exp of the scores (B, H, C) of the last C of T tokens."""
-    scaling, softcap, window = options
-    if window is not None and window >= key.shape[2]:
-        window = None
-    if not softcap and not window:
-        return causal(query, key, value, scaling)
-    past, parts = key.shape[2] - query.shape[2], []
-    for rows in slices(0, query.shape[2], _QUERIES):
-        seen = slice(0, past + rows.stop)
-        q, k, v = query[:, :, rows], key[:, :, seen], value[:, :, seen]
-        parts.append(blockwise(q, k, v, scaling, softcap, window))
-    output, lse = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
-    return output, lse
-
-
 def slopes(
     slope: Tensor, saved: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through the attention of ``attend``, of as many queries as keys.
+    """Back through :func:`longrope.attention.attend`, of as many queries as keys.
+
+    Sinks are in the log-sum-exp already, and have no value: nothing else of them is needed.
 
     Args:
         slope: of the output, shape (B, H, T, D).
@@ -54,7 +38,7 @@ def slopes(
         The slopes of query, key and value.
     """
     (query, key, value, output, lse), slope = saved, slope.contiguous()
-    scaling, softcap, window = options
+    scaling, softcap, window, _ = options
     tokens = query.shape[2]
     assert key.shape[2] == tokens, "keys that have no queries"
     if window is not None and window >= tokens:
@@ -238,8 +222,3 @@ def agrees(
 def _summed(heads: Tensor, groups: int) -> Tensor:
     """The sum over the query heads that share a key, shape (B, K, T, D)."""
     return heads.unflatten(1, (-1, groups)).sum(dim=2) if groups > 1 else heads
-
-
-def slices(first: int, last: int, size: int) -> list[slice]:
-    """What lies between two numbers, in slices of at most a size."""
-    return [slice(i, min(i + size, last)) for i in range(first, last, size)]

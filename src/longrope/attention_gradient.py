@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from longrope.attention import refuse_others
-from longrope.attention_backward import Options, attend, slices, slopes
+from longrope.attention import Options, attend, refuse_others, slices
+from longrope.attention_backward import slopes
 from longrope.chunks import Chunks
 
 NAME = "longrope_differentiable"
@@ -34,6 +34,7 @@ def differentiable_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """:func:`longrope.attention.chunk_attention` with a backward pass, of a whole sequence.
@@ -41,14 +42,14 @@ def differentiable_attention(
     Where the attention is :class:`Apart`, as that has it.
     """
     refuse_others(attention_mask, others)
-    options = (scaling, softcap or None, sliding_window)
+    options = Options(scaling, softcap or None, sliding_window, s_aux)
     apart = _APART.get()
     if apart is not None:
-        return apart(query, key, value, options).transpose(1, 2), None
+        return apart(query, key, value, options).transpose(1, 2).contiguous(), None
     with torch.no_grad():
         output, lse = attend(query, key, value, options)
     output = _Attention.apply(query, key, value, output, lse, options)
-    return output.transpose(1, 2), None  # type: ignore[union-attr]
+    return output.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 
 AttentionInterface.register(NAME, differentiable_attention)
@@ -72,6 +73,7 @@ class Apart:
         empty: makes what waits between chunks, of a shape and a dtype.
     """
 
+    calls: int  # of attention by the layer, at most one
     options: Options
     output: Tensor
     lse: Tensor
@@ -87,15 +89,14 @@ class Apart:
         """What ``run`` gives, the layer on a chunk without gradients.
 
         Raises:
-            ValueError: the layer does not call its attention once.
+            ValueError: the layer calls its attention more than once.
         """
-        calls = 0
+        self.calls = 0
 
         def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-            nonlocal calls
-            calls += 1
+            self.calls += 1
             output, lse = attend(query, key, value, options)
-            if calls > 1:
+            if self.calls > 1:
                 return output
             if place.start == 0:
                 self.options = options
@@ -105,10 +106,10 @@ class Apart:
 
         with _in_its_place(attention):
             result = run()
-        if calls != 1:
+        if self.calls > 1:
             raise ValueError(
-                f"a layer of this model calls its attention {calls} times, and no slope is known "
-                "of that; use --algorithm paper"
+                f"a layer of this model calls its attention {self.calls} times, and no slope is "
+                "known of that; use --algorithm paper"
             )
         return result
 

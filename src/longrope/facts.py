@@ -16,7 +16,8 @@ from longrope.rope.site import (
     existing_factors,
     scaled_length,
 )
-from longrope.skeleton import skeleton, unscaled
+from longrope.shape import active_parameters, attention_shape
+from longrope.skeleton import RESCALABLE, skeleton, unscaled
 from longrope.source import quiet, read_pretrained, refuse_scaled_gguf, says
 
 Existing = Literal["keep", "replace"]
@@ -28,12 +29,15 @@ class ModelFacts:
 
     ``reason`` is None where longrope can extend the model. ``base_factors`` and
     ``base_attention_factor`` are the scaling that an extension starts from: ones,
-    or the model's own where that is kept.
+    or the model's own where that is kept. ``attention_layers`` have keys, where others go on from
+    a state; ``active_parameters`` are those that each token meets, of experts some; ``head_dim`` is
+    the mean of a key's and a value's.
     """
 
     source: str
     architecture: str
     layers: int
+    attention_layers: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -44,6 +48,7 @@ class ModelFacts:
     existing_scaling: dict[str, Any] | None
     dtype: str
     parameters: int
+    active_parameters: int
     kv_bytes_per_token: int
     vocabulary: int
     hidden_size: int
@@ -87,11 +92,12 @@ class ModelFacts:
 
         Two per weight and token (the embedding table is read, not multiplied, unless it is
         the head too); attention 4 · heads · head_dim per layer and pair of tokens, of which a
-        causal model sees half.
+        causal model sees half. States, which layers have in its place, are not counted.
         """
-        multiplied = self.parameters - (0 if self.tied else self.vocabulary * self.hidden_size)
-        pairs = length * length / 2
-        return 2.0 * multiplied * length, 4.0 * self.layers * self.heads * self.head_dim * pairs
+        multiplied = self.active_parameters
+        multiplied -= 0 if self.tied else self.vocabulary * self.hidden_size
+        numbers = self.attention_layers * self.heads * self.head_dim
+        return 2.0 * multiplied * length, 4.0 * numbers * length * length / 2
 
 
 def inspect_model(
@@ -117,7 +123,7 @@ def inspect_model(
         config = read_pretrained(AutoConfig, source, trust_remote_code)
         model, site, reason = skeleton(source, config, trust_remote_code)
         scaling = site.parameters if site and site.rope_type != "default" else None
-        if scaling and existing_scaling == "replace":
+        if scaling and scaling["rope_type"] in RESCALABLE and existing_scaling == "replace":
             config = unscaled(config, site.layer_type if site else None)
             model, site, reason = skeleton(source, config, trust_remote_code)
     try:
@@ -159,17 +165,16 @@ def _facts(
     reason: str | None,
 ) -> ModelFacts:
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0)  # state-space models have none
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
+    shape = attention_shape(text)
     dtype = getattr(config, "dtype", None) or torch.float32
     return ModelFacts(
         source=source,
         architecture=type(model).__name__,
         layers=text.num_hidden_layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        attention_layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         rotary_dim=2 * len(site.inv_freq) if site else None,
         rope_theta=float(site.parameters["rope_theta"]) if site else None,
         original_max_position_embeddings=None,
@@ -177,7 +182,8 @@ def _facts(
         existing_scaling=scaling,
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(p.numel() for p in model.parameters()),
-        kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
+        active_parameters=active_parameters(model, text),
+        kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize,
         vocabulary=text.vocab_size,
         hidden_size=text.hidden_size,
         tied=bool(getattr(text, "tie_word_embeddings", False)),

@@ -36,6 +36,7 @@ from longrope.layers import (
 from longrope.likelihood import Answer, answer_of, token_losses
 from longrope.parallel import Team
 from longrope.rope.site import column_layout, find_rotary
+from longrope.shape import attention_shape
 from longrope.waiting import room
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
@@ -147,12 +148,12 @@ class LongForward:
         would have left it.
         """
         ids_BT = input_ids.to(self.device)
-        cache = DynamicCache()
         tokens = ids_BT.shape[1]
         chunks, last = self.chunks(tokens), slice(tokens - 1, tokens)
+        cache = LayerCache(tokens, self.team, self.decoder.config)
         with self.attention():
-            hidden_BTD = chunks.part(self._hidden(ids_BT, chunks, cache), last)
-            return self.logits(ids_BT, hidden_BTD, last)[:, -1], cache
+            hidden_BTD = chunks.part(self._hidden(ids_BT, chunks, cache, keep=True), last)
+            return self.logits(ids_BT, hidden_BTD, last)[:, -1], cache.whole
 
     def within_memory(self, compute: Callable[[], _T]) -> _T:
         """What ``compute`` gives, with a smaller chunk where a GPU runs out of memory."""
@@ -175,14 +176,11 @@ class LongForward:
         model, site = self.model, find_rotary(self.model)
         assert site is not None
         config, size = self.decoder.config, model.dtype.itemsize
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        shape = attention_shape(config)
         kinds = 1 if site.layer_type is None else len(set(config.layer_types))
         angles = 2 * len(column_layout(site)) * kinds
         ids, positions, losses = 8, 8, 2 * max(size, 4)
-        kv = 2 * heads * head_dim
+        kv = 2 * shape.kv_heads * shape.head_dim
         if self.device.type == "cpu" and size == 2:
             kv *= 2  # torch's flash kernel repacks keys and values for the bf16 matrix units
         numbers = config.hidden_size + kv + angles
@@ -212,26 +210,32 @@ class LongForward:
                 answers.append(answer_of(self.logits(ids_BT[rows], hidden, before)[0], tokens))
             return answers
 
-    def _hidden(self, ids_BT: Tensor, chunks: Chunks, cache: DynamicCache | None = None) -> Tensor:
-        """The last layer's output for this process's chunks; keys and values go to ``cache``."""
+    def _hidden(
+        self, ids_BT: Tensor, chunks: Chunks, cache: LayerCache | None = None, keep: bool = False
+    ) -> Tensor:
+        """The last layer's output for this process's chunks.
+
+        ``keep``: the keys and values of every layer, not only of the one at work.
+        """
         own = chunks.own()
-        hidden_BTD, recordings = self.embed(ids_BT, own)
+        cache = cache or LayerCache(ids_BT.shape[1], self.team, self.decoder.config)
+        hidden_BTD, recordings = self.embed(ids_BT, own, cache)
         for index, layer in enumerate(self.layers):
+            cache.begin()
             # One layer's keys and values at a time: the next layer writes over them.
             for number, (span, place) in enumerate(own):
-                recording = recordings[number]
-                recording.cache.start = span.start
-                recording.cache.together = chunks.together(number)
-                chunk = hidden_BTD[:, place].to(self.device)
-                output = layer(chunk, **recording.arguments[index])
+                cache.start, cache.together = span.start, chunks.together(number)
+                given, named = recordings[number].arguments[index]
+                output = layer(hidden_BTD[:, place].to(self.device), *given, **named)
                 hidden_BTD[:, place] = output if isinstance(output, Tensor) else output[0]
-            if cache is not None:
-                cache.update(*recordings[0].cache.contents(), index)
+            if keep:
+                cache.keep(index)
         return hidden_BTD
 
-    def embed(self, ids_BT: Tensor, own: list[Chunk]) -> tuple[Tensor, list[Recording]]:
+    def embed(
+        self, ids_BT: Tensor, own: list[Chunk], cache: LayerCache
+    ) -> tuple[Tensor, list[Recording]]:
         """The input of the first layer, and what else every layer gets, chunk by chunk."""
-        cache = LayerCache(ids_BT.shape[1], self.team)
         hidden, recordings = None, []
         for span, place in own:
             recording = Recording(cache)

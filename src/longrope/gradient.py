@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longrope import attention_gradient
 from longrope.chunks import Chunks
 from longrope.facts import ModelFacts
 from longrope.forward import LongForward
-from longrope.layers import Recording
+from longrope.layers import LayerCache, Recording
 from longrope.likelihood import loss_and_slope
 from longrope.rope.install import RescaledRotary
 from longrope.rope.site import find_rotary
@@ -29,6 +30,8 @@ from longrope.rope.site import find_rotary
 _KEPT = 4e9
 # Products of attention: two forward; five backward, of which one is a forward's again.
 _BACKWARD_ATTENTION = 2.5
+# What a layer goes on from, by kind and number.
+_States = dict[tuple[str, int], Tensor]
 # Of the last hidden states: the loss, and its slope by them.
 _LossOf = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -62,7 +65,8 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
     def compute() -> Slope:
         chunks = forward.chunks(inputs_BT.shape[1])
         rotary.tape = []
-        hidden_BTD, recordings = forward.embed(inputs_BT, chunks.own())
+        cache = LayerCache(inputs_BT.shape[1], chunks.team, forward.decoder.config)
+        hidden_BTD, recordings = forward.embed(inputs_BT, chunks.own(), cache)
         handed_out, rotary.tape = rotary.tape, None  # the head rotates nothing
         loss_of = functools.partial(_head, forward, chunks, inputs_BT, targets_BT, counted)
         shape = len(forward.layers), hidden_BTD.shape[2], hidden_BTD.shape[1]
@@ -90,9 +94,10 @@ def forwards(facts: ModelFacts, length: int, chunk: int) -> float:
     linear, attention = facts.forward_flops(length)
     again = 0.0
     if not is_kept(facts.layers, facts.hidden_size, length, -(-length // chunk)):
-        # The layers once more, and what makes queries, keys and values once more again.
+        # The layers once more; once more again what makes queries, keys and values, or states.
         inputs = facts.hidden_size * (facts.heads + 2 * facts.kv_heads) * facts.head_dim
-        again = 1 + 2 * facts.layers * inputs * length / linear
+        again = 1 + 2 * facts.attention_layers * inputs * length / linear
+        again += 1 - facts.attention_layers / facts.layers
     work = (2 + again) * linear + (1 + _BACKWARD_ATTENTION) * attention
     return work / (linear + attention)
 
@@ -142,7 +147,11 @@ def _by_layers(
 
 
 class _Layer:
-    """One layer over a whole sequence, forward and then backward."""
+    """One layer over a whole sequence, forward and then backward.
+
+    One without attention goes back chunk by chunk, from the last to the first, with the slope of
+    the state that each hands to the next.
+    """
 
     def __init__(
         self,
@@ -160,15 +169,45 @@ class _Layer:
     def output(self) -> Tensor:
         """The layer's output, shape as its input."""
         result_BTD = self.forward.empty(self.hidden_BTD.shape, self.hidden_BTD.dtype)
+        cache = self.recordings[0].cache
+        cache.begin()
         for number, (span, place) in enumerate(self.chunks.own()):
-            cache = self.recordings[number].cache
             cache.start, cache.together = span.start, self.chunks.together(number)
             run = functools.partial(self._run, number, self._input(place), cache)
             result_BTD[:, place] = self.apart.attend(place, run)
+        if cache.has_keys and (cache.stateful or not self.apart.calls):
+            raise ValueError(
+                "a layer of this model has an attention of its own kind, of which no slope is "
+                "known; use --algorithm paper"
+            )
         return result_BTD
+
+    def _through_states(self, slope_BTD: Tensor) -> None:
+        own = list(enumerate(self.chunks.own()))
+        states: list[_States] = [{}]
+        for number, (span, place) in own[:-1]:
+            cache = _OwnKeys(span.start, states[-1])
+            self._run(number, self._input(place), cache)
+            states.append(cache.after)
+        slopes: _States = {}
+        for number, (span, place) in reversed(own):
+            hidden = self._input(place).requires_grad_()
+            before = {key: state.requires_grad_() for key, state in states.pop().items()}
+            cache = _OwnKeys(span.start, before)
+            with torch.enable_grad():
+                output = self._run(number, hidden, cache)
+            after = [cache.after[key] for key in slopes]
+            slope = slope_BTD[:, place].to(self.forward.device)
+            torch.autograd.backward([output, *after], [slope, *slopes.values()])
+            assert hidden.grad is not None
+            slope_BTD[:, place] = hidden.grad
+            slopes = {key: state.grad for key, state in before.items() if state.grad is not None}
 
     def backward(self, slope_BTD: Tensor) -> None:
         """From d loss / d output to d loss / d input, in its place; the cosines gather theirs."""
+        if not self.apart.calls:
+            self._through_states(slope_BTD)
+            return
         own = list(enumerate(self.chunks.own()))
         for number, (span, place) in own:
             hidden = self._input(place).requires_grad_()
@@ -192,26 +231,72 @@ class _Layer:
 
 
 def _run(
-    layer: Any, hidden: Tensor, arguments: dict[str, Any], recording: Recording, cache: Any
+    layer: Any,
+    hidden: Tensor,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    recording: Recording,
+    cache: Any,
 ) -> Tensor:
     """A layer on a chunk, as the model calls it but for its cache."""
-    held = recording.cache
-    given = {name: cache if value is held else value for name, value in arguments.items()}
-    output = layer(hidden, **given)
+    held, (given, named) = recording.cache, arguments
+    given = [cache if value is held else value for value in given]
+    named = {name: cache if value is held else value for name, value in named.items()}
+    output = layer(hidden, *given, **named)
     return output if isinstance(output, Tensor) else output[0]
 
 
 class _OwnKeys:
-    """What a layer takes for its cache where its attention looks at no other chunk."""
+    """What a layer takes for its cache where its attention looks at no other chunk.
 
-    def __init__(self, start: int):
-        self.start = start
+    Args:
+        start: of the chunk.
+        before: of a layer that goes on from a state, that after the chunk before; ``after`` is
+            the state after this one.
+    """
+
+    def __init__(self, start: int, before: _States | None = None):
+        self.start, self.before = start, before or {}
+        self.after: _States = {}
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
 
     def get_seq_length(self, *_: Any) -> int:
         return self.start
+
+    def is_recording_past(self, *_: Any) -> bool:
+        return True  # or a single token would change the state in its place
+
+    def has_previous_state(self, *_: Any) -> bool:
+        return bool(self.before)
+
+    def get_conv_state(self, layer: int, state_idx: int = 0) -> Tensor | None:
+        return self.before.get(("convolution", state_idx))
+
+    def update_conv_state(
+        self,
+        states: Tensor,
+        layer: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The columns of the chunk behind those of the state, of which the last ones stay."""
+        before = self.get_conv_state(layer, state_idx)
+        size = conv_kernel_size or states.shape[-1]
+        whole = states if before is None else torch.cat([before, states], dim=-1)
+        last = whole[..., -size:]
+        self.after["convolution", state_idx] = F.pad(last, (size - last.shape[-1], 0))
+        return whole
+
+    def get_recurrent_state(self, layer: int, state_idx: int = 0) -> Tensor | None:
+        return self.before.get(("recurrent", state_idx))
+
+    def update_recurrent_state(
+        self, states: Tensor, layer: int, state_idx: int = 0, **_: Any
+    ) -> Tensor:
+        self.after["recurrent", state_idx] = states
+        return states
 
 
 def _head(

@@ -1,11 +1,13 @@
 """A model's decoder layers, and what stands in for them while the long forward is at work."""
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from longrope.parallel import Team
 from longrope.rope.site import find_rotary
@@ -36,19 +38,29 @@ def cache_name(module: nn.Module) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
+# What a layer without attention does with the cache of its model.
+_STATES = {
+    *("get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state"),
+    *("has_previous_state", "is_recording_past"),
+}
+
+
 class LayerCache:
     """Keys and values of the layer at work, for the whole sequence; allocated once.
 
     Passed to the model as its cache. Every layer writes the chunk at ``start`` and
     reads all up to its end. Where a team shares the sequence, each process writes the chunks of all
-    of them: ``together``, in the order of the team.
+    of them: ``together``, in the order of the team. Layers without attention, which go on from a
+    state, keep that in ``whole``, the model's own cache, where keys and values come if asked for.
     """
 
-    def __init__(self, tokens: int, team: Team):
+    def __init__(self, tokens: int, team: Team, config: Any):
         self.tokens = tokens
         self.team = team
+        self.config = config
         self.start = 0
         self.together: Sequence[slice] = ()
+        self.stateful = False  # whether the layer at work has come with a state
         self._buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._latest: tuple[Tensor, Tensor] | None = None
 
@@ -69,16 +81,42 @@ class LayerCache:
         keys, values = self._latest
         return keys[:, :, :end], values[:, :, :end]
 
-    def contents(self) -> tuple[Tensor, Tensor]:
-        """A copy of the keys and values of the layer that ran last."""
-        assert self._latest is not None
-        keys, values = self._latest
-        return keys.clone(), values.clone()
+    @functools.cached_property
+    def whole(self) -> DynamicCache:
+        """The model's own cache."""
+        return DynamicCache(config=self.config)
+
+    def begin(self) -> None:
+        """Another layer."""
+        self._latest, self.stateful = None, False
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether the layer at work has come with keys."""
+        return self._latest is not None
+
+    def keep(self, layer: int) -> None:
+        """The keys and values of the layer at work, if it has any, in :attr:`whole`."""
+        if self._latest is not None:
+            keys, values = self._latest
+            self.whole.update(keys.clone(), values.clone(), layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """What layers with a state ask for, and set."""
+        if name not in _STATES:
+            raise AttributeError(name)
+        if self.team.size > 1:
+            raise ValueError(
+                "a layer of this model goes on from a state of all tokens before it, so processes "
+                "cannot share a sequence; leave --sequence-parallel out"
+            )
+        self.stateful = True
+        return getattr(self.whole, name)
 
     def forget(self) -> None:
         """Give the memory back."""
         self._buffers.clear()
-        self._latest = None
+        self.begin()
 
     def get_seq_length(self, *_: Any) -> int:
         return self.start
@@ -90,7 +128,7 @@ class Recording:
     def __init__(self, cache: LayerCache):
         self.cache = cache
         self.hidden: Tensor | None = None
-        self.arguments: list[dict[str, Any]] = []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
 
 class Recorder(nn.Module):
@@ -108,11 +146,11 @@ class Recorder(nn.Module):
         except AttributeError:
             return getattr(self._held[0], name)  # some models ask a layer for its kind
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> Tensor:
         _, recording = self._held
         if not recording.arguments:
             recording.hidden = hidden_states
-        recording.arguments.append(arguments)
+        recording.arguments.append((given, named))
         return hidden_states
 
 
@@ -130,5 +168,5 @@ class Injector(nn.Module):
 class Passing(nn.Module):
     """Stands in for a layer that does nothing."""
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states

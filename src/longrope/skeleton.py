@@ -10,9 +10,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from longrope.layers import find_layers
 from longrope.parallel import RankLost
-from longrope.rope.site import RotarySite, column_layout, find_rotary
+from longrope.rope.site import RotarySite, column_layout, find_rotary, kept_parameters
 
-_RESCALABLE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+RESCALABLE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 def unscaled(config: Any, layer_type: str | None) -> Any:
@@ -20,8 +20,7 @@ def unscaled(config: Any, layer_type: str | None) -> Any:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     scaled = text.rope_parameters if layer_type is None else text.rope_parameters[layer_type]
-    kept = {k: scaled[k] for k in ("rope_theta", "partial_rotary_factor") if k in scaled}
-    plain = {"rope_type": "default"} | kept
+    plain = {"rope_type": "default"} | kept_parameters(scaled)
     if layer_type is None:
         text.rope_parameters = plain
     else:
@@ -71,10 +70,10 @@ def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str 
         kind = type(site.module).__name__
         return None, f"{kind} cannot be rescaled: it is not made from a config alone ({error})"
     site = dataclasses.replace(site, module=module)
-    if site.rope_type not in _RESCALABLE:
+    if site.rope_type not in RESCALABLE:
         return site, f"its rotary embedding is of type {site.rope_type!r}, which cannot be rescaled"
-    if site.parameters.get("mrope_section"):
-        return site, "its rotary embedding has several position axes (mrope_section)"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return site, "some of its layers see chunks of a text, which only a mask says"
     try:
         column_layout(site)
         find_layers(model)

@@ -14,7 +14,7 @@ from longrope.export.fold import fold_attention_factor
 from longrope.export.intent import Intent
 from longrope.files import whole_directory
 from longrope.model import LoadedModel
-from longrope.rope.site import find_rotary
+from longrope.rope.site import find_rotary, kept_parameters
 from longrope.rope.switch import Pair
 from longrope.source import quiet, read_pretrained, weight_files
 
@@ -23,7 +23,7 @@ _KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _FULL = "full_attention"
 
 
-def scaled_config(config: dict[str, Any], pair: Pair, rope: dict[str, Any]) -> dict[str, Any]:
+def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, Any]:
     """``config.json`` of a model with a pair of factors, as transformers 5 and 4 read it.
 
     Version 5 reads ``rope_parameters``; version 4, vLLM and mlx-lm ``rope_scaling``, and the
@@ -33,13 +33,15 @@ def scaled_config(config: dict[str, Any], pair: Pair, rope: dict[str, Any]) -> d
 
     Args:
         config: what the file says before.
-        rope: the model's ``rope_parameters`` as transformers 5 has them; one set for each
-            kind of layer, perhaps, of which only full attention is scaled.
+        known: the text model's config as transformers 5 has it. Its ``rope_parameters`` are one
+            set for each kind of layer, perhaps, of which only full attention is scaled.
+
+    Raises:
+        ValueError: something else in the model counts in the length that is the boundary here.
     """
-    short, long = pair.short, pair.long
+    short, long, rope = pair.short, pair.long, known.rope_parameters
     text, whole = config.get("text_config", config), "text_config" not in config
     own = rope.get(_FULL, rope)
-    kept = {k: own[k] for k in ("partial_rotary_factor",) if k in own}
     factor, boundary = long.attention_factor, pair.recovery_length
     longrope = {
         "rope_type": "longrope",
@@ -49,7 +51,15 @@ def scaled_config(config: dict[str, Any], pair: Pair, rope: dict[str, Any]) -> d
         "original_max_position_embeddings": boundary,
         "factor": long.max_position_embeddings / boundary,
         "attention_factor": factor,
-    } | kept
+    }
+    kept = kept_parameters(own)
+    if kept.get("original_max_position_embeddings", boundary) != boundary:
+        raise ValueError(
+            "its scores grow with the position in units of original_max_position_embeddings "
+            f"({kept['original_max_position_embeddings']:,}), where a checkpoint says up to where "
+            f"short factors apply ({boundary:,}): these must be the same"
+        )
+    longrope = kept | longrope
     changed: dict[str, Any] = {
         "max_position_embeddings": long.max_position_embeddings,
         "original_max_position_embeddings": boundary,
@@ -65,6 +75,8 @@ def scaled_config(config: dict[str, Any], pair: Pair, rope: dict[str, Any]) -> d
             "rope_scaling": longrope | engines,
             "rope_theta": long.rope_theta,
         }
+    if getattr(known, "head_dim", 0) is None:  # Mixtral's, which transformers' longrope reads so
+        changed["head_dim"] = known.hidden_size // known.num_attention_heads
     if "dtype" in text:  # as older versions call it
         changed["torch_dtype"] = text["dtype"]
     if whole:
@@ -84,7 +96,7 @@ def export_model(loaded: LoadedModel, intent: Intent, path: Path) -> None:
     with whole_directory(path) as directory, quiet():
         loaded.model.save_pretrained(directory)
         loaded.tokenizer.save_pretrained(directory)
-        _finish(directory, intent, site.module.config.rope_parameters)
+        _finish(directory, intent, site.module.config)
 
 
 def export_directory(
@@ -118,7 +130,7 @@ def export_directory(
             weights = fold_attention_factor(source, config.get_text_config(), factor**2)
         for file in files:
             weights(file.resolve(), directory / file.name)
-        _finish(directory, intent, config.get_text_config().rope_parameters)
+        _finish(directory, intent, config.get_text_config())
         if check is not None:
             check(directory)
 
@@ -141,9 +153,9 @@ def require_portable(pair: Pair) -> None:
         )
 
 
-def _finish(directory: Path, intent: Intent, rope: dict[str, Any]) -> None:
+def _finish(directory: Path, intent: Intent, known: Any) -> None:
     """Config, tokenizer's length, card, and what was meant."""
-    _edit(directory / "config.json", lambda config: scaled_config(config, intent.written, rope))
+    _edit(directory / "config.json", lambda config: scaled_config(config, intent.written, known))
     longest = intent.pair.long.max_position_embeddings
     _edit(directory / "tokenizer_config.json", lambda found: _readable_tokenizer(found, longest))
     intent.save(directory)

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from longrope.rope.rescale import Rescale
-from longrope.rope.site import RotarySite, changes_nothing, column_layout, find_rotary
+from longrope.rope.site import (
+    RotarySite,
+    changes_nothing,
+    column_layout,
+    cosines_and_sines,
+    find_rotary,
+    is_complex,
+)
+
+# Positions, and what was given for them.
+Handed = tuple[Tensor, tuple[Tensor, ...]]
 
 
 class RescaledRotary(nn.Module):
@@ -37,7 +47,7 @@ class RescaledRotary(nn.Module):
         self.inv_freq = torch.from_numpy(rescale.inv_freq).float()
         self.attention_scaling = rescale.attention_factor
         # Where a list: all that was handed out, as leaves whose gradients are asked for.
-        self.tape: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.tape: list[Handed] | None = None
         # Where tokens are said to stand, (batch, tokens), by their number; see placed.
         self.places: Tensor | None = None
         # Held in a tuple so that the original is no submodule of ours.
@@ -45,6 +55,7 @@ class RescaledRotary(nn.Module):
         self._original_inv_freq = site.inv_freq.detach().float().cpu()
         self._original_attention_scaling = site.attention_factor
         self._layout = column_layout(site)
+        self._complex = is_complex(site)
 
     @property
     def original(self) -> Any:
@@ -54,10 +65,14 @@ class RescaledRotary(nn.Module):
     @torch.no_grad()
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, shape (batch, tokens, columns), for position_ids (batch, tokens)."""
+    ) -> tuple[Tensor, ...] | Tensor:
+        """Cosines and sines, shape (batch, tokens, columns), for position_ids (batch, tokens).
+
+        Or complex numbers of both, where the model's own module gives those.
+        """
         if layer_type != self.layer_type:
             return self.original(x, position_ids, layer_type)
+        position_ids = one_axis(position_ids)
         # Apple's GPUs have no float64: there the angles are made on the CPU.
         where = torch.device("cpu") if x.device.type == "mps" else x.device
         if self.places is not None:
@@ -65,11 +80,14 @@ class RescaledRotary(nn.Module):
         positions = position_ids.to(where)
         phases, scaling, _ = self._phases(positions)
         layout, dtype = self._layout.to(where), x.dtype
-        cos = (phases.cos() * scaling)[..., layout].to(dtype).to(x.device)
-        sin = (phases.sin() * scaling)[..., layout].to(dtype).to(x.device)
+        cos, sin = ((f * scaling)[..., layout] for f in (phases.cos(), phases.sin()))
+        if self._complex:
+            given = (torch.complex(cos.float(), sin.float()).to(x.device),)
+        else:
+            given = tuple(part.to(dtype).to(x.device) for part in (cos, sin))
         if self.tape is not None:
-            self.tape.append((positions, cos.requires_grad_(), sin.requires_grad_()))
-        return cos, sin
+            self.tape.append((positions, tuple(part.requires_grad_() for part in given)))
+        return given[0] if self._complex else given
 
     def _phases(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Float64 phases (batch, tokens, d/2), attention factors, and where n̂ leaves them alone."""
@@ -85,7 +103,7 @@ class RescaledRotary(nn.Module):
         return column.double() * inv_freq, scaling, first
 
     @torch.no_grad()
-    def gradient(self, tape: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def gradient(self, tape: Sequence[Handed]) -> Tensor:
         """d loss / d ln λ, shape (d/2,), float64, after a backward pass over what was handed out.
 
         A phase is p = n · θ^(−2i/d) / λ, so d p / d ln λ = −p.
@@ -95,13 +113,16 @@ class RescaledRotary(nn.Module):
         """
         total = torch.zeros(len(self.inv_freq), dtype=torch.float64)
         reached = False
-        for positions, cos, sin in tape:
-            if cos.grad is None or sin.grad is None:
+        for positions, given in tape:
+            slopes = tuple(part.grad for part in given if part.grad is not None)
+            if len(slopes) < len(given):
                 continue
             reached = True
             phases, scaling, first = self._phases(positions)
             layout = self._layout.to(positions.device)
-            by_cos, by_sin = (t.grad.to(positions.device).double() for t in (cos, sin))  # type: ignore[union-attr]
+            # Of a complex number: by its real part and, times i, by its imaginary one.
+            by_cos, by_sin = cosines_and_sines(slopes[0] if self._complex else slopes)
+            by_cos, by_sin = (t.to(positions.device).double() for t in (by_cos, by_sin))
             shown = phases[..., layout]
             by_phase = (shown.cos() * by_sin - shown.sin() * by_cos) * scaling
             by_factor = torch.where(first, 0.0, -shown * by_phase).flatten(0, -2).sum(dim=0)
@@ -186,6 +207,20 @@ def _positions_from_mask(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[t
         return args, kwargs
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     return args, kwargs | {"position_ids": positions_of(tokens, mask)}
+
+
+def one_axis(position_ids: Tensor) -> Tensor:
+    """Positions (batch, tokens), also of models that have them for each axis of an image.
+
+    Raises:
+        ValueError: the axes differ.
+    """
+    if position_ids.dim() == 2:
+        return position_ids
+    # of text they are one row in another view, and no GPU has to be asked
+    if position_ids.stride(0) and not (position_ids == position_ids[:1]).all():
+        raise ValueError("a rescale is for text: the axes of these positions differ (an image)")
+    return position_ids[0]
 
 
 def positions_of(tokens: Tensor, mask: Tensor | None, cached: int = 0) -> Tensor:

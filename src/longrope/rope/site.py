@@ -14,6 +14,14 @@ from longrope.rope.rescale import Rescale, default_inv_freq
 _SCALED_LAYER_TYPE = "full_attention"
 # Kinds whose frequencies do not depend on the sequence: what they are is what they do.
 _STATIC = ("default", "linear", "yarn", "llama3")
+_LENGTH = "original_max_position_embeddings"
+# A scale of the scores that grows with the position (Ministral 3), in units of that length.
+_BY_POSITION = "llama_4_scaling_beta"
+_SCALING = {
+    *("rope_type", "type", "factor", "attention_factor", _LENGTH, "truncate", "finetuned"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
+    *("short_factor", "long_factor", "short_mscale", "long_mscale"),
+}
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,9 @@ def column_layout(site: RotarySite) -> Tensor:
             position · frequency.
     """
     kind = type(site.module).__name__
-    module = type(site.module)(config=site.module.config)
-    extra = () if site.layer_type is None else (site.layer_type,)
     try:
-        cos, sin = module(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), *extra)
+        module, output = _at_one(site)
+        cos, sin = cosines_and_sines(output)
     except Exception as error:
         raise ValueError(
             f"{kind} cannot be rescaled: it does not give cosines and sines ({error})"
@@ -115,6 +122,34 @@ def column_layout(site: RotarySite) -> Tensor:
             "frequency"
         )
     return layout
+
+
+def _at_one(site: RotarySite) -> tuple[Any, Any]:
+    """A module of its kind with real frequencies, and what that gives for position 1."""
+    module = type(site.module)(config=site.module.config)
+    extra = () if site.layer_type is None else (site.layer_type,)
+    return module, module(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), *extra)
+
+
+def is_complex(site: RotarySite) -> bool:
+    """Whether the module gives complex numbers in place of cosines and sines."""
+    return isinstance(_at_one(site)[1], Tensor)
+
+
+def cosines_and_sines(output: Any) -> tuple[Tensor, Tensor]:
+    """Both, out of a pair or of complex numbers."""
+    if isinstance(output, Tensor):
+        return output.real, output.imag
+    cos, sin = output
+    return cos, sin
+
+
+def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What a model's ``rope_parameters`` say beside its scaling, ``rope_theta`` among it."""
+    kept = {key: value for key, value in parameters.items() if key not in _SCALING}
+    if _BY_POSITION in parameters:  # which counts in it
+        kept[_LENGTH] = parameters[_LENGTH]
+    return kept
 
 
 def scaled_length(parameters: dict[str, Any], longest: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope.layers import cache_name
-from longrope.rope.install import RescaledRotary, check_fits, positions_of
+from longrope.rope.install import RescaledRotary, check_fits, one_axis, positions_of
 from longrope.rope.rescale import Rescale, default_attention_factor
 from longrope.rope.site import RotarySite, find_rotary
 
@@ -118,9 +118,11 @@ class _SwitchedRotary(nn.Module):
         rows = self.long_rows
         if rows.all() or not rows.any():
             return (self.long if rows.all() else self.short)(x, position_ids, *kind, **named)
-        positions = position_ids.expand(len(rows), -1)
+        positions = one_axis(position_ids).expand(len(rows), -1)
         chosen = rows.to(x.device)[:, None, None]
         short, long = (rope(x, positions, *kind, **named) for rope in (self.short, self.long))
+        if isinstance(short, Tensor):
+            return torch.where(chosen, long, short)
         return tuple(torch.where(chosen, b, a) for a, b in zip(short, long, strict=True))
 
 

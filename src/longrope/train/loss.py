@@ -114,12 +114,15 @@ class _Head:
         self._decoder, _ = find_layers(model)
         self._owner, self._name = _place(model, self._decoder)
         self._forward = model.forward
+        self._output: type[Any] = BaseModelOutputWithPast
 
     def hidden(self, ids: Tensor) -> Tensor:
-        return self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+        output = self._decoder(input_ids=ids, use_cache=False)
+        self._output = type(output)  # that of experts has more fields, which the head passes on
+        return output.last_hidden_state
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        setattr(self._owner, self._name, _Given(hidden))
+        setattr(self._owner, self._name, _Given(self._output(last_hidden_state=hidden)))
         try:
             return self._forward(input_ids=ids, use_cache=False).logits
         finally:
@@ -136,11 +139,11 @@ def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
 
 
 class _Given(nn.Module):
-    """Stands in for the decoder: gives hidden states that are there already."""
+    """Stands in for the decoder: gives what that would, and is there already."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, output: Any):
         super().__init__()
-        self._hidden = (hidden,)
+        self._output = (output,)
 
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden[0])  # type: ignore[arg-type]
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self._output[0]
