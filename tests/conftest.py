@@ -46,6 +46,7 @@ _WINDOW = {"sliding_window": 24}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # A query or key of 24 numbers, 8 of which are rotated, and values of 16.
 _LATENT = {
+    "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 16,

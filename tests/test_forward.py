@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 
 from conftest import FAMILIES, ORIGINAL, micro_model
 from longrope.forward import LongForward
+from longrope.parallel import Team
 from longrope.rope import methods
 from longrope.rope.install import installed
 from longrope.rope.site import find_rotary
@@ -23,7 +24,16 @@ def yarn(model, **changes):
 
 
 def dense_attention(
-    module, query, key, value, mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **_,
 ):
     output = dense(query, key, value, scaling, sliding_window, softcap, s_aux)
     return output.to(query.dtype).contiguous(), None
@@ -120,6 +130,12 @@ def test_bytes_per_token_are_what_is_held(micro_models, family):
     # Losses come after; one chunk comes on top.
     predicted = (forward.bytes_per_token() - 8) * tokens
     assert found == pytest.approx(predicted, rel=0.12)
+
+
+def test_processes_cannot_share_a_sequence_where_layers_have_a_state(micro_models, ids):
+    forward = LongForward(micro_models("lfm2"), 40, team=Team(0, 2))
+    with pytest.raises(ValueError, match=r"goes on from a state.*--sequence-parallel"):
+        forward.losses(ids)
 
 
 def test_rows_of_a_batch_are_independent(micro_models, ids):

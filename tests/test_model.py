@@ -12,6 +12,7 @@ from longrope.facts import inspect_model
 from longrope.forward import LongForward
 from longrope.importing import import_pair
 from longrope.model import load_model
+from longrope.parallel import Team
 from longrope.rope.install import installed
 from longrope.source import BUNDLED
 
@@ -82,6 +83,11 @@ def test_every_family_loads_and_is_probed(checkpoints, family):
     assert not loaded.model.training
     assert loaded.facts.extendable
     assert loaded.fingerprint() == load_model(str(checkpoints(family))).fingerprint()
+
+
+def test_processes_cannot_share_a_sequence_where_layers_have_a_state(checkpoints):
+    with pytest.raises(ValueError, match=r"--sequence-parallel 2: layers of Lfm2ForCausalLM"):
+        load_model(str(checkpoints("lfm2")), team=Team(0, 2))
 
 
 def test_models_differ_by_fingerprint(checkpoints, tmp_path):

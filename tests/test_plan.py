@@ -36,6 +36,17 @@ def test_up_to_8x_needs_no_training(facts):
     assert made.trained is None
 
 
+def test_where_the_model_counts_in_the_boundary_that_stays(facts):
+    """Ministral 3: its scores grow with the position, in units of its original length."""
+    scaling = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256}
+    counting = dataclasses.replace(facts, existing_scaling=scaling)
+    made = plan(counting, target="8x", existing_scaling="replace")
+    assert names(made) == ["search", *(name for name in END if name != "recovery-2")]
+    counting.require_sayable("replace", 256)
+    with pytest.raises(ValueError, match=r"\(256\).*\(512\): these must be the same"):
+        counting.require_sayable("replace", 512)
+
+
 def test_training_may_be_asked_for(facts):
     made = plan(facts, target="8x", finetune={"enabled": True})
     assert names(made) == ["search", "finetune", *END]
@@ -165,32 +176,23 @@ def test_a_teacher_costs_its_forwards_and_its_weights(facts):
     assert taught.memory - alone.memory > 4 * facts.parameters
 
 
-def test_flops_agree_with_a_counter(micro_models, ids):
+@pytest.mark.parametrize("family", ["llama", "mixtral", "deepseek_v3", "lfm2"])
+def test_flops_agree_with_a_counter(micro_models, checkpoints, ids, family):
     """torch's own count of a plain forward, whose attention is causal by mask."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = micro_models("llama")
+    model = micro_models(family)
     model.set_attn_implementation("eager")  # the counter does not know the CPU's flash kernel
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=ids[:1], use_cache=False)
     model.set_attn_implementation("sdpa")
-    config = model.config
-    facts = dataclasses.replace(
-        inspect_model("bundled"),
-        layers=config.num_hidden_layers,
-        heads=4,
-        head_dim=16,
-        hidden_size=64,
-        vocabulary=1536,
-        tied=False,
-        parameters=sum(p.numel() for p in model.parameters()),
-    )
+    facts = inspect_model(str(checkpoints(family)))
     made = make_plan(
         facts,
         make_recipe({"target": "512", "search": {"algorithm": "paper", "budget": 1, "samples": 1}}),
     )
     stage = made["search"]
-    norms = (2 * 4 + 1) * 64
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     linear = 97 / 512 * stage.linear - 2 * 97 * norms
     attention = 2 * stage.attention * (97 / 512) ** 2  # the counter counts both halves
     assert counter.get_total_flops() == pytest.approx(linear + attention, rel=0.02)

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
 from longrope.rope.site import (
+    BY_POSITION,
     RotarySite,
     existing_factors,
     scaled_length,
@@ -64,6 +65,36 @@ class ModelFacts:
         """What the model may be called in what is published: without a machine's folders."""
         path = Path(self.source)
         return path.name if path.exists() else self.source
+
+    @property
+    def boundary(self) -> int | None:
+        """Where the long factors of a checkpoint must begin, if the model itself counts in that."""
+        scaling = self.existing_scaling or {}
+        return scaling["original_max_position_embeddings"] if BY_POSITION in scaling else None
+
+    def require_sayable(self, existing: Existing | None, boundary: int) -> None:
+        """Refuse an extension that no checkpoint could say.
+
+        Args:
+            existing: what was done with scaling that is there.
+            boundary: up to where short factors apply.
+
+        Raises:
+            ValueError: says what of the model would be lost.
+        """
+        if self.boundary not in (None, boundary):
+            raise ValueError(
+                f"{self.source}: its scores grow with the position in units of "
+                f"original_max_position_embeddings ({self.boundary:,}), where a checkpoint says up "
+                f"to where short factors apply ({boundary:,}): these must be the same, as they are "
+                "with --existing-scaling replace and no --original-length"
+            )
+        if existing != "replace" and (self.existing_scaling or {}).get("mscale_all_dim"):
+            raise ValueError(
+                f"{self.source}: its scaling multiplies all scores (mscale_all_dim), which no "
+                "checkpoint with longrope factors can say; use --existing-scaling replace, which "
+                "starts over without it"
+            )
 
     def rescale(self, method: str, target: int, length: int | None = None) -> Rescale:
         """A known method for this model, on top of the scaling that is kept.

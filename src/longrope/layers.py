@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from longrope.parallel import Team
 from longrope.rope.site import find_rotary
@@ -83,8 +84,10 @@ class LayerCache:
 
     @functools.cached_property
     def whole(self) -> DynamicCache:
-        """The model's own cache."""
-        return DynamicCache(config=self.config)
+        """The model's own cache; where there are no states one that can be cropped."""
+        own = DynamicCache(config=self.config)
+        stateful = any(isinstance(layer, LinearAttentionLayer) for layer in own.layers)
+        return own if stateful else DynamicCache()
 
     def begin(self) -> None:
         """Another layer."""

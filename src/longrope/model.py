@@ -94,6 +94,11 @@ def load_model(
     )
     if not facts.extendable:
         raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {facts.reason}")
+    if team and team.size > 1 and facts.attention_layers < facts.layers:
+        raise ValueError(
+            f"--sequence-parallel {team.size}: layers of {facts.architecture} go on from a state "
+            "of all tokens before, so that processes cannot share a sequence; leave it out"
+        )
     check(facts)
     where = find_device("--device", device)
     tokenizer = load_tokenizer(source, trust_remote_code)

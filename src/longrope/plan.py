@@ -77,7 +77,7 @@ def make_plan(
         stages = _training(cost, recipe, original, trained, target)
     if recipe.recovery.enabled:
         for times in (1, 2):
-            if times * original < target:
+            if times * original < target and (times == 1 or facts.boundary is None):
                 stages.append(cost.search(f"recovery-{times}", times * original))
         stages.append(cost.choice(stages[-1]))
     stages.append(Stage("export", "export", target, 0, memory=cost.weights))

@@ -92,6 +92,8 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
         ValueError: names the recipe's key, its value and the remedy.
     """
     recipe = run.recipe
+    if any(stage.kind == "export" for stage in stages):
+        run.facts.require_sayable(recipe.existing_scaling, run.plan.original)
     if recipe.hidden_device:
         find_waiting("hidden_device", recipe.hidden_device)
     if any(stage.kind == "finetune" for stage in stages):

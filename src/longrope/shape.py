@@ -21,8 +21,7 @@ def attention_shape(config: Any) -> AttentionShape:
     heads = getattr(config, "num_attention_heads", None) or 0
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    if getattr(config, "kv_lora_rank", None):  # from one compressed key and value for all heads
-        kv_heads = heads
+    if getattr(config, "kv_lora_rank", None):  # RoPE turns a part of each key
         key = config.qk_nope_head_dim + config.qk_rope_head_dim
         head_dim = (key + config.v_head_dim) // 2
     return AttentionShape(heads, kv_heads, head_dim, _layers_with_keys(config))

@@ -8,14 +8,17 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
-from conftest import FAMILIES, pair
+from conftest import FAMILIES, micro_model, pair
 from longrope.export.run import ExportOptions, export
 from longrope.facts import inspect_model
+from longrope.model import load_model
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale, default_attention_factor
 from longrope.rope.switch import Pair
+from longrope.source import BUNDLED
 
 
 def files(made, where):
@@ -30,7 +33,21 @@ def logits(model, ids):
         return model(input_ids=ids[:1]).logits
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "qwen3",
+        "phi3",
+        "gemma3",
+        "gpt_neox",
+        "mixtral",
+        "gpt_oss",
+        "deepseek_v2",
+        "qwen3_5",
+        "lfm2",
+    ],
+)
 def test_transformers_applies_what_was_exported(family, checkpoints, micro_models, ids, tmp_path):
     source, model = checkpoints(family), micro_models(family)
     made = pair(model)
@@ -46,6 +63,56 @@ def test_transformers_applies_what_was_exported(family, checkpoints, micro_model
         assert (found - logits(model, ids[:, :tokens])).abs().max() > 0.1
     tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == 512
+
+
+@pytest.fixture
+def scaled(tmp_path):
+    """A checkpoint of a config with YaRN from 64 to 256 tokens, and its model."""
+
+    def make(config, **scaling):
+        config.rope_parameters = {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            **{"original_max_position_embeddings": 64, **scaling},
+        }
+        config.max_position_embeddings = 256
+        model = micro_model(config)
+        model.save_pretrained(tmp_path / "source")
+        for file in BUNDLED.glob("tokenizer*"):
+            shutil.copy(file, tmp_path / "source")
+        return str(tmp_path / "source")
+
+    return make
+
+
+def test_a_scale_of_all_scores_that_no_checkpoint_can_say_is_refused(scaled, tmp_path):
+    source, out = scaled(FAMILIES["deepseek_v3"](), mscale_all_dim=1.0), tmp_path / "out"
+    asked = {"rescale": "yarn", "target": "512", "attention_factors": "field"}
+    with pytest.raises(ValueError, match=r"mscale_all_dim.*--existing-scaling replace"):
+        export(ExportOptions(source, out, existing_scaling="keep", **asked))
+    assert not out.exists()
+    export(ExportOptions(source, out, existing_scaling="replace", **asked))
+    assert "mscale_all_dim" not in (out / "config.json").read_text()
+
+
+def test_scores_that_grow_with_the_position_stay_as_they_are(scaled, ids, tmp_path):
+    """Ministral 3 counts positions in what is the boundary in an export."""
+    config = transformers.Ministral3Config(
+        **FAMILIES["mistral"]().to_diff_dict() | {"head_dim": 16}
+    )
+    source, out = scaled(config, llama_4_scaling_beta=2.0), tmp_path / "out"
+    asked = {"rescale": "ntk", "target": "512", "existing_scaling": "replace"}
+    asked["attention_factors"] = "field"
+    with pytest.raises(ValueError, match=r"units of original_max_position_embeddings \(64\)"):
+        export(ExportOptions(source, out, original_length=32, **asked))
+    export(ExportOptions(source, out, **asked))
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    loaded = load_model(source, existing_scaling="replace")
+    with installed(loaded.model, loaded.facts.rescale("ntk", 512)):
+        torch.testing.assert_close(
+            logits(theirs, ids), logits(loaded.model, ids), atol=2e-3, rtol=1e-3
+        )
+    theirs.config.rope_parameters["llama_4_scaling_beta"] = 0.0
+    assert (logits(theirs, ids) - logits(loaded.model, ids)).abs().max() > 0.1
 
 
 def test_what_version_4_wrote_of_layered_scaling_does_not_stay(

@@ -97,6 +97,19 @@ def test_equals_transformers_own_longrope(micro_models, ids, family):
         assert_close(logits(model, ids), logits(exported, ids), rtol=1e-4, atol=1e-4)
 
 
+def test_axes_of_an_image_are_refused(micro_models):
+    """A model for pictures too has its positions three times; of text they are the same."""
+    model = micro_models("qwen3_5")
+    with installed(model, a_rescale(model)):
+        rotary, x = live(model), torch.zeros(1, 5, 1)
+        row = torch.arange(5)[None]
+        text = rotary(x, row[None].expand(3, -1, -1))
+        torch.testing.assert_close(text, rotary(x, row))
+        torch.testing.assert_close(text, rotary(x, torch.stack([row] * 3)))
+        with pytest.raises(ValueError, match="for text"):
+            rotary(x, torch.stack([row, row, row + 1]))
+
+
 def test_only_full_attention_of_gemma3_is_scaled(micro_models):
     model = micro_models("gemma3")
     rotary = find_rotary(model).module

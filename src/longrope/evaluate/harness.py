@@ -89,8 +89,11 @@ class HarnessModel(TemplateLM):
         for ids, answer in sequences:
             row = rows.setdefault(tuple(ids[:-1]), len(rows))
             asked.append(Asked(row, len(ids) - len(answer), answer))
-        # A team goes through rows together, and offloaded weights would come anew for each answer.
+        # A team goes through rows together, and offloaded weights would come anew for each answer;
+        # a state does not go back to what it was before an answer.
+        facts = self.loaded.facts
         alone = self.loaded.team.size == 1 and not self.forward.offloaded
+        alone = alone and facts.attention_layers == facts.layers
         if alone and len(rows) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
             text = list(_text(*sequences[0]))
             # All layers' keys and values are kept, which a GPU may lack the room for.

@@ -35,9 +35,6 @@ def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, A
         config: what the file says before.
         known: the text model's config as transformers 5 has it. Its ``rope_parameters`` are one
             set for each kind of layer, perhaps, of which only full attention is scaled.
-
-    Raises:
-        ValueError: something else in the model counts in the length that is the boundary here.
     """
     short, long, rope = pair.short, pair.long, known.rope_parameters
     text, whole = config.get("text_config", config), "text_config" not in config
@@ -52,14 +49,7 @@ def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, A
         "factor": long.max_position_embeddings / boundary,
         "attention_factor": factor,
     }
-    kept = kept_parameters(own)
-    if kept.get("original_max_position_embeddings", boundary) != boundary:
-        raise ValueError(
-            "its scores grow with the position in units of original_max_position_embeddings "
-            f"({kept['original_max_position_embeddings']:,}), where a checkpoint says up to where "
-            f"short factors apply ({boundary:,}): these must be the same"
-        )
-    longrope = kept | longrope
+    longrope = kept_parameters(own) | longrope
     changed: dict[str, Any] = {
         "max_position_embeddings": long.max_position_embeddings,
         "original_max_position_embeddings": boundary,

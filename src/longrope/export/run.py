@@ -155,6 +155,13 @@ def _pair(options: ExportOptions, run: Path | None, model: str) -> Pair:
             f"{long.attention_factor:g} in --rescale; a checkpoint holds one for both: search the "
             "short factors under the long ones'"
         )
+    facts = inspect_model(
+        model,
+        existing_scaling="replace",
+        original_length=long.original_max_position_embeddings,
+        trust_remote_code=options.trust_remote_code,
+    )
+    facts.require_sayable(options.existing_scaling, short.max_position_embeddings)
     return Pair(short, long)
 
 

@@ -16,7 +16,7 @@ _SCALED_LAYER_TYPE = "full_attention"
 _STATIC = ("default", "linear", "yarn", "llama3")
 _LENGTH = "original_max_position_embeddings"
 # A scale of the scores that grows with the position (Ministral 3), in units of that length.
-_BY_POSITION = "llama_4_scaling_beta"
+BY_POSITION = "llama_4_scaling_beta"
 _SCALING = {
     *("rope_type", "type", "factor", "attention_factor", _LENGTH, "truncate", "finetuned"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
@@ -147,7 +147,7 @@ def cosines_and_sines(output: Any) -> tuple[Tensor, Tensor]:
 def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """What a model's ``rope_parameters`` say beside its scaling, ``rope_theta`` among it."""
     kept = {key: value for key, value in parameters.items() if key not in _SCALING}
-    if _BY_POSITION in parameters:  # which counts in it
+    if BY_POSITION in parameters:  # which counts in it
         kept[_LENGTH] = parameters[_LENGTH]
     return kept
 
