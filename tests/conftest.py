@@ -78,6 +78,18 @@ FAMILIES = {
         query_pre_attn_scalar=32,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
+    # of 16 frequencies in its full layers 4 are not 0; heads of another size in the others
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **_SHAPE,
+        **_WINDOW,
+        head_dim=16,
+        global_head_dim=32,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_MHA),
     "olmo2": lambda: transformers.Olmo2Config(**_SHAPE),
     "granite": lambda: transformers.GraniteConfig(
@@ -120,8 +132,8 @@ FAMILIES = {
 # Where they are not 16 and 10,000.
 ROTARY_DIM = {"qwen3": 32, "gemma": 32, "gemma2": 32, "gemma3": 32}
 ROTARY_DIM |= {"gpt_neox": 4, "glm": 8, "phi": 8, "stablelm": 4}
-ROTARY_DIM |= {"deepseek_v2": 8, "deepseek_v3": 8, "qwen3_5": 8}
-THETA = {"gemma3": 1e6, "smollm3": 2e6, "cohere": 5e5, "lfm2": 1e6, "mixtral": 1e6}
+ROTARY_DIM |= {"deepseek_v2": 8, "deepseek_v3": 8, "qwen3_5": 8, "gemma4": 32}
+THETA = {"gemma3": 1e6, "gemma4": 1e6, "smollm3": 2e6, "cohere": 5e5, "lfm2": 1e6, "mixtral": 1e6}
 
 
 def micro_model(config, seed: int = 0):

@@ -22,7 +22,7 @@ from longrope.forward import LongForward
 from longrope.gradient import forwards, gradient
 from longrope.model import load_model
 from longrope.parallel import Team
-from longrope.rope.install import installed, one_axis
+from longrope.rope.install import asked_of_original, installed, one_axis
 from longrope.rope.site import find_rotary
 from test_attention import dense
 from test_forward import dense_attention, yarn
@@ -37,6 +37,9 @@ class Differentiable(nn.Module):
     def __init__(self, rotary, x):
         super().__init__()
         self.config, self._held, self.x = rotary.config, (rotary,), x
+
+    def __getattr__(self, name):
+        return asked_of_original(self, name)
 
     def forward(self, hidden, position_ids, layer_type=None):
         rotary = self._held[0]

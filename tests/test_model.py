@@ -53,28 +53,30 @@ def scaled(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_facts_of_every_family(checkpoints, family):
+def test_facts_of_every_family(checkpoints, micro_models, family):
     facts = inspect_model(str(checkpoints(family)))
     config = FAMILIES[family]()
-    head_dim = getattr(config, "head_dim", None) or 16
     if family.startswith("deepseek"):
         head_dim = (24 + 16) // 2
+    elif family == "gemma4":
+        head_dim = 32
+    else:
+        head_dim = getattr(config, "head_dim", None) or 16
     with_keys = 2 if family in ("lfm2", "qwen3_5") else 4
     assert facts.extendable, facts.reason
     assert facts.original_max_position_embeddings == ORIGINAL  # never the sliding window, 24
     assert facts.original_read_from == "max_position_embeddings"
     assert (facts.layers, facts.heads) == (4, 4)
     assert facts.attention_layers == with_keys
-    assert facts.kv_heads == (4 if family in ("gpt_neox", "deepseek_v2", "deepseek_v3") else 2)
+    other = {"gpt_neox": 4, "deepseek_v2": 4, "deepseek_v3": 4, "gemma4": 1}
+    assert facts.kv_heads == other.get(family, 2)
     assert facts.head_dim == head_dim
     assert facts.rotary_dim == ROTARY_DIM.get(family, 16)
     assert facts.rope_theta == THETA.get(family, 1e4)
     assert facts.existing_scaling is None
     assert facts.dtype == "float32"
     assert facts.kv_bytes_per_token == 2 * with_keys * facts.kv_heads * head_dim * 4
-    tensors = load_file(checkpoints(family) / "model.safetensors")
-    weights = [t for name, t in tensors.items() if "correction_bias" not in name]
-    assert facts.parameters == sum(t.numel() for t in weights)
+    assert facts.parameters == sum(p.numel() for p in micro_models(family).parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
 from longrope.rope.site import (
     BY_POSITION,
+    UNSCALED,
     RotarySite,
     existing_factors,
     scaled_length,
@@ -153,7 +154,8 @@ def inspect_model(
     with quiet():
         config = read_pretrained(AutoConfig, source, trust_remote_code)
         model, site, reason = skeleton(source, config, trust_remote_code)
-        scaling = site.parameters if site and site.rope_type != "default" else None
+        scaled = site is not None and site.rope_type not in UNSCALED
+        scaling = site.parameters if site and scaled else None
         if scaling and scaling["rope_type"] in RESCALABLE and existing_scaling == "replace":
             config = unscaled(config, site.layer_type if site else None)
             model, site, reason = skeleton(source, config, trust_remote_code)
@@ -237,6 +239,8 @@ def _with_base(
     if not says(facts.source, text, read_from):
         read_from = f"the default of {type(text).__name__}: its config.json does not say"
     factors, attention_factor, reason = np.ones(len(site.inv_freq)), 1.0, facts.reason
+    if site.rope_type == "proportional":
+        factors = existing_factors(site)
     scaling = facts.existing_scaling
     kind = scaling and scaling["rope_type"]
     longest = scaled_length(scaling, original) if scaling and original else original

@@ -175,7 +175,7 @@ class _Layer:
             cache.start, cache.together = span.start, self.chunks.together(number)
             run = functools.partial(self._run, number, self._input(place), cache)
             result_BTD[:, place] = self.apart.attend(place, run)
-        if cache.has_keys and (cache.stateful or not self.apart.calls):
+        if cache.has_keys != bool(self.apart.calls) or (cache.has_keys and cache.stateful):
             raise ValueError(
                 "a layer of this model has an attention of its own kind, of which no slope is "
                 "known; use --algorithm paper"

@@ -18,9 +18,13 @@ class AttentionShape(NamedTuple):
 
 def attention_shape(config: Any) -> AttentionShape:
     """Of a text model's config; state-space models have no heads."""
-    heads = getattr(config, "num_attention_heads", None) or 0
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    kinds = getattr(config, "layer_types", None) or ()
+    each = getattr(config, "per_layer_config", None)
+    # Of layers that differ (Gemma 4) those that see all.
+    own = each["full_attention"] if each is not None and "full_attention" in kinds else config
+    heads = getattr(own, "num_attention_heads", None) or 0
+    kv_heads = getattr(own, "num_key_value_heads", None) or heads
+    head_dim = getattr(own, "head_dim", None) or config.hidden_size // max(heads, 1)
     if getattr(config, "kv_lora_rank", None):  # RoPE turns a part of each key
         key = config.qk_nope_head_dim + config.qk_rope_head_dim
         head_dim = (key + config.v_head_dim) // 2

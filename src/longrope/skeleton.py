@@ -10,9 +10,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from longrope.layers import find_layers
 from longrope.parallel import RankLost
-from longrope.rope.site import RotarySite, column_layout, find_rotary, kept_parameters
+from longrope.rope.site import RotarySite, column_layout, find_rotary, unscaled_parameters
 
-RESCALABLE = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+RESCALABLE = ("default", "proportional", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 def unscaled(config: Any, layer_type: str | None) -> Any:
@@ -20,7 +20,7 @@ def unscaled(config: Any, layer_type: str | None) -> Any:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     scaled = text.rope_parameters if layer_type is None else text.rope_parameters[layer_type]
-    plain = {"rope_type": "default"} | kept_parameters(scaled)
+    plain = unscaled_parameters(scaled)
     if layer_type is None:
         text.rope_parameters = plain
     else:

@@ -46,6 +46,7 @@ def logits(model, ids):
         "deepseek_v2",
         "qwen3_5",
         "lfm2",
+        "gemma4",
     ],
 )
 def test_transformers_applies_what_was_exported(family, checkpoints, micro_models, ids, tmp_path):

@@ -57,7 +57,9 @@ def test_inv_freq_is_the_float64_formula(micro_models, family):
     model = micro_models(family)
     theta, d = THETA.get(family, 1e4), ROTARY_DIM.get(family, 16)
     rescale = a_rescale(model)
-    expected = [theta ** (-2 * i / d) / rescale.factors[i] for i in range(d // 2)]
+    turning = 4 if family == "gemma4" else d // 2
+    expected = [theta ** (-2 * i / d) / rescale.factors[i] for i in range(turning)]
+    expected += [0.0] * (d // 2 - turning)
     with installed(model, rescale):
         rotary = live(model)
         assert isinstance(rotary, RescaledRotary)
@@ -65,7 +67,8 @@ def test_inv_freq_is_the_float64_formula(micro_models, family):
         np.testing.assert_allclose(rotary.inv_freq.numpy(), expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Gemma 4: an export completes its factors.
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma4"])
 def test_equals_transformers_own_longrope(micro_models, ids, family):
     """What a search scores is what an exported config computes."""
     model = micro_models(family)

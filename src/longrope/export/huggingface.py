@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from longrope.export.fold import fold_attention_factor
 from longrope.export.intent import Intent
 from longrope.files import whole_directory
 from longrope.model import LoadedModel
-from longrope.rope.site import find_rotary, kept_parameters
+from longrope.rope.rescale import UNTURNED
+from longrope.rope.site import find_rotary, kept_parameters, unscaled_parameters
 from longrope.rope.switch import Pair
 from longrope.source import quiet, read_pretrained, weight_files
 
@@ -43,8 +44,8 @@ def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, A
     longrope = {
         "rope_type": "longrope",
         "rope_theta": long.rope_theta,
-        "short_factor": list(short.factors),
-        "long_factor": list(long.factors),
+        "short_factor": _written(short.factors, own),
+        "long_factor": _written(long.factors, own),
         "original_max_position_embeddings": boundary,
         "factor": long.max_position_embeddings / boundary,
         "attention_factor": factor,
@@ -65,13 +66,25 @@ def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, A
             "rope_scaling": longrope | engines,
             "rope_theta": long.rope_theta,
         }
-    if getattr(known, "head_dim", 0) is None:  # Mixtral's, which transformers' longrope reads so
+    # What transformers' longrope reads of any model, though Mixtral has none, and Gemma 4 several.
+    if known.to_dict().get("head_dim", 0) is None:
         changed["head_dim"] = known.hidden_size // known.num_attention_heads
+    if getattr(known, "is_heterogeneous", False):
+        changed["allow_global_per_layer_attribute_access"] = True
     if "dtype" in text:  # as older versions call it
         changed["torch_dtype"] = text["dtype"]
     if whole:
         return text | changed
     return config | {"text_config": text | changed}
+
+
+def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:
+    """Factors, those of dimensions that the model does not turn so large that nothing does."""
+    plain = unscaled_parameters(rope)
+    if plain["rope_type"] != "proportional":
+        return list(factors)
+    count = round(plain["partial_rotary_factor"] * len(factors))
+    return [*factors[:count], *[UNTURNED] * (len(factors) - count)]
 
 
 def export_model(loaded: LoadedModel, intent: Intent, path: Path) -> None:

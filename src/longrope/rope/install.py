@@ -44,7 +44,9 @@ class RescaledRotary(nn.Module):
         self.rope_type = "longrope"
         self.layer_type = site.layer_type
         self.rescale = rescale
-        self.inv_freq = torch.from_numpy(rescale.inv_freq).float()
+        # What the model does not turn stays so under any factor.
+        turns = site.inv_freq.detach().cpu() > 0
+        self.inv_freq = torch.where(turns, torch.from_numpy(rescale.inv_freq).float(), 0.0)
         self.attention_scaling = rescale.attention_factor
         # Where a list: all that was handed out, as leaves whose gradients are asked for.
         self.tape: list[Handed] | None = None
@@ -61,6 +63,10 @@ class RescaledRotary(nn.Module):
     def original(self) -> Any:
         """The model's own rotary module."""
         return self._held[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a model asks its rotary module for, as that has it."""
+        return asked_of_original(self, name)
 
     @torch.no_grad()
     def forward(
@@ -181,6 +187,14 @@ def placed(model: nn.Module, places: Tensor | None) -> Iterator[None]:
         yield
     finally:
         rotary.places = None
+
+
+def asked_of_original(stand_in: nn.Module, name: str) -> Any:
+    """An attribute of a module that stands in for one which it holds, or of that."""
+    try:
+        return nn.Module.__getattr__(stand_in, name)
+    except AttributeError:
+        return getattr(stand_in.__dict__["_held"][0], name)
 
 
 def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:

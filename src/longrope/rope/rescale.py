@@ -13,6 +13,9 @@ import numpy as np
 from longrope.files import write_atomically
 
 SCHEMA = 1
+# Some models turn a part of the dimensions that they have frequencies for, the others' being 0
+# (Gemma 4). Factors can say that only by one under which nothing turns.
+UNTURNED = 1e30
 
 
 def default_inv_freq(rope_theta: float, rotary_dim: int) -> np.ndarray:

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longrope.rope.rescale import Rescale, default_inv_freq
+from longrope.rope.rescale import UNTURNED, Rescale, default_inv_freq
 
 # The layer type whose rotary embedding is scaled where a model has several:
 # a sliding window never sees positions further apart than it was trained on.
 _SCALED_LAYER_TYPE = "full_attention"
+UNSCALED = ("default", "proportional")
 # Kinds whose frequencies do not depend on the sequence: what they are is what they do.
-_STATIC = ("default", "linear", "yarn", "llama3")
+_STATIC = ("default", "proportional", "linear", "yarn", "llama3")
 _LENGTH = "original_max_position_embeddings"
 # A scale of the scores that grows with the position (Ministral 3), in units of that length.
 BY_POSITION = "llama_4_scaling_beta"
@@ -74,14 +75,18 @@ def find_rotary(model: nn.Module) -> RotarySite | None:
     """The one rotary site of a model, or None if it has none that longrope knows.
 
     Works by structure (a child module with an ``inv_freq`` buffer and a config),
-    not by architecture.
+    not by architecture; of a model for pictures too it is the text's.
     """
+    config = getattr(model, "config", None)
+    text = type(config.get_text_config()) if config is not None else object
     for owner in model.modules():
         for name, module in owner.named_children():
             if not hasattr(module, "config") or not hasattr(module, "rope_type"):
                 continue
             # the model's own is what counts
             module = getattr(module, "original", module)
+            if not isinstance(module.config, text):
+                continue
             if hasattr(module, "inv_freq"):
                 return RotarySite(owner, name, module, None)
             if hasattr(module, f"{_SCALED_LAYER_TYPE}_inv_freq"):
@@ -145,11 +150,27 @@ def cosines_and_sines(output: Any) -> tuple[Tensor, Tensor]:
 
 
 def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    """What a model's ``rope_parameters`` say beside its scaling, ``rope_theta`` among it."""
+    """What a model's ``rope_parameters`` say beside its scaling, ``rope_theta`` among it.
+
+    Beside ``longrope``, that is: there each dimension that does not turn has its factor.
+    """
     kept = {key: value for key, value in parameters.items() if key not in _SCALING}
+    if parameters["rope_type"] == "proportional":
+        del kept["partial_rotary_factor"]
     if BY_POSITION in parameters:  # which counts in it
         kept[_LENGTH] = parameters[_LENGTH]
     return kept
+
+
+def unscaled_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A model's ``rope_parameters`` without its scaling."""
+    if parameters["rope_type"] in UNSCALED:
+        return dict(parameters)
+    kept = kept_parameters(parameters)
+    factors = np.array(parameters.get("long_factor") or (1.0,))
+    if (turned := float((factors < UNTURNED / 10).mean())) < 1:
+        return kept | {"rope_type": "proportional", "partial_rotary_factor": turned}
+    return kept | {"rope_type": "default"}
 
 
 def scaled_length(parameters: dict[str, Any], longest: int) -> int:
@@ -173,7 +194,12 @@ def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
         site.rope_type in _STATIC
         and rescale.attention_factor == site.attention_factor
         # transformers computes its frequencies in float32: equal to rounding is equal
-        and np.allclose(rescale.inv_freq, site.inv_freq.double().cpu().numpy(), rtol=1e-6, atol=0)
+        and np.allclose(
+            rescale.inv_freq,
+            site.inv_freq.double().cpu().numpy(),
+            rtol=1e-6,
+            atol=2 / UNTURNED,
+        )
     )
 
 
@@ -181,5 +207,6 @@ def existing_factors(site: RotarySite) -> np.ndarray:
     """The factors that a model already applies, shape (d/2,): 1 where it is unscaled."""
     theta = float(site.parameters["rope_theta"])
     inv_freq = site.inv_freq.double().cpu().numpy()
-    factors = default_inv_freq(theta, 2 * len(inv_freq)) / inv_freq
+    default = default_inv_freq(theta, 2 * len(inv_freq))
+    factors = np.divide(default, inv_freq, out=np.full_like(default, UNTURNED), where=inv_freq > 0)
     return np.where(np.abs(factors - 1) < 1e-6, 1.0, factors)

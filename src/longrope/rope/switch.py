@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from longrope.layers import cache_name
-from longrope.rope.install import RescaledRotary, check_fits, one_axis, positions_of
+from longrope.rope.install import (
+    RescaledRotary,
+    asked_of_original,
+    check_fits,
+    one_axis,
+    positions_of,
+)
 from longrope.rope.rescale import Rescale, default_attention_factor
 from longrope.rope.site import RotarySite, find_rotary
 
@@ -113,6 +119,9 @@ class _SwitchedRotary(nn.Module):
     @property
     def original(self) -> Any:
         return self._held[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return asked_of_original(self, name)
 
     def forward(self, x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
         rows = self.long_rows

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longrope.layers import find_layers
 from longrope.likelihood import token_losses
-from longrope.rope.install import installed, placed
+from longrope.rope.install import asked_of_original, installed, placed
 from longrope.rope.rescale import Rescale
 
 # Rows of logits in memory at a time; a row is vocabulary × 4 bytes, and its gradient.
@@ -122,7 +122,8 @@ class _Head:
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        setattr(self._owner, self._name, _Given(self._output(last_hidden_state=hidden)))
+        given = _Given(self._decoder, self._output(last_hidden_state=hidden))
+        setattr(self._owner, self._name, given)
         try:
             return self._forward(input_ids=ids, use_cache=False).logits
         finally:
@@ -141,9 +142,12 @@ def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
 class _Given(nn.Module):
     """Stands in for the decoder: gives what that would, and is there already."""
 
-    def __init__(self, output: Any):
+    def __init__(self, decoder: nn.Module, output: Any):
         super().__init__()
-        self._output = (output,)
+        self._held = (decoder, output)
+
+    def __getattr__(self, name: str) -> Any:
+        return asked_of_original(self, name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return self._output[0]
+        return self._held[1]
