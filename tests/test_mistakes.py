@@ -129,6 +129,11 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
     assert "compare is work for one process" in refused(*another, env=team)
     assert (compared / "compare.json").read_bytes() == before
     succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
+    evaluate = ["evaluate", "--data", texts, "--tokens-per-document", 512, "--lengths", "512"]
+    evaluate += ["--target", "2x", "--out", tmp_path / "evaluated", "--rescale"]
+    succeeds(*evaluate, "pi")
+    succeeds(*evaluate, "pi", "--chunk", 100)  # the same, anew
+    assert "another measurement (rescale pi, methods ['pi'])" in refused(*evaluate, "ntk")
 
 
 def test_full_disk(small_search, tmp_path):

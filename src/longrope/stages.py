@@ -123,7 +123,8 @@ class Costs:
         the original one to the target.
         """
         section, original, target = self.recipe.evaluate, lengths[0], lengths[-1]
-        others, unasked = len(section.methods), 1 + ("none" not in section.methods)
+        others = len(section.methods)
+        unasked = self.recipe.recovery.enabled + ("none" not in section.methods)
         forwards, tokens, linear, attention = 0, 0, 0.0, 0.0
         for length in lengths:
             trials = section.passkey_trials if length <= trained else section.passkey_trials_beyond

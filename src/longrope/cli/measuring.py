@@ -115,7 +115,7 @@ def evaluate(
     from longrope.evaluate.compare import run_comparison
     from longrope.evaluate.options import CompareOptions, Entry
     from longrope.evaluate.paired import compare_with_original
-    from longrope.evaluate.unfinished import kept_until_done
+    from longrope.evaluate.unfinished import kept_until_done, require_same
     from longrope.files import require_directory, write_atomically
     from longrope.generate import find_pair, load_extended, load_weights
     from longrope.parallel import local_device, ranks
@@ -159,6 +159,12 @@ def evaluate(
         hidden_device,
     )
 
+    what = {"perplexity": options, "benchmarks": standard}.get(kind, asked)
+    of = {"model": model, "rescale": rescale} | dataclasses.asdict(what)  # type: ignore[call-overload]
+    of = json.loads(
+        json.dumps({k: v for k, v in of.items() if k not in ("chunk", "hidden_device")})
+    )
+
     def check(facts: Any) -> None:
         if kind in ("passkey", "needle"):
             asked.check(facts)
@@ -170,6 +176,7 @@ def evaluate(
             measured = standard.resolve(facts)
         if out:
             require_directory(out)
+            require_same(out / f"{kind}.json", of)
         # Benchmarks that make no texts have prompts of a few thousand tokens.
         longest = max(measured, default=min(facts.original_max_position_embeddings or 0, 4096))
         how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
@@ -215,7 +222,8 @@ def evaluate(
                 rows = [dataclasses.asdict(row) for row in found]
             figure = None
             if out and these.first:
-                write_atomically(out / f"{kind}.json", json.dumps({kind: rows}, indent=1) + "\n")
+                content = json.dumps({"of": of, kind: rows}, indent=1) + "\n"
+                write_atomically(out / f"{kind}.json", content)
                 if kind in ("passkey", "needle"):
                     figure = save_heat_map(rows, kind, out)
     if not these.first:

@@ -86,6 +86,26 @@ def kept_until_done(directory: Path | None, team: int = 1) -> Iterator[Unfinishe
                 shutil.rmtree(directory)
 
 
+def require_same(file: Path, of: dict[str, Any]) -> None:
+    """See that measurements which are there already are of the same.
+
+    Raises:
+        ValueError: they are of something else, or no measurements.
+    """
+    if not file.exists():
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))["of"]
+        other = [f"{key} {before[key]}" for key in before if before[key] != of.get(key)]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file}: does not say what it is of; give another --out") from None
+    if other:
+        raise ValueError(
+            f"{file}: holds another measurement ({', '.join(other)}); give another --out, or "
+            "delete it"
+        )
+
+
 class _Losses(dict[str, np.ndarray]):
     """A safetensors file for each item."""
 
