@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,13 +20,13 @@ from longrope.attention import Options, attend
 from longrope.attention_gradient import Apart, differentiable_attention
 from longrope.chunks import Chunks
 from longrope.forward import LongForward
-from longrope.gradient import forwards, gradient
+from longrope.gradient import forwards, gradient, require_slope
 from longrope.model import load_model
 from longrope.parallel import Team
 from longrope.rope.install import asked_of_original, installed, one_axis
 from longrope.rope.site import find_rotary
 from test_attention import dense
-from test_forward import dense_attention, yarn
+from test_forward import dense_attention, plain_losses, yarn
 
 assert dense_attention is not None  # registered under "dense64"
 CACHES = ("cache", "past_key_values")
@@ -234,6 +235,21 @@ def test_bfloat16_sums_no_worse_where_there_is_much_to_sum(tokens, groups):
         for part in (slice(0, 64), slice(64, None)):
             error = (rough[:, :, part] - exact[:, :, part]).norm() / exact[:, :, part].norm()
             assert error < 2**-8 * 1.5
+
+
+def test_what_has_no_slope_is_refused_before_a_long_sequence(micro_models, ids):
+    """Gemma 4's small ones, whose last layers look at keys of layers before."""
+    shared = FAMILIES["gemma4"]().to_diff_dict() | {"num_kv_shared_layers": 2}
+    shared |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 1536}
+    model = micro_model(transformers.Gemma4TextConfig(**shared))
+    forward = LongForward(model, 40)
+    with installed(model, yarn(model)):
+        assert_close(forward.losses(ids), plain_losses(model, ids), rtol=1e-4, atol=1e-4)
+    require_slope(forward, yarn(model), 30)  # by autograd
+    with pytest.raises(ValueError, match=r"of its own kind.*--algorithm paper"):
+        require_slope(forward, yarn(model), 1000)
+    other = micro_models("qwen3_5")
+    require_slope(LongForward(other, 40), yarn(other), 1000)
 
 
 @pytest.mark.parametrize("kept", [True, False])

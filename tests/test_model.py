@@ -304,6 +304,39 @@ def test_layers_of_another_kind_are_refused_by_name(checkpoints, tmp_path):
         load_model(str(tmp_path))
 
 
+def test_weights_of_four_bits_are_dequantised(checkpoints, tmp_path):
+    """GPT-OSS as it is published: of experts 16 bytes for 32 numbers, and their exponent."""
+    shutil.copytree(checkpoints("gpt_oss"), tmp_path / "m")
+    file, config_file = (tmp_path / "m" / name for name in ("model.safetensors", "config.json"))
+    tensors, generator = load_file(file), torch.Generator().manual_seed(0)
+    name = "model.layers.1.mlp.experts.down_proj"
+    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, rows, columns = tensors.pop(key).shape
+        shape = experts, columns, rows // 32
+        blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(122, 126, shape, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    save_file(tensors, file, metadata={"format": "pt"})
+    kept = [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    config = json.loads(config_file.read_text()) | {"quantization_config": quantization}
+    config_file.write_text(json.dumps(config))
+    loaded = load_model(str(tmp_path / "m"), device="cpu")
+    assert loaded.facts.quantized
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat([magnitudes, -magnitudes])
+    blocks, scales = (tensors[f"{name}_{kind}"].long() for kind in ("blocks", "scales"))
+    pairs = torch.stack([numbers[blocks % 16], numbers[blocks // 16]], dim=-1).flatten(-2)
+    expected = (pairs * torch.exp2(scales[..., None] - 127.0)).flatten(-2).transpose(1, 2)
+    found = loaded.model.get_submodule("model.layers.1.mlp.experts").down_proj
+    assert torch.equal(found.float(), expected)
+
+
 def test_a_sliding_window_that_only_a_mask_knows_is_refused(tmp_path):
     config = transformers.PhimoeConfig(
         vocab_size=1536,

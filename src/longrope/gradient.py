@@ -14,24 +14,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longrope import attention_gradient
 from longrope.chunks import Chunks
 from longrope.facts import ModelFacts
 from longrope.forward import LongForward
+from longrope.layer_gradient import LayerGradient, OwnKeys, run_layer
 from longrope.layers import LayerCache, Recording
 from longrope.likelihood import loss_and_slope
-from longrope.rope.install import RescaledRotary
+from longrope.rope.install import RescaledRotary, installed
+from longrope.rope.rescale import Rescale
 from longrope.rope.site import find_rotary
 
 # Graphs of up to so many bytes, roughly, are kept rather than computed twice.
 _KEPT = 4e9
 # Products of attention: two forward; five backward, of which one is a forward's again.
 _BACKWARD_ATTENTION = 2.5
-# What a layer goes on from, by kind and number.
-_States = dict[tuple[str, int], Tensor]
+# Tokens that a slope is tried with.
+_TRIED = 24
 # Of the last hidden states: the loss, and its slope by them.
 _LossOf = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -85,6 +86,21 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
         rotary.tape = None
 
 
+def require_slope(forward: LongForward, rescale: Rescale, tokens: int) -> None:
+    """See on a few tokens that sequences of so many have a slope, before any of that length.
+
+    Raises:
+        ValueError: the model's attention has something that no gradient is known of.
+    """
+    hidden_size = forward.decoder.config.hidden_size
+    chunks = len(forward.chunks(tokens).spans)
+    if not forward.offloaded and is_kept(len(forward.layers), hidden_size, tokens, chunks):
+        return  # by autograd
+    ids = torch.arange(1, _TRIED + 1)[None] % forward.model.config.get_text_config().vocab_size
+    with installed(forward.model, rescale, always=True):
+        gradient(LongForward(forward.model, _TRIED // 2, offloaded=True), ids)
+
+
 def forwards(facts: ModelFacts, length: int, chunk: int) -> float:
     """What one gradient costs, in forwards of the same sequence, by FLOPs.
 
@@ -119,7 +135,7 @@ def _in_one(
     with torch.enable_grad():
         hidden_BTD = hidden_BTD.to(forward.device)
         for layer, arguments in zip(forward.layers, recording.arguments, strict=True):
-            hidden_BTD = _run(layer, hidden_BTD, arguments, recording, _OwnKeys(0))
+            hidden_BTD = run_layer(layer, hidden_BTD, arguments, recording, OwnKeys(0))
     loss, slope_BTD = loss_of(hidden_BTD.detach())
     if hidden_BTD.requires_grad:  # or no cosine reaches it, which is said later
         hidden_BTD.backward(slope_BTD.to(forward.device))
@@ -136,7 +152,7 @@ def _by_layers(
     """The loss, and back: a layer at a time, and of that a chunk or some heads of its attention."""
     layers = []
     for index in range(len(forward.layers)):
-        layers.append(_Layer(forward, index, recordings, chunks, hidden_BTD))
+        layers.append(LayerGradient(forward, index, recordings, chunks, hidden_BTD))
         hidden_BTD = layers[-1].output()
     recordings[0].cache.forget()
     loss, slope_BTD = loss_of(hidden_BTD)
@@ -144,159 +160,6 @@ def _by_layers(
     while layers:
         layers.pop().backward(slope_BTD)
     return loss
-
-
-class _Layer:
-    """One layer over a whole sequence, forward and then backward.
-
-    One without attention goes back chunk by chunk, from the last to the first, with the slope of
-    the state that each hands to the next.
-    """
-
-    def __init__(
-        self,
-        forward: LongForward,
-        index: int,
-        recordings: list[Recording],
-        chunks: Chunks,
-        hidden_BTD: Tensor,
-    ):
-        self.forward, self.layer = forward, forward.layers[index]
-        self.recordings, self.chunks, self.hidden_BTD = recordings, chunks, hidden_BTD
-        self.arguments = [recording.arguments[index] for recording in recordings]
-        self.apart = attention_gradient.Apart(chunks, forward.chunk, forward.device, forward.empty)
-
-    def output(self) -> Tensor:
-        """The layer's output, shape as its input."""
-        result_BTD = self.forward.empty(self.hidden_BTD.shape, self.hidden_BTD.dtype)
-        cache = self.recordings[0].cache
-        cache.begin()
-        for number, (span, place) in enumerate(self.chunks.own()):
-            cache.start, cache.together = span.start, self.chunks.together(number)
-            run = functools.partial(self._run, number, self._input(place), cache)
-            result_BTD[:, place] = self.apart.attend(place, run)
-        if cache.has_keys != bool(self.apart.calls) or (cache.has_keys and cache.stateful):
-            raise ValueError(
-                "a layer of this model has an attention of its own kind, of which no slope is "
-                "known; use --algorithm paper"
-            )
-        return result_BTD
-
-    def _through_states(self, slope_BTD: Tensor) -> None:
-        own = list(enumerate(self.chunks.own()))
-        states: list[_States] = [{}]
-        for number, (span, place) in own[:-1]:
-            cache = _OwnKeys(span.start, states[-1])
-            self._run(number, self._input(place), cache)
-            states.append(cache.after)
-        slopes: _States = {}
-        for number, (span, place) in reversed(own):
-            hidden = self._input(place).requires_grad_()
-            before = {key: state.requires_grad_() for key, state in states.pop().items()}
-            cache = _OwnKeys(span.start, before)
-            with torch.enable_grad():
-                output = self._run(number, hidden, cache)
-            after = [cache.after[key] for key in slopes]
-            slope = slope_BTD[:, place].to(self.forward.device)
-            torch.autograd.backward([output, *after], [slope, *slopes.values()])
-            assert hidden.grad is not None
-            slope_BTD[:, place] = hidden.grad
-            slopes = {key: state.grad for key, state in before.items() if state.grad is not None}
-
-    def backward(self, slope_BTD: Tensor) -> None:
-        """From d loss / d output to d loss / d input, in its place; the cosines gather theirs."""
-        if not self.apart.calls:
-            self._through_states(slope_BTD)
-            return
-        own = list(enumerate(self.chunks.own()))
-        for number, (span, place) in own:
-            hidden = self._input(place).requires_grad_()
-            run = functools.partial(self._run, number, hidden, _OwnKeys(span.start))
-            self.apart.after(place, run, slope_BTD[:, place].to(self.forward.device))
-            assert hidden.grad is not None
-            slope_BTD[:, place] = hidden.grad
-        self.apart.backward()
-        for number, (span, place) in own:
-            hidden = self._input(place).requires_grad_()
-            run = functools.partial(self._run, number, hidden, _OwnKeys(span.start))
-            self.apart.before(place, run)
-            assert hidden.grad is not None
-            slope_BTD[:, place] += hidden.grad.to(slope_BTD.device)
-
-    def _input(self, place: slice) -> Tensor:
-        return self.hidden_BTD[:, place].to(self.forward.device).detach()
-
-    def _run(self, number: int, hidden: Tensor, cache: Any) -> Tensor:
-        return _run(self.layer, hidden, self.arguments[number], self.recordings[number], cache)
-
-
-def _run(
-    layer: Any,
-    hidden: Tensor,
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
-    recording: Recording,
-    cache: Any,
-) -> Tensor:
-    """A layer on a chunk, as the model calls it but for its cache."""
-    held, (given, named) = recording.cache, arguments
-    given = [cache if value is held else value for value in given]
-    named = {name: cache if value is held else value for name, value in named.items()}
-    output = layer(hidden, *given, **named)
-    return output if isinstance(output, Tensor) else output[0]
-
-
-class _OwnKeys:
-    """What a layer takes for its cache where its attention looks at no other chunk.
-
-    Args:
-        start: of the chunk.
-        before: of a layer that goes on from a state, that after the chunk before; ``after`` is
-            the state after this one.
-    """
-
-    def __init__(self, start: int, before: _States | None = None):
-        self.start, self.before = start, before or {}
-        self.after: _States = {}
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return key, value
-
-    def get_seq_length(self, *_: Any) -> int:
-        return self.start
-
-    def is_recording_past(self, *_: Any) -> bool:
-        return True  # or a single token would change the state in its place
-
-    def has_previous_state(self, *_: Any) -> bool:
-        return bool(self.before)
-
-    def get_conv_state(self, layer: int, state_idx: int = 0) -> Tensor | None:
-        return self.before.get(("convolution", state_idx))
-
-    def update_conv_state(
-        self,
-        states: Tensor,
-        layer: int,
-        state_idx: int = 0,
-        conv_kernel_size: int | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """The columns of the chunk behind those of the state, of which the last ones stay."""
-        before = self.get_conv_state(layer, state_idx)
-        size = conv_kernel_size or states.shape[-1]
-        whole = states if before is None else torch.cat([before, states], dim=-1)
-        last = whole[..., -size:]
-        self.after["convolution", state_idx] = F.pad(last, (size - last.shape[-1], 0))
-        return whole
-
-    def get_recurrent_state(self, layer: int, state_idx: int = 0) -> Tensor | None:
-        return self.before.get(("recurrent", state_idx))
-
-    def update_recurrent_state(
-        self, states: Tensor, layer: int, state_idx: int = 0, **_: Any
-    ) -> Tensor:
-        self.after["recurrent", state_idx] = states
-        return states
 
 
 def _head(

@@ -15,6 +15,7 @@ from longrope.data import check_sources
 from longrope.evaluate.retrieval import Prompt
 from longrope.facts import ModelFacts
 from longrope.gradient import forwards as slope_forwards
+from longrope.gradient import require_slope
 from longrope.model import LoadedModel
 from longrope.parallel import Ranks
 from longrope.progress import Advance, console, duration, progress
@@ -195,6 +196,8 @@ def search_stage(
     start, length = problem.space.start, problem.space.start.max_position_embeddings
     questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
     forward = loaded.forward(how.chunk, how.hidden_device)
+    if how.algorithm == "fast":
+        require_slope(forward, start, length)
     starts = problem.starts | (problem.more if how.algorithm == "fast" else {})
     slope = slope_forwards(facts, length, forward.chunk) if how.algorithm == "fast" else math.nan
     headline = _headline(facts, start, windows, questions)
