@@ -1,5 +1,7 @@
 """What stages cost on a machine: their memory and times, and what does not fit is refused."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -195,3 +197,18 @@ def test_memory_is_what_an_h100_took(tmp_path, shape, length, measured):
     transformers.LlamaConfig(**shape, **names).save_pretrained(tmp_path)
     costs = Costs(inspect_model(str(tmp_path)), make_recipe({"target": "8x"}), on_cpu=False)
     assert costs.forwards("evaluate", "evaluate", length, 1).memory == pytest.approx(measured, 0.02)
+
+
+def test_training_without_a_fused_attention_counts_its_scores(checkpoints):
+    """GPT-OSS: transformers makes all scores of a piece, which no GPU holds at 32k."""
+    facts = inspect_model(str(checkpoints("gpt_oss")))
+    assert facts.explicit_scores
+    assert not inspect_model("bundled").explicit_scores
+    wide = dataclasses.replace(facts, heads=64, layers=24, hidden_size=2880)
+    recipe = make_recipe({"target": "32k", "finetune": {"precision": "bf16"}})
+    stage = Costs(wide, recipe, on_cpu=False).training("finetune", 10, 32_768)
+    fused = dataclasses.replace(wide, explicit_scores=False)
+    less = Costs(fused, recipe, on_cpu=False).training("finetune", 10, 32_768)
+    assert stage.memory - less.memory == 64 * 32_768**2 * 12
+    with pytest.raises(ValueError, match=r"try a shorter finetune.length, finetune.lora"):
+        check_memory([stage], Memory(int(8e10)))

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -99,7 +100,7 @@ def test_bf16_is_as_exact_as_the_plain_forward_in_bf16(ids, family):
     assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "gemma4"])
 def test_bytes_per_token_are_what_is_held(micro_models, family):
     """Every tensor as long as the sequence, counted while the last layer runs."""
     import gc
@@ -130,6 +131,18 @@ def test_bytes_per_token_are_what_is_held(micro_models, family):
     # Losses come after; one chunk comes on top.
     predicted = (forward.bytes_per_token() - 8) * tokens
     assert found == pytest.approx(predicted, rel=0.12)
+
+
+def test_keys_that_later_layers_look_at_are_not_written_over(ids):
+    """Gemma 4's small ones; where all layers are of one shape they would share a buffer."""
+    shared = FAMILIES["gemma4"]().to_diff_dict()
+    shared |= {"num_kv_shared_layers": 2, "global_head_dim": 16, "attention_k_eq_v": False}
+    shared |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 1536}
+    shared |= {"num_global_key_value_heads": None}
+    model = micro_model(transformers.Gemma4TextConfig(**shared))
+    with installed(model, yarn(model)):
+        found, expected = LongForward(model, 40).losses(ids), plain_losses(model, ids)
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_processes_cannot_share_a_sequence_where_layers_have_a_state(micro_models, ids):

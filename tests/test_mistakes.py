@@ -132,7 +132,6 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
     evaluate = ["evaluate", "--data", texts, "--tokens-per-document", 512, "--lengths", "512"]
     evaluate += ["--target", "2x", "--out", tmp_path / "evaluated", "--rescale"]
     succeeds(*evaluate, "pi")
-    succeeds(*evaluate, "pi", "--chunk", 100)  # the same, anew
     assert "another measurement (rescale pi, methods ['pi'])" in refused(*evaluate, "ntk")
 
 

@@ -288,6 +288,19 @@ def test_a_rescale_without_effect_is_refused(checkpoints, tmp_path):
         load_model(str(tmp_path / "m"))
 
 
+def test_a_scaling_of_its_own_kind_is_not_replaced(tmp_path):
+    """HunYuan calls ``dynamic`` what its module knows to be another."""
+    config = transformers.HunYuanDenseV1Config(
+        **{"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 100.0, "factor": 1.0},
+    )
+    config.save_pretrained(tmp_path)
+    for how in (None, "keep", "replace"):
+        facts = inspect_model(str(tmp_path), existing_scaling=how)
+        assert "'ntk_alpha', which cannot be rescaled" in facts.reason
+
+
 def test_layers_of_another_kind_are_refused_by_name(checkpoints, tmp_path):
     config = transformers.DogeConfig(
         vocab_size=1536,

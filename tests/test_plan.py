@@ -38,8 +38,7 @@ def test_up_to_8x_needs_no_training(facts):
 
 def test_where_the_model_counts_in_the_boundary_that_stays(facts):
     """Ministral 3: its scores grow with the position, in units of its original length."""
-    scaling = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256}
-    counting = dataclasses.replace(facts, existing_scaling=scaling)
+    counting = dataclasses.replace(facts, boundary=256)
     made = plan(counting, target="8x", existing_scaling="replace")
     assert names(made) == ["search", *(name for name in END if name != "recovery-2")]
     counting.require_sayable("replace", 256)

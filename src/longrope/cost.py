@@ -130,6 +130,7 @@ def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False)
                 helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
                 if stage.replicated:
                     helps = f"finetune.distill false, {helps}"
+                helps = ", ".join((*stage.helps, helps))
             raise ValueError(
                 f"{stage.name} at {stage.length:,} tokens needs about {gigabytes(stage.memory)} "
                 f"and {gigabytes(free)} are free; try {helps}"

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
 from longrope.rope.site import (
-    BY_POSITION,
     UNSCALED,
     RotarySite,
+    boundary_of,
     existing_factors,
     scaled_length,
 )
@@ -33,7 +33,10 @@ class ModelFacts:
     ``base_attention_factor`` are the scaling that an extension starts from: ones,
     or the model's own where that is kept. ``attention_layers`` have keys, where others go on from
     a state; ``active_parameters`` are those that each token meets, of experts some; ``head_dim`` is
-    the mean of a key's and a value's.
+    the mean of a key's and a value's; ``kv_numbers`` are a token's in one layer of each shape,
+    which the long forward holds. ``boundary``: where the long factors of a checkpoint must begin,
+    if the model itself counts in that length. ``explicit_scores``: transformers has no fused
+    attention for it.
     """
 
     source: str
@@ -51,6 +54,7 @@ class ModelFacts:
     dtype: str
     parameters: int
     active_parameters: int
+    kv_numbers: int
     kv_bytes_per_token: int
     vocabulary: int
     hidden_size: int
@@ -60,18 +64,14 @@ class ModelFacts:
     base_factors: tuple[float, ...] = ()
     base_attention_factor: float = 1.0
     quantized: bool = False
+    boundary: int | None = None
+    explicit_scores: bool = False
 
     @property
     def name(self) -> str:
         """What the model may be called in what is published: without a machine's folders."""
         path = Path(self.source)
         return path.name if path.exists() else self.source
-
-    @property
-    def boundary(self) -> int | None:
-        """Where the long factors of a checkpoint must begin, if the model itself counts in that."""
-        scaling = self.existing_scaling or {}
-        return scaling["original_max_position_embeddings"] if BY_POSITION in scaling else None
 
     def require_sayable(self, existing: Existing | None, boundary: int) -> None:
         """Refuse an extension that no checkpoint could say.
@@ -93,8 +93,8 @@ class ModelFacts:
         if existing != "replace" and (self.existing_scaling or {}).get("mscale_all_dim"):
             raise ValueError(
                 f"{self.source}: its scaling multiplies all scores (mscale_all_dim), which no "
-                "checkpoint with longrope factors can say; use --existing-scaling replace, which "
-                "starts over without it"
+                "checkpoint with longrope factors can say; search again with --existing-scaling "
+                "replace, which starts over without it"
             )
 
     def rescale(self, method: str, target: int, length: int | None = None) -> Rescale:
@@ -156,8 +156,8 @@ def inspect_model(
         model, site, reason = skeleton(source, config, trust_remote_code)
         scaled = site is not None and site.rope_type not in UNSCALED
         scaling = site.parameters if site and scaled else None
-        if scaling and scaling["rope_type"] in RESCALABLE and existing_scaling == "replace":
-            config = unscaled(config, site.layer_type if site else None)
+        if site and scaling and site.rope_type in RESCALABLE and existing_scaling == "replace":
+            config = unscaled(config, site.layer_type)
             model, site, reason = skeleton(source, config, trust_remote_code)
     try:
         facts = _facts(source, model, config, site, scaling, reason)
@@ -215,6 +215,7 @@ def _facts(
         existing_scaling=scaling,
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(p.numel() for p in model.parameters()),
+        kv_numbers=shape.kv_numbers,
         active_parameters=active_parameters(model, text),
         kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize,
         vocabulary=text.vocab_size,
@@ -223,6 +224,8 @@ def _facts(
         extendable=reason is None,
         reason=reason,
         quantized=getattr(config, "quantization_config", None) is not None,
+        boundary=boundary_of(site) if site else None,
+        explicit_scores=model.config._attn_implementation == "eager",  # type: ignore[union-attr]
     )
 
 

@@ -176,11 +176,10 @@ class LongForward:
         model, site = self.model, find_rotary(self.model)
         assert site is not None
         config, size = self.decoder.config, model.dtype.itemsize
-        shape = attention_shape(config)
         kinds = 1 if site.layer_type is None else len(set(config.layer_types))
         angles = 2 * len(column_layout(site)) * kinds
         ids, positions, losses = 8, 8, 2 * max(size, 4)
-        kv = 2 * shape.kv_heads * shape.head_dim
+        kv = attention_shape(config).kv_numbers
         if self.device.type == "cpu" and size == 2:
             kv *= 2  # torch's flash kernel repacks keys and values for the bf16 matrix units
         numbers = config.hidden_size + kv + angles

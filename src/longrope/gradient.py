@@ -10,7 +10,7 @@ of one chunk is kept if it is small, and nothing runs twice. A team of processes
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +67,9 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
         chunks = forward.chunks(inputs_BT.shape[1])
         rotary.tape = []
         cache = LayerCache(inputs_BT.shape[1], chunks.team, forward.decoder.config)
-        hidden_BTD, recordings = forward.embed(inputs_BT, chunks.own(), cache)
+        with torch.enable_grad():  # so that what is made of the cosines shows
+            hidden_BTD, recordings = forward.embed(inputs_BT, chunks.own(), cache)
+        _require_leaves(recordings)
         handed_out, rotary.tape = rotary.tape, None  # the head rotates nothing
         loss_of = functools.partial(_head, forward, chunks, inputs_BT, targets_BT, counted)
         shape = len(forward.layers), hidden_BTD.shape[2], hidden_BTD.shape[1]
@@ -94,11 +96,24 @@ def require_slope(forward: LongForward, rescale: Rescale, tokens: int) -> None:
     """
     hidden_size = forward.decoder.config.hidden_size
     chunks = len(forward.chunks(tokens).spans)
-    if not forward.offloaded and is_kept(len(forward.layers), hidden_size, tokens, chunks):
-        return  # by autograd
+    kept = is_kept(len(forward.layers), hidden_size, tokens, chunks) and not forward.offloaded
+    short = LongForward(forward.model, _TRIED if kept else _TRIED // 2, offloaded=not kept)
     ids = torch.arange(1, _TRIED + 1)[None] % forward.model.config.get_text_config().vocab_size
     with installed(forward.model, rescale, always=True):
-        gradient(LongForward(forward.model, _TRIED // 2, offloaded=True), ids)
+        gradient(short, ids)
+
+
+def _require_leaves(recordings: Sequence[Recording]) -> None:
+    """See that layers get the cosines as they were handed out, whose slopes are asked for."""
+    for recording in recordings:
+        for given, named in recording.arguments:
+            for value in (*given, *named.values()):
+                parts = value if isinstance(value, tuple | list) else [value]
+                if any(isinstance(part, Tensor) and part.grad_fn is not None for part in parts):
+                    raise ValueError(
+                        "this model makes something of its cosines before a layer gets them, and "
+                        "no slope is known of that; use --algorithm paper"
+                    )
 
 
 def forwards(facts: ModelFacts, length: int, chunk: int) -> float:

@@ -8,7 +8,7 @@ from longrope.export.gguf import read_pair
 from longrope.export.intent import Intent
 from longrope.rope.methods import dynamic_ntk
 from longrope.rope.rescale import Rescale
-from longrope.rope.site import RotarySite, existing_factors, scaled_length
+from longrope.rope.site import UNSCALED, RotarySite, existing_factors, scaled_length
 from longrope.rope.switch import Pair
 from longrope.skeleton import skeleton
 from longrope.source import quiet, read_pretrained
@@ -44,7 +44,7 @@ def _of_config(source: str, trust_remote_code: bool) -> Pair | None:
         if pair is not None:
             return pair
         site = skeleton(source, config, trust_remote_code)[1]
-    if site is None or site.rope_type == "default":
+    if site is None or site.rope_type in UNSCALED:
         return None
     rescale = _of_site(site, config.get_text_config().max_position_embeddings)
     return Pair(rescale, rescale)

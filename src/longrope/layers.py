@@ -65,12 +65,18 @@ class LayerCache:
         self._buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._latest: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer: int | None = None, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         end = self.start + key.shape[2]
         shapes = tuple((*t.shape[:2], self.tokens, t.shape[3]) for t in (key, value))
-        if shapes not in self._buffers:  # layers of one shape share a pair
-            self._buffers[shapes] = (key.new_empty(shapes[0]), value.new_empty(shapes[1]))
-        self._latest = self._buffers[shapes]
+        modes = getattr(self.config, "kv_sharing_modes", None) or ()
+        # Layers of one shape share a pair, but for those at whose keys later layers look.
+        lasts = layer is not None and "reuse" in modes and modes[layer] == "store"
+        which = shapes, layer if lasts else None
+        if which not in self._buffers:
+            self._buffers[which] = (key.new_empty(shapes[0]), value.new_empty(shapes[1]))
+        self._latest = self._buffers[which]
         for buffer, own in zip(self._latest, (key, value), strict=True):
             if not self.together:
                 buffer[:, :, self.start : end] = own
@@ -85,7 +91,10 @@ class LayerCache:
     @functools.cached_property
     def whole(self) -> DynamicCache:
         """The model's own cache; where there are no states one that can be cropped."""
-        own = DynamicCache(config=self.config)
+        try:
+            own = DynamicCache(config=self.config)
+        except Exception:  # a config that transformers' own cache does not know
+            return DynamicCache()
         stateful = any(isinstance(layer, LinearAttentionLayer) for layer in own.layers)
         return own if stateful else DynamicCache()
 

@@ -8,27 +8,38 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 
 class AttentionShape(NamedTuple):
-    """``head_dim`` is the mean of a key's and a value's; ``layers`` are those that have keys."""
+    """Of the layers that see all tokens, where they differ.
+
+    ``head_dim`` is the mean of a key's and a value's; ``layers`` are those that have keys;
+    ``kv_numbers`` are a token's in one layer of each of their shapes.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     layers: int
+    kv_numbers: int
 
 
 def attention_shape(config: Any) -> AttentionShape:
     """Of a text model's config; state-space models have no heads."""
-    kinds = getattr(config, "layer_types", None) or ()
     each = getattr(config, "per_layer_config", None)
-    # Of layers that differ (Gemma 4) those that see all.
-    own = each["full_attention"] if each is not None and "full_attention" in kinds else config
-    heads = getattr(own, "num_attention_heads", None) or 0
-    kv_heads = getattr(own, "num_key_value_heads", None) or heads
-    head_dim = getattr(own, "head_dim", None) or config.hidden_size // max(heads, 1)
+    kinds = set(getattr(config, "layer_types", None) or ()) if each is not None else set()
+    full = _heads(each["full_attention"] if "full_attention" in kinds else config)  # type: ignore[index]
+    shapes = {_heads(each[kind])[1:] for kind in kinds} or {full[1:]}  # type: ignore[index]
+    held = sum(2 * kv_heads * head_dim for kv_heads, head_dim in shapes)
+    return AttentionShape(*full, _layers_with_keys(config), held)
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Heads of queries, of keys, and the mean of the numbers in a key and a value."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     if getattr(config, "kv_lora_rank", None):  # RoPE turns a part of each key
         key = config.qk_nope_head_dim + config.qk_rope_head_dim
         head_dim = (key + config.v_head_dim) // 2
-    return AttentionShape(heads, kv_heads, head_dim, _layers_with_keys(config))
+    return heads, kv_heads, head_dim
 
 
 def _layers_with_keys(config: Any) -> int:
@@ -46,8 +57,8 @@ def active_parameters(model: nn.Module, config: Any) -> int:
     """The parameters that one token is multiplied with: of experts those that it is sent to."""
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     total = sum(p.numel() for p in model.parameters())
-    count = _first(config, "num_experts", "num_local_experts", "n_routed_experts")
-    count = count or _first(config, "moe_num_experts")
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    count = _first(config, *counts)
     chosen = _first(config, "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
     if not (experts and count and chosen):
         return total
@@ -57,4 +68,4 @@ def active_parameters(model: nn.Module, config: Any) -> int:
 def _first(config: Any, *names: str) -> int | None:
     """The first of some fields that is a number; some families have a list, one for each layer."""
     found = (getattr(config, name, None) for name in names)
-    return next((value for value in found if isinstance(value, int)), None)
+    return next((value for value in found if type(value) is int and value > 0), None)

@@ -105,8 +105,9 @@ class Costs:
             pieces * length + windows * original,
             linear + times * more[0],
             attention + times * more[1],
-            self._training_memory(together, taught) + teacher,
+            self._training_memory(length, together, taught) + teacher,
             steps,
+            helps=("a shorter finetune.length",) if self.facts.explicit_scores else (),
             replicated=teacher,
             unshared=self.facts.parameters * self._master + teacher,
         )
@@ -173,7 +174,7 @@ class Costs:
         facts = self.facts
         # torch's flash kernel on a CPU repacks keys and values for the matrix units of bf16.
         copies = 2 if self.on_cpu and self.size == 2 else 1
-        per_token = 2 * copies * facts.kv_heads * facts.head_dim + self._angles
+        per_token = copies * facts.kv_numbers + self._angles
         chunk = min(length, self.chunk)
         work = chunk * 12 * facts.hidden_size * self.size
         layer = length * per_token * self.size + work
@@ -225,11 +226,12 @@ class Costs:
         """Bytes of a weight while it is trained."""
         return 2 if self.recipe.finetune.precision == "pure-bf16" else 4
 
-    def _training_memory(self, tokens: int, taught: bool) -> int:
+    def _training_memory(self, length: int, tokens: int, taught: bool) -> int:
         """Weights, gradients and Adam's two moments, and what the backward pass keeps.
 
         With checkpointing a hidden state per layer and token, and one layer whole; ``tokens`` are
-        a piece's and its short windows'. What is ``taught`` is probabilities beside logits.
+        a piece's and its short windows'. What is ``taught`` is probabilities beside logits. Where
+        attention is not fused, its scores, their softmax in float32, and as much going back.
         """
         facts, tuning = self.facts, self.recipe.finetune
         half = 4 if tuning.precision == "float32" else 2
@@ -241,7 +243,11 @@ class Costs:
         if not tuning.gradient_checkpointing:
             kept, layer = facts.layers * 24 * facts.hidden_size, 0
         head = _head(facts, ROWS) * (2.5 if taught else 1)
-        return int(states + tuning.micro_batch * tokens * (kept + layer) * half + head)
+        work = tokens * (kept + layer) * half
+        if facts.explicit_scores:
+            at_work = 1 if tuning.gradient_checkpointing else facts.layers
+            work += at_work * facts.heads * length * length * 2 * (half + 4)
+        return int(states + tuning.micro_batch * work + head)
 
 
 def _head(facts: ModelFacts, rows: int) -> int:

@@ -12,8 +12,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, micro_model, pair
+from longrope.export.huggingface import scaled_config
 from longrope.export.run import ExportOptions, export
 from longrope.facts import inspect_model
+from longrope.importing import import_pair
 from longrope.model import load_model
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale, default_attention_factor
@@ -95,6 +97,16 @@ def test_a_scale_of_all_scores_that_no_checkpoint_can_say_is_refused(scaled, tmp
     assert "mscale_all_dim" not in (out / "config.json").read_text()
 
 
+def test_factors_searched_with_such_a_scale_are_refused_without(scaled, tmp_path):
+    source = scaled(FAMILIES["deepseek_v3"](), mscale_all_dim=1.0)
+    facts = inspect_model(source, existing_scaling="keep")
+    found = facts.rescale("pi", 512).replace(provenance={"base_factors": facts.base_factors})
+    found.save(tmp_path / "kept.json")
+    named = {"rescale": str(tmp_path / "kept.json"), "existing_scaling": "replace"}
+    with pytest.raises(ValueError, match=r"search again with --existing-scaling replace"):
+        export(ExportOptions(source, tmp_path / "out", **named))
+
+
 def test_scores_that_grow_with_the_position_stay_as_they_are(scaled, ids, tmp_path):
     """Ministral 3 counts positions in what is the boundary in an export."""
     config = transformers.Ministral3Config(
@@ -105,6 +117,10 @@ def test_scores_that_grow_with_the_position_stay_as_they_are(scaled, ids, tmp_pa
     asked["attention_factors"] = "field"
     with pytest.raises(ValueError, match=r"units of original_max_position_embeddings \(64\)"):
         export(ExportOptions(source, out, original_length=32, **asked))
+    unscaled = tmp_path / "unscaled"
+    load_model(source, existing_scaling="replace").model.save_pretrained(unscaled)
+    assert inspect_model(str(unscaled)).existing_scaling is None
+    assert inspect_model(str(unscaled)).boundary == 64
     export(ExportOptions(source, out, **asked))
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     loaded = load_model(source, existing_scaling="replace")
@@ -114,6 +130,28 @@ def test_scores_that_grow_with_the_position_stay_as_they_are(scaled, ids, tmp_pa
         )
     theirs.config.rope_parameters["llama_4_scaling_beta"] = 0.0
     assert (logits(theirs, ids) - logits(loaded.model, ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_importing_an_export_is_the_identity(family, checkpoints, micro_models, tmp_path):
+    """Also where dimensions do not turn, whose factors are written as one number."""
+    facts = inspect_model(str(checkpoints(family)))
+    both = (
+        facts.rescale(m, n).replace(attention_factor=1.2) for m, n in (("ntk", 64), ("pi", 512))
+    )
+    made = Pair(*both)
+    named = files(made, tmp_path)
+    export(ExportOptions(str(checkpoints(family)), tmp_path / "out", **named))
+    assert import_pair(str(tmp_path / "out")) == made
+    with pytest.raises(ValueError, match="nothing to import"):
+        import_pair(str(checkpoints(family)))
+
+
+def test_the_length_is_written_under_the_family_s_own_name(micro_models):
+    """Bailing's is model_max_length, which its config reads max_position_embeddings from."""
+    known = transformers.BailingHybridConfig()
+    found = scaled_config(known.to_dict(), pair(micro_models("llama")), known)
+    assert type(known)(**found).max_position_embeddings == 512
 
 
 def test_what_version_4_wrote_of_layered_scaling_does_not_stay(
@@ -342,6 +380,7 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(
     code = f"""
 import os
 from pathlib import Path
+from longrope.export.huggingface import scaled_config
 from longrope.export.run import ExportOptions, export
 os.fsync = lambda handle: os.kill(os.getpid(), 9)
 export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from conftest import RECOVERY, pair
+from conftest import FAMILIES as MICRO
+from conftest import RECOVERY, micro_model, pair
 from longrope.layers import cache_name
 from longrope.rope.install import installed
 from longrope.rope.switch import Pair, switched
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi3", "gemma3", "gpt_neox", "cohere"]
+FAMILIES += ["deepseek_v2", "gemma4", "lfm2", "qwen3_5"]
 
 
 def logits(model, rescale, ids):
@@ -29,6 +32,29 @@ def test_one_set_up_to_the_recovery_length_and_the_other_beyond(micro_models, id
     assert torch.equal(above, logits(model, both.long, ids[:, : RECOVERY + 1]))
     assert (at - above[:, :RECOVERY]).abs().max() > 1e-3
     assert torch.equal(logits(model, None, ids), plain)
+
+
+def test_a_model_for_pictures_too(ids):
+    """Its decoder gets embeddings and masks; rows are judged by the ids and mask they are of."""
+    picture = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    picture |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = MICRO["gemma3"]().to_dict()
+    config = transformers.Gemma3Config(text_config=text, vision_config=picture)
+    model, row = micro_model(config), ids[:1, : RECOVERY - 5]
+    both, padding = pair(model), torch.full((1, 9), 2)
+    prompt = torch.cat([torch.cat([padding, row], dim=1), ids[1:, : RECOVERY + 4]])
+    mask = torch.ones_like(prompt)
+    mask[0, :9] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    with switched(model, both):
+        found = model.generate(prompt, attention_mask=mask, **options)
+        with pytest.raises(ValueError, match="pixel_values: the short/long switch is for text"):
+            model(input_ids=prompt, pixel_values=torch.zeros(1, 3, 28, 28))
+    for number, start in ((0, 9), (1, 0)):
+        sequence = found[number : number + 1, start:]
+        for end in range(prompt.shape[1] - start, sequence.shape[1]):
+            expected = logits(model, both.choose(end), sequence[:, :end])[0, -1].argmax()
+            assert sequence[0, end] == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

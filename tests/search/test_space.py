@@ -95,3 +95,13 @@ def test_a_search_may_start_from_other_factors():
 )
 def test_what_is_no_candidate(candidate):
     assert not SPACE.contains(candidate)
+
+
+def test_dimensions_that_do_not_turn_are_none_of_a_candidate_s():
+    """Gemma 4's: the search of the others is not held back by them."""
+    start = SPACE.start.replace(factors=(1.0, 1.0, 2.0, 1e30, 4e30))
+    some = Space(start, 10.0)
+    assert some.dimensions == 3
+    found = some.rescale(Candidate((100, 300, 900)))
+    assert found.factors == (1.0, 3.0, 18.0, 1e30, 4e30)
+    assert some.nearest(found) == Candidate((100, 300, 900))

@@ -9,6 +9,7 @@ from longrope.rope.methods import identity, yarn
 from longrope.train.loss import chunked_loss
 
 FAMILIES = ["llama", "gemma2", "granite", "cohere", "phi3", "gpt_neox"]  # soft-caps and scalings
+FAMILIES += ["mixtral", "gemma4", "qwen3_5"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,6 +24,8 @@ _NORM = re.compile(r"(?<![a-z])(q|k|query|key)_?(layer)?norm")
 
 def why_not_foldable(names: list[str], layers: int) -> str | None:
     """Why tensors of these names cannot take the factor, or None."""
+    if any("kv_a_proj" in name for name in names):
+        return "its keys and values are compressed"
     norm = next((name for name in names if _NORM.search(name)), None)
     if norm is not None:
         return f"it normalises queries or keys after projecting them ({norm})"

@@ -51,8 +51,9 @@ def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, A
         "attention_factor": factor,
     }
     longrope = kept_parameters(own) | longrope
+    named = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     changed: dict[str, Any] = {
-        "max_position_embeddings": long.max_position_embeddings,
+        named: long.max_position_embeddings,
         "original_max_position_embeddings": boundary,
     }
     if _FULL in rope:
@@ -83,7 +84,7 @@ def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:
     plain = unscaled_parameters(rope)
     if plain["rope_type"] != "proportional":
         return list(factors)
-    count = round(plain["partial_rotary_factor"] * len(factors))
+    count = int(plain["partial_rotary_factor"] * len(factors))
     return [*factors[:count], *[UNTURNED] * (len(factors) - count)]
 
 

@@ -161,7 +161,9 @@ def _pair(options: ExportOptions, run: Path | None, model: str) -> Pair:
         original_length=long.original_max_position_embeddings,
         trust_remote_code=options.trust_remote_code,
     )
-    facts.require_sayable(options.existing_scaling, short.max_position_embeddings)
+    kept = any(factor != 1 for factor in long.provenance.get("base_factors", ()))
+    existing = "keep" if kept else options.existing_scaling
+    facts.require_sayable(existing, short.max_position_embeddings)
     return Pair(short, long)
 
 

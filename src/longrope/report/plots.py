@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from longrope.files import write_atomically
-from longrope.rope.rescale import UNTURNED, Rescale
+from longrope.rope.rescale import Rescale
 
 _SEARCHED = "#c0392b"
 # Files take these in turn; methods have colours of their own.
@@ -33,8 +33,7 @@ def factors_figure(rescales: Mapping[str, Rescale]) -> Figure:
     """Factors against dimension (the LongRoPE paper's figure 2)."""
     figure, axes = _figure()
     for name, rescale in rescales.items():
-        turning = [f if f < UNTURNED / 10 else math.nan for f in rescale.factors]
-        axes.plot(range(len(turning)), turning, **_style(name))
+        axes.plot(range(rescale.turning), rescale.factors[: rescale.turning], **_style(name))
     axes.set(xlabel="pair of rotary dimensions", ylabel="factor λ", yscale="log")
     axes.set_title("Rescale factors")
     return _finished(figure, axes)

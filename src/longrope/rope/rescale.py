@@ -89,6 +89,11 @@ class Rescale:
         return 2 * len(self.factors)
 
     @property
+    def turning(self) -> int:
+        """How many factors, from the first on, are of dimensions that the model turns."""
+        return sum(factor < UNTURNED / 10 for factor in self.factors)
+
+    @property
     def scale(self) -> float:
         """s: how many times the original length."""
         return self.max_position_embeddings / self.original_max_position_embeddings

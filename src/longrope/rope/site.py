@@ -1,5 +1,6 @@
 """Where a model keeps its rotary embedding, and what that does as it came."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,21 +78,23 @@ def find_rotary(model: nn.Module) -> RotarySite | None:
     Works by structure (a child module with an ``inv_freq`` buffer and a config),
     not by architecture; of a model for pictures too it is the text's.
     """
-    config = getattr(model, "config", None)
-    text = type(config.get_text_config()) if config is not None else object
+    config: Any = getattr(model, "config", None)
+    text = type(config.get_text_config()) if hasattr(config, "get_text_config") else object
+    own = (site for site in _rotary_sites(model) if isinstance(site.module.config, text))
+    return next(own, None) or next(_rotary_sites(model), None)
+
+
+def _rotary_sites(model: nn.Module) -> Iterator[RotarySite]:
     for owner in model.modules():
         for name, module in owner.named_children():
             if not hasattr(module, "config") or not hasattr(module, "rope_type"):
                 continue
             # the model's own is what counts
             module = getattr(module, "original", module)
-            if not isinstance(module.config, text):
-                continue
             if hasattr(module, "inv_freq"):
-                return RotarySite(owner, name, module, None)
-            if hasattr(module, f"{_SCALED_LAYER_TYPE}_inv_freq"):
-                return RotarySite(owner, name, module, _SCALED_LAYER_TYPE)
-    return None
+                yield RotarySite(owner, name, module, None)
+            elif hasattr(module, f"{_SCALED_LAYER_TYPE}_inv_freq"):
+                yield RotarySite(owner, name, module, _SCALED_LAYER_TYPE)
 
 
 def column_layout(site: RotarySite) -> Tensor:
@@ -156,7 +159,7 @@ def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """
     kept = {key: value for key, value in parameters.items() if key not in _SCALING}
     if parameters["rope_type"] == "proportional":
-        del kept["partial_rotary_factor"]
+        kept.pop("partial_rotary_factor", None)
     if BY_POSITION in parameters:  # which counts in it
         kept[_LENGTH] = parameters[_LENGTH]
     return kept
@@ -168,9 +171,15 @@ def unscaled_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
         return dict(parameters)
     kept = kept_parameters(parameters)
     factors = np.array(parameters.get("long_factor") or (1.0,))
-    if (turned := float((factors < UNTURNED / 10).mean())) < 1:
+    if (turned := float((factors < UNTURNED / 10).mean())) < 1:  # as it was exported
         return kept | {"rope_type": "proportional", "partial_rotary_factor": turned}
     return kept | {"rope_type": "default"}
+
+
+def boundary_of(site: RotarySite) -> int | None:
+    """The length that the model's own scores count positions in, if they do."""
+    parameters = site.parameters
+    return parameters[_LENGTH] if BY_POSITION in parameters else None
 
 
 def scaled_length(parameters: dict[str, Any], longest: int) -> int:

@@ -90,6 +90,7 @@ def switched(model: nn.Module, pair: Pair) -> Iterator[None]:
     before, generate = getattr(site.owner, site.name), getattr(model, "generate", None)
     switch = _Switch(pair, site)
     hooks = (
+        model.register_forward_pre_hook(switch.note, with_kwargs=True),
         site.owner.register_forward_pre_hook(switch.before, with_kwargs=True),
         site.owner.register_forward_hook(switch.after, with_kwargs=True),
     )
@@ -152,11 +153,28 @@ class _Switch:
         self.announced: Tensor | None = None  # lengths of the prompts that generate() is given
         self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
         self._call: tuple[Tensor, int] | None = None  # all ids, and how many are new
+        self._told: dict[str, Any] = {}  # what the model around the decoder was given
+
+    def note(self, model: Any, args: tuple, kwargs: dict) -> None:
+        """Of a model for pictures too, whose decoder gets embeddings and masks: what they are of.
+
+        Raises:
+            ValueError: there is a picture.
+        """
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        given = given | given.pop("kwargs", {})
+        if given.get("pixel_values") is not None:
+            raise ValueError("pixel_values: the short/long switch is for text")
+        self._told = {name: given.get(name) for name in ("input_ids", "attention_mask")}
 
     def before(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Judge the rows; where one crosses with keys of the other set cached, start over."""
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
+        if given.get("input_ids") is None and self._told.get("input_ids") is not None:
+            given |= self._told
+            for made in ("inputs_embeds", "per_layer_inputs"):
+                given.pop(made, None)
         ids, name = given.get("input_ids"), cache_name(decoder)
         cache = given.get(name, given.get("past_key_values"))  # the old name is still taken
         if ids is None:

@@ -72,7 +72,8 @@ class Objective:
                 found = gradient(self.forward, row, counted)
                 loss += weight * found.loss
                 by_factor += weight * found.by_factor
-        return Outcome(loss if math.isfinite(loss) else math.nan, tuple(by_factor.tolist()))
+        turning = by_factor[: rescale.turning].tolist()
+        return Outcome(loss if math.isfinite(loss) else math.nan, tuple(turning))
 
 
 def passkey_questions(tokenizer: Any, length: int, count: int, seed: int) -> list[Prompt]:

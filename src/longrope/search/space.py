@@ -70,7 +70,8 @@ class Space:
     """The candidates of one search, and how each becomes a :class:`Rescale`.
 
     ``start`` is the rescale that the search multiplies: the identity for a first
-    search. Its lengths, ``rope_theta`` and ``attention_factor`` go to every candidate.
+    search. Its lengths, ``rope_theta`` and ``attention_factor`` go to every candidate, and the
+    factors of dimensions that the model does not turn, which are none of a candidate's.
     """
 
     start: Rescale
@@ -79,7 +80,7 @@ class Space:
 
     @property
     def dimensions(self) -> int:
-        return len(self.start.factors)
+        return self.start.turning
 
     @property
     def top(self) -> int:
@@ -88,7 +89,8 @@ class Space:
 
     def rescale(self, candidate: Candidate) -> Rescale:
         """The rescale that a candidate stands for."""
-        factors = self.multipliers(candidate) * np.array(self.start.factors)
+        factors = np.array(self.start.factors)
+        factors[: self.dimensions] *= self.multipliers(candidate)
         return self.start.replace(
             factors=tuple(factors.tolist()), start_tokens=candidate.start_tokens
         )
@@ -96,15 +98,15 @@ class Space:
     def nearest(self, rescale: Rescale) -> Candidate:
         """The candidate closest to a rescale: rounded, bounded, and made monotone."""
         factors = np.array(rescale.factors) / np.array(self.start.factors)
-        return self.rounded(factors, rescale.start_tokens)
+        return self.rounded(factors[: self.dimensions], rescale.start_tokens)
 
     def rounded(self, factors: np.ndarray, start_tokens: int) -> Candidate:
-        """The candidate closest to some multipliers, shape (d/2,)."""
+        """The candidate closest to some multipliers, shape (dimensions,)."""
         hundredths = np.clip(np.rint(factors * _STEPS), _STEPS, self.top).astype(int)
         return Candidate(tuple(np.maximum.accumulate(hundredths).tolist()), start_tokens)
 
     def multipliers(self, candidate: Candidate) -> np.ndarray:
-        """What a candidate multiplies the start's factors by, shape (d/2,)."""
+        """What a candidate multiplies the start's factors by, shape (dimensions,)."""
         return np.array(candidate.hundredths) / _STEPS
 
     def contains(self, candidate: Candidate) -> bool:
