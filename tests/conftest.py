@@ -149,6 +149,14 @@ def micro_model(config, seed: int = 0):
     return model
 
 
+def model_for_pictures():
+    """Gemma 3 as it is from 4B on, whose decoder gets embeddings and masks of its own."""
+    picture = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    picture |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = FAMILIES["gemma3"]().to_dict()
+    return micro_model(transformers.Gemma3Config(text_config=text, vision_config=picture))
+
+
 RECOVERY = 80
 
 

@@ -241,9 +241,9 @@ def _with_base(
     original = getattr(text, read_from, None)
     if not says(facts.source, text, read_from):
         read_from = f"the default of {type(text).__name__}: its config.json does not say"
-    factors, attention_factor, reason = np.ones(len(site.inv_freq)), 1.0, facts.reason
-    if site.rope_type == "proportional":
-        factors = existing_factors(site)
+    plain = site.rope_type != "proportional"
+    factors = np.ones(len(site.inv_freq)) if plain else existing_factors(site)
+    attention_factor, reason = 1.0, facts.reason
     scaling = facts.existing_scaling
     kind = scaling and scaling["rope_type"]
     longest = scaled_length(scaling, original) if scaling and original else original

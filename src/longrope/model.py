@@ -92,8 +92,7 @@ def load_model(
         original_length=original_length,
         trust_remote_code=trust_remote_code,
     )
-    if not facts.extendable:
-        raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {facts.reason}")
+    _refuse(facts, facts.reason)
     if team and team.size > 1 and facts.attention_layers < facts.layers:
         raise ValueError(
             f"--sequence-parallel {team.size}: layers of {facts.architecture} go on from a state "
@@ -114,10 +113,13 @@ def load_model(
     else:
         model.to(where)
     assert facts.original_max_position_embeddings
-    reason = why_not(model, facts.rescale("none", facts.original_max_position_embeddings))
-    if reason is not None:
-        raise ValueError(f"{source} ({facts.architecture}) cannot be extended: {reason}")
+    _refuse(facts, why_not(model, facts.rescale("none", facts.original_max_position_embeddings)))
     return LoadedModel(model, tokenizer, facts, offload is not None, team or Team())
+
+
+def _refuse(facts: ModelFacts, reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(f"{facts.source} ({facts.architecture}) cannot be extended: {reason}")
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

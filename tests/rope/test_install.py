@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
+from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model, model_for_pictures
 from longrope.rope import methods
 from longrope.rope.install import RescaledRotary, installed, placed
 from longrope.rope.rescale import Rescale
@@ -202,10 +202,11 @@ def test_float32_phases_would_be_off_where_ours_are_not(micro_models):
     assert ours_off.abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gemma3", "pictures"])
 @pytest.mark.parametrize("start_tokens", [0, 8])
 def test_left_padding_does_not_matter(micro_models, ids, family, start_tokens):
-    model = micro_models(family)
+    model = model_for_pictures() if family == "pictures" else micro_models(family)
+    decoder = find_rotary(model).owner if family == "pictures" else model.base_model
     pad = 7
     short = ids[:1, : 97 - pad]
     batch = torch.stack([ids[0], torch.cat([torch.full((pad,), 2), short[0]])])
@@ -215,8 +216,8 @@ def test_left_padding_does_not_matter(micro_models, ids, family, start_tokens):
         alone = logits(model, short)
         whole = logits(model, ids[:1])
         padded = logits(model, batch, attention_mask=mask)
-        inner = model.base_model(batch, mask, use_cache=False).last_hidden_state
-        inner_alone = model.base_model(short, use_cache=False).last_hidden_state
+        inner = decoder(batch, mask, use_cache=False).last_hidden_state
+        inner_alone = decoder(short, use_cache=False).last_hidden_state
     assert_close(padded[1:, pad:], alone, rtol=1e-4, atol=1e-4)
     assert_close(padded[:1], whole, rtol=1e-4, atol=1e-4)
     assert_close(inner[1:, pad:], inner_alone, rtol=1e-4, atol=1e-4)

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from conftest import FAMILIES as MICRO
-from conftest import RECOVERY, micro_model, pair
+from conftest import RECOVERY, model_for_pictures, pair
 from longrope.layers import cache_name
 from longrope.rope.install import installed
 from longrope.rope.switch import Pair, switched
@@ -36,11 +34,7 @@ def test_one_set_up_to_the_recovery_length_and_the_other_beyond(micro_models, id
 
 def test_a_model_for_pictures_too(ids):
     """Its decoder gets embeddings and masks; rows are judged by the ids and mask they are of."""
-    picture = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    picture |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    text = MICRO["gemma3"]().to_dict()
-    config = transformers.Gemma3Config(text_config=text, vision_config=picture)
-    model, row = micro_model(config), ids[:1, : RECOVERY - 5]
+    model, row = model_for_pictures(), ids[:1, : RECOVERY - 5]
     both, padding = pair(model), torch.full((1, 9), 2)
     prompt = torch.cat([torch.cat([padding, row], dim=1), ids[1:, : RECOVERY + 4]])
     mask = torch.ones_like(prompt)

@@ -49,8 +49,9 @@ def inspect(
         print_json(dataclasses.asdict(facts))
         return
     table = Table(show_header=False, box=None)
+    inner = ("base_factors", "base_attention_factor", "kv_numbers", "boundary", "explicit_scores")
     for name, value in dataclasses.asdict(facts).items():
-        if name not in ("base_factors", "base_attention_factor"):
+        if name not in inner:
             shown = f"{value:,}" if type(value) is int else str(value)
             table.add_row(name, shown)
     console.print(table)

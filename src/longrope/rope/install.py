@@ -161,13 +161,18 @@ def installed(model: nn.Module, rescale: Rescale | None, *, always: bool = False
     if not always and before is site.module and changes_nothing(site, rescale):
         yield
         return
-    hook = site.owner.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
+    # Of a model for pictures too the decoder does not see the mask.
+    hooks = [
+        module.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
+        for module in dict.fromkeys((model, site.owner))
+    ]
     setattr(site.owner, site.name, RescaledRotary(site, rescale))
     try:
         yield
     finally:
         setattr(site.owner, site.name, before)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager
