@@ -231,7 +231,7 @@ class Costs:
 
         With checkpointing a hidden state per layer and token, and one layer whole; ``tokens`` are
         a piece's and its short windows'. What is ``taught`` is probabilities beside logits. Where
-        attention is not fused, its scores, their softmax in float32, and as much going back.
+        attention is not fused, 16 bytes a score, measured: itself, its softmax, and going back.
         """
         facts, tuning = self.facts, self.recipe.finetune
         half = 4 if tuning.precision == "float32" else 2
@@ -246,7 +246,7 @@ class Costs:
         work = tokens * (kept + layer) * half
         if facts.explicit_scores:
             at_work = 1 if tuning.gradient_checkpointing else facts.layers
-            work += at_work * facts.heads * length * length * 2 * (half + 4)
+            work += at_work * facts.heads * length * length * 16
         return int(states + tuning.micro_batch * work + head)
 
 

@@ -7,6 +7,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from conftest import RECOVERY, model_for_pictures, pair
 from longrope.layers import cache_name
 from longrope.rope.install import installed
+from longrope.rope.site import find_rotary
 from longrope.rope.switch import Pair, switched
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi3", "gemma3", "gpt_neox", "cohere"]
@@ -44,6 +45,9 @@ def test_a_model_for_pictures_too(ids):
         found = model.generate(prompt, attention_mask=mask, **options)
         with pytest.raises(ValueError, match="pixel_values: the short/long switch is for text"):
             model(input_ids=prompt, pixel_values=torch.zeros(1, 3, 28, 28))
+        model(input_ids=prompt)
+        with pytest.raises(ValueError, match="inputs_embeds: the short/long switch needs"):
+            find_rotary(model).owner(inputs_embeds=torch.zeros(2, 5, 64))
     for number, start in ((0, 9), (1, 0)):
         sequence = found[number : number + 1, start:]
         for end in range(prompt.shape[1] - start, sequence.shape[1]):

@@ -95,3 +95,20 @@ def test_the_ramp_is_ours_alone(facts):
     middle = np.abs(turns - np.sqrt(16 * 0.5)).argmin()
     assert factors[middle] == pytest.approx(8**0.5, rel=0.2)
     assert (np.diff(factors) >= 0).all()
+
+
+def test_starts_have_the_dimensions_that_turn(checkpoints):
+    """Gemma 4's other dimensions keep the factor that they have."""
+    facts = inspect_model(str(checkpoints("gemma4")))
+    problem = first_search(facts, 512)
+    assert problem.space.dimensions == 4
+    for candidate in (*problem.starts.values(), *problem.more.values()):
+        assert problem.space.contains(candidate)
+        assert set(problem.space.rescale(candidate).factors[4:]) == {1e30}
+    finetuned = problem.space.rescale(problem.starts["yarn"])
+    second, third = (
+        second_search(facts, finetuned, 1024),
+        recovery_search(facts, finetuned, 64, 1.1),
+    )
+    for step in (second, third):
+        assert all(step.space.contains(c) for c in (*step.starts.values(), *step.more.values()))

@@ -27,6 +27,9 @@ from longrope.rope.install import (
 from longrope.rope.rescale import Rescale, default_attention_factor
 from longrope.rope.site import RotarySite, find_rotary
 
+# What models for more than text are given beside it.
+_NO_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -89,8 +92,9 @@ def switched(model: nn.Module, pair: Pair) -> Iterator[None]:
         check_fits(rescale, len(site.inv_freq), theta)
     before, generate = getattr(site.owner, site.name), getattr(model, "generate", None)
     switch = _Switch(pair, site)
+    around = model if model is not site.owner else None
     hooks = (
-        model.register_forward_pre_hook(switch.note, with_kwargs=True),
+        *([around.register_forward_pre_hook(switch.note, with_kwargs=True)] if around else []),
         site.owner.register_forward_pre_hook(switch.before, with_kwargs=True),
         site.owner.register_forward_hook(switch.after, with_kwargs=True),
     )
@@ -159,20 +163,23 @@ class _Switch:
         """Of a model for pictures too, whose decoder gets embeddings and masks: what they are of.
 
         Raises:
-            ValueError: there is a picture.
+            ValueError: there is a picture, a film or sound.
         """
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
-        if given.get("pixel_values") is not None:
-            raise ValueError("pixel_values: the short/long switch is for text")
+        for name, value in given.items():
+            empty = value is None or (isinstance(value, dict) and not value)
+            if name.startswith(_NO_TEXT) and not empty:
+                raise ValueError(f"{name}: the short/long switch is for text")
         self._told = {name: given.get(name) for name in ("input_ids", "attention_mask")}
 
     def before(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Judge the rows; where one crosses with keys of the other set cached, start over."""
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
-        if given.get("input_ids") is None and self._told.get("input_ids") is not None:
-            given |= self._told
+        told, self._told = self._told, {}  # of this call alone
+        if given.get("input_ids") is None and told.get("input_ids") is not None:
+            given |= told
             for made in ("inputs_embeds", "per_layer_inputs"):
                 given.pop(made, None)
         ids, name = given.get("input_ids"), cache_name(decoder)

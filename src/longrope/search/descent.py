@@ -121,7 +121,9 @@ class Descent:
         self._point = np.log(self.space.multipliers(begin))
         tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
         tokens = tokens if begin.portable and not self._alone else []
-        self._steps = self._affordable(len(tokens))
+        # Gemma 4's dimensions all turn often: there is nothing to go down.
+        free = self._fixed < self.space.dimensions
+        self._steps = self._affordable(len(tokens)) if free else 0
         for _ in range(self._steps):
             here = self._here(begin)
             parts = dict.fromkeys(self._part() for _ in range(self.settings.step_windows))

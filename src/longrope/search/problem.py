@@ -51,6 +51,7 @@ def first_search(
     space = Space(start, upper or MARGIN * start.scale, start_tokens)
     known = {name: facts.rescale(name, target) for name in STARTS}
     turns = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
+    turns = turns[: space.dimensions]
     return Problem(
         space,
         {
