@@ -110,7 +110,7 @@ def test_no_plan_is_said_once(caplog, monkeypatch):
 def test_a_long_chunk_under_a_window_goes_in_parts(monkeypatch):
     query, key, value = (torch.randn(1, 2, n, 8) for n in (30, 41, 41))
     whole, _ = chunk_attention(None, query, key, value, None, scaling=0.3, sliding_window=5)
-    monkeypatch.setattr("longrope.attention._BAND", 7)
+    monkeypatch.setattr("longrope.attention.QUERIES", 7)
     parts, _ = chunk_attention(None, query, key, value, None, scaling=0.3, sliding_window=5)
     assert_close(parts, whole)
 

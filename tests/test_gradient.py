@@ -157,13 +157,14 @@ def test_of_the_answer_alone(micro_models, ids):
     groups=st.sampled_from([1, 3]),
     window=st.sampled_from([None, 1, 8, 33, 500]),
     softcap=st.sampled_from([None, 5.0]),
+    with_sinks=st.booleans(),
     value_dim=st.sampled_from([8, 5]),
     block=st.sampled_from([7, 1024]),
     heads=st.sampled_from([1, 2, 100]),
     how=st.sampled_from(["kernel", "kernel in stretches", "products"]),
 )
 def test_attention_equals_brute_force(
-    tokens, chunk, kv_heads, groups, window, softcap, value_dim, block, heads, how
+    tokens, chunk, kv_heads, groups, window, softcap, with_sinks, value_dim, block, heads, how
 ):
     """By autograd through the whole, and apart from what is before and after it, by chunks."""
     generator = torch.Generator().manual_seed(tokens * 100 + chunk)
@@ -176,11 +177,13 @@ def test_attention_equals_brute_force(
     weight = torch.randn(
         2, tokens, kv_heads * groups, value_dim, dtype=torch.float64, generator=generator
     )
-    expected_output = dense(*inputs, 0.3, window, softcap)
+    drawn = torch.randn(kv_heads * groups, dtype=torch.float64, generator=generator)
+    sinks = drawn if with_sinks else None
+    expected_output = dense(*inputs, 0.3, window, softcap, sinks)
     expected = torch.autograd.grad((expected_output * weight).sum(), inputs)
 
     def attention(query, key, value):
-        options = {"sliding_window": window, "softcap": softcap}
+        options = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
         return differentiable_attention(None, query, key, value, None, 0.3, **options)[0]
 
     cpu = torch.device("cpu")
@@ -188,7 +191,7 @@ def test_attention_equals_brute_force(
     apart = Apart(chunks, chunk, cpu, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_backward, "_KEYS", block)
-        patch.setattr(attention_backward, "_QUERIES", block)
+        patch.setattr("longrope.attention.QUERIES", block)
         patch.setattr(attention_gradient, "heads_at_once", lambda *_: heads)
         if how == "kernel in stretches":
             patch.setattr(attention_backward, "_sums_roughly", lambda query: True)

@@ -21,10 +21,8 @@ NAME = "longrope_chunked"
 
 # Keys at a time where no kernel fits and the scores are made explicitly.
 _BLOCK = 1024
-# Queries at a time under the band of a sliding window.
-_BAND = 2048
-# Queries at a time where scores are made explicitly.
-_QUERIES = 2048
+# Queries at a time where scores are made explicitly, or under the band of a sliding window.
+QUERIES = 2048
 # Attention arguments that change nothing in a plain causal forward.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "position_embeddings", "is_causal"}
 
@@ -100,7 +98,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple
         window = None
     if softcap or window:
         past, parts = key.shape[2] - query.shape[2], []
-        for rows in slices(0, query.shape[2], _QUERIES):
+        for rows in slices(0, query.shape[2], QUERIES):
             seen = slice(0, past + rows.stop)
             q, k, v = query[:, :, rows], key[:, :, seen], value[:, :, seen]
             parts.append(blockwise(q, k, v, scaling, softcap, window))
@@ -179,10 +177,10 @@ def _flash(
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
     """Sliding-window attention: only the keys in reach, under a band no larger than they."""
     chunk, total = query.shape[2], key.shape[2]
-    if chunk > _BAND:  # the band of a long chunk would be mostly empty
+    if chunk > QUERIES:  # the band of a long chunk would be mostly empty
         parts, past = [], total - chunk
-        for start in range(0, chunk, _BAND):
-            end = min(start + _BAND, chunk)
+        for start in range(0, chunk, QUERIES):
+            end = min(start + QUERIES, chunk)
             seen, queries = slice(0, past + end), query[:, :, start:end]
             parts.append(_windowed(queries, key[:, :, seen], value[:, :, seen], scaling, window))
         return torch.cat(parts, dim=2)

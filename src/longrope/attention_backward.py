@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from longrope import attention
 from longrope.attention import Options, causal, repeated, slices
 
 log = logging.getLogger(__name__)
 
-# Keys at a time, and queries, where no kernel fits.
+# Keys at a time, where no kernel fits.
 _KEYS = 1024
-_QUERIES = 2048
 # The slopes of query, key and value: given whether attention was causal, its scaling, and the
 # output's slope, query, key, value, output and log-sum-exp, all of as many heads.
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -46,9 +46,9 @@ def slopes(
     kernel = None if softcap or window else _kernel(query, value)
     if kernel is not None and not _sums_roughly(query):
         return _kernel_backward(slope, saved, scaling, kernel)
-    by_query, some = torch.empty_like(query), _QUERIES
+    by_query, some = torch.empty_like(query), attention.QUERIES
     if kernel is not None:  # for which the heads that share keys stand in one row
-        some = max(1, _QUERIES * key.shape[1] // query.shape[1])
+        some = max(1, attention.QUERIES * key.shape[1] // query.shape[1])
     exact = torch.promote_types(query.dtype, torch.float32)
     by_key, by_value = (torch.zeros_like(tensor, dtype=exact) for tensor in (key, value))
     for rows in slices(0, tokens, some):

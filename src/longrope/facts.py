@@ -17,6 +17,7 @@ from longrope.rope.site import (
     boundary_of,
     existing_factors,
     scaled_length,
+    unscaled_factors,
 )
 from longrope.shape import active_parameters, attention_shape
 from longrope.skeleton import RESCALABLE, skeleton, unscaled
@@ -241,9 +242,7 @@ def _with_base(
     original = getattr(text, read_from, None)
     if not says(facts.source, text, read_from):
         read_from = f"the default of {type(text).__name__}: its config.json does not say"
-    plain = site.rope_type != "proportional"
-    factors = np.ones(len(site.inv_freq)) if plain else existing_factors(site)
-    attention_factor, reason = 1.0, facts.reason
+    factors, attention_factor, reason = unscaled_factors(site), 1.0, facts.reason
     scaling = facts.existing_scaling
     kind = scaling and scaling["rope_type"]
     longest = scaled_length(scaling, original) if scaling and original else original

@@ -37,20 +37,10 @@ def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, A
         known: the text model's config as transformers 5 has it. Its ``rope_parameters`` are one
             set for each kind of layer, perhaps, of which only full attention is scaled.
     """
-    short, long, rope = pair.short, pair.long, known.rope_parameters
+    long, rope = pair.long, known.rope_parameters
     text, whole = config.get("text_config", config), "text_config" not in config
     own = rope.get(_FULL, rope)
-    factor, boundary = long.attention_factor, pair.recovery_length
-    longrope = {
-        "rope_type": "longrope",
-        "rope_theta": long.rope_theta,
-        "short_factor": _written(short.factors, own),
-        "long_factor": _written(long.factors, own),
-        "original_max_position_embeddings": boundary,
-        "factor": long.max_position_embeddings / boundary,
-        "attention_factor": factor,
-    }
-    longrope = kept_parameters(own) | longrope
+    boundary, longrope = pair.recovery_length, _longrope(pair, own)
     named = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     changed: dict[str, Any] = {
         named: long.max_position_embeddings,
@@ -61,6 +51,7 @@ def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, A
         # As version 4 wrote it; version 5 would put it over the above.
         text = {key: value for key, value in text.items() if key != "rope_scaling"}
     else:
+        factor = long.attention_factor
         engines = {"type": "longrope", "short_mscale": factor, "long_mscale": factor}
         changed |= {
             "rope_parameters": longrope,
@@ -77,6 +68,19 @@ def scaled_config(config: dict[str, Any], pair: Pair, known: Any) -> dict[str, A
     if whole:
         return text | changed
     return config | {"text_config": text | changed}
+
+
+def _longrope(pair: Pair, own: dict[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` with both sets of factors, and what else the model's own say."""
+    return kept_parameters(own) | {
+        "rope_type": "longrope",
+        "rope_theta": pair.long.rope_theta,
+        "short_factor": _written(pair.short.factors, own),
+        "long_factor": _written(pair.long.factors, own),
+        "original_max_position_embeddings": pair.recovery_length,
+        "factor": pair.long.max_position_embeddings / pair.recovery_length,
+        "attention_factor": pair.long.attention_factor,
+    }
 
 
 def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:

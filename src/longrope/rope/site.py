@@ -18,7 +18,7 @@ UNSCALED = ("default", "proportional")
 _STATIC = ("default", "proportional", "linear", "yarn", "llama3")
 _LENGTH = "original_max_position_embeddings"
 # A scale of the scores that grows with the position (Ministral 3), in units of that length.
-BY_POSITION = "llama_4_scaling_beta"
+_BY_POSITION = "llama_4_scaling_beta"
 _SCALING = {
     *("rope_type", "type", "factor", "attention_factor", _LENGTH, "truncate", "finetuned"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
@@ -160,7 +160,7 @@ def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in parameters.items() if key not in _SCALING}
     if parameters["rope_type"] == "proportional":
         kept.pop("partial_rotary_factor", None)
-    if BY_POSITION in parameters:  # which counts in it
+    if _BY_POSITION in parameters:  # which counts in it
         kept[_LENGTH] = parameters[_LENGTH]
     return kept
 
@@ -179,7 +179,7 @@ def unscaled_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 def boundary_of(site: RotarySite) -> int | None:
     """The length that the model's own scores count positions in, if they do."""
     parameters = site.parameters
-    return parameters[_LENGTH] if BY_POSITION in parameters else None
+    return parameters[_LENGTH] if _BY_POSITION in parameters else None
 
 
 def scaled_length(parameters: dict[str, Any], longest: int) -> int:
@@ -210,6 +210,13 @@ def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
             atol=2 / UNTURNED,
         )
     )
+
+
+def unscaled_factors(site: RotarySite) -> np.ndarray:
+    """The factors of a model without scaling, shape (d/2,): 1 but where it does not turn."""
+    if site.rope_type == "proportional":
+        return existing_factors(site)
+    return np.ones(len(site.inv_freq))
 
 
 def existing_factors(site: RotarySite) -> np.ndarray:
