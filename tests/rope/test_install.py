@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -111,6 +112,19 @@ def test_axes_of_an_image_are_refused(micro_models):
         torch.testing.assert_close(text, rotary(x, torch.stack([row] * 3)))
         with pytest.raises(ValueError, match="for text"):
             rotary(x, torch.stack([row, row, row + 1]))
+
+
+def test_the_rotary_of_a_model_for_pictures_is_its_text_s():
+    """Gemma 4's vision tower has one of its own, and comes first."""
+    picture = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    picture |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    text = FAMILIES["gemma4"]().to_dict()
+    config = transformers.Gemma4Config(text_config=text, vision_config=picture, audio_config=None)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert "Gemma4VisionRotaryEmbedding" in kinds
+    assert type(find_rotary(model).module).__name__ == "Gemma4TextRotaryEmbedding"
 
 
 def test_only_full_attention_of_gemma3_is_scaled(micro_models):
