@@ -29,8 +29,11 @@ from typing import Any
 import record
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from longrope import load_model
 from longrope.export.huggingface import export_model
@@ -40,14 +43,16 @@ from longrope.gradient import gradient
 from longrope.model import LoadedModel
 from longrope.rope.install import installed
 from longrope.rope.switch import Pair
+from longrope.skeleton import auto_class
 from longrope.source import BUNDLED
 from longrope.train.loss import chunked_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_gradient import by_autograd
 
+KINDS = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 ORIGINAL, TARGET = 64, 512
-LARGEST = 3e7  # parameters: a config that does not follow these is larger
+LARGEST = 1.2e8  # parameters: a config that does not follow these is larger
 SMALL = {
     **{"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
@@ -65,8 +70,22 @@ SMALL = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16},
     "linear_value_head_dim": 16,
 }
+# Of what looks at pictures and listens beside the text.
+SENSE = {
+    **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "depth": 1, "num_heads": 2},
+    **{"embed_dim": 32, "out_hidden_size": 64, "num_position_embeddings": 16},
+}
 LATENT = "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa "
-LATENT += "longcat_flash minicpm3 sarvam_mla youtu"
+LATENT += "longcat_flash minicpm3 mistral4 sarvam_mla youtu"
+WITH_AXES = "qwen2_vl_text qwen2_5_vl_text glm4v_text glm_ocr_text"
+
+
+def with_axes(**sections: list[int]) -> dict[str, Any]:
+    """A RoPE of positions for each axis of a picture, and how many frequencies each has."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | sections}
+
+
 # What a kind wants otherwise; None leaves a field to its default.
 OTHER: dict[str, dict[str, Any]] = {
     **{kind: {"num_key_value_heads": 4, "head_dim": 16} for kind in LATENT.split()},
@@ -89,14 +108,24 @@ OTHER: dict[str, dict[str, Any]] = {
         }
     },
     "zaya": {"num_experts_per_tok": 1},
+    **{k: with_axes(mrope_section=[2, 3, 3]) for k in WITH_AXES.split()},
+    "paddleocr_vl_text": with_axes(mrope_section=[4, 6, 6]),
+    "glm4v_moe_text": with_axes(mrope_section=[1, 1, 2]),
+    "hunyuan_vl_text": with_axes(xdrope_section=[4, 4, 4, 4]),
+    "qwen3_vl_moe_text": {"sliding_window": None},
 }
 
 
 def micro_config(kind: str) -> Any:
     """A small config of its kind, with a layer of each of its types."""
     default = CONFIG_MAPPING[kind]()
-    known = {*default.to_dict(), *dir(default)}
-    chosen = {name: value for name, value in SMALL.items() if name in known}
+    text = default.get_text_config()
+    if text is not default and text.model_type in CONFIG_MAPPING:
+        senses = ((n, getattr(default, n)) for n in default.sub_configs)
+        parts = {n: text if c is text else _known(c, SENSE) for n, c in senses if c is not None}
+        micro = micro_config(text.model_type).to_dict()
+        return CONFIG_MAPPING[kind](**{n: micro if c is text else c for n, c in parts.items()})
+    chosen = _known(default, SMALL)
     types = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
     if types:
         chosen["layer_types"] = (types * 4)[:4]
@@ -104,16 +133,21 @@ def micro_config(kind: str) -> Any:
     return CONFIG_MAPPING[kind](**{k: v for k, v in chosen.items() if v is not None})
 
 
+def _known(default: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    known = {*default.to_dict(), *dir(default)}
+    return {name: value for name, value in sizes.items() if name in known}
+
+
 def make(kind: str, directory: Path) -> str | None:
     """Write a micro-model; or say why there is none."""
     try:
         config = micro_config(kind)
         with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            size = sum(p.numel() for p in auto_class(config).from_config(config).parameters())
         if size > LARGEST:
             return "its config does not take these sizes"
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = auto_class(config).from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
@@ -155,8 +189,9 @@ def slope(loaded: LoadedModel, pair: Pair, ids: torch.Tensor) -> float:
 def in_float64(model: Any) -> Iterator[None]:
     """Where nothing is so near to another expert that rounding decides."""
     model.double()
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the others have no float64
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation("eager")  # the others have no float64
     try:
         yield
     finally:
@@ -175,7 +210,7 @@ def trained(loaded: LoadedModel, pair: Pair, ids: torch.Tensor) -> bool:
 def exported(loaded: LoadedModel, pair: Pair, ids: torch.Tensor) -> float:
     with tempfile.TemporaryDirectory() as directory:
         export_model(loaded, Intent("hf", "micro", pair), Path(directory) / "model")
-        theirs = AutoModelForCausalLM.from_pretrained(Path(directory) / "model").eval()
+        theirs = auto_class(loaded.model.config).from_pretrained(Path(directory) / "model").eval()
     off = 0.0
     for tokens in (ORIGINAL, 200):
         with installed(loaded.model, pair.choose(tokens)):

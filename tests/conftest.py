@@ -13,11 +13,11 @@ import torch
 import transformers
 import yaml
 from hypothesis import settings
-from transformers import AutoModelForCausalLM
 
 from longrope.rope.rescale import Rescale
 from longrope.rope.site import find_rotary
 from longrope.rope.switch import Pair
+from longrope.skeleton import auto_class
 from longrope.source import BUNDLED
 from whole_run import RECIPE, run
 
@@ -129,6 +129,27 @@ FAMILIES = {
 }
 
 
+_PICTURE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+_PICTURE |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+# Models for pictures too, whose decoder gets embeddings; of the first it gets masks of its own, and
+# transformers has it as a causal model; the last has positions on three axes.
+FOR_PICTURES = {
+    "gemma3_whole": lambda: transformers.Gemma3Config(
+        text_config=FAMILIES["gemma3"]().to_dict(), vision_config=_PICTURE
+    ),
+    "mistral3": lambda: transformers.Mistral3Config(
+        text_config=FAMILIES["mistral"]().to_dict(),
+        vision_config=_PICTURE | {"model_type": "pixtral"},
+    ),
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+        text_config=FAMILIES["qwen2"]().to_dict()
+        | {"rope_parameters": _UNSCALED["rope_parameters"] | {"mrope_section": [2, 3, 3]}},
+        vision_config={"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2}
+        | {"out_hidden_size": 64},
+    ),
+}
+
+
 # Where they are not 16 and 10,000.
 ROTARY_DIM = {"qwen3": 32, "gemma": 32, "gemma2": 32, "gemma3": 32}
 ROTARY_DIM |= {"gpt_neox": 4, "glm": 8, "phi": 8, "stablelm": 4}
@@ -139,7 +160,7 @@ THETA = {"gemma3": 1e6, "gemma4": 1e6, "smollm3": 2e6, "cohere": 5e5, "lfm2": 1e
 def micro_model(config, seed: int = 0):
     """A model with random weights large enough that attention matters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = auto_class(config).from_config(config).eval()
     if "num_experts_per_tok" in config.to_dict():
         model.set_experts_implementation("eager")  # the others have no float64
     with torch.no_grad():
@@ -147,14 +168,6 @@ def micro_model(config, seed: int = 0):
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
     return model
-
-
-def model_for_pictures():
-    """Gemma 3 as it is from 4B on, whose decoder gets embeddings and masks of its own."""
-    picture = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    picture |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    text = FAMILIES["gemma3"]().to_dict()
-    return micro_model(transformers.Gemma3Config(text_config=text, vision_config=picture))
 
 
 RECOVERY = 80
@@ -177,7 +190,7 @@ def micro_models():
 
     def get(name: str):
         if name not in made:
-            made[name] = micro_model(FAMILIES[name]())
+            made[name] = micro_model((FAMILIES | FOR_PICTURES)[name]())
         return made[name]
 
     return get

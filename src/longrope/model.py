@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from longrope.facts import Existing, ModelFacts, inspect_model
 from longrope.forward import LongForward
@@ -16,7 +16,7 @@ from longrope.offload import offload as offload_layers
 from longrope.parallel import Team
 from longrope.probe import why_not
 from longrope.rope.site import find_rotary
-from longrope.skeleton import skeleton, unscaled
+from longrope.skeleton import auto_class, skeleton, unscaled
 from longrope.source import quiet, read_pretrained
 from longrope.waiting import names_folder, say_if_in_memory
 
@@ -102,11 +102,11 @@ def load_model(
     where = find_device("--device", device)
     tokenizer = load_tokenizer(source, trust_remote_code)
     with quiet():
+        config = read_pretrained(AutoConfig, source, trust_remote_code)
         if facts.existing_scaling and existing_scaling == "replace":
-            config = read_pretrained(AutoConfig, source, trust_remote_code)
             site = find_rotary(skeleton(source, config, trust_remote_code)[0])
             options["config"] = unscaled(config, site.layer_type if site else None)
-        model = read_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options)
+        model = read_pretrained(auto_class(config), source, trust_remote_code, **options)
     model.eval()
     if offload:
         offload_layers(model, where)

@@ -30,8 +30,11 @@ def why_not(model: Any, base: Rescale) -> str | None:
     device = next(model.parameters()).device
     ids = torch.arange(1, _TOKENS + 1, device=device)[None] % config.vocab_size
     stretched = base.replace(factors=tuple(3.0 * factor for factor in base.factors))
-    with installed(model, base):
-        before = model(input_ids=ids, use_cache=False).logits
+    try:
+        with installed(model, base):
+            before = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:  # a model that wants sound, or whose config its code cannot run
+        return f"transformers' own forward of a text fails ({type(error).__name__}: {error})"
     if not before.isfinite().all():
         bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
         which = f"; {len(bad)} weight tensors are not, the first is {bad[0]}" if bad else ""

@@ -6,13 +6,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+)
 
 from longrope.layers import find_layers
 from longrope.parallel import RankLost
 from longrope.rope.site import RotarySite, column_layout, find_rotary, unscaled_parameters
 
 RESCALABLE = ("default", "proportional", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+def auto_class(config: Any) -> Any:
+    """What transformers loads a model of this kind with; many for pictures are no causal ones."""
+    # A look brings the kind's code in, which the meta device must not be around.
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None:
+        return AutoModelForCausalLM
+    if MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None) is not None:
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM  # other people's code, or an error that names the kind
 
 
 def unscaled(config: Any, layer_type: str | None) -> Any:
@@ -33,9 +48,9 @@ def skeleton(
 ) -> tuple[nn.Module, RotarySite | None, str | None]:
     """The model without weights, and its rotary site or why it has none to rescale."""
     try:
-        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # an import is nothing to do on meta
+        auto = auto_class(config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
         return model, *_rotary_site(model, config.get_text_config())
     except ValueError:
         raise ValueError(

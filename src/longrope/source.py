@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from longrope.parallel import RankLost
 
@@ -22,7 +22,7 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
 
     A model that lacks tensors is refused: transformers would draw them by chance.
     """
-    path, reads_weights = _place(source), auto is AutoModelForCausalLM
+    path, reads_weights = _place(source), issubclass(auto, _BaseAutoModelClass)
     options["trust_remote_code"] = trust_remote_code
     if path.is_file() and path.suffix == ".gguf":
         options["gguf_file"] = path.name

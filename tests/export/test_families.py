@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_huggingface import files, logits
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from longrope.importing import import_pair
 from longrope.model import load_model
 from longrope.rope.install import installed
 from longrope.rope.switch import Pair
+from longrope.skeleton import auto_class
 from longrope.source import BUNDLED
 
 
@@ -34,6 +36,9 @@ from longrope.source import BUNDLED
         "qwen3_5",
         "lfm2",
         "gemma4",
+        "gemma3_whole",
+        "mistral3",
+        "qwen2_5_vl",
     ],
 )
 def test_transformers_applies_what_was_exported(family, checkpoints, micro_models, ids, tmp_path):
@@ -42,7 +47,8 @@ def test_transformers_applies_what_was_exported(family, checkpoints, micro_model
     named = files(made, tmp_path)
     export(ExportOptions(str(source), tmp_path / "out", attention_factors="field", **named))
     assert (tmp_path / "out" / "model.safetensors").samefile(source / "model.safetensors")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    auto = auto_class(model.config)
+    loaded = auto.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     for tokens, rescale in ((80, made.short), (81, made.long)):
         with installed(model, rescale):
             expected = logits(model, ids[:, :tokens])
@@ -51,6 +57,21 @@ def test_transformers_applies_what_was_exported(family, checkpoints, micro_model
         assert (found - logits(model, ids[:, :tokens])).abs().max() > 0.1
     tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == 512
+
+
+def test_what_looks_at_pictures_is_not_folded(checkpoints, micro_models, ids, tmp_path):
+    """Pixtral's query projections have the names of Mistral's."""
+    source, model = checkpoints("mistral3"), micro_models("mistral3")
+    made = pair(model)
+    intent = export(ExportOptions(str(source), tmp_path / "out", **files(made, tmp_path)))
+    assert intent.folded
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "out"))
+    changed = [name for name, weight in before.items() if not torch.equal(after[name], weight)]
+    assert any("vision_tower" in name and "q_proj" in name for name in before)
+    assert len(changed) == 4 and all("language_model" in name for name in changed)
+    loaded = auto_class(model.config).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with installed(model, made.long):
+        torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=2e-3, rtol=1e-3)
 
 
 @pytest.fixture

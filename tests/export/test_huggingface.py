@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, pair
+from longrope.export.fold import why_not_foldable
 from longrope.export.run import ExportOptions, export
 from longrope.facts import inspect_model
 from longrope.rope.install import installed
@@ -250,8 +251,6 @@ export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
 
 
 def test_every_family_says_whether_it_can_be_folded(micro_models):
-    from longrope.export.fold import why_not_foldable
-
     foldable = {
         family
         for family in FAMILIES
@@ -259,6 +258,19 @@ def test_every_family_says_whether_it_can_be_folded(micro_models):
     }
     assert {"llama", "mistral", "qwen2", "gemma", "gemma2", "granite", "cohere"} <= foldable
     assert not {"qwen3", "gemma3", "olmo2", "phi3", "gpt_neox"} & foldable
+
+
+def test_two_stacks_of_as_many_layers_cannot_be_folded():
+    """A tower of 32 layers beside a text model of 32, as Qwen2-Audio has: which is which?"""
+    names = [
+        f"{stack}.layers.{number}.self_attn.{which}_proj.weight"
+        for stack in ("audio_tower", "language_model.model")
+        for number in range(2)
+        for which in "qkvo"
+    ]
+    assert "audio_tower.layers and language_model" in why_not_foldable(names, 2)
+    names.append("language_model.model.layers.2.self_attn.q_proj.weight")
+    assert why_not_foldable(names, 3) is None
 
 
 def test_a_rescale_of_another_shape_is_refused(checkpoints, tmp_path):

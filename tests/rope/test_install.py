@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model, model_for_pictures
+from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.rope import methods
 from longrope.rope.install import RescaledRotary, installed, placed
 from longrope.rope.rescale import Rescale
@@ -216,11 +216,11 @@ def test_float32_phases_would_be_off_where_ours_are_not(micro_models):
     assert ours_off.abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gemma3", "pictures"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gemma3", "gemma3_whole"])
 @pytest.mark.parametrize("start_tokens", [0, 8])
 def test_left_padding_does_not_matter(micro_models, ids, family, start_tokens):
-    model = model_for_pictures() if family == "pictures" else micro_models(family)
-    decoder = find_rotary(model).owner if family == "pictures" else model.base_model
+    model = micro_models(family)
+    decoder = find_rotary(model).owner
     pad = 7
     short = ids[:1, : 97 - pad]
     batch = torch.stack([ids[0], torch.cat([torch.full((pad,), 2), short[0]])])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from conftest import RECOVERY, model_for_pictures, pair
+from conftest import RECOVERY, pair
 from longrope.layers import cache_name
 from longrope.rope.install import installed
 from longrope.rope.site import find_rotary
@@ -33,9 +33,9 @@ def test_one_set_up_to_the_recovery_length_and_the_other_beyond(micro_models, id
     assert torch.equal(logits(model, None, ids), plain)
 
 
-def test_a_model_for_pictures_too(ids):
+def test_a_model_for_pictures_too(micro_models, ids):
     """Its decoder gets embeddings and masks; rows are judged by the ids and mask they are of."""
-    model, row = model_for_pictures(), ids[:1, : RECOVERY - 5]
+    model, row = micro_models("gemma3_whole"), ids[:1, : RECOVERY - 5]
     both, padding = pair(model), torch.full((1, 9), 2)
     prompt = torch.cat([torch.cat([padding, row], dim=1), ids[1:, : RECOVERY + 4]])
     mask = torch.ones_like(prompt)

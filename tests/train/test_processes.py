@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from small_training import FAST, TAUGHT, weights
 
@@ -101,6 +102,18 @@ def test_two_processes_train_as_one(
     )
     for name, weight in weights(one[0]).items():
         torch.testing.assert_close(weights(out)[name], weight, atol=1e-3, rtol=1e-2)
+
+
+def test_a_tower_that_no_text_meets_holds_nobody_up(checkpoints, texts, tmp_path):
+    """Processes wait for the gradient of all that is trained."""
+    program, out, before = tmp_path / "program.py", tmp_path / "out", checkpoints("mistral3")
+    program.write_text(PROGRAM)
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program)
+    launched(*command, before, texts, out, json.dumps(FAST.model_dump()))
+    first, last = (load_file(path / "model.safetensors") for path in (before, out / "model"))
+    stayed = {name for name, weight in first.items() if torch.equal(last[name], weight)}
+    assert any("vision" in name for name in stayed)
+    assert all("vision" in name or "projector" in name for name in stayed)
 
 
 def test_a_process_that_dies_ends_the_training_and_one_goes_on(

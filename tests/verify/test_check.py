@@ -118,6 +118,14 @@ def test_import_writes_what_was_exported(exported, tmp_path):
     assert longrope("import", exported, "--out", tmp_path).returncode == 2
 
 
+def test_transformers_is_asked_with_a_class_that_knows_the_model(checkpoints, tmp_path):
+    """Mistral's models for pictures are no causal ones to it."""
+    asked = {"rescale": "yarn", "target": "512", "attention_factors": "field"}
+    export(ExportOptions(str(checkpoints("mistral3")), tmp_path / "out", **asked))
+    verdict = verify(Reference(str(tmp_path / "out")), "transformers", lengths=(60, 70), prompts=1)
+    assert verdict.right
+
+
 def test_a_verdict_is_plain_data(exported):
     verdict = verify(Reference(str(exported)), "transformers", lengths=(64,), prompts=1)
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["lines"][0]["length"] == 64

@@ -7,6 +7,7 @@ projection and the rotation takes the scale away again.
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,25 @@ _NORM = re.compile(r"(?<![a-z])(q|k|query|key)_?(layer)?norm")
 
 def why_not_foldable(names: list[str], layers: int) -> str | None:
     """Why tensors of these names cannot take the factor, or None."""
-    if any("kv_a_proj" in name for name in names):
+    stacks = _stacks(names)
+    whole = [prefix for prefix, found in stacks.items() if found == layers]
+    if len(whole) > 1:
+        return f"{' and '.join(whole)} are both of {layers} layers with q_proj"
+    own = [name for name in names if name.startswith(f"{whole[0]}.")] if whole else names
+    if any("kv_a_proj" in name for name in own):
         return "its keys and values are compressed"
-    norm = next((name for name in names if _NORM.search(name)), None)
+    norm = next((name for name in own if _NORM.search(name)), None)
     if norm is not None:
         return f"it normalises queries or keys after projecting them ({norm})"
-    found = {m[1] for name in names if (m := _QUERY.search(name)) and m[3] == "weight"}
-    if len(found) != layers:
-        return f"it has q_proj in {len(found)} of {layers} layers"
+    if not whole:
+        return f"it has q_proj in {max(stacks.values(), default=0)} of {layers} layers"
     return None
+
+
+def _stacks(names: list[str]) -> Counter[str]:
+    """What tensors' names begin with → its layers that have q_proj; pictures have a stack too."""
+    found = (m for name in names if (m := _QUERY.search(name)) and m[3] == "weight")
+    return Counter(m.string[: m.start()] for m in found)
 
 
 def tensor_names(source: Path) -> list[str]:
@@ -54,11 +65,13 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
     Raises:
         ValueError: the architecture cannot take it; names why.
     """
-    reason = why_not_foldable(tensor_names(source), config.num_hidden_layers)
+    names, layers = tensor_names(source), config.num_hidden_layers
+    reason = why_not_foldable(names, layers)
     if reason is not None:
         raise ValueError(
             f"{source}: its attention_factor cannot be folded into the query projections: {reason}"
         )
+    text = next(prefix for prefix, found in _stacks(names).items() if found == layers)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary = round(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
@@ -66,7 +79,7 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
     rotated = getattr(config, "no_rope_layers", None)
 
     def scaled(name: str, tensor: Tensor) -> Tensor:
-        found = _QUERY.search(name)
+        found = _QUERY.search(name) if name.startswith(f"{text}.") else None
         if found is None or (rotated and not rotated[int(found[1])]):
             return tensor
         rows = tensor.double().reshape(heads, head_dim, -1)

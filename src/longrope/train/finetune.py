@@ -25,6 +25,7 @@ from longrope.parallel import Ranks, lost_ranks_named, of_a_lost_rank, sharded
 from longrope.progress import Advance, duration, progress
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
+from longrope.shape import text_parameters
 from longrope.source import quiet
 from longrope.train.loss import chunked_loss
 from longrope.train.pieces import Pieces
@@ -70,6 +71,7 @@ def finetune(
     if settings.lora is not None:
         torch.manual_seed(seed)  # adapters are drawn, before the Trainer would set it
         model = _with_lora(model, settings.lora)
+    _freeze_unmet(loaded.model)
     arguments = _arguments(settings, work, model.device, ranks, seed)
     if teacher is not None:  # the Trainer chooses the device; autocast copies what may be trained
         teacher.model.to(arguments.device).requires_grad_(False)
@@ -265,6 +267,13 @@ def require_lora(rank: int) -> None:
             f"finetune.lora is {rank} and ACCELERATE_USE_FSDP is true: adapters are not merged "
             "into a sharded model; start the processes without FSDP, or make finetune.lora null"
         )
+
+
+def _freeze_unmet(model: Any) -> None:
+    """What no text meets (pictures, sound) is not trained, nor waited for by other processes."""
+    met = text_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in met)
 
 
 def _with_lora(model: Any, rank: int) -> Any:

@@ -14,12 +14,21 @@ def main() -> None:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        question["path"], torch_dtype=getattr(torch, question["dtype"])
-    ).eval()
+    path = question["path"]
+    auto = auto_class(transformers, transformers.AutoConfig.from_pretrained(path))
+    model = auto.from_pretrained(path, torch_dtype=getattr(torch, question["dtype"])).eval()
     answers = [next_token(model, ids, question["top"]) for ids in question["prompts"]]
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump({"answers": answers, "version": f"transformers {transformers.__version__}"}, file)
+
+
+def auto_class(transformers: Any, config: Any) -> Any:
+    """What it loads such a model with; many for pictures are no causal ones, and version 4's only
+    class for those leaves out sound."""
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    newer = getattr(transformers, "AutoModelForMultimodalLM", None)
+    return newer or transformers.AutoModelForImageTextToText
 
 
 def next_token(model: Any, ids: list[int], top: int) -> dict[str, float]:
