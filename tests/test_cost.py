@@ -199,8 +199,8 @@ def test_memory_is_what_an_h100_took(tmp_path, shape, length, measured):
     assert costs.forwards("evaluate", "evaluate", length, 1).memory == pytest.approx(measured, 0.02)
 
 
-def test_training_without_a_fused_attention_counts_its_scores(checkpoints):
-    """GPT-OSS: transformers makes all scores of a piece, which no GPU holds at 32k."""
+def test_training_without_a_fused_attention_counts_a_block_of_scores(checkpoints):
+    """GPT-OSS: transformers makes all scores of a piece, a terabyte of 32k."""
     facts = inspect_model(str(checkpoints("gpt_oss")))
     assert facts.explicit_scores
     assert not inspect_model("bundled").explicit_scores
@@ -209,6 +209,5 @@ def test_training_without_a_fused_attention_counts_its_scores(checkpoints):
     stage = Costs(wide, recipe, on_cpu=False).training("finetune", 10, 32_768)
     fused = dataclasses.replace(wide, explicit_scores=False)
     less = Costs(fused, recipe, on_cpu=False).training("finetune", 10, 32_768)
-    assert stage.memory - less.memory == 64 * 32_768**2 * 16
-    with pytest.raises(ValueError, match=r"try a shorter finetune.length, finetune.lora"):
-        check_memory([stage], Memory(int(8e10)))
+    assert stage.memory - less.memory == 64 * 2048 * 1024 * 28
+    check_memory([stage], Memory(int(8e10)))

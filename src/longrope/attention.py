@@ -8,7 +8,9 @@ one, merged by their log-sum-exp. On a Hopper GPU the kernel is cuDNN's, and tak
 past in several stretches.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +112,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple
     exact = torch.promote_types(output.dtype, torch.float32)
     with_sinks = torch.logaddexp(lse.to(exact), sinks.to(exact)[:, None])
     return (output * (lse - with_sinks).exp()[..., None]).to(output.dtype), with_sinks
+
+
+@contextlib.contextmanager
+def through(config: Any, name: str) -> Iterator[None]:
+    """All attention of a model of this config through an implementation that transformers knows by
+    name; it gets no masks of ours."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def slices(first: int, last: int, size: int) -> list[slice]:

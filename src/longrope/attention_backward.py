@@ -17,7 +17,7 @@ from longrope.attention import Options, causal, repeated, slices
 log = logging.getLogger(__name__)
 
 # Keys at a time, where no kernel fits.
-_KEYS = 1024
+KEYS = 1024
 # The slopes of query, key and value: given whether attention was causal, its scaling, and the
 # output's slope, query, key, value, output and log-sum-exp, all of as many heads.
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -65,6 +65,18 @@ def slopes(
     return by_query, by_key.to(key.dtype), by_value.to(key.dtype)
 
 
+def sink_slopes(slope: Tensor, saved: tuple[Tensor, ...], sinks: Tensor) -> Tensor:
+    """The slopes of sinks, shape (H,); arguments as above.
+
+    A sink has a share P of the weights and no value, so dS = −P · rowsum(dO ∘ O).
+    """
+    *_, output, lse = saved
+    exact = torch.promote_types(output.dtype, torch.float32)
+    shares = torch.exp(sinks.to(exact)[:, None] - lse.to(exact))
+    shared = (slope.to(exact) * output.to(exact)).sum(dim=-1)
+    return -(shares * shared).sum(dim=(0, 2)).to(sinks.dtype)
+
+
 def _sums_roughly(query: Tensor) -> bool:
     """A CPU's kernel adds up the slopes of keys in half precision, of whatever queries it gets."""
     return query.device.type == "cpu" and query.dtype.itemsize < 4
@@ -85,8 +97,8 @@ def _block_backward(
     by_query = torch.zeros_like(query, dtype=exact)
     by_key, by_value = torch.zeros_like(key), torch.zeros_like(value)
     first, chunk = key.shape[2] - query.shape[2], query.shape[2]
-    for start in range(0, key.shape[2], _KEYS):
-        block = slice(start, min(start + _KEYS, key.shape[2]))
+    for start in range(0, key.shape[2], KEYS):
+        block = slice(start, min(start + KEYS, key.shape[2]))
         # Of the queries, those that see any key of the block.
         low = max(0, block.start - first)
         high = chunk if window is None else min(chunk, block.stop - 1 + window - first)

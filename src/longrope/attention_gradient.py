@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from longrope.attention import Options, attend, refuse_others, slices
-from longrope.attention_backward import slopes
+from longrope.attention_backward import sink_slopes, slopes
 from longrope.chunks import Chunks
 
 NAME = "longrope_differentiable"
@@ -46,9 +46,13 @@ def differentiable_attention(
     apart = _APART.get()
     if apart is not None:
         return apart(query, key, value, options).transpose(1, 2).contiguous(), None
-    with torch.no_grad():
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # as torch has its own kernels take them
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
         output, lse = attend(query, key, value, options)
-    output = _Attention.apply(query, key, value, output, lse, options)
+    output = _Attention.apply(query, key, value, s_aux, output, lse, options)
     return output.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 
@@ -247,6 +251,7 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
         output: Tensor,
         lse: Tensor,
         options: Options,
@@ -257,4 +262,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *by_output: Tensor) -> tuple[Tensor | None, ...]:
-        return (*slopes(by_output[0], ctx.saved_tensors, ctx.options), None, None, None)
+        saved, by_sinks = ctx.saved_tensors, None  # asked for once: a checkpoint has no more
+        if ctx.needs_input_grad[3]:
+            by_sinks = sink_slopes(by_output[0], saved, ctx.options.sinks)
+        return (*slopes(by_output[0], saved, ctx.options), by_sinks, None, None, None)

@@ -19,7 +19,7 @@ from longrope.rope.site import (
     scaled_length,
     unscaled_factors,
 )
-from longrope.shape import active_parameters, attention_shape
+from longrope.shape import active_parameters, attention_shape, explicit_scores
 from longrope.skeleton import RESCALABLE, skeleton, unscaled
 from longrope.source import quiet, read_pretrained, refuse_scaled_gguf, says
 
@@ -37,7 +37,7 @@ class ModelFacts:
     the mean of a key's and a value's; ``kv_numbers`` are a token's in one layer of each shape,
     which the long forward holds. ``boundary``: where the long factors of a checkpoint must begin,
     if the model itself counts in that length. ``explicit_scores``: transformers has no fused
-    attention for it.
+    attention for it, and training goes through ours.
     """
 
     source: str
@@ -226,7 +226,7 @@ def _facts(
         reason=reason,
         quantized=getattr(config, "quantization_config", None) is not None,
         boundary=boundary_of(site) if site else None,
-        explicit_scores=model.config._attn_implementation == "eager",  # type: ignore[union-attr]
+        explicit_scores=explicit_scores(model.config),
     )
 
 

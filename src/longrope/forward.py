@@ -282,16 +282,9 @@ class LongForward:
         finally:
             setattr(self.decoder, self._layers_name, layers)
 
-    @contextlib.contextmanager
-    def attention(self, name: str | None = None) -> Iterator[None]:
+    def attention(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
         """All of the model's attention through ours; without a mask, which ours implies."""
-        config = self.decoder.config
-        before = config._attn_implementation
-        config._attn_implementation = name or self.attention_name
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+        return attention.through(self.decoder.config, name or self.attention_name)
 
 
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:

@@ -68,6 +68,11 @@ def active_parameters(model: nn.Module, config: Any) -> int:
     return total - experts + experts * min(chosen, count) // count
 
 
+def explicit_scores(config: Any) -> bool:
+    """Whether transformers has no fused attention for a model of this config."""
+    return config._attn_implementation == "eager"
+
+
 def text_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a text meets, by name: all but the towers of a model for pictures or sound."""
     config, site = model.config, find_rotary(model)

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from longrope.attention import QUERIES
+from longrope.attention_backward import KEYS
 from longrope.attention_gradient import backward_bytes
 from longrope.facts import ModelFacts
 from longrope.forward import default_chunk, head_rows
@@ -107,7 +109,6 @@ class Costs:
             attention + times * more[1],
             self._training_memory(length, together, taught) + teacher,
             steps,
-            helps=("a shorter finetune.length",) if self.facts.explicit_scores else (),
             replicated=teacher,
             unshared=self.facts.parameters * self._master + teacher,
         )
@@ -231,7 +232,7 @@ class Costs:
 
         With checkpointing a hidden state per layer and token, and one layer whole; ``tokens`` are
         a piece's and its short windows'. What is ``taught`` is probabilities beside logits. Where
-        attention is not fused, 16 bytes a score, measured: itself, its softmax, and going back.
+        no kernel is fused, 28 bytes a score of a block, measured: it, its weight, and going back.
         """
         facts, tuning = self.facts, self.recipe.finetune
         half = 4 if tuning.precision == "float32" else 2
@@ -245,8 +246,7 @@ class Costs:
         head = _head(facts, ROWS) * (2.5 if taught else 1)
         work = tokens * (kept + layer) * half
         if facts.explicit_scores:
-            at_work = 1 if tuning.gradient_checkpointing else facts.layers
-            work += at_work * facts.heads * length * length * 16
+            work += facts.heads * min(length, QUERIES) * min(length, KEYS) * 28
         return int(states + tuning.micro_batch * work + head)
 
 

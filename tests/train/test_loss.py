@@ -3,13 +3,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
+import conftest
+from longrope import attention_gradient
 from longrope.rope.install import installed, placed
 from longrope.rope.methods import identity, yarn
 from longrope.train.loss import chunked_loss
 
 FAMILIES = ["llama", "gemma2", "granite", "cohere", "phi3", "gpt_neox"]  # soft-caps and scalings
-FAMILIES += ["mixtral", "gemma4", "qwen3_5"]
+FAMILIES += ["mixtral", "gemma4", "qwen3_5", "gpt_oss"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -32,6 +35,40 @@ def test_loss_and_gradients_equal_those_of_full_logits(micro_models, ids, family
             torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-3)
     model.zero_grad()
     assert model(input_ids=ids, use_cache=False).logits.shape == (2, 97, 1536)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+def test_without_a_fused_attention_of_transformers_ours_trains(ids, family):
+    """As with all scores at once, under checkpoints and autocast, which the Trainer has too."""
+    model = conftest.micro_model(conftest.FAMILIES[family]())
+    model.train().activation_checkpointing_enable({"use_reentrant": False})
+
+    def all_scores():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+    def ours():
+        with chunked_loss(model):
+            assert model.config._attn_implementation == attention_gradient.NAME
+            model(input_ids=ids)["loss"].backward()
+
+    def gradients(trained, rough):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rough):
+            trained()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    exact, found = gradients(all_scores, False), gradients(ours, False)
+    assert any("sinks" in name for name in exact) == (family == "gpt_oss")
+    for name, gradient in exact.items():
+        assert_close(found[name], gradient, atol=1e-4, rtol=1e-3)
+    true, theirs, own = (
+        torch.cat([gradient.flatten() for gradient in each.values()])
+        for each in (exact, gradients(all_scores, True), gradients(ours, True))
+    )
+    assert 0 < (own - true).norm() <= 1.5 * (theirs - true).norm()
+    assert model.config._attn_implementation == "eager"
 
 
 def test_the_logits_of_the_whole_sequence_are_never_made(micro_models, ids):

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from longrope import attention_gradient
+from longrope.attention import through
 from longrope.layers import find_layers
 from longrope.likelihood import token_losses
 from longrope.rope.install import asked_of_original, installed, placed
 from longrope.rope.rescale import Rescale
+from longrope.shape import explicit_scores
 
 # Rows of logits in memory at a time; a row is vocabulary × 4 bytes, and its gradient.
 ROWS = 1024
@@ -37,6 +40,7 @@ def chunked_loss(
     """
     student = _Head(model)
     taught_by = None if teacher is None else _Head(teacher)
+    heads = [head for head in (student, taught_by) if head is not None]
 
     def forward(
         input_ids: Tensor,
@@ -60,7 +64,10 @@ def chunked_loss(
 
     model.forward = forward
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for head in heads:
+                stack.enter_context(head.attention())
+            yield
     finally:
         del model.forward
 
@@ -120,6 +127,13 @@ class _Head:
         output = self._decoder(input_ids=ids, use_cache=False)
         self._output = type(output)  # that of experts has more fields, which the head passes on
         return output.last_hidden_state
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Ours where transformers has none but of all scores at once (GPT-OSS, Gemma 2)."""
+        config: Any = self._decoder.config
+        if not explicit_scores(config):
+            return contextlib.nullcontext()
+        return through(config, attention_gradient.NAME)
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         given = _Given(self._decoder, self._output(last_hidden_state=hidden))
