@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from longrope.extend import _finetune, open_run
@@ -175,7 +176,20 @@ def test_the_readme_goes_on_from_a_run(finished, tmp_path):
     assert done.stdout.startswith("<|bos|>import os")
 
 
-def test_a_free_attention_factor_is_our_own_runtimes(finished, tmp_path):
+def test_other_weights_under_the_same_name_are_no_resumption(checkpoints, texts, tmp_path):
+    """The rest of the run was made with those that were there before."""
+    path, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoints("llama"), path)
+    recipe = make_recipe({"model": str(path), "target": "2x", "data": [str(texts)]})
+    for _ in range(2):  # as it was it goes on
+        open_run(recipe, out, Ranks()).original()
+    changed = {name: 1.1 * weight for name, weight in load_file(path / "model.safetensors").items()}
+    save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights of .* are not those that it began with"):
+        open_run(recipe, out, Ranks()).original()
+
+
+def test_a_free_attention_factor_is_our_own_runtimes(finished, tmp_path, caplog):
     from longrope.generate import load_extended
 
     out = tmp_path / "run"
@@ -184,6 +198,9 @@ def test_a_free_attention_factor_is_our_own_runtimes(finished, tmp_path):
     provenance = {**short.provenance, "free_attention_factor": 1.03125}
     short.replace(provenance=provenance).save(out / "short.json")
     _, pair = load_extended(str(out))
+    assert (
+        "the attention factor is 1.031, which the run found best and only longrope" in caplog.text
+    )
     assert pair.short == short.replace(attention_factor=1.03125, provenance=provenance)
     assert pair.long == Rescale.load(out / "rescale.json")
     config = json.loads((out / "model" / "config.json").read_text())

@@ -52,6 +52,12 @@ def plain_losses(model, ids):
     ).view(len(ids), -1)
 
 
+def test_token_ids_without_an_embedding_are_named(micro_models):
+    """A tokenizer of another model."""
+    with pytest.raises(ValueError, match=r"token id 1,536, and the model has 1,536 embeddings"):
+        LongForward(micro_models("llama")).losses(torch.tensor([[3, 1536, 4]]))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk", [1, 13, 32, 96, 4096])
 def test_as_exact_as_the_plain_forward(ids, family, chunk):

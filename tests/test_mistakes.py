@@ -16,7 +16,14 @@ def test_usage(tmp_path):
 
 def test_target(tmp_path):
     search = ["search", "--out", tmp_path, "--target"]
-    small, unreadable = each_refused([*search, "256"], [*search, "much"])
+    less = ["--lengths", "512", "--target", "64"]
+    small, unreadable, *nothing = each_refused(
+        [*search, "256"],
+        [*search, "much"],
+        ["compare", *less, "--methods", "none,yarn"],
+        ["evaluate", *less, "--rescale", "yarn"],
+    )
+    assert all("--target is 64, and the model handles 256 tokens" in line for line in nothing)
     assert "--target is 256" in small
     assert "give a larger target" in small
     assert "'much'" in unreadable
@@ -51,6 +58,7 @@ def test_settings(small_search, tmp_path):
         ("--probability", 2),
         ("--chunk", 0),
         ("--start-tokens", -1),
+        ("--start-tokens", 257),
         ("--upper", 0.5),
         ("--upper", "inf"),
         ("--budget", 1345),

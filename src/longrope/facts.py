@@ -19,7 +19,7 @@ from longrope.rope.site import (
     scaled_length,
     unscaled_factors,
 )
-from longrope.shape import active_parameters, attention_shape, explicit_scores
+from longrope.shape import active_parameters, attention_shape, explicit_scores, is_tied
 from longrope.skeleton import RESCALABLE, skeleton, unscaled
 from longrope.source import quiet, read_pretrained, refuse_scaled_gguf, says
 
@@ -221,12 +221,12 @@ def _facts(
         kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize,
         vocabulary=text.vocab_size,
         hidden_size=text.hidden_size,
-        tied=bool(getattr(text, "tie_word_embeddings", False)),
+        tied=is_tied(model),
         extendable=reason is None,
         reason=reason,
         quantized=getattr(config, "quantization_config", None) is not None,
         boundary=boundary_of(site) if site else None,
-        explicit_scores=explicit_scores(model.config),
+        explicit_scores=explicit_scores(site.owner.config if site else model.config),
     )
 
 

@@ -99,8 +99,8 @@ class LongForward:
         self.decoder, self._layers_name = find_layers(model)
         self.device = next(model.parameters()).device
         self.chunk = chunk or default_chunk(self.device.type)
-        vocabulary = model.config.get_text_config().vocab_size
-        self.head_rows = head_rows(vocabulary, self.device.type)
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.head_rows = head_rows(self.vocabulary, self.device.type)
         self.hidden_device = hidden_device or self.device
         self.attention_name = attention_name
         self.offloaded = offloaded
@@ -124,7 +124,15 @@ class LongForward:
 
         Returns:
             Shape (batch, tokens − 1), float32 (float64 in a float64 model), on the CPU.
+
+        Raises:
+            ValueError: a token id that the model has no embedding for.
         """
+        if (largest := int(input_ids.max())) >= self.vocabulary:
+            raise ValueError(
+                f"the tokenizer gave the token id {largest:,}, and the model has "
+                f"{self.vocabulary:,} embeddings: it is another model's"
+            )
         ids_BT = input_ids.to(self.device)
         # A copy made out here is an ordinary tensor, that callers may change.
         return self.within_memory(lambda: self._losses(ids_BT)).clone()

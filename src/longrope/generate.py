@@ -1,6 +1,7 @@
 """Text from an extended model: the prompt through the long forward, then token by token."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
 from longrope.rope.switch import Pair
 from longrope.source import quiet, read_pretrained
+
+log = logging.getLogger(__name__)
 
 
 def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None]:
@@ -37,10 +40,26 @@ def load_extended(source: str, **options: Any) -> tuple[LoadedModel, Pair | None
     pair, run = find_pair(source, options.get("trust_remote_code", False)), Path(source)
     if pair is None:
         return load_model(source, **options), None
+    if is_run(run):
+        _say_if_not_exported(run, pair)
     options |= {"existing_scaling": "replace"}
     # What the checkpoint calls original is the recovery length, where its long factors begin.
     options["original_length"] = options.get("original_length") or _original_length(run, pair)
     return load_model(str(run / "model") if is_run(run) else source, **options), pair
+
+
+def _say_if_not_exported(run: Path, pair: Pair) -> None:
+    """A checkpoint has one attention factor for both sets; a run may have found two."""
+    exported = Rescale.load(run / "short.json").attention_factor
+    if exported != pair.short.attention_factor:
+        log.warning(
+            "up to %s tokens the attention factor is %.4g, which the run found best and only "
+            "longrope applies; its checkpoint, %s, has %.4g at every length",
+            f"{pair.recovery_length:,}",
+            pair.short.attention_factor,
+            run / "model",
+            exported,
+        )
 
 
 def load_weights(source: str, **options: Any) -> LoadedModel:

@@ -13,6 +13,7 @@ from longrope.model import find_device, find_waiting
 from longrope.parallel import Ranks, local_device
 from longrope.pools import Pools
 from longrope.recipe import Recipe, make_recipe
+from longrope.search.problem import require_start_tokens
 from longrope.stages import Costs, Stage
 from longrope.train.finetune import require_lora
 from longrope.windows import parse_extension
@@ -92,6 +93,7 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
         ValueError: names the recipe's key, its value and the remedy.
     """
     recipe = run.recipe
+    require_start_tokens(recipe.start_tokens, run.facts)
     if any(stage.kind == "export" for stage in stages):
         run.facts.require_sayable(recipe.existing_scaling, run.plan.original)
     if recipe.hidden_device:

@@ -8,8 +8,10 @@ from transformers import AttentionInterface
 
 from longrope import attention
 from longrope.forward import LongForward
+from longrope.parallel import RankLost
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
+from longrope.source import first_line
 
 _TOKENS = 24
 _NOTING = "longrope_noting"
@@ -33,8 +35,11 @@ def why_not(model: Any, base: Rescale) -> str | None:
     try:
         with installed(model, base):
             before = model(input_ids=ids, use_cache=False).logits
+    except (RankLost, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a model that wants sound, or whose config its code cannot run
-        return f"transformers' own forward of a text fails ({type(error).__name__}: {error})"
+        said = f"{type(error).__name__}: {first_line(error)}"
+        return f"transformers' own forward of a text fails ({said})"
     if not before.isfinite().all():
         bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
         which = f"; {len(bad)} weight tensors are not, the first is {bad[0]}" if bad else ""
@@ -46,6 +51,8 @@ def why_not(model: Any, base: Rescale) -> str | None:
         try:
             whole, chunked = (LongForward(model, chunk).losses(ids) for chunk in (_TOKENS, 10))
             windows = _windows_seen(model, ids)
+        except (RankLost, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever a layer of another kind may raise
             return f"its layers do not run in the long forward ({type(error).__name__}: {error})"
     expected = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()

@@ -73,6 +73,11 @@ def explicit_scores(config: Any) -> bool:
     return config._attn_implementation == "eager"
 
 
+def is_tied(model: nn.Module) -> bool:
+    """Whether the embeddings are the head too; of a model for pictures its whole config says so."""
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
 def text_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a text meets, by name: all but the towers of a model for pictures or sound."""
     config, site = model.config, find_rotary(model)

@@ -74,7 +74,7 @@ class Run:
 
     def unclaim(self) -> None:
         """Leave the directory as it was before a run that is refused."""
-        for name in ("recipe.yaml", "pools.json"):
+        for name in ("recipe.yaml", "pools.json", "model.sha256"):
             (self.out / name).unlink(missing_ok=True)
 
     def remeasure(self) -> None:
@@ -166,8 +166,26 @@ class Run:
             self.forget()  # one model in memory at a time
             how = self.recipe.existing_scaling
             loaded = self._read(source, self.recipe.offload if offload else None, how)
+            if source == self.recipe.model:
+                self._require_same(loaded)
             self._loaded = asked, loaded
         return self._loaded[1]
+
+    def _require_same(self, loaded: LoadedModel) -> None:
+        """Note which model this is, or see that it is the one that the run began with.
+
+        Raises:
+            ValueError: what is done already was done with other weights.
+        """
+        if not self.ranks.first:
+            return
+        file, now = self.out / "model.sha256", loaded.fingerprint()
+        if file.exists() and file.read_text(encoding="utf-8").strip() != now:
+            raise ValueError(
+                f"{self.out}: the weights of {self.recipe.model} are not those that it began with; "
+                "restore them, or give another --out"
+            )
+        write_atomically(file, now + "\n")
 
     def _read(
         self, source: str, offload: str | None, existing_scaling: Existing | None

@@ -250,6 +250,13 @@ export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
     assert not out.exists()
 
 
+def test_sets_that_are_exchanged_are_refused(checkpoints, micro_models, tmp_path):
+    named = files(pair(micro_models("llama")), tmp_path)
+    exchanged = {"rescale": named["short"], "short": named["rescale"]}
+    with pytest.raises(ValueError, match=r"long.json: is for 512 tokens, and .*short.json for 80"):
+        export(ExportOptions(str(checkpoints("llama")), tmp_path / "out", **exchanged))
+
+
 def test_every_family_says_whether_it_can_be_folded(micro_models):
     foldable = {
         family
@@ -269,6 +276,8 @@ def test_two_stacks_of_as_many_layers_cannot_be_folded():
         for which in "qkvo"
     ]
     assert "audio_tower.layers and language_model" in why_not_foldable(names, 2)
+    tower = [name for name in names if name.startswith("audio")]
+    assert why_not_foldable(tower, 2) == "only audio_tower.layers has q_proj"
     names.append("language_model.model.layers.2.self_attn.q_proj.weight")
     assert why_not_foldable(names, 3) is None
 

@@ -56,6 +56,15 @@ def test_keeps_its_budget(forwards, price):
         assert spent > forwards - 2 * price.slope - 1
 
 
+def test_a_budget_without_a_step_is_said(caplog):
+    asked, _ = run(forwards=5)
+    assert not any(trial.slope for trial in asked)
+    assert "a budget of 5 forwards leaves none for a step" in caplog.text
+    caplog.clear()
+    run(forwards=27)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(("forwards", "steps"), [(27, 6), (54, 14)])
 def test_one_window_leaves_its_budget_to_the_steps(forwards, steps):
     asked, _ = run(forwards=forwards, price=Price(parts=1, slope=3.5))

@@ -49,6 +49,12 @@ class CompareOptions:
         """
         lengths, _ = self.resolve(facts)
         check_lengths(lengths, self.stride)
+        original = facts.original_max_position_embeddings
+        if self.target and original and parse_length(self.target, original) < original:
+            raise ValueError(
+                f"--target is {self.target}, and the model handles {original:,} tokens already: a "
+                "method made for less would change nothing"
+            )
         for name in ("tokens_per_document", "chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:

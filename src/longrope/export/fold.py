@@ -20,6 +20,7 @@ from torch import Tensor
 from longrope.source import weight_files
 
 _QUERY = re.compile(r"\.(\d+)\.(self_attn|attention|attn)\.q_proj\.(weight|bias)$")
+_TOWER = re.compile(r"vision|visual|audio|image|tower|encoder")
 _NORM = re.compile(r"(?<![a-z])(q|k|query|key)_?(layer)?norm")
 
 
@@ -29,12 +30,13 @@ def why_not_foldable(names: list[str], layers: int) -> str | None:
     whole = [prefix for prefix, found in stacks.items() if found == layers]
     if len(whole) > 1:
         return f"{' and '.join(whole)} are both of {layers} layers with q_proj"
-    own = [name for name in names if name.startswith(f"{whole[0]}.")] if whole else names
-    if any("kv_a_proj" in name for name in own):
+    if any("kv_a_proj" in name for name in names):
         return "its keys and values are compressed"
-    norm = next((name for name in own if _NORM.search(name)), None)
+    norm = next((name for name in names if _NORM.search(name)), None)
     if norm is not None:
         return f"it normalises queries or keys after projecting them ({norm})"
+    if whole and _TOWER.search(whole[0]):
+        return f"only {whole[0]} has q_proj"
     if not whole:
         return f"it has q_proj in {max(stacks.values(), default=0)} of {layers} layers"
     return None

@@ -149,6 +149,12 @@ def _pair(options: ExportOptions, run: Path | None, model: str) -> Pair:
     short = _rescale(short_named, model, options) if short_named else None
     if short is None:
         short = long.replace(max_position_embeddings=long.original_max_position_embeddings)
+    if short_named and short.max_position_embeddings >= long.max_position_embeddings:
+        raise ValueError(
+            f"{short_named}: is for {short.max_position_embeddings:,} tokens, and {named} for "
+            f"{long.max_position_embeddings:,}: the short factors apply up to their own length, "
+            "which must be less (are the two exchanged?)"
+        )
     if short.attention_factor != long.attention_factor:
         raise ValueError(
             f"attention_factor is {short.attention_factor:g} in --short and "

@@ -6,6 +6,7 @@ search window alone, in turn, so a step costs a fraction of a whole evaluation.
 """
 
 import dataclasses
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from longrope.search.space import Candidate, Outcome, Price, Space, Trial, distinct
+
+log = logging.getLogger(__name__)
 
 # Adam's averages forget fast: a search has some forty steps.
 _BETA1, _BETA2 = 0.8, 0.95
@@ -130,6 +133,12 @@ class Descent:
             outcomes = yield [Trial(here, part, slope=True) for part in parts]
             self._move(outcomes)
         if not self._steps:
+            if free:
+                log.warning(
+                    "a budget of %s forwards leaves none for a step after the starts are compared: "
+                    "the best of them is kept",
+                    self.settings.forwards,
+                )
             return
         finalists = [self._here(begin)]
         if not self._alone:  # a slope on the whole has no noise to average

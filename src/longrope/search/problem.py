@@ -62,6 +62,20 @@ def first_search(
     )
 
 
+def require_start_tokens(start_tokens: int, facts: ModelFacts) -> None:
+    """Refuse an n̂ under which positions stay unscaled that the model has never seen.
+
+    Raises:
+        ValueError: it is beyond the original length.
+    """
+    original = facts.original_max_position_embeddings
+    if original is not None and start_tokens > original:
+        raise ValueError(
+            f"start_tokens is {start_tokens:,}: positions below it are not rescaled, and the model "
+            f"knows {original:,}; give at most so many (the paper's are up to 256)"
+        )
+
+
 def second_search(
     facts: ModelFacts,
     finetuned: Rescale,

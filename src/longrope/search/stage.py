@@ -24,7 +24,7 @@ from longrope.search.descent import DescentSettings
 from longrope.search.evaluations import Progress, SearchResult
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.objective import Objective, passkey_questions
-from longrope.search.problem import Problem, first_search
+from longrope.search.problem import Problem, first_search, require_start_tokens
 from longrope.search.record import SearchConfig, refuse_another_s
 from longrope.search.run import ALGORITHMS, search
 from longrope.search.space import START_TOKENS, Price
@@ -142,6 +142,7 @@ class SearchOptions:
                 holds something else.
         """
         parse_extension(self.target, facts)
+        require_start_tokens(self.start_tokens or 0, facts)
         check_sources(self.data)
         refuse_another_s(self.out)
 

@@ -25,7 +25,7 @@ from longrope.parallel import Ranks, lost_ranks_named, of_a_lost_rank, sharded
 from longrope.progress import Advance, duration, progress
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
-from longrope.shape import text_parameters
+from longrope.shape import is_tied, text_parameters
 from longrope.source import quiet
 from longrope.train.loss import chunked_loss
 from longrope.train.pieces import Pieces
@@ -292,7 +292,7 @@ def _with_lora(model: Any, rank: int) -> Any:
         target_modules="all-linear",
         modules_to_save=sorted(whole),
         # Where the embeddings are the head too, they stay one.
-        ensure_weight_tying=bool(model.config.get_text_config().tie_word_embeddings),
+        ensure_weight_tying=is_tied(model),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():

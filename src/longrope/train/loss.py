@@ -131,7 +131,8 @@ class _Head:
     def attention(self) -> contextlib.AbstractContextManager[None]:
         """Ours where transformers has none but of all scores at once (GPT-OSS, Gemma 2)."""
         config: Any = self._decoder.config
-        if not explicit_scores(config):
+        # Dropout is what ours does not do.
+        if not explicit_scores(config) or getattr(config, "attention_dropout", 0):
             return contextlib.nullcontext()
         return through(config, attention_gradient.NAME)
 
