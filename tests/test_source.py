@@ -22,8 +22,19 @@ def test_pickles_are_not_read(checkpoints, tmp_path):
     shutil.copytree(checkpoints("llama"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="safetensors"):
+    with pytest.raises(ValueError, match=r"pickled .* which writes safetensors"):
         load_model(str(tmp_path / "m"))
+
+
+def test_a_directory_of_something_else_is_named(tmp_path):
+    for name, files in (("adapter", ["adapter_config.json"]), ("run", ["recipe.yaml", "model/x"])):
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter: is an adapter of another model"):
+        inspect_model(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=r"is a run; its checkpoint is .*run.model"):
+        inspect_model(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

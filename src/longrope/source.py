@@ -31,6 +31,7 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             options["quantization_config"] = GgufConfig(dequantize=True)
         location = str(path.parent)
     elif path.is_dir():
+        _refuse_what_is_no_checkpoint(path, reads_weights)
         location = str(path)
     elif path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
         raise ValueError(
@@ -62,6 +63,23 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
         )
     return model
+
+
+def _refuse_what_is_no_checkpoint(path: Path, reads_weights: bool) -> None:
+    """Name what a directory is instead, and the way out."""
+    if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise ValueError(
+                f"{path}: is an adapter of another model (PEFT); give what its merge_and_unload() "
+                "makes of the two, saved"
+            )
+        if (path / "recipe.yaml").exists() and (path / "model").is_dir():
+            raise ValueError(f"{path}: is a run; its checkpoint is {path / 'model'}")
+    if reads_weights and any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"{path}: its weights are pickled (.bin), which may run any code and is not read; load "
+            "it in transformers and save it again, which writes safetensors"
+        )
 
 
 def says(source: str, config: Any, key: str) -> bool:
