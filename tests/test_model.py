@@ -6,7 +6,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conftest import FAMILIES, ORIGINAL, ROTARY_DIM, THETA, micro_model
+from conftest import FAMILIES, FOR_PICTURES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.facts import inspect_model
 from longrope.model import load_model
 from longrope.parallel import Team
@@ -243,3 +243,18 @@ def test_bundled_is_what_its_card_says():
     assert sum((BUNDLED / name).stat().st_size for name in files) <= 6 * 1024**2
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
     assert json.loads((BUNDLED / "training.json").read_text())["held_out"] == list(HELD_OUT)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_for_pictures_is_tied_as_its_whole_config_says(tmp_path, tied):
+    """Its text's config says otherwise, or nothing; the text's attention is what is trained."""
+    text = FAMILIES["gemma2"]().to_dict() | {"tie_word_embeddings": not tied}
+    vision = FOR_PICTURES["mistral3"]().vision_config.to_dict()
+    whole = transformers.Mistral3Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied
+    )
+    whole.save_pretrained(tmp_path)
+    facts = inspect_model(str(tmp_path))
+    assert facts.tied == tied
+    assert facts.explicit_scores  # Gemma 2's soft-caps
+    assert facts.active_parameters < facts.parameters
