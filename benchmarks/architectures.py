@@ -1,6 +1,6 @@
-"""Which causal language models of transformers can be extended, tried out on each.
+"""Which models of transformers that write text can be extended, tried out on each.
 
-    python benchmarks/architectures.py                      # all, in a minute
+    python benchmarks/architectures.py                      # all, in a minute or two
     python benchmarks/architectures.py gpt_oss qwen3_5_text
 
 A micro-model of every kind that transformers has, with random weights and an original length of 64

@@ -116,8 +116,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple
 
 @contextlib.contextmanager
 def through(config: Any, name: str) -> Iterator[None]:
-    """All attention of a model of this config through an implementation that transformers knows by
-    name; it gets no masks of ours."""
+    """A model of this config attends through what transformers knows by that name, unmasked."""
     before = config._attn_implementation
     config._attn_implementation = name
     try:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, AutoTokenizer
+
 from longrope.parallel import RankLost
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -20,7 +22,7 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
 
     A model that lacks tensors is refused: transformers would draw them by chance.
     """
-    path, reads_weights = _place(source), auto.__name__.startswith("AutoModel")
+    path, reads_weights = _place(source), auto not in (AutoConfig, AutoTokenizer)
     options["trust_remote_code"] = trust_remote_code
     if path.is_file() and path.suffix == ".gguf":
         options["gguf_file"] = path.name

@@ -74,6 +74,30 @@ def test_what_looks_at_pictures_is_not_folded(checkpoints, micro_models, ids, tm
         torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=2e-3, rtol=1e-3)
 
 
+def test_an_export_still_takes_pictures(checkpoints, micro_models, ids, tmp_path):
+    """Qwen-VL's positions have three axes, which differ where a picture is."""
+    made = pair(micro_models("qwen2_5_vl"))
+    named = files(made, tmp_path) | {"attention_factors": "field"}
+    export(ExportOptions(str(checkpoints("qwen2_5_vl")), tmp_path / "out", **named))
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    for number, name in enumerate(("image", "video", "vision_start", "vision_end")):
+        setattr(config, f"{name}_token_id", 1400 + number)
+    loaded = auto_class(config).from_pretrained(tmp_path / "out", config=config).eval()
+    row = ids[:1].clone()
+    row[0, 10:16] = torch.tensor([1402, 1400, 1400, 1400, 1400, 1403])
+    patches = torch.randn(2, 16, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+    asked = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    asked["mm_token_type_ids"] = (row == 1400).long()
+    with torch.no_grad():
+        one, other = (
+            loaded(input_ids=row, pixel_values=each, use_cache=False, **asked).logits
+            for each in patches
+        )
+    assert one.isfinite().all()
+    assert (one - other)[:, :11].abs().max() == 0
+    assert (one - other)[:, 11:].abs().max() > 0.1
+
+
 @pytest.fixture
 def scaled(tmp_path):
     """A checkpoint of a config with YaRN from 64 to 256 tokens, and its model."""

@@ -23,8 +23,10 @@ def main() -> None:
 
 
 def auto_class(transformers: Any, config: Any) -> Any:
-    """What it loads such a model with; many for pictures are no causal ones, and version 4's only
-    class for those leaves out sound."""
+    """What it loads such a model with: many for pictures are no causal ones.
+
+    Version 4's class for those leaves out sound.
+    """
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     newer = getattr(transformers, "AutoModelForMultimodalLM", None)
