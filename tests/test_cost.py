@@ -187,12 +187,13 @@ SMOLLM2 = {
     [
         (LLAMA2_7B, 131_072, 17.54e9),
         (LLAMA2_7B, 262_144, 20.83e9),
+        (LLAMA2_7B, 524_288, 27.41e9),
         (LLAMA2_7B | {"num_hidden_layers": 2}, 2_097_152, 54.76e9),
         (SMOLLM2, 131_072, 3.14e9),
     ],
 )
 def test_memory_is_what_an_h100_took(tmp_path, shape, length, measured):
-    """benchmarks/results/2026-11-26-long-forward-h100.json."""
+    """benchmarks/results: long-forward-h100, and long-forward-llama2-7b-h200 for the longest."""
     names = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
     transformers.LlamaConfig(**shape, **names).save_pretrained(tmp_path)
     costs = Costs(inspect_model(str(tmp_path)), make_recipe({"target": "8x"}), on_cpu=False)

@@ -33,7 +33,8 @@ def test_as_exact_as_the_plain_forward(ids, family, dtype):
         for hidden in (None, torch.device("cpu")):
             ours = LongForward(model, 40, hidden).losses(ids)
             error, expected = (ours - exact).abs().mean(), (plain - exact).abs().mean()
-            assert error <= 2 * expected + 1e-6
+            # Qwen 3.5's states are float32 whatever the model is; on a CPU they are 3e-6 off too.
+            assert error <= 2 * expected + (1e-5 if family == "qwen3_5" else 1e-6)
 
 
 @pytest.mark.parametrize("chunk", [40, 1000])
@@ -41,18 +42,18 @@ def test_as_exact_as_the_plain_forward(ids, family, dtype):
 def test_a_slope_s_hidden_states_may_wait_elsewhere(ids, tmp_path, monkeypatch, chunk, heads):
     config = FAMILIES["llama"]()
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 2, 64
-    model = micro_model(config).cuda()
-    with installed(model, yarn(model), always=True):
+    model, rough = micro_model(config).cuda(), micro_model(config).cuda().bfloat16()
+    with installed(model, yarn(model), always=True), installed(rough, yarn(rough), always=True):
         kept = gradient(LongForward(model, 1000), ids[:1]).by_factor
+        error = (gradient(LongForward(rough, 1000), ids[:1]).by_factor - kept).norm()
         monkeypatch.setattr("longrope.gradient._KEPT", 0)
         monkeypatch.setattr("longrope.attention_gradient.heads_at_once", lambda *_: heads)
         for where in (None, torch.device("cpu"), tmp_path):
             found = gradient(LongForward(model, chunk, where), ids[:1]).by_factor
             torch.testing.assert_close(found, kept, rtol=1e-3, atol=1e-6)
-        model.bfloat16()
-        halves = [gradient(LongForward(model, chunk, w), ids[:1]) for w in (None, tmp_path)]
-    torch.testing.assert_close(halves[0].by_factor, halves[1].by_factor)
-    assert torch.nn.functional.cosine_similarity(halves[0].by_factor, kept, dim=0) > 0.98
+        for where in (None, tmp_path):
+            found = gradient(LongForward(rough, chunk, where), ids[:1]).by_factor
+            assert (found - kept).norm() <= 2 * error
 
 
 @pytest.mark.parametrize("dim", [64, 128])
