@@ -45,15 +45,26 @@ def test_a_slope_s_hidden_states_may_wait_elsewhere(ids, tmp_path, monkeypatch, 
     model, rough = micro_model(config).cuda(), micro_model(config).cuda().bfloat16()
     with installed(model, yarn(model), always=True), installed(rough, yarn(rough), always=True):
         kept = gradient(LongForward(model, 1000), ids[:1]).by_factor
-        error = (gradient(LongForward(rough, 1000), ids[:1]).by_factor - kept).norm()
+        exact, unchunked = _slopes(model, 1000), _slopes(rough, 1000)
         monkeypatch.setattr("longrope.gradient._KEPT", 0)
         monkeypatch.setattr("longrope.attention_gradient.heads_at_once", lambda *_: heads)
         for where in (None, torch.device("cpu"), tmp_path):
             found = gradient(LongForward(model, chunk, where), ids[:1]).by_factor
             torch.testing.assert_close(found, kept, rtol=1e-3, atol=1e-6)
         halves = [gradient(LongForward(rough, chunk, w), ids[:1]) for w in (None, tmp_path)]
+        chunked = _slopes(rough, chunk)
     torch.testing.assert_close(halves[0].by_factor, halves[1].by_factor)
-    assert (halves[0].by_factor - kept).norm() <= 2 * error
+    # One text's error is chance: 0.8 to 1.6 times as large in chunks, on a CPU; of eight, 1.1.
+    assert (chunked - exact).norm() <= 1.5 * (unchunked - exact).norm()
+
+
+def _slopes(model, chunk):
+    """Of eight texts, shape (texts, d/2)."""
+    some = torch.Generator().manual_seed(0)
+    texts = torch.randint(3, 1536, (8, 300), generator=some)
+    return torch.stack(
+        [gradient(LongForward(model, chunk), text[None]).by_factor for text in texts]
+    )
 
 
 @pytest.mark.parametrize("dim", [64, 128])
