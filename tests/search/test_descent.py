@@ -1,13 +1,16 @@
+import contextlib
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evolution import starts
+from test_evolution import problem
 from test_space import space
 
 from longrope.search.descent import Descent, DescentSettings, isotonic
+from longrope.search.problem import Problem
+from longrope.search.ramps import walk
 from longrope.search.space import Outcome, Price, Space
 
 HERE = space()
@@ -23,13 +26,12 @@ def bowl(trial, best=BEST):
     return Outcome(loss, tuple((2 * away).tolist()) if trial.slope else ())
 
 
-def run(seed=0, here=HERE, price=PRICE, of=bowl, begin=None, **settings):
-    begin = begin or starts(here)
-    algorithm = Descent(here, begin, DescentSettings(**settings), seed, price)
+def run(seed=0, price=PRICE, of=bowl, begin=None, **settings):
+    algorithm = Descent(begin or problem(HERE), DescentSettings(**settings), seed, price)
     asked, outcomes = [], []
     while not algorithm.done:
         trials = algorithm.ask()
-        assert all(here.contains(trial.candidate) for trial in trials)
+        assert all(algorithm.space.contains(trial.candidate) for trial in trials)
         found = [of(trial) for trial in trials]
         algorithm.tell(trials, found)
         asked += trials
@@ -74,14 +76,24 @@ def test_one_window_leaves_its_budget_to_the_steps(forwards, steps):
     assert len(asked[slopes[-1] + 1 :]) == 1  # every slope told the whole loss but the last point's
 
 
-def test_the_first_step_of_one_window_is_twice_as_long():
+def test_two_windows_are_both_asked_of_every_start_and_leave_start_tokens():
+    family, of = ramps(lambda fast, slow: 1 / fast)
+    asked, _ = run(begin=family, price=Price(parts=2, slope=3.5), of=of)
+    first = next(number for number, trial in enumerate(asked) if trial.slope)
+    assert first > 4
+    assert all(trial.part is None for trial in asked[:first])
+    assert {trial.part for trial in asked if trial.slope} == {0, 1}
+    assert all(trial.candidate.portable for trial in asked)
+
+
+def test_the_first_step_of_one_window_is_three_times_as_long():
     def first_step(price):
         asked = [trial for trial in run(price=price)[0] if trial.slope]
         begin, then = (np.log(HERE.multipliers(trial.candidate)) for trial in asked[:2])
         return np.abs(then - begin).max()
 
     one, five = first_step(Price(parts=1, slope=2.66)), first_step(PRICE)
-    assert one == pytest.approx(2 * five, rel=0.2)
+    assert one == pytest.approx(3 * five, rel=0.2)
 
 
 def test_a_step_may_look_at_several_windows():
@@ -94,13 +106,82 @@ def test_a_step_may_look_at_several_windows():
 
 def test_fast_dimensions_stay():
     turns = 256 * HERE.start.inv_freq / (2 * np.pi)
-    yarn = starts(HERE)[2:]
+    yarn = Problem(HERE, {"yarn": problem(HERE).starts["yarn"]})
     asked, _ = run(begin=yarn, of=lambda trial: bowl(trial, np.full(HERE.dimensions, 2.0)))
     steps = [trial.candidate.hundredths for trial in asked if trial.slope]
     fixed = int((turns > 16).sum())
     assert fixed > 0
     assert len({step[:fixed] for step in steps}) == 1
     assert len({step[fixed:] for step in steps}) > 10
+
+
+def ramps(loss):
+    """A problem with a family of ramps; their losses on every window, YaRN's is 9."""
+    family = Problem(HERE, problem(HERE).starts, lambda *turns: _candidate(turns))
+    known = {}
+
+    def _candidate(turns):
+        candidate = HERE.rounded(np.full(HERE.dimensions, 1 + len(known) / 10), 0)
+        known[candidate] = loss(*turns)
+        return candidate
+
+    def of(trial):
+        slope = tuple(np.zeros(HERE.dimensions)) if trial.slope else ()
+        return Outcome(known.get(trial.candidate, 9.0), slope)
+
+    return family, of
+
+
+@pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=3.5)])
+def test_begins_from_the_best_ramp(price):
+    family, of = ramps(lambda fast, slow: abs(math.log2(fast / 256)) + abs(math.log2(slow)))
+    algorithm = Descent(family, DescentSettings(), 0, price)
+    while not any(trial.slope for trial in algorithm.ask()):
+        algorithm.tell(algorithm.ask(), [of(trial) for trial in algorithm.ask()])
+    assert list(algorithm.starts)[:5] == ["yarn", *(f"ramp {n}-1" for n in (32, 128, 512, 256))]
+    (trial,) = algorithm.ask()
+    assert trial.candidate == algorithm.starts["ramp 256-1"]
+    assert {*family.starts.values()} & {*algorithm.starts.values()} == {family.starts["yarn"]}
+
+
+@pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=3.5)])
+@pytest.mark.parametrize("forwards", [4, 7, 27])
+def test_ramps_have_a_share_of_the_budget(price, forwards):
+    family, of = ramps(lambda fast, slow: 1 / fast)  # always on
+    asked, _ = run(begin=family, price=price, of=of, forwards=forwards)
+    first = {t for t in asked if not t.slope and (price.parts == 1 or t.part is not None)}
+    spent = sum(price.of(trial) for trial in first)
+    assert 2 < spent <= max(3, 0.3 * forwards) + (1 if price.parts == 1 else 0)  # the last point
+    assert sum(price.of(trial) for trial in dict.fromkeys(asked)) <= forwards
+
+
+@given(st.floats(0, 13), st.floats(-6, 4))
+def test_a_walk_ends_beside_the_least(fast, slow):
+    """Of a bowl: within a step of either number, unless the two meet."""
+    steps, least, best = walk(), math.inf, None
+    tried = []
+    with contextlib.suppress(StopIteration):
+        turns = next(steps)
+        while True:
+            tried.append(turns)
+            loss = abs(math.log2(turns[0]) - fast) + abs(math.log2(turns[1]) - slow)
+            if loss < least:
+                least, best = loss, turns
+            turns = steps.send(loss)
+    assert best is not None
+    assert all(a > b for a, b in tried)
+    assert abs(math.log2(best[0]) - fast) <= 1 or best[0] == 2 * best[1]
+    assert abs(math.log2(best[1]) - slow) <= 0.5 or best[0] == 2 * best[1]
+    assert len(tried) <= 9 + abs(fast - 5) / 2 + abs(slow)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_walk_does_not_stay_where_there_is_no_loss(bad):
+    steps = walk()
+    assert next(steps) == (32, 1)
+    assert steps.send(bad) == (128, 1)
+    assert steps.send(bad) == (8, 1)
+    assert steps.send(1.0) == (2, 1)
 
 
 def test_a_seed_is_a_course():
@@ -117,8 +198,8 @@ def test_what_is_not_finite_moves_nothing():
 
 
 def test_fixed_start_tokens_stay():
-    fixed = Space(HERE.start, HERE.upper, (0,))
-    assert all(trial.candidate.start_tokens == 0 for trial in run(here=fixed)[0])
+    fixed = problem(Space(HERE.start, HERE.upper, (0,)))
+    assert all(trial.candidate.start_tokens == 0 for trial in run(begin=fixed)[0])
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=12))

@@ -6,13 +6,15 @@ from test_space import space
 
 from longrope.rope import methods
 from longrope.search.evolution import Evolution, EvolutionSettings
+from longrope.search.problem import Problem
 from longrope.search.space import Outcome
 
 SMALL = EvolutionSettings(population=12, mutations=4, crossovers=4, iterations=5, parents=4)
 
 
-def starts(of):
-    return [of.nearest(methods.METHODS[n](1e4, 64, 256, 2048)) for n in ("pi", "ntk", "yarn")]
+def problem(of):
+    names = ("pi", "ntk", "yarn")
+    return Problem(of, {n: of.nearest(methods.METHODS[n](1e4, 64, 256, 2048)) for n in names})
 
 
 def bowl(candidate):
@@ -23,7 +25,7 @@ def bowl(candidate):
 
 def run(settings, seed, loss=bowl):
     here = space()
-    algorithm = Evolution(here, starts(here), settings, seed)
+    algorithm = Evolution(problem(here), settings, seed)
     asked, losses = [], []
     while not algorithm.done:
         trials = algorithm.ask()
@@ -48,7 +50,7 @@ def test_asks_what_it_should_and_nothing_twice():
     assert len(asked) == SMALL.forwards == 12 + 5 * 8
     assert len(set(asked)) == len(asked)
     here = space()
-    assert asked[:3] == starts(here)
+    assert asked[:3] == list(problem(here).starts.values())
 
 
 def test_finds_a_minimum():
@@ -70,7 +72,7 @@ def test_differences_below_rounding_decide_nothing():
 def test_what_is_not_finite_has_no_children(bad):
     here = space()
     settings = EvolutionSettings(population=12, mutations=0, crossovers=8, parents=4)
-    algorithm = Evolution(here, starts(here), settings, 0)
+    algorithm = Evolution(problem(here), settings, 0)
     trials = algorithm.ask()
     good = [trial.candidate for trial in trials[4:8]]
     algorithm.tell(trials, [Outcome(1.0 if t.candidate in good else bad) for t in trials])
@@ -88,7 +90,8 @@ def test_a_space_that_is_used_up_ends_the_search():
     from longrope.search.space import Candidate, Space
 
     tiny = Space(methods.identity(1e4, 4, 256, 512), 1.02, start_tokens=(0,))
-    algorithm = Evolution(tiny, [Candidate((100, 100))], EvolutionSettings(population=8), 0)
+    only = Problem(tiny, {"none": Candidate((100, 100))})
+    algorithm = Evolution(only, EvolutionSettings(population=8), 0)
     seen = []
     while not algorithm.done:
         generation = algorithm.ask()

@@ -84,17 +84,17 @@ def test_first_is_bounded_by_the_paper(facts):
     assert problem.space.start.attention_factor == default_attention_factor(256, 2048)
 
 
-def test_the_ramp_is_ours_alone(facts):
+def test_ramps_are_a_family_with_ntk_in_it(facts):
     problem = first_search(facts, 2048)
-    assert set(problem.starts) == {"pi", "ntk", "yarn"}  # Algorithm 1's
-    rescale = problem.space.rescale(problem.more["ramp"])
     turns = 256 * facts.rescale("none", 256).inv_freq / (2 * np.pi)
-    factors = np.array(rescale.factors)
+    factors = np.array(problem.space.rescale(problem.ramp(16, 0.5)).factors)
     np.testing.assert_allclose(factors[turns > 16], 1)
     np.testing.assert_allclose(factors[turns < 0.5], 8)
     middle = np.abs(turns - np.sqrt(16 * 0.5)).argmin()
     assert factors[middle] == pytest.approx(8**0.5, rel=0.2)
     assert (np.diff(factors) >= 0).all()
+    assert problem.ramp(turns[0], turns[-1]) == problem.starts["ntk"]
+    assert problem.ramp(1e99, 1e98) == problem.starts["pi"]
 
 
 def test_starts_have_the_dimensions_that_turn(checkpoints):
@@ -102,7 +102,7 @@ def test_starts_have_the_dimensions_that_turn(checkpoints):
     facts = inspect_model(str(checkpoints("gemma4")))
     problem = first_search(facts, 512)
     assert problem.space.dimensions == 4
-    for candidate in (*problem.starts.values(), *problem.more.values()):
+    for candidate in (*problem.starts.values(), problem.ramp(16, 0.5)):
         assert problem.space.contains(candidate)
         assert set(problem.space.rescale(candidate).factors[4:]) == {1e30}
     finetuned = problem.space.rescale(problem.starts["yarn"])
@@ -111,4 +111,4 @@ def test_starts_have_the_dimensions_that_turn(checkpoints):
         recovery_search(facts, finetuned, 64, 1.1),
     )
     for step in (second, third):
-        assert all(step.space.contains(c) for c in (*step.starts.values(), *step.more.values()))
+        assert all(step.space.contains(candidate) for candidate in step.starts.values())

@@ -3,11 +3,12 @@ import json
 import math
 
 import pytest
-from test_evolution import SMALL, bowl, starts
+from test_evolution import SMALL, bowl, problem
 from test_space import space
 
 from longrope.files import only_process
 from longrope.rope.rescale import Rescale
+from longrope.search.problem import Problem
 from longrope.search.record import SearchConfig
 from longrope.search.run import search
 from longrope.search.space import Outcome
@@ -49,9 +50,8 @@ class Loss:
 
 
 def go(out, loss=None, seed=0, **more):
-    names = dict(zip(("pi", "ntk", "yarn"), starts(SPACE), strict=True))
     changes = more.pop("config", config(seed=seed))
-    return search(changes, SPACE, names, loss or Loss(), out, **more)
+    return search(changes, problem(SPACE), loss or Loss(), out, **more)
 
 
 def contents(out):
@@ -109,8 +109,8 @@ def test_a_finished_search_computes_nothing(tmp_path):
 
 def test_fixed_start_tokens_leave_nothing_portable(tmp_path):
     fixed = dataclasses.replace(SPACE, start_tokens=(8,))
-    begin = {"pi": dataclasses.replace(starts(SPACE)[0], start_tokens=8)}
-    result = search(config(), fixed, begin, Loss(), tmp_path, budget=5)
+    begin = {"pi": dataclasses.replace(problem(SPACE).starts["pi"], start_tokens=8)}
+    result = search(config(), Problem(fixed, begin), Loss(), tmp_path, budget=5)
     assert result.best.start_tokens == 8
     assert result.portable is None
     assert not (tmp_path / "portable.json").exists()
@@ -171,7 +171,7 @@ def test_nan_loses_and_is_reported(tmp_path):
 
 
 def test_a_start_without_a_finite_loss_is_none_that_may_win(tmp_path):
-    pi = starts(SPACE)[0]
+    pi = problem(SPACE).starts["pi"]
     result = go(tmp_path, Loss(of=lambda c: math.nan if c == pi else bowl(c)))
     assert result.starts.keys() == {"ntk", "yarn"}
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from longrope.search.space import Candidate, Outcome, Price, Space, Trial, distinct
+from longrope.search.problem import Problem
+from longrope.search.ramps import walk
+from longrope.search.space import Candidate, Outcome, Price, Trial, distinct
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +27,20 @@ _SMALL = 3e-3
 # A slope counts for no more than this: Adam's average of squares would remember it too long.
 _CLIP = 0.5
 # So many times the rate where there is one window: each slope is the whole's, and steps are few.
-_SURE = 2
+_SURE = 3
+# What of a slope goes to each neighbour: they mean much the same, and their noise is their own.
+_SHARED = 0.1
 # What turns more often within the original length stays where it starts: its slopes are large,
 # and of either sign from window to window.
 _TURNS = 16
-# Forward equivalents for comparing the starts.
-_COMPARED = 2
-# With them, the best start on all windows.
+# What of the budget the starts and the ramps may take.
+_BEGINNING = 0.3
+# Forward equivalents for the starts, and the best of them on all windows.
 _LEAST = 4
 # The last share of the steps, whose mean is a finalist beside the last point (not of one window).
 _TAIL = 0.3
+# With so few windows starts are compared on all, and start tokens cost what is better for steps.
+_FEW = 2
 # Start tokens tried on the result, where the space has them.
 _START_TOKENS = (4, 8, 16, 32)
 
@@ -71,25 +77,24 @@ class DescentSettings:
 class Descent:
     """Ask for trials, tell their outcomes, until ``done``; as ``Evolution`` does.
 
-    The starts are compared on some windows; from the best, Adam's steps in ln λ (slope on one
-    window after the other, or a few; the rate falls to 0 over the second half), each followed by
-    the nearest monotone point (isotonic regression); then the last point and the mean of the last
-    steps are evaluated on all windows, and n̂ > 0 is tried where the space has it. One window alone
-    takes a whole forward for each of these: there the last point is evaluated, and no more.
+    The starts are compared on some windows, or where the problem has ramps, YaRN and these; from
+    the best, Adam's steps in ln λ (slope on one window after the other, or a few; the rate falls to
+    0 over the second half), each followed by the nearest monotone point (isotonic regression); then
+    the last point and the mean of the last steps are evaluated on all windows, and n̂ > 0 is tried
+    where the space has it. With few windows these cost too much: n̂ is not tried with two, and with
+    one the last point alone is evaluated.
+
+    ``starts``: the first candidates by name, ramps as they are tried.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        starts: Sequence[Candidate],
-        settings: DescentSettings,
-        seed: int,
-        price: Price,
-    ):
-        self.space, self.settings, self.price = space, settings, price
+    def __init__(self, problem: Problem, settings: DescentSettings, seed: int, price: Price):
+        self.problem, self.settings, self.price = problem, settings, price
+        self.space = space = problem.space
+        names = ("yarn",) if problem.ramp else tuple(problem.starts)
+        self.starts = {name: problem.starts[name] for name in names}
         self.generation = 0
         self.done = False
-        self._starts = distinct(starts)
+        self._told: set[Trial] = set()
         self._rng = random.Random(seed)
         self._order: list[int] = []
         turns = space.start.original_max_position_embeddings * space.start.inv_freq / (2 * np.pi)
@@ -109,6 +114,7 @@ class Descent:
     def tell(self, trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> None:
         """Outcomes of the trials asked for; NaN and infinity lose to every number."""
         self.generation += 1
+        self._told.update(trials)
         self._next([outcome for _, outcome in zip(trials, outcomes, strict=True)])
 
     def _next(self, outcomes: Sequence[Outcome] | None = None) -> None:
@@ -119,11 +125,11 @@ class Descent:
 
     def _course(self) -> Any:
         """The whole search, a generator of trials that is sent their outcomes."""
-        begin = yield from self._best(self._starts, self._some)
+        begin = yield from self._beginning()
         yield [Trial(begin)]
         self._point = np.log(self.space.multipliers(begin))
         tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
-        tokens = tokens if begin.portable and not self._alone else []
+        tokens = tokens if begin.portable and self.price.parts > _FEW else []
         # Gemma 4's dimensions all turn often: there is nothing to go down.
         free = self._fixed < self.space.dimensions
         self._steps = self._affordable(len(tokens)) if free else 0
@@ -147,18 +153,41 @@ class Descent:
         found = yield from self._best(finalists, (None,))
         if tokens:
             others = [dataclasses.replace(found, start_tokens=n) for n in (0, *tokens)]
-            best = yield from self._best(others, (0,) if self.price.parts > 1 else (None,))
+            best = yield from self._best(others, (0,))
             if best != found:
                 yield [Trial(best)]
 
+    def _beginning(self) -> Any:
+        """The best of the starts, and of ramps while their share of the budget lasts."""
+        losses = yield from self._compare(list(self.starts.values()), self._some)
+        one = 1.0 if self._some == (None,) else len(self._some) / self.price.parts
+        share = max(_LEAST - 1, _BEGINNING * self.settings.forwards)
+        ramps, loss = walk(), None
+        while self.problem.ramp and self._spent + one <= share:
+            try:
+                turns = next(ramps) if loss is None else ramps.send(loss)
+            except StopIteration:
+                break
+            ramp = self.problem.ramp(*turns)
+            self.starts["ramp {:g}-{:g}".format(*turns)] = ramp
+            losses |= yield from self._compare([ramp], self._some)
+            loss = losses[ramp]
+        return min(losses, key=lambda candidate: losses[candidate])
+
     def _best(self, candidates: list[Candidate], parts: Sequence[int | None]) -> Any:
+        losses = yield from self._compare(candidates, parts)
+        return min(losses, key=lambda candidate: losses[candidate])
+
+    def _compare(self, candidates: list[Candidate], parts: Sequence[int | None]) -> Any:
+        """The sum of each one's losses, in order; infinity where there is none."""
+        candidates = distinct(candidates)
         outcomes = yield [Trial(candidate, part) for candidate in candidates for part in parts]
         losses, size = [outcome.loss for outcome in outcomes], len(parts)
         whole = max(1, len(losses) // size)  # a budget that ends here cuts some off
         sums = [sum(losses[i * size : (i + 1) * size]) for i in range(whole)]
         # Rounded, so that the last bits of a sum decide nothing; the earlier one wins a tie.
         ranks = [round(total, 6) if math.isfinite(total) else math.inf for total in sums]
-        return candidates[ranks.index(min(ranks))]
+        return dict(zip(candidates, ranks, strict=False))
 
     @property
     def _alone(self) -> bool:
@@ -167,21 +196,22 @@ class Descent:
 
     @property
     def _some(self) -> tuple[int | None, ...]:
-        """The windows that all starts are compared on, for about two forward equivalents."""
-        parts = self.price.parts
-        count = max(1, _COMPARED * parts // len(self._starts))
-        return tuple(range(count)) if count < parts else (None,)
+        """The windows that starts are compared on: half of them, of few all."""
+        count = max(_FEW, self.price.parts // 2)
+        return tuple(range(count)) if count < self.price.parts else (None,)
+
+    @property
+    def _spent(self) -> float:
+        return sum(self.price.of(trial) for trial in self._told)
 
     def _affordable(self, start_tokens: int) -> int:
-        """Steps that the budget leaves beside the evaluations before and after them."""
+        """Steps that the budget leaves beside what is spent, and the evaluations after them."""
         one = 1 / self.price.parts
-        compared = 1.0 if self._some == (None,) else len(self._some) * one
-        # The last point; and of several windows the best start on all of them, and the mean.
-        around = len(self._starts) * compared + (1 if self._alone else 3)
+        around = 1.0 if self._alone else 2.0  # the last point; and of several windows the mean
         if start_tokens:
             around += (start_tokens + 1) * one + 1
         step = self.price.slope * one * min(self.settings.step_windows, self.price.parts)
-        return max(0, math.floor((self.settings.forwards - around) / step))
+        return max(0, math.floor((self.settings.forwards - self._spent - around) / step))
 
     def _part(self) -> int | None:
         """The next window of a shuffled round; None where there is one."""
@@ -200,6 +230,7 @@ class Descent:
             slope = np.zeros_like(self._point)
         slope = np.clip(slope, -_CLIP, _CLIP)
         slope[: self._fixed] = 0
+        slope[self._fixed :] = _blurred(slope[self._fixed :])
         self._mean = _BETA1 * self._mean + (1 - _BETA1) * slope
         self._square = _BETA2 * self._square + (1 - _BETA2) * slope**2
         mean = self._mean / (1 - _BETA1**self._step)
@@ -222,6 +253,12 @@ class Descent:
 
     def _candidate(self, point: np.ndarray, begin: Candidate) -> Candidate:
         return self.space.rounded(np.exp(point), begin.start_tokens)
+
+
+def _blurred(values: np.ndarray) -> np.ndarray:
+    """A share of each number goes to its neighbours; at the ends it stays."""
+    wide = np.pad(values, 1, mode="edge")
+    return (1 - 2 * _SHARED) * values + _SHARED * (wide[:-2] + wide[2:])
 
 
 def isotonic(values: np.ndarray) -> np.ndarray:

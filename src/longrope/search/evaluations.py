@@ -54,14 +54,14 @@ class Evaluations:
         self,
         config: SearchConfig,
         space: Space,
-        starts: dict[str, Candidate],
         loss: Callable[[Rescale, int | None, bool], Outcome],
         out: Path,
         price: Price,
         ranks: Ranks,
         report: Callable[[Progress], None],
     ):
-        self.config, self.space, self.starts = config, space, starts
+        self.config, self.space = config, space
+        self.starts: dict[str, Candidate] = {}  # of the algorithm, which may name more as it goes
         self.loss, self.out, self.ranks, self.report = loss, out, ranks, report
         self.price = price
         self.outcomes: dict[Trial, Outcome] = {}

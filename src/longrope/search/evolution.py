@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from longrope.search.space import Candidate, Outcome, Price, Space, Trial, distinct
+from longrope.search.problem import Problem
+from longrope.search.space import Candidate, Outcome, Price, Trial, distinct
 
 # Draws for one new candidate before the search takes what it has: near the end every
 # neighbour of the parents may be known.
@@ -52,7 +53,7 @@ class Evolution:
     Never asks for a candidate twice. The same seed and the same losses give the same
     candidates, so a search replays from the losses alone.
 
-        >>> algorithm = Evolution(space, starts, EvolutionSettings(), seed=0)
+        >>> algorithm = Evolution(problem, EvolutionSettings(), seed=0)
         >>> while not algorithm.done:
         ...     trials = algorithm.ask()
         ...     algorithm.tell(trials, [Outcome(loss(trial.candidate)) for trial in trials])
@@ -60,16 +61,16 @@ class Evolution:
 
     def __init__(
         self,
-        space: Space,
-        starts: Sequence[Candidate],
+        problem: Problem,
         settings: EvolutionSettings,
         seed: int,
         price: Price | None = None,  # every trial costs one
     ):
-        self.space = space
+        self.space = problem.space
+        self.starts = problem.starts
         self.settings = settings
         self.generation = 0
-        self._starts = distinct(starts)
+        self._starts = distinct(list(problem.starts.values()))
         self._rng = random.Random(seed)
         self._ranked: list[tuple[float, int, Candidate]] = []
         self._known: set[Candidate] = set()

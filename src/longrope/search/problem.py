@@ -5,6 +5,7 @@ in that rescale, in the bounds, and in the first candidates.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -24,14 +25,16 @@ _SHRUNK = (0.75, 0.5, 0.25)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What one search looks for: its space, and its named first candidates.
+    """What one search looks for: its space, its named first candidates, and a family of them.
 
-    ``more`` are starts of ours, which Algorithm 1 is not given.
+    ``ramp`` gives λ = s^ramp of two numbers of turns within the original length: what turns more
+    often than the first stays as it is, what turns less often than the second is interpolated in
+    full. NTK's factors are its member from the fastest dimension to the slowest, PI's its limit.
     """
 
     space: Space
     starts: dict[str, Candidate]
-    more: dict[str, Candidate] = dataclasses.field(default_factory=dict)
+    ramp: Callable[[float, float], Candidate] | None = None
 
 
 def first_search(
@@ -42,11 +45,7 @@ def first_search(
     start_tokens: tuple[int, ...] = START_TOKENS,
     upper: float | None = None,
 ) -> Problem:
-    """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK and YaRN.
-
-    And from s^ramp, which leaves alone what turns more than 16 times within the original length and
-    interpolates in full what makes less than half a turn.
-    """
+    """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK, YaRN, or ramps."""
     start = starting_point(facts, target, attention_factor)
     space = Space(start, upper or MARGIN * start.scale, start_tokens)
     known = {name: facts.rescale(name, target) for name in STARTS}
@@ -58,7 +57,7 @@ def first_search(
             name: space.nearest(rescale.replace(start_tokens=start_tokens[0]))
             for name, rescale in known.items()
         },
-        {"ramp": space.rounded(start.scale ** _ramp(turns, 16.0, 0.5), start_tokens[0])},
+        lambda fast, slow: space.rounded(start.scale ** _ramp(turns, fast, slow), start_tokens[0]),
     )
 
 

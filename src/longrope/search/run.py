@@ -17,16 +17,16 @@ from longrope.rope.rescale import Rescale
 from longrope.search.descent import Descent
 from longrope.search.evaluations import Evaluations, Progress, SearchResult
 from longrope.search.evolution import Evolution
+from longrope.search.problem import Problem
 from longrope.search.record import SearchConfig
-from longrope.search.space import Candidate, Outcome, Price, Space
+from longrope.search.space import Outcome, Price
 
 ALGORITHMS = {"fast": Descent, "paper": Evolution}
 
 
 def search(
     config: SearchConfig,
-    space: Space,
-    starts: dict[str, Candidate],
+    problem: Problem,
     loss: Callable[[Rescale, int | None, bool], Outcome],
     out: Path,
     *,
@@ -40,7 +40,7 @@ def search(
     """Search, or go on with the search that ``out`` holds.
 
     Args:
-        starts: the named candidates of the first population.
+        problem: the space, and where to begin in it.
         loss: of a rescale, on all windows or on one, with its slope or without.
         price: what trials cost.
         budget: forward equivalents at most; by default what the algorithm's settings give.
@@ -53,24 +53,28 @@ def search(
     """
     ranks = ranks or Ranks()
     with only_process(out) if ranks.first else contextlib.nullcontext():
-        run = Evaluations(config, space, starts, loss, out, price or Price(), ranks, report)
-        return _loop(run, budget, patience, provenance or {})
+        run = Evaluations(config, problem.space, loss, out, price or Price(), ranks, report)
+        return _loop(run, problem, budget, patience, provenance or {})
 
 
 def _loop(
-    run: Evaluations, budget: int | None, patience: int | None, provenance: dict[str, Any]
+    run: Evaluations,
+    problem: Problem,
+    budget: int | None,
+    patience: int | None,
+    provenance: dict[str, Any],
 ) -> SearchResult:
     config, known = run.config, len(run.history)
     whole = config.settings.forwards
     # A smaller budget than what is known is no reason to forget any of it.
     run.total = min(max(budget or whole, math.ceil(run.known_forwards())), whole)
     algorithm = ALGORITHMS[config.algorithm](
-        run.space,
-        list(run.starts.values()),
+        problem,
         config.settings,  # pyright: ignore[reportArgumentType]
         config.seed,
         run.price,
     )
+    run.starts = algorithm.starts
     run.report_start()
     since_best = 0
     while not algorithm.done and run.forwards < run.total:

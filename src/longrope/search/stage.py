@@ -199,14 +199,12 @@ def search_stage(
     forward = loaded.forward(how.chunk, how.hidden_device)
     if how.algorithm == "fast":
         require_slope(forward, start, length)
-    starts = problem.starts | (problem.more if how.algorithm == "fast" else {})
     slope = slope_forwards(facts, length, forward.chunk) if how.algorithm == "fast" else math.nan
     headline = _headline(facts, start, windows, questions)
     with progress(title, how.forwards, show=ranks.first) as advance:
         result = search(
             _config(loaded, problem, windows, questions, how, forward.chunk),
-            problem.space,
-            starts,
+            problem,
             Objective(forward, windows.ids, questions),
             out,
             price=Price(len(windows.ids), slope),
@@ -267,6 +265,10 @@ def _config(
     )
 
 
+# Starts that a progress line has room for.
+_SHOWN = 3
+
+
 class _Reporter:
     """Say how a search goes: what it is, how long it will take, then the best so far."""
 
@@ -287,6 +289,7 @@ class _Reporter:
             )
         if now.replayed and now.forwards < now.total:
             return
-        starts = " ".join(f"{name} {loss:.4f}" for name, loss in now.starts.items())
+        starts = sorted(now.starts.items(), key=lambda start: start[1])[:_SHOWN]
+        starts = " ".join(f"{name} {loss:.4f}" for name, loss in starts)
         left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
         self.advance(int(now.forwards), f"best {now.best:.4f} ({starts}){left}")
