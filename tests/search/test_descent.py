@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from test_evolution import problem
 from test_space import space
 
-from longrope.search.descent import Descent, DescentSettings, isotonic
+from longrope.search.descent import Descent, DescentSettings, _blurred, isotonic
 from longrope.search.problem import Problem
 from longrope.search.ramps import walk
 from longrope.search.space import Outcome, Price, Space
@@ -77,7 +78,7 @@ def test_one_window_leaves_its_budget_to_the_steps(forwards, steps):
 
 
 def test_two_windows_are_both_asked_of_every_start_and_leave_start_tokens():
-    family, of = ramps(lambda fast, slow: 1 / fast)
+    family, of = ramps(lambda fast, slow: -math.log(fast))
     asked, _ = run(begin=family, price=Price(parts=2, slope=3.5), of=of)
     first = next(number for number, trial in enumerate(asked) if trial.slope)
     assert first > 4
@@ -117,26 +118,26 @@ def test_fast_dimensions_stay():
 
 def ramps(loss):
     """A problem with a family of ramps; their losses on every window, YaRN's is 9."""
-    family = Problem(HERE, problem(HERE).starts, lambda *turns: _candidate(turns))
-    known = {}
+    losses = {}
 
-    def _candidate(turns):
-        candidate = HERE.rounded(np.full(HERE.dimensions, 1 + len(known) / 10), 0)
-        known[candidate] = loss(*turns)
+    @functools.cache
+    def ramp(*turns):
+        candidate = HERE.rounded(np.full(HERE.dimensions, 1 + len(losses) / 10), 0)
+        losses[candidate] = loss(*turns)
         return candidate
 
     def of(trial):
         slope = tuple(np.zeros(HERE.dimensions)) if trial.slope else ()
-        return Outcome(known.get(trial.candidate, 9.0), slope)
+        return Outcome(losses.get(trial.candidate, 9.0), slope)
 
-    return family, of
+    return Problem(HERE, problem(HERE).starts, ramp), of
 
 
 @pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=3.5)])
 def test_begins_from_the_best_ramp(price):
     family, of = ramps(lambda fast, slow: abs(math.log2(fast / 256)) + abs(math.log2(slow)))
     algorithm = Descent(family, DescentSettings(), 0, price)
-    while not any(trial.slope for trial in algorithm.ask()):
+    while not (algorithm.done or any(trial.slope for trial in algorithm.ask())):
         algorithm.tell(algorithm.ask(), [of(trial) for trial in algorithm.ask()])
     assert list(algorithm.starts)[:5] == ["yarn", *(f"ramp {n}-1" for n in (32, 128, 512, 256))]
     (trial,) = algorithm.ask()
@@ -147,11 +148,13 @@ def test_begins_from_the_best_ramp(price):
 @pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=3.5)])
 @pytest.mark.parametrize("forwards", [4, 7, 27])
 def test_ramps_have_a_share_of_the_budget(price, forwards):
-    family, of = ramps(lambda fast, slow: 1 / fast)  # always on
+    family, of = ramps(lambda fast, slow: -math.log(fast))  # always on
     asked, _ = run(begin=family, price=price, of=of, forwards=forwards)
-    first = {t for t in asked if not t.slope and (price.parts == 1 or t.part is not None)}
-    spent = sum(price.of(trial) for trial in first)
-    assert 2 < spent <= max(3, 0.3 * forwards) + (1 if price.parts == 1 else 0)  # the last point
+    several = price.parts > 1
+    ended = (n for n, t in enumerate(asked) if t.slope or (several and t.part is None))
+    spent = sum(price.of(trial) for trial in {*asked[: next(ended, None)]})
+    share, one = max(3, 0.3 * forwards), 2 / price.parts if several else 1
+    assert share - one < spent <= share + 1e-9
     assert sum(price.of(trial) for trial in dict.fromkeys(asked)) <= forwards
 
 
@@ -175,12 +178,11 @@ def test_a_walk_ends_beside_the_least(fast, slow):
     assert len(tried) <= 9 + abs(fast - 5) / 2 + abs(slow)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_walk_does_not_stay_where_there_is_no_loss(bad):
+def test_a_walk_does_not_stay_where_there_is_no_loss():
     steps = walk()
     assert next(steps) == (32, 1)
-    assert steps.send(bad) == (128, 1)
-    assert steps.send(bad) == (8, 1)
+    assert steps.send(math.inf) == (128, 1)
+    assert steps.send(math.inf) == (8, 1)
     assert steps.send(1.0) == (2, 1)
 
 
@@ -200,6 +202,22 @@ def test_what_is_not_finite_moves_nothing():
 def test_fixed_start_tokens_stay():
     fixed = problem(Space(HERE.start, HERE.upper, (0,)))
     assert all(trial.candidate.start_tokens == 0 for trial in run(begin=fixed)[0])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("forwards", range(4, 11))
+def test_five_starts_leave_an_evaluation_of_the_best(parts, forwards):
+    five = {str(n): HERE.rounded(np.full(HERE.dimensions, 1 + n / 10), 0) for n in range(5)}
+    asked, _ = run(begin=Problem(HERE, five), price=Price(parts, 2.7), forwards=forwards)
+    spent = np.cumsum([Price(parts, 2.7).of(trial) for trial in dict.fromkeys(asked)])
+    paid = [t for t, sum_ in zip(dict.fromkeys(asked), spent, strict=True) if sum_ <= forwards]
+    assert any(trial.part is None for trial in paid)
+
+
+def test_a_slope_shares_with_its_neighbours():
+    np.testing.assert_allclose(_blurred(np.array([0, 0, 1.0, 0])), [0, 0.1, 0.8, 0.1])
+    np.testing.assert_allclose(_blurred(np.array([1.0, 0, 0])), [0.9, 0.1, 0])
+    np.testing.assert_allclose(_blurred(np.array([2.0])), [2.0])
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=12))

@@ -2,16 +2,18 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from test_evolution import SMALL, bowl, problem
 from test_space import space
 
 from longrope.files import only_process
 from longrope.rope.rescale import Rescale
-from longrope.search.problem import Problem
+from longrope.search.descent import DescentSettings
+from longrope.search.problem import Problem, ramp
 from longrope.search.record import SearchConfig
 from longrope.search.run import search
-from longrope.search.space import Outcome
+from longrope.search.space import Outcome, Price
 
 SPACE = space()
 
@@ -242,3 +244,45 @@ def test_progress_is_reported(tmp_path):
     assert all(p.total == 52 for p in seen)
     assert seen[1].seconds_left is not None
     assert [p.best for p in seen] == sorted((p.best for p in seen), reverse=True)
+
+
+def fast(out, fail_at=None, **more):
+    """A search down the slope, with a family of ramps, five windows and n̂."""
+    losses = Loss(fail_at)
+
+    def loss(rescale, part=None, slope=False):
+        found = losses(rescale, part).loss + 0.01 * (part or 0)
+        factors = SPACE.multipliers(SPACE.nearest(rescale))
+        return Outcome(found, tuple((2 * factors * (factors - 3)).tolist()) if slope else ())
+
+    turns = SPACE.start.original_max_position_embeddings * SPACE.start.inv_freq / (2 * np.pi)
+    family = dataclasses.replace(
+        problem(SPACE), ramp=lambda f, g: SPACE.rounded(8 ** ramp(turns, f, g), 0)
+    )
+    settings = config(algorithm="fast", settings=DescentSettings())
+    result = search(settings, family, loss, out, price=Price(5, 2.66), **more)
+    return result, losses.calls
+
+
+def test_the_ramps_of_a_fast_search_are_its_starts(tmp_path):
+    seen = []
+    result, _ = fast(tmp_path, report=seen.append)
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert list(result.starts)[:3] == ["yarn", "ramp 32-1", "ramp 128-1"]
+    first, whole = history[: 2 * len(result.starts)], history[2 * len(result.starts)]
+    assert [line["part"] for line in first] == [0, 1] * len(result.starts)
+    means = [(a["loss"] + b["loss"]) / 2 for a, b in zip(first[::2], first[1::2], strict=True)]
+    assert list(result.starts.values()) == pytest.approx(means)
+    assert "part" not in whole
+    assert whole["start"] == min(result.starts, key=lambda name: result.starts[name]) != "yarn"
+    # A ramp with one of its two windows known is not set beside the others.
+    assert [len(now.starts) for now in seen[:8]] == [0, 1, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 4, 9, 20, 30, 50])
+def test_an_interrupted_fast_search_ends_as_if_it_was_not(tmp_path, fail_at):
+    _, calls = fast(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fast(tmp_path / "cut", fail_at)
+    assert fast(tmp_path / "cut")[1] == calls - (fail_at - 1)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

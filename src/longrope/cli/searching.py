@@ -81,7 +81,7 @@ def search(
         ),
     ] = None,
     rate: Annotated[
-        float, typer.Option(help="Largest step in ln λ (fast); twice that with one window.")
+        float, typer.Option(help="Largest step in ln λ (fast); three times that with one window.")
     ] = 0.06,
     step_windows: Annotated[
         int, typer.Option(help="Windows a step looks at; processes share them (fast).")
@@ -178,12 +178,16 @@ def search(
         return
     state = "done" if result.computed else "already done"
     console.print(f"{state}: {result.forwards:g} forwards of all windows; loss in nats per token:")
-    compared = " (on the windows that starts are compared on)" if algorithm == "fast" else ""
+    if algorithm == "fast":
+        console.print("  first candidates, on the windows that they are compared on (ramp F-G:")
+        console.print("  what turns more than F times stays, less than G is interpolated in full)")
     for name, loss in result.starts.items():
-        console.print(f"  {name:9} {loss:.4f}{compared}")
-    console.print(f"  best      {result.best_loss:.4f}  (start tokens {result.best.start_tokens})")
+        console.print(f"  {name:12} {loss:.4f}")
+    console.print(
+        f"  best         {result.best_loss:.4f}  (start tokens {result.best.start_tokens})"
+    )
     if result.portable_loss is not None:
-        console.print(f"  portable  {result.portable_loss:.4f}  (start tokens 0)")
+        console.print(f"  portable     {result.portable_loss:.4f}  (start tokens 0)")
     if result.not_finite:
         console.print(f"  {result.not_finite} candidates had no finite loss")
     console.print(f"{out / 'rescale.json'}", soft_wrap=True)

@@ -20,7 +20,7 @@ from longrope.search.space import Candidate, Outcome, Price, Trial, distinct
 
 log = logging.getLogger(__name__)
 
-# Adam's averages forget fast: a search has some forty steps.
+# Adam's averages forget fast: a search has some thirty steps.
 _BETA1, _BETA2 = 0.8, 0.95
 # Slopes smaller than this, in nats per unit of ln λ, move a factor less than the full rate.
 _SMALL = 3e-3
@@ -33,14 +33,17 @@ _SHARED = 0.1
 # What turns more often within the original length stays where it starts: its slopes are large,
 # and of either sign from window to window.
 _TURNS = 16
-# What of the budget the starts and the ramps may take.
+# What of the budget YaRN and the ramps may take; forward equivalents for comparing other starts.
 _BEGINNING = 0.3
+_COMPARED = 2
 # Forward equivalents for the starts, and the best of them on all windows.
 _LEAST = 4
 # The last share of the steps, whose mean is a finalist beside the last point (not of one window).
 _TAIL = 0.3
-# With so few windows starts are compared on all, and start tokens cost what is better for steps.
+# With so few windows ramps are tried on all, and start tokens cost what is better for steps.
 _FEW = 2
+# What sums of prices may be off by.
+_ROUNDING = 1e-9
 # Start tokens tried on the result, where the space has them.
 _START_TOKENS = (4, 8, 16, 32)
 
@@ -51,7 +54,7 @@ class DescentSettings:
 
     Args:
         forwards: the budget in forward equivalents; the steps follow from it.
-        rate: of the largest step in ln λ; twice that with one window.
+        rate: of the largest step in ln λ; three times that with one window.
         step_windows: how many windows a step takes the slope on; processes share them.
 
     Raises:
@@ -77,9 +80,9 @@ class DescentSettings:
 class Descent:
     """Ask for trials, tell their outcomes, until ``done``; as ``Evolution`` does.
 
-    The starts are compared on some windows, or where the problem has ramps, YaRN and these; from
+    On some windows the starts are compared, or where the problem has ramps, YaRN and these. From
     the best, Adam's steps in ln λ (slope on one window after the other, or a few; the rate falls to
-    0 over the second half), each followed by the nearest monotone point (isotonic regression); then
+    0 over the second half), each followed by the nearest monotone point (isotonic regression). Then
     the last point and the mean of the last steps are evaluated on all windows, and n̂ > 0 is tried
     where the space has it. With few windows these cost too much: n̂ is not tried with two, and with
     one the last point alone is evaluated.
@@ -94,7 +97,7 @@ class Descent:
         self.starts = {name: problem.starts[name] for name in names}
         self.generation = 0
         self.done = False
-        self._told: set[Trial] = set()
+        self._told: dict[Trial, None] = {}  # in order: sums must be the same in every process
         self._rng = random.Random(seed)
         self._order: list[int] = []
         turns = space.start.original_max_position_embeddings * space.start.inv_freq / (2 * np.pi)
@@ -114,7 +117,7 @@ class Descent:
     def tell(self, trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> None:
         """Outcomes of the trials asked for; NaN and infinity lose to every number."""
         self.generation += 1
-        self._told.update(trials)
+        self._told |= dict.fromkeys(trials)
         self._next([outcome for _, outcome in zip(trials, outcomes, strict=True)])
 
     def _next(self, outcomes: Sequence[Outcome] | None = None) -> None:
@@ -163,7 +166,7 @@ class Descent:
         one = 1.0 if self._some == (None,) else len(self._some) / self.price.parts
         share = max(_LEAST - 1, _BEGINNING * self.settings.forwards)
         ramps, loss = walk(), None
-        while self.problem.ramp and self._spent + one <= share:
+        while self.problem.ramp and self._spent + one <= share + _ROUNDING:
             try:
                 turns = next(ramps) if loss is None else ramps.send(loss)
             except StopIteration:
@@ -172,11 +175,11 @@ class Descent:
             self.starts["ramp {:g}-{:g}".format(*turns)] = ramp
             losses |= yield from self._compare([ramp], self._some)
             loss = losses[ramp]
-        return min(losses, key=lambda candidate: losses[candidate])
+        return min(losses, key=losses.__getitem__)
 
     def _best(self, candidates: list[Candidate], parts: Sequence[int | None]) -> Any:
         losses = yield from self._compare(candidates, parts)
-        return min(losses, key=lambda candidate: losses[candidate])
+        return min(losses, key=losses.__getitem__)
 
     def _compare(self, candidates: list[Candidate], parts: Sequence[int | None]) -> Any:
         """The sum of each one's losses, in order; infinity where there is none."""
@@ -196,9 +199,12 @@ class Descent:
 
     @property
     def _some(self) -> tuple[int | None, ...]:
-        """The windows that starts are compared on: half of them, of few all."""
-        count = max(_FEW, self.price.parts // 2)
-        return tuple(range(count)) if count < self.price.parts else (None,)
+        """The windows that starts are compared on; with ramps half of them, of few all."""
+        parts = self.price.parts
+        count = max(1, _COMPARED * parts // len(self.starts))
+        if self.problem.ramp:
+            count = max(_FEW, parts // 2)
+        return tuple(range(count)) if count < parts else (None,)
 
     @property
     def _spent(self) -> float:
@@ -211,7 +217,8 @@ class Descent:
         if start_tokens:
             around += (start_tokens + 1) * one + 1
         step = self.price.slope * one * min(self.settings.step_windows, self.price.parts)
-        return max(0, math.floor((self.settings.forwards - self._spent - around) / step))
+        left = self.settings.forwards - self._spent - around
+        return max(0, math.floor(left / step + _ROUNDING))
 
     def _part(self) -> int | None:
         """The next window of a shuffled round; None where there is one."""

@@ -54,14 +54,14 @@ class Evaluations:
         self,
         config: SearchConfig,
         space: Space,
+        starts: dict[str, Candidate],
         loss: Callable[[Rescale, int | None, bool], Outcome],
         out: Path,
         price: Price,
         ranks: Ranks,
         report: Callable[[Progress], None],
     ):
-        self.config, self.space = config, space
-        self.starts: dict[str, Candidate] = {}  # of the algorithm, which may name more as it goes
+        self.config, self.space, self.starts = config, space, starts
         self.loss, self.out, self.ranks, self.report = loss, out, ranks, report
         self.price = price
         self.outcomes: dict[Trial, Outcome] = {}
@@ -213,10 +213,11 @@ class Evaluations:
                 outcome = self.outcomes.get(Trial(candidate, part))
                 if outcome is not None:
                     known.setdefault(name, {})[part] = outcome.loss
-        shared = set.intersection(*map(set, known.values())) if known else set()
-        if not shared or None in shared:
-            return {name: losses[None] for name, losses in known.items() if None in losses}
-        return {n: sum(losses[p] for p in shared) / len(shared) for n, losses in known.items()}
+        # What is compared at present may lack a window that the others have.
+        shared = {part for losses in known.values() for part in losses if part is not None}
+        shared = shared or {None}
+        whole = {name: losses for name, losses in known.items() if shared <= losses.keys()}
+        return {n: sum(losses[p] for p in shared) / len(shared) for n, losses in whole.items()}
 
     def best(self, portable: bool) -> tuple[float, Candidate] | None:
         """The least loss on all windows, and whose it is."""

@@ -29,7 +29,8 @@ class Problem:
 
     ``ramp`` gives λ = s^ramp of two numbers of turns within the original length: what turns more
     often than the first stays as it is, what turns less often than the second is interpolated in
-    full. NTK's factors are its member from the fastest dimension to the slowest, PI's its limit.
+    full. NTK's factors are its member from the fastest dimension to the slowest, PI's its limit;
+    "yarn" is among the starts.
     """
 
     space: Space
@@ -45,19 +46,23 @@ def first_search(
     start_tokens: tuple[int, ...] = START_TOKENS,
     upper: float | None = None,
 ) -> Problem:
-    """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK, YaRN, or ramps."""
+    """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK, YaRN (or ramps)."""
     start = starting_point(facts, target, attention_factor)
     space = Space(start, upper or MARGIN * start.scale, start_tokens)
     known = {name: facts.rescale(name, target) for name in STARTS}
     turns = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
     turns = turns[: space.dimensions]
+
+    def of_turns(fast: float, slow: float) -> Candidate:
+        return space.rounded(start.scale ** ramp(turns, fast, slow), start_tokens[0])
+
     return Problem(
         space,
         {
             name: space.nearest(rescale.replace(start_tokens=start_tokens[0]))
             for name, rescale in known.items()
         },
-        lambda fast, slow: space.rounded(start.scale ** _ramp(turns, fast, slow), start_tokens[0]),
+        of_turns,
     )
 
 
@@ -121,12 +126,12 @@ def step_factors(facts: ModelFacts, finetuned: Rescale, method: str, target: int
         return np.array(step.rescale(method, target).factors)
     scale = target / finetuned.max_position_embeddings
     turns = finetuned.max_position_embeddings * finetuned.inv_freq / (2 * np.pi)
-    ramp = _ramp(turns, 32.0, 4.0 if method == "yarn-log" else 1.0)
-    factors = scale**ramp if method == "yarn-log" else 1 / (ramp / scale + (1 - ramp))
+    by_turns = ramp(turns, 32.0, 4.0 if method == "yarn-log" else 1.0)
+    factors = scale**by_turns if method == "yarn-log" else 1 / (by_turns / scale + (1 - by_turns))
     return np.maximum.accumulate(factors)
 
 
-def _ramp(turns: np.ndarray, fast: float, slow: float) -> np.ndarray:
+def ramp(turns: np.ndarray, fast: float, slow: float) -> np.ndarray:
     """0 for dimensions that turn more than ``fast`` times, 1 below ``slow``; straight in the log.
 
     YaRN's own is straight in the turns' logarithm too, the dimension's number.

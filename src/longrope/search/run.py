@@ -53,13 +53,21 @@ def search(
     """
     ranks = ranks or Ranks()
     with only_process(out) if ranks.first else contextlib.nullcontext():
-        run = Evaluations(config, problem.space, loss, out, price or Price(), ranks, report)
-        return _loop(run, problem, budget, patience, provenance or {})
+        price = price or Price()
+        algorithm = ALGORITHMS[config.algorithm](
+            problem,
+            config.settings,  # pyright: ignore[reportArgumentType]
+            config.seed,
+            price,
+        )
+        # The algorithm names more starts as it goes.
+        run = Evaluations(config, problem.space, algorithm.starts, loss, out, price, ranks, report)
+        return _loop(run, algorithm, budget, patience, provenance or {})
 
 
 def _loop(
     run: Evaluations,
-    problem: Problem,
+    algorithm: Descent | Evolution,
     budget: int | None,
     patience: int | None,
     provenance: dict[str, Any],
@@ -68,13 +76,6 @@ def _loop(
     whole = config.settings.forwards
     # A smaller budget than what is known is no reason to forget any of it.
     run.total = min(max(budget or whole, math.ceil(run.known_forwards())), whole)
-    algorithm = ALGORITHMS[config.algorithm](
-        problem,
-        config.settings,  # pyright: ignore[reportArgumentType]
-        config.seed,
-        run.price,
-    )
-    run.starts = algorithm.starts
     run.report_start()
     since_best = 0
     while not algorithm.done and run.forwards < run.total:

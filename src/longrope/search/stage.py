@@ -289,7 +289,7 @@ class _Reporter:
             )
         if now.replayed and now.forwards < now.total:
             return
-        starts = sorted(now.starts.items(), key=lambda start: start[1])[:_SHOWN]
-        starts = " ".join(f"{name} {loss:.4f}" for name, loss in starts)
+        finite = [(loss, name) for name, loss in now.starts.items() if math.isfinite(loss)]
+        starts = " ".join(f"{name} {loss:.4f}" for loss, name in sorted(finite)[:_SHOWN])
         left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
         self.advance(int(now.forwards), f"best {now.best:.4f} ({starts}){left}")
