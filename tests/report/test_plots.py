@@ -60,6 +60,19 @@ def test_history_shows_the_best_so_far():
     assert list(best.get_ydata()) == [math.exp(4.0), math.exp(4.0), math.exp(3.9)]
 
 
+def test_history_names_its_starts_and_of_ramps_the_best():
+    names = ["yarn", "ramp 32-1", "ramp 8-0.5", "ramp 2-1", "shrunk to 0.75"]
+    history = [
+        {"evaluation": i, "loss": loss, "start": name}
+        for i, (name, loss) in enumerate(zip(names, [4.0, 4.2, 3.8, 4.1, 3.9], strict=True))
+    ]
+    (axes,) = plots.history_figure(history).axes
+    lines = {line.get_label(): line for line in axes.lines if line.get_linestyle() == "--"}
+    assert list(lines) == ["yarn", "ramp 8-0.5", "shrunk to 0.75"]
+    assert lines["ramp 8-0.5"].get_ydata()[0] == math.exp(3.8)
+    assert len({line.get_color() for line in lines.values()}) == 3
+
+
 def test_report_draws_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         report(tmp_path)

@@ -78,7 +78,7 @@ def position_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
 
 
 def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Every loss on all windows, the best so far, and the starts as lines."""
+    """Every loss on all windows, the best so far, and the starts as lines (of ramps the best)."""
     figure, axes = _figure()
     spent = list(itertools.accumulate(line.get("forwards", 1.0) for line in history))
     whole = [
@@ -91,15 +91,17 @@ def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     best = [min(perplexities[: i + 1]) for i in range(len(perplexities))]
     axes.plot(numbers, perplexities, ".", color="#bdc3c7", markersize=3, label="candidates")
     axes.plot(numbers, best, color=_SEARCHED, label="best so far")
-    for line in finite:
-        if line.get("start"):
-            style = _style(line["start"]) | {"linestyle": "--", "linewidth": 1}
-            axes.axhline(math.exp(line["loss"]), **style)
+    starts = {line["start"]: math.exp(line["loss"]) for line in finite if line.get("start")}
+    ramps = sorted((name for name in starts if name.startswith("ramp ")), key=starts.__getitem__)
+    colors = itertools.cycle(_FILE_COLORS[1:])
+    for name, perplexity in starts.items():
+        if name not in ramps[1:]:
+            color = _COLORS.get(name) or next(colors)
+            axes.axhline(perplexity, label=name, color=color, linestyle="--", linewidth=1)
     # Bad candidates and starts lie far above everything of interest.
-    starts = [math.exp(line["loss"]) for line in finite if line.get("start")]
     low = min(best)
     middle = min(sorted(perplexities)[len(perplexities) // 2], 2 * low)
-    top = max(middle, min(starts, default=middle))
+    top = max(middle, min(starts.values(), default=middle))
     axes.set_ylim(low - 0.1 * (top - low + 1e-3), top + 0.4 * (top - low + 1e-3))
     axes.set(xlabel="forwards of all windows", ylabel="perplexity of the search windows")
     axes.set_title("History of the search")
