@@ -29,6 +29,9 @@ def test_facts_of_every_family(checkpoints, micro_models, family):
     assert facts.original_read_from == "max_position_embeddings"
     assert (facts.layers, facts.heads) == (4, 4)
     assert facts.attention_layers == with_keys
+    sliding = {"mistral": 4} | dict.fromkeys(("qwen2", "gemma2", "gemma3", "gemma4", "gpt_oss"), 2)
+    assert facts.sliding_layers == sliding.get(family, 0)
+    assert facts.sliding_window == (24 if family in sliding else None)
     other = {"gpt_neox": 4, "deepseek_v2": 4, "deepseek_v3": 4, "gemma4": 1}
     assert facts.kv_heads == other.get(family, 2)
     assert facts.head_dim == head_dim

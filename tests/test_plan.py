@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,6 +196,20 @@ def test_flops_agree_with_a_counter(micro_models, checkpoints, ids, family):
     linear = 97 / 512 * stage.linear - 2 * 97 * norms
     attention = 2 * stage.attention * (97 / 512) ** 2  # the counter counts both halves
     assert counter.get_total_flops() == pytest.approx(linear + attention, rel=0.02)
+
+
+def test_a_sliding_window_s_layers_cost_what_they_see(checkpoints):
+    facts = inspect_model(str(checkpoints("gemma3")))  # two layers see all, two 24 tokens
+    row, column = np.indices((512, 512))
+    seen = [(column <= row).sum(), ((column <= row) & (column > row - 24)).sum()]
+    work = {"target": "512", "search": {"algorithm": "paper", "budget": 1, "samples": 1}}
+    work["finetune"] = {"enabled": True, "steps": 1, "batch": 1, "gradient_checkpointing": False}
+    work["finetune"] |= {"short_share": 0, "distill": False}
+    made = make_plan(facts, make_recipe(work))
+    flops = 4 * 4 * 32 * 2 * np.array(seen)
+    assert made["search"].attention == pytest.approx(flops.sum(), rel=0.01)
+    # transformers' own attention masks what is hidden.
+    assert made["finetune"].attention == pytest.approx(3 * 2 * flops[0], rel=0.01)
 
 
 def test_training_on_another_gpu_than_the_first_is_refused(facts, tmp_path):

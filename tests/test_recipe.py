@@ -24,7 +24,7 @@ SHAPES = {
         max_position_embeddings=4096,
     ),
     "mistral-7b": lambda: transformers.MistralConfig(
-        vocab_size=32_000,
+        vocab_size=32_768,
         hidden_size=4096,
         intermediate_size=14_336,
         num_hidden_layers=32,
@@ -32,6 +32,7 @@ SHAPES = {
         num_key_value_heads=8,
         max_position_embeddings=32_768,
         sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
     "smollm2": lambda: transformers.LlamaConfig(
         vocab_size=49_152,
@@ -77,7 +78,6 @@ def scaled_down(name: str, model: str, data: str) -> dict:
     """The recipe with its lengths divided so that the original is 64 tokens, and little work."""
     content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     content |= {"model": model, "data": [data], "dtype": "float32", "target": "16x"}
-    content.pop("original_length", None)
     for section in ("search", "second_search", "recovery"):
         small = SMALL if content[section].get("algorithm") == "paper" else {}
         content[section] = {**content[section], **small, "samples": 1, "budget": 5}
@@ -125,7 +125,7 @@ def test_is_priced_at_its_true_shape(name, tmp_path):
     recipe = load_recipe(name, model=str(tmp_path))
     facts = inspect_model(str(tmp_path), original_length=recipe.original_length)
     plan = make_plan(facts, recipe)
-    sizes = {"llama2-7b": 6.74e9, "mistral-7b": 7.24e9, "smollm2": 134.5e6}
+    sizes = {"llama2-7b": 6.74e9, "mistral-7b": 7.25e9, "smollm2": 134.5e6}
     assert facts.parameters == pytest.approx(sizes.get(name, 2.5e6), rel=0.01)
     assert plan["second-search"].length == plan.target == 8 * plan["finetune"].length
     for stage in plan.stages:

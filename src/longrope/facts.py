@@ -19,7 +19,7 @@ from longrope.rope.site import (
     scaled_length,
     unscaled_factors,
 )
-from longrope.shape import active_parameters, attention_shape, explicit_scores, is_tied
+from longrope.shape import active_parameters, attention_shape, explicit_scores, is_tied, sliding
 from longrope.skeleton import RESCALABLE, skeleton, unscaled
 from longrope.source import quiet, read_pretrained, refuse_scaled_gguf, says
 
@@ -35,7 +35,8 @@ class ModelFacts:
     or the model's own where that is kept. ``attention_layers`` have keys, where others go on from
     a state; ``active_parameters`` are those that each token meets, of experts some; ``head_dim`` is
     the mean of a key's and a value's; ``kv_numbers`` are a token's in one layer of each shape,
-    which the long forward holds. ``boundary``: where the long factors of a checkpoint must begin,
+    which the long forward holds. ``sliding_layers`` of the attention layers see ``sliding_window``
+    tokens and no more. ``boundary``: where the long factors of a checkpoint must begin,
     if the model itself counts in that length. ``explicit_scores``: transformers has no fused
     attention for it, and training goes through ours.
     """
@@ -67,6 +68,8 @@ class ModelFacts:
     quantized: bool = False
     boundary: int | None = None
     explicit_scores: bool = False
+    sliding_layers: int = 0
+    sliding_window: int | None = None
 
     @property
     def name(self) -> str:
@@ -120,17 +123,23 @@ class ModelFacts:
             attention_factor=rescale.attention_factor * self.base_attention_factor,
         )
 
-    def forward_flops(self, length: int) -> tuple[float, float]:
+    def forward_flops(self, length: int, *, masked: bool = False) -> tuple[float, float]:
         """Of one forward of a window: in matrix products with weights, and in attention.
 
         Two per weight and token (the embedding table is read, not multiplied, unless it is
         the head too); attention 4 · heads · head_dim per layer and pair of tokens, of which a
-        causal model sees half. States, which layers have in its place, are not counted.
+        causal model sees half, and a sliding window those in its reach. States, which layers have
+        in its place, are not counted.
+
+        Args:
+            masked: what a sliding window hides is computed and masked, as transformers does.
         """
         multiplied = self.active_parameters
         multiplied -= 0 if self.tied else self.vocabulary * self.hidden_size
-        numbers = self.attention_layers * self.heads * self.head_dim
-        return 2.0 * multiplied * length, 4.0 * numbers * length * length / 2
+        seen = min(length, self.sliding_window or length)
+        hidden = 0 if masked else self.sliding_layers * (length - seen) ** 2 / 2
+        pairs = self.attention_layers * length * length / 2 - hidden
+        return 2.0 * multiplied * length, 4.0 * self.heads * self.head_dim * pairs
 
 
 def inspect_model(
@@ -200,6 +209,7 @@ def _facts(
 ) -> ModelFacts:
     text = config.get_text_config()
     shape = attention_shape(text)
+    sliding_layers, sliding_window = sliding(text)
     dtype = getattr(config, "dtype", None) or torch.float32
     return ModelFacts(
         source=source,
@@ -227,6 +237,8 @@ def _facts(
         quantized=getattr(config, "quantization_config", None) is not None,
         boundary=boundary_of(site) if site else None,
         explicit_scores=explicit_scores(site.owner.config if site else model.config),
+        sliding_layers=sliding_layers,
+        sliding_window=sliding_window,
     )
 
 

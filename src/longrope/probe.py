@@ -11,6 +11,7 @@ from longrope.forward import LongForward
 from longrope.parallel import RankLost
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
+from longrope.shape import sliding
 from longrope.source import first_line
 
 _TOKENS = 24
@@ -61,7 +62,7 @@ def why_not(model: Any, base: Rescale) -> str | None:
     allowed = 0.05 if before.dtype.itemsize < 4 else 0.01
     if off > allowed * max(1.0, expected.median().item()):
         return f"the long forward gives other losses than the model itself (by {off:.3g} nats)"
-    window = _sliding_window(config)
+    _, window = sliding(config)
     if window is not None and window not in windows:
         return f"its sliding window of {window:,} tokens is in a mask, not in its attention's call"
     return None
@@ -69,14 +70,6 @@ def why_not(model: Any, base: Rescale) -> str | None:
 
 def _median_off(found: Tensor, expected: Tensor) -> float:
     return (found - expected).abs().median().item()
-
-
-def _sliding_window(config: Any) -> int | None:
-    """The sliding window that some layer of a model has, as far as its config says."""
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    used = getattr(config, "use_sliding_window", True)
-    windowed = used and any("sliding" in kind for kind in kinds)
-    return getattr(config, "sliding_window", None) if windowed else None
 
 
 def _windows_seen(model: Any, ids: Tensor) -> set[int | None]:

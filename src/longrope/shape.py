@@ -55,6 +55,18 @@ def _layers_with_keys(config: Any) -> int:
     return config.num_hidden_layers - len(without) + len(with_both)
 
 
+def sliding(config: Any) -> tuple[int, int | None]:
+    """How many layers of a text model's config see only the last tokens, and how many tokens."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return 0, None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return config.num_hidden_layers, window
+    layers = sum("sliding" in kind for kind in kinds)
+    return layers, window if layers else None
+
+
 def active_parameters(model: nn.Module, config: Any) -> int:
     """The parameters that one token is multiplied with: of experts those that it is sent to."""
     met = text_parameters(model)

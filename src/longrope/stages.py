@@ -90,12 +90,14 @@ class Costs:
         pieces = steps * tuning.batch
         # Forward and twice that backward; with checkpointing the forward once again.
         passes = 4 if tuning.gradient_checkpointing else 3
-        linear, attention = (passes * pieces * flops for flops in self.facts.forward_flops(length))
+        masked = not self.facts.explicit_scores  # by transformers' own attention, not by ours
+        one = self.facts.forward_flops(length, masked=masked)
+        linear, attention = (passes * pieces * flops for flops in one)
         original = self.facts.original_max_position_embeddings or 0
         beside = tuning.short_share * length / original  # windows, of a piece
         windows = short_windows(steps, beside) * tuning.batch
         taught = tuning.distill and windows > 0
-        more = self.facts.forward_flops(original)
+        more = self.facts.forward_flops(original, masked=masked)
         times = (passes + taught) * windows  # the teacher's forward
         together = length + math.ceil(beside) * original  # in one step
         teacher = self.weights if taught else 0
