@@ -157,6 +157,8 @@ def test_the_command_line_goes_before_the_file(tmp_path):
     ("text", "message"),
     [
         ("target: [8x", "not YAML"),
+        ("target: 8x\nseed: 1\ntarget: 4x", "'target' stands twice, again in line 3"),
+        ("target: 8x\nsearch: {samples: 1, samples: 2}", "'samples' stands twice"),
         ("- target", "a recipe is a mapping"),
         ("target: 8x\nfinetune: {stesp: 3}", "no key 'finetune.stesp'"),
         ("target: 8x\nchunk: 0", "chunk is 0"),

@@ -24,7 +24,7 @@ from longrope.evaluate.run import evaluate_run
 from longrope.export.huggingface import export_model
 from longrope.export.intent import Intent
 from longrope.facts import inspect_model
-from longrope.files import only_process
+from longrope.files import only_process, require_directory
 from longrope.model import find_device
 from longrope.parallel import RankLost, Ranks, local_device
 from longrope.plan import make_plan
@@ -92,8 +92,9 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
     """The run of a recipe, planned; nothing of it is read or written yet.
 
     Raises:
-        ValueError: the model cannot be extended, or not to this target.
+        ValueError: the model cannot be extended, or not to this target; nothing can be written.
     """
+    require_directory(out)
     facts = inspect_model(
         recipe.model,
         existing_scaling=recipe.existing_scaling,

@@ -154,10 +154,10 @@ def require_directory(path: Path) -> None:
         ValueError: they cannot.
     """
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    wrong = 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
-    wrong = wrong if there.is_dir() else errno.ENOTDIR
-    if wrong:
-        raise _cannot_write(path, OSError(wrong, os.strerror(wrong)))
+    if not there.is_dir():
+        raise ValueError(f"{path}: {there} is a file; give a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _cannot_write(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ def only_process(directory: Path) -> Iterator[None]:
     """Keep other processes out of a directory; a process that dies lets go of it.
 
     Raises:
-        ValueError: another process is at work there.
+        ValueError: another process is at work there, or files cannot be written.
     """
     if fcntl is None:  # Windows
         yield

@@ -197,19 +197,31 @@ class Recipe(_Section):
         write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, as its specification has it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key.value in [before.value for before in keys[:i]]:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {line}")
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     """A recipe from a YAML file, or from the package by its name (``bundled``).
 
     ``changes`` replace keys of it where they are not None.
 
     Raises:
-        ValueError: no such file, not YAML, an unknown key or a value out of range.
+        ValueError: no such file, not YAML, a key twice, an unknown key or a value out of range.
     """
     path = RECIPES / f"{source}.yaml"
     if not path.exists():
         path = Path(source)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ValueError(
