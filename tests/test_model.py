@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import FAMILIES, FOR_PICTURES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.facts import inspect_model
-from longrope.model import load_model
+from longrope.model import load_model, warn_if_out_of_reach
 from longrope.parallel import Team
+from longrope.probe import reach, why_not
+from longrope.rope.rescale import Rescale
 from longrope.source import BUNDLED
 
 
@@ -221,6 +223,26 @@ def test_a_sliding_window_that_only_a_mask_knows_is_refused(tmp_path):
         shutil.copy(file, tmp_path)
     with pytest.raises(ValueError, match="sliding window of 24 tokens is in a mask"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("family", "near"), [("mistral", True), ("gemma3", False)])
+def test_a_model_that_no_factors_make_see_further_is_told_of(checkpoints, caplog, family, near):
+    loaded = load_model(str(checkpoints(family)))
+    warn_if_out_of_reach(loaded, 24)
+    assert not caplog.text
+    warn_if_out_of_reach(loaded, 512)
+    assert ("layers that see the last 24 tokens" in caplog.text) is near
+
+
+def test_without_positions_in_the_layers_that_see_all_factors_reach_no_further():
+    """Cohere 2's full layers have no RoPE, which no config says."""
+    shape = FAMILIES["cohere"]().to_dict() | {"sliding_window": 24, "layer_types": None}
+    config = transformers.Cohere2Config(**shape | {"sliding_window_pattern": 4})
+    assert config.layer_types.count("full_attention") == 1
+    model = micro_model(config)
+    rescale = Rescale((1.0,) * 8, 5e5, 64, 512)
+    assert why_not(model, rescale) is None
+    assert reach(model, rescale) == 24
 
 
 @pytest.mark.parametrize(("option", "value"), [("device", "cuda:7"), ("dtype", "int8")])

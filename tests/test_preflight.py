@@ -4,10 +4,6 @@ import shutil
 
 import pytest
 
-from longrope.facts import inspect_model
-from longrope.parallel import Ranks
-from longrope.preflight import check_search
-from longrope.recipe import make_recipe
 from whole_run import STAGES, run
 
 
@@ -68,10 +64,3 @@ def test_refusals_are_one_line(finished, arguments, changes, message):
     done = run(*arguments, "--out", out, *changes, code=2)
     (line,) = done.stderr.strip().splitlines()
     assert message in line
-
-
-@pytest.mark.parametrize(("family", "blind"), [("mistral", True), ("gemma3", False)])
-def test_a_model_whose_every_layer_slides_is_told_of(checkpoints, caplog, family, blind):
-    facts = inspect_model(str(checkpoints(family)))
-    check_search(facts, make_recipe({"target": "8x"}), Ranks())
-    assert ("sees the last 24 tokens alone" in caplog.text) is blind

@@ -19,7 +19,13 @@ from longrope.rope.site import (
     scaled_length,
     unscaled_factors,
 )
-from longrope.shape import active_parameters, attention_shape, explicit_scores, is_tied, sliding
+from longrope.shape import (
+    active_parameters,
+    attention_shape,
+    explicit_scores,
+    is_tied,
+    sliding_layers,
+)
 from longrope.skeleton import RESCALABLE, skeleton, unscaled
 from longrope.source import quiet, read_pretrained, refuse_scaled_gguf, says
 
@@ -128,17 +134,17 @@ class ModelFacts:
 
         Two per weight and token (the embedding table is read, not multiplied, unless it is
         the head too); attention 4 · heads · head_dim per layer and pair of tokens, of which a
-        causal model sees half, and a sliding window those in its reach. States, which layers have
-        in its place, are not counted.
+        causal model sees half, and a sliding window those in its reach (its layers are taken for
+        as large as the others). States, which layers have in its place, are not counted.
 
         Args:
-            masked: what a sliding window hides is computed and masked, as transformers does.
+            masked: transformers' own attention, which makes all pairs under a sliding window.
         """
         multiplied = self.active_parameters
         multiplied -= 0 if self.tied else self.vocabulary * self.hidden_size
-        seen = min(length, self.sliding_window or length)
-        hidden = 0 if masked else self.sliding_layers * (length - seen) ** 2 / 2
-        pairs = self.attention_layers * length * length / 2 - hidden
+        pairs = self.attention_layers * length * length / 2
+        hidden = max(0, length - (self.sliding_window or length)) ** 2 / 2
+        pairs += self.sliding_layers * (length * length / 2 if masked and hidden else -hidden)
         return 2.0 * multiplied * length, 4.0 * self.heads * self.head_dim * pairs
 
 
@@ -209,7 +215,7 @@ def _facts(
 ) -> ModelFacts:
     text = config.get_text_config()
     shape = attention_shape(text)
-    sliding_layers, sliding_window = sliding(text)
+    sliding, window = sliding_layers(text)
     dtype = getattr(config, "dtype", None) or torch.float32
     return ModelFacts(
         source=source,
@@ -237,8 +243,8 @@ def _facts(
         quantized=getattr(config, "quantization_config", None) is not None,
         boundary=boundary_of(site) if site else None,
         explicit_scores=explicit_scores(site.owner.config if site else model.config),
-        sliding_layers=sliding_layers,
-        sliding_window=sliding_window,
+        sliding_layers=sliding,
+        sliding_window=window,
     )
 
 

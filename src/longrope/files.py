@@ -153,9 +153,13 @@ def require_directory(path: Path) -> None:
     Raises:
         ValueError: they cannot.
     """
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    try:
+        whole = path.absolute()
+        there = next(p for p in (whole, *whole.parents) if p.exists() or p.is_symlink())
+    except OSError as error:  # too long a name
+        raise _cannot_write(path, error) from None
     if not there.is_dir():
-        raise ValueError(f"{path}: {there} is a file; give a directory")
+        raise ValueError(f"{there} is a file; give a directory")
     if not os.access(there, os.W_OK | os.X_OK):
         raise _cannot_write(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 

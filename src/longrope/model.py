@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ from longrope.facts import Existing, ModelFacts, inspect_model
 from longrope.forward import LongForward
 from longrope.offload import offload as offload_layers
 from longrope.parallel import Team
-from longrope.probe import why_not
+from longrope.probe import reach, why_not
 from longrope.rope.site import find_rotary
 from longrope.skeleton import auto_class, skeleton, unscaled
 from longrope.source import quiet, read_pretrained
 from longrope.waiting import names_folder, say_if_in_memory
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,19 @@ def load_model(
     assert facts.original_max_position_embeddings
     _refuse(facts, why_not(model, facts.rescale("none", facts.original_max_position_embeddings)))
     return LoadedModel(model, tokenizer, facts, offload is not None, team or Team())
+
+
+def warn_if_out_of_reach(loaded: LoadedModel, target: int) -> None:
+    """Say so of a model that no rescale makes more far-sighted: see :func:`reach`."""
+    facts = loaded.facts
+    window = reach(loaded.model, facts.rescale("none", target))
+    if window is not None and window < target:
+        log.warning(
+            "%s: its RoPE turns only in layers that see the last %s tokens; no factors make it see "
+            "further (what may: docs/method.md)",
+            facts.source,
+            f"{window:,}",
+        )
 
 
 def _refuse(facts: ModelFacts, reason: str | None) -> None:

@@ -1,6 +1,5 @@
 """What is refused before an extension, a search or a measurement begins, as it would fail later."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from longrope.cost import available, check_memory
 from longrope.evaluate.retrieval import require_room
 from longrope.evaluate.run import benchmark_options
 from longrope.facts import ModelFacts
-from longrope.model import find_device, find_waiting
+from longrope.model import find_device, find_waiting, warn_if_out_of_reach
 from longrope.parallel import Ranks, local_device
 from longrope.pools import Pools
 from longrope.recipe import Recipe, make_recipe
@@ -19,8 +18,6 @@ from longrope.stages import Costs, Stage
 from longrope.train.finetune import require_lora
 from longrope.windows import parse_extension
 from longrope.workspace import Run
-
-log = logging.getLogger(__name__)
 
 
 def preflight(run: Run) -> None:
@@ -45,10 +42,10 @@ def preflight(run: Run) -> None:
     device = find_device("--device", local_device(recipe.device))
     memory = available(device, run.ranks.size, recipe.hidden_device)
     check_memory([stage for stage in todo if stage.memory], memory)
-    run.original()  # what cannot be extended is refused before all the text is read
-    check_text(run, todo)
+    loaded = run.original()  # what cannot be extended is refused before all the text is read
     if run.ranks.first:
-        _say_if_blind(run.facts, plan.target)
+        warn_if_out_of_reach(loaded, plan.target)
+    check_text(run, todo)
     run.keep_pools()
 
 
@@ -60,11 +57,8 @@ def check_search(facts: ModelFacts, recipe: Recipe, ranks: Ranks) -> None:
     """
     device = _devices(recipe)
     cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
-    target = parse_extension(recipe.target, facts)
-    stage = cost.search("search", target)
+    stage = cost.search("search", parse_extension(recipe.target, facts))
     check_memory([stage], available(device, hidden_device=recipe.hidden_device), options=True)
-    if ranks.first:
-        _say_if_blind(facts, target)
 
 
 def check_measuring(facts: ModelFacts, longest: int, how: dict[str, Any], ranks: Ranks) -> None:
@@ -84,19 +78,6 @@ def check_measuring(facts: ModelFacts, longest: int, how: dict[str, Any], ranks:
     cost = Costs(facts, recipe, device.type == "cpu", ranks.team.size)
     stage = cost.forwards("measuring", "evaluate", longest, 1)
     check_memory([stage], available(device, hidden_device=recipe.hidden_device), options=True)
-
-
-def _say_if_blind(facts: ModelFacts, target: int) -> None:
-    """Of a model that rescaling makes no more far-sighted, as Mistral 7B v0.1: 4,096 tokens."""
-    window = facts.sliding_window
-    if window and window < target and facts.sliding_layers >= facts.attention_layers:
-        log.warning(
-            "%s: every layer has a sliding window and sees the last %s tokens alone, whatever the "
-            "factors; to extend it, set sliding_window to null in the config.json of a copy, and "
-            "give as --original-length what it was trained at",
-            facts.source,
-            f"{window:,}",
-        )
 
 
 def _devices(recipe: Recipe) -> torch.device:

@@ -11,11 +11,11 @@ from longrope.forward import LongForward
 from longrope.parallel import RankLost
 from longrope.rope.install import installed
 from longrope.rope.rescale import Rescale
-from longrope.shape import sliding
+from longrope.shape import sliding_layers
 from longrope.source import first_line
 
 _TOKENS = 24
-_NOTING = "longrope_noting"
+_NOTING, _NEAR = "longrope_noting", "longrope_near"
 
 
 @torch.inference_mode()
@@ -30,9 +30,7 @@ def why_not(model: Any, base: Rescale) -> str | None:
         base: the rescale that is no extension: what the model starts from.
     """
     config = model.config.get_text_config()
-    device = next(model.parameters()).device
-    ids = torch.arange(1, _TOKENS + 1, device=device)[None] % config.vocab_size
-    stretched = base.replace(factors=tuple(3.0 * factor for factor in base.factors))
+    ids, stretched = _ids(model), _stretched(base)
     try:
         with installed(model, base):
             before = model(input_ids=ids, use_cache=False).logits
@@ -62,10 +60,45 @@ def why_not(model: Any, base: Rescale) -> str | None:
     allowed = 0.05 if before.dtype.itemsize < 4 else 0.01
     if off > allowed * max(1.0, expected.median().item()):
         return f"the long forward gives other losses than the model itself (by {off:.3g} nats)"
-    _, window = sliding(config)
+    _, window = sliding_layers(config)
     if window is not None and window not in windows:
         return f"its sliding window of {window:,} tokens is in a mask, not in its attention's call"
     return None
+
+
+@torch.inference_mode()
+def reach(model: Any, base: Rescale) -> int | None:
+    """The tokens beyond which no rescale makes a model see further, or None.
+
+    Some models turn only what has a sliding window: all of Mistral 7B v0.1's layers have one, and
+    Cohere 2's that see all have no positions. Proved with windows of one token, where RoPE does
+    nothing: the factors change no loss then.
+    """
+    _, window = sliding_layers(model.config.get_text_config())
+    if window is None:
+        return None
+
+    def near(*args: Any, sliding_window: int | None = None, **options: Any) -> Any:
+        return attention.chunk_attention(
+            *args, sliding_window=None if sliding_window is None else 1, **options
+        )
+
+    AttentionInterface.register(_NEAR, near)
+    losses = []
+    for rescale in (base, _stretched(base)):
+        with installed(model, rescale):
+            losses.append(LongForward(model, _TOKENS, attention_name=_NEAR).losses(_ids(model)))
+    return window if torch.equal(*losses) else None
+
+
+def _ids(model: Any) -> Tensor:
+    device = next(model.parameters()).device
+    ids = torch.arange(1, _TOKENS + 1, device=device)[None]
+    return ids % model.config.get_text_config().vocab_size
+
+
+def _stretched(base: Rescale) -> Rescale:
+    return base.replace(factors=tuple(3.0 * factor for factor in base.factors))
 
 
 def _median_off(found: Tensor, expected: Tensor) -> float:

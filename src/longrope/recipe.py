@@ -201,11 +201,13 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a key stands once, as its specification has it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for i, key in enumerate(keys):
-            if key.value in [before.value for before in keys[:i]]:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {line}")
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {line}")
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -55,7 +55,7 @@ def _layers_with_keys(config: Any) -> int:
     return config.num_hidden_layers - len(without) + len(with_both)
 
 
-def sliding(config: Any) -> tuple[int, int | None]:
+def sliding_layers(config: Any) -> tuple[int, int | None]:
     """How many layers of a text model's config see only the last tokens, and how many tokens."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):

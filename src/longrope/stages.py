@@ -90,7 +90,7 @@ class Costs:
         pieces = steps * tuning.batch
         # Forward and twice that backward; with checkpointing the forward once again.
         passes = 4 if tuning.gradient_checkpointing else 3
-        masked = not self.facts.explicit_scores  # by transformers' own attention, not by ours
+        masked = not self.facts.explicit_scores  # transformers' own attention, not ours
         one = self.facts.forward_flops(length, masked=masked)
         linear, attention = (passes * pieces * flops for flops in one)
         original = self.facts.original_max_position_embeddings or 0
@@ -249,6 +249,8 @@ class Costs:
         work = tokens * (kept + layer) * half
         if facts.explicit_scores:
             work += facts.heads * min(length, QUERIES) * min(length, KEYS) * 28
+        elif facts.sliding_layers and length > (facts.sliding_window or 0):
+            states += length * length * (1 + half)  # a mask, and what a kernel makes of it
         return int(states + tuning.micro_batch * work + head)
 
 

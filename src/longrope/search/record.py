@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from longrope.files import read_lines, require_directory, write_atomically
+from longrope.files import read_lines, write_atomically
 from longrope.search.descent import DescentSettings
 from longrope.search.evolution import EvolutionSettings
 
@@ -53,10 +53,8 @@ def refuse_another_s(directory: Path) -> None:
     """See that a directory with factors or a history in it is a search's.
 
     Raises:
-        ValueError: an extension's or an import's, whose files would be written over; or nothing
-            can be written there.
+        ValueError: an extension's or an import's, whose files would be written over.
     """
-    require_directory(directory)
     if (directory / "state.json").exists():
         return
     for name in ("history.jsonl", "rescale.json", "recipe.yaml"):

@@ -14,9 +14,10 @@ import longrope
 from longrope.data import check_sources
 from longrope.evaluate.retrieval import Prompt
 from longrope.facts import ModelFacts
+from longrope.files import require_directory
 from longrope.gradient import forwards as slope_forwards
 from longrope.gradient import require_slope
-from longrope.model import LoadedModel
+from longrope.model import LoadedModel, warn_if_out_of_reach
 from longrope.parallel import Ranks
 from longrope.progress import Advance, console, duration, progress
 from longrope.rope.rescale import Rescale
@@ -144,6 +145,7 @@ class SearchOptions:
         parse_extension(self.target, facts)
         require_start_tokens(self.start_tokens or 0, facts)
         check_sources(self.data)
+        require_directory(self.out)
         refuse_another_s(self.out)
 
 
@@ -172,6 +174,8 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
         documents = half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
     windows = search_windows(documents, target, options.how.samples, seed, bos)
+    if ranks.first:
+        warn_if_out_of_reach(loaded, target)
     return search_stage(loaded, problem, windows, options.how, options.out, ranks)
 
 
