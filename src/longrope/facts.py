@@ -129,22 +129,19 @@ class ModelFacts:
             attention_factor=rescale.attention_factor * self.base_attention_factor,
         )
 
-    def forward_flops(self, length: int, *, masked: bool = False) -> tuple[float, float]:
+    def forward_flops(self, length: int) -> tuple[float, float]:
         """Of one forward of a window: in matrix products with weights, and in attention.
 
         Two per weight and token (the embedding table is read, not multiplied, unless it is
         the head too); attention 4 · heads · head_dim per layer and pair of tokens, of which a
         causal model sees half, and a sliding window those in its reach (its layers are taken for
         as large as the others). States, which layers have in its place, are not counted.
-
-        Args:
-            masked: transformers' own attention, which makes all pairs under a sliding window.
         """
         multiplied = self.active_parameters
         multiplied -= 0 if self.tied else self.vocabulary * self.hidden_size
         pairs = self.attention_layers * length * length / 2
         hidden = max(0, length - (self.sliding_window or length)) ** 2 / 2
-        pairs += self.sliding_layers * (length * length / 2 if masked and hidden else -hidden)
+        pairs -= self.sliding_layers * hidden
         return 2.0 * multiplied * length, 4.0 * self.heads * self.head_dim * pairs
 
 

@@ -90,14 +90,12 @@ class Costs:
         pieces = steps * tuning.batch
         # Forward and twice that backward; with checkpointing the forward once again.
         passes = 4 if tuning.gradient_checkpointing else 3
-        masked = not self.facts.explicit_scores  # transformers' own attention, not ours
-        one = self.facts.forward_flops(length, masked=masked)
-        linear, attention = (passes * pieces * flops for flops in one)
+        linear, attention = (passes * pieces * flops for flops in self.facts.forward_flops(length))
         original = self.facts.original_max_position_embeddings or 0
         beside = tuning.short_share * length / original  # windows, of a piece
         windows = short_windows(steps, beside) * tuning.batch
         taught = tuning.distill and windows > 0
-        more = self.facts.forward_flops(original, masked=masked)
+        more = self.facts.forward_flops(original)
         times = (passes + taught) * windows  # the teacher's forward
         together = length + math.ceil(beside) * original  # in one step
         teacher = self.weights if taught else 0
@@ -234,7 +232,7 @@ class Costs:
 
         With checkpointing a hidden state per layer and token, and one layer whole; ``tokens`` are
         a piece's and its short windows'. What is ``taught`` is probabilities beside logits. Where
-        no kernel is fused, 28 bytes a score of a block, measured: it, its weight, and going back.
+        no kernel does it, 28 bytes a score of a block, measured: it, its weight, and going back.
         """
         facts, tuning = self.facts, self.recipe.finetune
         half = 4 if tuning.precision == "float32" else 2
@@ -247,10 +245,8 @@ class Costs:
             kept, layer = facts.layers * 24 * facts.hidden_size, 0
         head = _head(facts, ROWS) * (2.5 if taught else 1)
         work = tokens * (kept + layer) * half
-        if facts.explicit_scores:
+        if facts.explicit_scores or facts.sliding_layers:
             work += facts.heads * min(length, QUERIES) * min(length, KEYS) * 28
-        elif facts.sliding_layers and length > (facts.sliding_window or 0):
-            states += length * length * (1 + half)  # a mask, and what a kernel makes of it
         return int(states + tuning.micro_batch * work + head)
 
 

@@ -16,7 +16,7 @@ from longrope.layers import find_layers
 from longrope.likelihood import token_losses
 from longrope.rope.install import asked_of_original, installed, placed
 from longrope.rope.rescale import Rescale
-from longrope.shape import explicit_scores
+from longrope.shape import explicit_scores, sliding_layers
 
 # Rows of logits in memory at a time; a row is vocabulary × 4 bytes, and its gradient.
 ROWS = 1024
@@ -129,10 +129,14 @@ class _Head:
         return output.last_hidden_state
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
-        """Ours where transformers has none but of all scores at once (GPT-OSS, Gemma 2)."""
+        """Ours where transformers makes all scores at once (GPT-OSS, Gemma 2) or masks a window.
+
+        The mask of a sliding window has a number for every pair of tokens.
+        """
         config: Any = self._decoder.config
+        layers, _ = sliding_layers(config)
         # Dropout is what ours does not do.
-        if not explicit_scores(config) or getattr(config, "attention_dropout", 0):
+        if not (explicit_scores(config) or layers) or getattr(config, "attention_dropout", 0):
             return contextlib.nullcontext()
         return through(config, attention_gradient.NAME)
 
