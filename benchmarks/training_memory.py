@@ -1,10 +1,11 @@
-"""What a training step holds where transformers has no fused attention, through its own and ours.
+"""What a training step holds and takes through transformers' attention, and through ours.
 
-    python benchmarks/training_memory.py                # two minutes
+    python benchmarks/training_memory.py                # four minutes
 
-Two layers of 16 heads of GPT-OSS's kind (sinks) and of Gemma 2's (soft-caps), one piece, with
-checkpoints, float32: the most memory that the process had, above what it had before the step.
-Each measurement is a process of its own.
+Two layers of 16 heads of GPT-OSS's kind (sinks), of Gemma 2's (soft-caps) and of Gemma 3's (one of
+the two has a sliding window), one piece, with checkpoints, float32: the most memory that the
+process had, above what it had before the step. Each measurement is a process of its own; seconds
+are of the step after that.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from typing import Any
 from unittest import mock
 
@@ -31,20 +33,25 @@ KINDS = {
         **SHAPE, **ROPE, num_local_experts=2, num_experts_per_tok=1
     ),
     "gemma2": lambda: transformers.Gemma2Config(**SHAPE, query_pre_attn_scalar=64),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SHAPE, query_pre_attn_scalar=64, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
 
 
-def step(kind: str, tokens: int, ours: bool) -> int:
-    """Bytes at most above those before one step."""
+def step(kind: str, tokens: int, ours: bool) -> dict[str, float]:
+    """Bytes at most above those before one step, and the seconds of another."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(KINDS[kind]()).train()
     model.activation_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 1500, (1, tokens))
-    theirs = mock.patch("longrope.train.loss.explicit_scores", return_value=False)
+    theirs = mock.patch("longrope.train.loss._Head.attention", contextlib.nullcontext)
     before = most()
     with contextlib.nullcontext() if ours else theirs, chunked_loss(model):
         model(input_ids=ids)["loss"].backward()
-    return most() - before
+        held, started = most() - before, time.monotonic()
+        model(input_ids=ids)["loss"].backward()
+    return {"bytes": held, "seconds": round(time.monotonic() - started, 2)}
 
 
 def most() -> int:
@@ -58,7 +65,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.one:
         kind, tokens, whose = asked.one
-        print(step(kind, int(tokens), whose == "ours"))
+        print(json.dumps(step(kind, int(tokens), whose == "ours")))
         return
     rows: list[dict[str, Any]] = []
     for kind in KINDS:
@@ -67,7 +74,7 @@ def main() -> None:
             for whose in ("transformers", "ours"):
                 command = [sys.executable, __file__, "--one", kind, tokens, whose]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                row[whose] = int(done.stdout.split()[-1])
+                row[whose] = json.loads(done.stdout.splitlines()[-1])
             rows.append(row)
             print(json.dumps(row), flush=True)
     print(record.write("training-memory", SHAPE, rows))

@@ -23,8 +23,9 @@ NAME = "longrope_chunked"
 
 # Keys at a time where no kernel fits and the scores are made explicitly.
 _BLOCK = 1024
-# Queries at a time where scores are made explicitly, or under the band of a sliding window.
-QUERIES = 2048
+# Queries at a time where scores are made explicitly, or under the band of a sliding window: there
+# no more than it has keys, since what they see is a band, but not too few for a machine to be busy.
+QUERIES, _FEWEST = 2048, 512
 # Attention arguments that change nothing in a plain causal forward.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "position_embeddings", "is_causal"}
 
@@ -80,6 +81,11 @@ def chunk_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def at_once(window: int | None) -> int:
+    """Queries whose scores are made together."""
+    return QUERIES if window is None else min(QUERIES, max(_FEWEST, window))
+
+
 def refuse_others(attention_mask: Tensor | None, others: dict[str, Any]) -> None:
     """Refuse what the attention of a chunk does not compute.
 
@@ -100,7 +106,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple
         window = None
     if softcap or window:
         past, parts = key.shape[2] - query.shape[2], []
-        for rows in slices(0, query.shape[2], QUERIES):
+        for rows in slices(0, query.shape[2], at_once(window)):
             seen = slice(0, past + rows.stop)
             q, k, v = query[:, :, rows], key[:, :, seen], value[:, :, seen]
             parts.append(blockwise(q, k, v, scaling, softcap, window))
@@ -189,13 +195,13 @@ def _flash(
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
     """Sliding-window attention: only the keys in reach, under a band no larger than they."""
-    chunk, total = query.shape[2], key.shape[2]
-    if chunk > QUERIES:  # the band of a long chunk would be mostly empty
+    chunk, total, most = query.shape[2], key.shape[2], at_once(window)
+    if chunk > most:  # the band of a long chunk would be mostly empty
         parts, past = [], total - chunk
-        for start in range(0, chunk, QUERIES):
-            end = min(start + QUERIES, chunk)
-            seen, queries = slice(0, past + end), query[:, :, start:end]
-            parts.append(_windowed(queries, key[:, :, seen], value[:, :, seen], scaling, window))
+        for rows in slices(0, chunk, most):
+            seen = slice(0, past + rows.stop)
+            near = query[:, :, rows], key[:, :, seen], value[:, :, seen]
+            parts.append(_windowed(*near, scaling, window))
         return torch.cat(parts, dim=2)
     reach = max(0, total - chunk - window + 1)
     rows = torch.arange(total - chunk, total, device=query.device)[:, None]

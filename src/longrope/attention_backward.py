@@ -46,7 +46,7 @@ def slopes(
     kernel = None if softcap or window else _kernel(query, value)
     if kernel is not None and not _sums_roughly(query):
         return _kernel_backward(slope, saved, scaling, kernel)
-    by_query, some = torch.empty_like(query), attention.QUERIES
+    by_query, some = torch.empty_like(query), attention.at_once(window)
     if kernel is not None:  # for which the heads that share keys stand in one row
         some = max(1, attention.QUERIES * key.shape[1] // query.shape[1])
     exact = torch.promote_types(query.dtype, torch.float32)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from longrope.attention import QUERIES
+from longrope.attention import at_once
 from longrope.attention_backward import KEYS
 from longrope.attention_gradient import backward_bytes
 from longrope.facts import ModelFacts
@@ -246,7 +246,8 @@ class Costs:
         head = _head(facts, ROWS) * (2.5 if taught else 1)
         work = tokens * (kept + layer) * half
         if facts.explicit_scores or facts.sliding_layers:
-            work += facts.heads * min(length, QUERIES) * min(length, KEYS) * 28
+            rows = at_once(None if facts.explicit_scores else facts.sliding_window)
+            work += facts.heads * min(length, rows) * min(length, KEYS) * 28
         return int(states + tuning.micro_batch * work + head)
 
 
