@@ -1,6 +1,6 @@
 """What a training step holds and takes through transformers' attention, and through ours.
 
-    python benchmarks/training_memory.py                # four minutes
+    python benchmarks/training_memory.py                # five minutes
 
 Two layers of 16 heads of GPT-OSS's kind (sinks), of Gemma 2's (soft-caps) and of Gemma 3's (one of
 the two has a sliding window), one piece, with checkpoints, float32: the most memory that the
@@ -37,6 +37,7 @@ KINDS = {
         **SHAPE, query_pre_attn_scalar=64, layer_types=["sliding_attention", "full_attention"]
     ),
 }
+LENGTHS = {"gpt_oss": (2048, 4096), "gemma2": (2048, 4096), "gemma3": (4096, 16_384)}
 
 
 def step(kind: str, tokens: int, ours: bool) -> dict[str, float]:
@@ -60,7 +61,6 @@ def most() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", default="2048,4096")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # kind, tokens, whose
     asked = parser.parse_args()
     if asked.one:
@@ -69,10 +69,10 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for kind in KINDS:
-        for tokens in asked.tokens.split(","):
-            row: dict[str, Any] = {"kind": kind, "tokens": int(tokens)}
+        for tokens in LENGTHS[kind]:
+            row: dict[str, Any] = {"kind": kind, "tokens": tokens}
             for whose in ("transformers", "ours"):
-                command = [sys.executable, __file__, "--one", kind, tokens, whose]
+                command = [sys.executable, __file__, "--one", kind, str(tokens), whose]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 row[whose] = json.loads(done.stdout.splitlines()[-1])
             rows.append(row)
