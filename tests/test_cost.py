@@ -208,7 +208,14 @@ def test_training_without_a_fused_attention_counts_a_block_of_scores(checkpoints
     wide = dataclasses.replace(facts, heads=64, layers=24, hidden_size=2880)
     recipe = make_recipe({"target": "32k", "finetune": {"precision": "bf16"}})
     stage = Costs(wide, recipe, on_cpu=False).training("finetune", 10, 32_768)
-    fused = dataclasses.replace(wide, explicit_scores=False, sliding_layers=0)
+    fused = dataclasses.replace(wide, explicit_scores=False, sliding_layers=0, sliding_window=None)
     less = Costs(fused, recipe, on_cpu=False).training("finetune", 10, 32_768)
     assert stage.memory - less.memory == 64 * 2048 * 1024 * 28
     check_memory([stage], Memory(int(8e10)))
+    sliding = dataclasses.replace(
+        fused, sliding_layers=12, sliding_window=24
+    )  # windows of 24 alone: fewer at once
+    windowed = Costs(sliding, recipe, on_cpu=False).training("finetune", 10, 32_768)
+    assert windowed.memory - less.memory == 64 * 512 * 1024 * 28
+    far = dataclasses.replace(sliding, sliding_window=32_768)
+    assert Costs(far, recipe, on_cpu=False).training("finetune", 10, 32_768).memory == less.memory

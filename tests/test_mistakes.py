@@ -204,7 +204,7 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     there = ["--target", "2x", "--out", tmp_path / "file"]
     for line in each_refused(*([verb, *there] for verb in ("compare", "search", "extend"))):
-        assert "file is a file; give a directory" in line
+        assert "file is no directory; give one" in line
     out = ["--out", tmp_path / "out"]
     refused("compare", "--target", "2x", "--methods", "none", *out, "--data", tmp_path / "file")
     assert not list((tmp_path / "out").iterdir())

@@ -6,19 +6,21 @@ chunk at a time as in ``attention.py``, backward over the whole sequence, some h
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from longrope.attention import Options, attend, refuse_others, slices
+from longrope.attention import Options, attend, refuse_others, repeated, slices
 from longrope.attention_backward import sink_slopes, slopes
 from longrope.chunks import Chunks
 
-NAME = "longrope_differentiable"
+NAME, TRAINED = "longrope_differentiable", "longrope_trained"
 # Bytes that heads at work may take going back, for each token of a chunk: fewer, as that is halved,
 # where memory runs out. One head takes what it takes.
 _HEADS = 5e5
@@ -56,7 +58,35 @@ def differentiable_attention(
     return output.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 
+def trained_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What weights are trained through: torch's own attention where it needs no mask, or ours."""
+    if softcap or s_aux is not None or (sliding_window or math.inf) < key.shape[2]:
+        how: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        return differentiable_attention(
+            module, query, key, value, attention_mask, scaling, **how, **others
+        )
+    refuse_others(attention_mask, others)
+    groups = query.shape[1] // key.shape[1]
+    output = F.scaled_dot_product_attention(
+        query, repeated(key, groups), repeated(value, groups), is_causal=True, scale=scaling
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
 AttentionInterface.register(NAME, differentiable_attention)
+AttentionInterface.register(TRAINED, trained_attention)
 # What stands in for attention while it is apart.
 _APART: ContextVar[Callable[..., Tensor] | None] = ContextVar("attention", default=None)
 

@@ -44,7 +44,7 @@ class ModelFacts:
     which the long forward holds. ``sliding_layers`` of the attention layers see ``sliding_window``
     tokens and no more. ``boundary``: where the long factors of a checkpoint must begin,
     if the model itself counts in that length. ``explicit_scores``: transformers has no fused
-    attention for it, and training goes through ours.
+    attention for it, and training goes through ours (as it does under a sliding window).
     """
 
     source: str

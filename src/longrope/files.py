@@ -159,7 +159,7 @@ def require_directory(path: Path) -> None:
     except OSError as error:  # too long a name
         raise _cannot_write(path, error) from None
     if not there.is_dir():
-        raise ValueError(f"{there} is a file; give a directory")
+        raise ValueError(f"{there} is no directory; give one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise _cannot_write(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 

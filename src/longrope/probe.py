@@ -72,7 +72,7 @@ def reach(model: Any, base: Rescale) -> int | None:
 
     Some models turn only what has a sliding window: all of Mistral 7B v0.1's layers have one, and
     Cohere 2's that see all have no positions. Proved with windows of one token, where RoPE does
-    nothing: the factors change no loss then.
+    nothing: the factors change no loss then. (With sinks they would, in the last digits.)
     """
     _, window = sliding_layers(model.config.get_text_config())
     if window is None:

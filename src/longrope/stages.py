@@ -245,10 +245,18 @@ class Costs:
             kept, layer = facts.layers * 24 * facts.hidden_size, 0
         head = _head(facts, ROWS) * (2.5 if taught else 1)
         work = tokens * (kept + layer) * half
-        if facts.explicit_scores or facts.sliding_layers:
-            rows = at_once(None if facts.explicit_scores else facts.sliding_window)
-            work += facts.heads * min(length, rows) * min(length, KEYS) * 28
+        original = facts.original_max_position_embeddings or length
+        short = (tokens - length) // original  # windows, in one batch
+        work += facts.heads * 28 * max(self._scores(length), short * self._scores(original))
         return int(states + tuning.micro_batch * work + head)
+
+    def _scores(self, length: int) -> int:
+        """Of a head, made together where training has no kernel for them."""
+        facts = self.facts
+        window = None if facts.explicit_scores else facts.sliding_window
+        if not facts.explicit_scores and (window is None or window >= length):
+            return 0
+        return min(length, at_once(window)) * min(length, KEYS)
 
 
 def _head(facts: ModelFacts, rows: int) -> int:

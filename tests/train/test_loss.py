@@ -30,7 +30,7 @@ def test_loss_and_gradients_equal_those_of_full_logits(micro_models, ids, family
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with chunked_loss(model, rows=rows):
-        assert (model.config._attn_implementation == attention_gradient.NAME) is (family in OURS)
+        assert (model.config._attn_implementation == attention_gradient.TRAINED) is (family in OURS)
         found = model(input_ids=ids, weights=weights)["loss"]
         found.backward()
     torch.testing.assert_close(found, expected)
@@ -55,7 +55,7 @@ def test_without_a_fused_attention_of_transformers_ours_trains(ids, family):
 
     def ours(rough):
         with chunked_loss(model):
-            assert model.config._attn_implementation == attention_gradient.NAME
+            assert model.config._attn_implementation == attention_gradient.TRAINED
             with rough:
                 loss = model(input_ids=ids)["loss"]
             loss.backward()

@@ -138,7 +138,7 @@ class _Head:
         # Dropout is what ours does not do.
         if not (explicit_scores(config) or layers) or getattr(config, "attention_dropout", 0):
             return contextlib.nullcontext()
-        return through(config, attention_gradient.NAME)
+        return through(config, attention_gradient.TRAINED)
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         given = _Given(self._decoder, self._output(last_hidden_state=hidden))
