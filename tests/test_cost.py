@@ -212,9 +212,8 @@ def test_training_without_a_fused_attention_counts_a_block_of_scores(checkpoints
     less = Costs(fused, recipe, on_cpu=False).training("finetune", 10, 32_768)
     assert stage.memory - less.memory == 64 * 2048 * 1024 * 28
     check_memory([stage], Memory(int(8e10)))
-    sliding = dataclasses.replace(
-        fused, sliding_layers=12, sliding_window=24
-    )  # windows of 24 alone: fewer at once
+    # Under windows of 24 tokens alone fewer are made at once, and none where a window sees all.
+    sliding = dataclasses.replace(fused, sliding_layers=12, sliding_window=24)
     windowed = Costs(sliding, recipe, on_cpu=False).training("finetune", 10, 32_768)
     assert windowed.memory - less.memory == 64 * 512 * 1024 * 28
     far = dataclasses.replace(sliding, sliding_window=32_768)

@@ -12,11 +12,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from longrope.attention import Options, attend, refuse_others, repeated, slices
+from longrope.attention import Options, attend, chunk_attention, refuse_others, slices
 from longrope.attention_backward import sink_slopes, slopes
 from longrope.chunks import Chunks
 
@@ -59,30 +58,13 @@ def differentiable_attention(
 
 
 def trained_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **others: Any,
+    module: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """What weights are trained through: torch's own attention where it needs no mask, or ours."""
-    if softcap or s_aux is not None or (sliding_window or math.inf) < key.shape[2]:
-        how: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
-        return differentiable_attention(
-            module, query, key, value, attention_mask, scaling, **how, **others
-        )
-    refuse_others(attention_mask, others)
-    groups = query.shape[1] // key.shape[1]
-    output = F.scaled_dot_product_attention(
-        query, repeated(key, groups), repeated(value, groups), is_causal=True, scale=scaling
-    )
-    return output.transpose(1, 2).contiguous(), None
+    near = (options.get("sliding_window") or math.inf) < key.shape[2]
+    by_us = near or options.get("softcap") or options.get("s_aux") is not None
+    attention = differentiable_attention if by_us else chunk_attention
+    return attention(module, query, key, *rest, **options)
 
 
 AttentionInterface.register(NAME, differentiable_attention)

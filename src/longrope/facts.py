@@ -19,13 +19,7 @@ from longrope.rope.site import (
     scaled_length,
     unscaled_factors,
 )
-from longrope.shape import (
-    active_parameters,
-    attention_shape,
-    explicit_scores,
-    is_tied,
-    sliding_layers,
-)
+from longrope.shape import active_parameters, attention_shape, explicit_scores, is_tied
 from longrope.skeleton import RESCALABLE, skeleton, unscaled
 from longrope.source import quiet, read_pretrained, refuse_scaled_gguf, says
 
@@ -139,9 +133,8 @@ class ModelFacts:
         """
         multiplied = self.active_parameters
         multiplied -= 0 if self.tied else self.vocabulary * self.hidden_size
-        pairs = self.attention_layers * length * length / 2
-        hidden = max(0, length - (self.sliding_window or length)) ** 2 / 2
-        pairs -= self.sliding_layers * hidden
+        hidden = self.sliding_layers * max(0, length - (self.sliding_window or length)) ** 2
+        pairs = (self.attention_layers * length * length - hidden) / 2
         return 2.0 * multiplied * length, 4.0 * self.heads * self.head_dim * pairs
 
 
@@ -212,7 +205,6 @@ def _facts(
 ) -> ModelFacts:
     text = config.get_text_config()
     shape = attention_shape(text)
-    sliding, window = sliding_layers(text)
     dtype = getattr(config, "dtype", None) or torch.float32
     return ModelFacts(
         source=source,
@@ -240,8 +232,8 @@ def _facts(
         quantized=getattr(config, "quantization_config", None) is not None,
         boundary=boundary_of(site) if site else None,
         explicit_scores=explicit_scores(site.owner.config if site else model.config),
-        sliding_layers=sliding,
-        sliding_window=window,
+        sliding_layers=shape.sliding_layers,
+        sliding_window=shape.sliding_window,
     )
 
 

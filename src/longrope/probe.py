@@ -79,9 +79,7 @@ def reach(model: Any, base: Rescale) -> int | None:
         return None
 
     def near(*args: Any, sliding_window: int | None = None, **options: Any) -> Any:
-        return attention.chunk_attention(
-            *args, sliding_window=None if sliding_window is None else 1, **options
-        )
+        return attention.chunk_attention(*args, sliding_window=sliding_window and 1, **options)
 
     AttentionInterface.register(_NEAR, near)
     losses = []

@@ -13,7 +13,8 @@ class AttentionShape(NamedTuple):
     """Of the layers that see all tokens, where they differ.
 
     ``head_dim`` is the mean of a key's and a value's; ``layers`` are those that have keys;
-    ``kv_numbers`` are a token's in one layer of each of their shapes.
+    ``kv_numbers`` are a token's in one layer of each of their shapes; ``sliding_layers`` see the
+    last ``sliding_window`` tokens alone.
     """
 
     heads: int
@@ -21,6 +22,8 @@ class AttentionShape(NamedTuple):
     head_dim: int
     layers: int
     kv_numbers: int
+    sliding_layers: int
+    sliding_window: int | None
 
 
 def attention_shape(config: Any) -> AttentionShape:
@@ -30,7 +33,7 @@ def attention_shape(config: Any) -> AttentionShape:
     full = _heads(each["full_attention"] if "full_attention" in kinds else config)  # type: ignore[index]
     shapes = {_heads(each[kind])[1:] for kind in kinds} or {full[1:]}  # type: ignore[index]
     held = sum(2 * kv_heads * head_dim for kv_heads, head_dim in shapes)
-    return AttentionShape(*full, _layers_with_keys(config), held)
+    return AttentionShape(*full, _layers_with_keys(config), held, *sliding_layers(config))
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
