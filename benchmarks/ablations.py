@@ -20,19 +20,19 @@ from typing import Any
 
 import record
 
+from longrope.distributed import Ranks
+from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.compare import run_comparison
 from longrope.evaluate.options import CompareOptions
-from longrope.evaluate.unfinished import Unfinished
-from longrope.extend import extend
-from longrope.model import load_model
-from longrope.parallel import Ranks
-from longrope.recipe import make_recipe
-from longrope.search.evolution import EvolutionSettings
-from longrope.search.stage import SearchOptions, SearchSettings, search_factors
+from longrope.models.load import load_model
+from longrope.pipeline.extend import extend
+from longrope.pipeline.recipe import make_recipe
+from longrope.search.run import SearchOptions, search_factors
+from longrope.search.settings import EvolutionSettings, SearchSettings
 
 RECIPE: dict[str, Any] = {
     "target": "16x",
-    "search": {"algorithm": "paper", "budget": 64},
+    "search": {"algorithm": "evolution", "budget": 64},
     "finetune": {
         "precision": "float32",
         "steps": 80,
@@ -46,9 +46,9 @@ RECIPE: dict[str, Any] = {
         "short_share": 1,
         "gradient_checkpointing": False,
     },
-    "second_search": {"algorithm": "paper", "budget": 32, "samples": 2, "passkeys": 4}
+    "second_search": {"algorithm": "evolution", "budget": 32, "samples": 2, "passkeys": 4}
     | {"population": 12, "mutations": 4, "crossovers": 4, "parents": 8},
-    "recovery": {"algorithm": "paper", "budget": 32, "samples": 8, "population": 16}
+    "recovery": {"algorithm": "evolution", "budget": 32, "samples": 8, "population": 16}
     | {"mutations": 4, "crossovers": 4},
     "evaluate": {
         "methods": ["none"],
@@ -153,7 +153,9 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
     for seed in seeds:
         directory = args.out / f"untrained-{target}-{seed}"
         settings = EvolutionSettings(population=16, mutations=8, crossovers=8, parents=8)
-        how = SearchSettings(samples=1, algorithm="paper", budget=24, seed=seed, settings=settings)
+        how = SearchSettings(
+            samples=1, algorithm="evolution", budget=24, seed=seed, settings=settings
+        )
         asked = SearchOptions(target, directory, pack=args.pack, start_tokens=0, how=how)
         result = search_factors(loaded, asked, Ranks())
         losses.append(result.best_loss)
@@ -162,7 +164,9 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
     options = CompareOptions(
         ("yarn", *files), (target,), target, pack=args.pack, tokens_per_document=args.held_out
     )
-    rows = run_comparison(loaded, options, exclude_searched=False, unfinished=Unfinished()).rows()
+    rows = run_comparison(
+        loaded, options, exclude_searched=False, unfinished=MeasurementCache()
+    ).rows()
     held_out = [r["perplexity"] for r in rows]
     return {
         "target": target,

@@ -36,19 +36,19 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from longrope import load_model
-from longrope.export.huggingface import export_model
-from longrope.export.intent import Intent
-from longrope.generate import stream
-from longrope.gradient import gradient
-from longrope.model import LoadedModel
-from longrope.rope.install import installed
-from longrope.rope.switch import Pair
-from longrope.skeleton import auto_class
-from longrope.source import BUNDLED
+from longrope.checkpoints.hf import export_model
+from longrope.checkpoints.manifest import Manifest
+from longrope.compat import auto_class
+from longrope.inference.generate import stream
+from longrope.layerwise.backward import gradient
+from longrope.models.bundled import BUNDLED
+from longrope.models.load import LoadedModel
+from longrope.rope.apply import rescaled
+from longrope.rope.pair import RescalePair
 from longrope.train.loss import chunked_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_gradient import by_autograd
+from layerwise.test_backward import by_autograd
 
 KINDS = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 ORIGINAL, TARGET = 64, 512
@@ -164,18 +164,18 @@ def plain(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-def forward(loaded: LoadedModel, pair: Pair, ids: torch.Tensor) -> float:
-    with installed(loaded.model, pair.long):
+def forward(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
+    with rescaled(loaded.model, pair.long):
         ours = loaded.forward(chunk=70).losses(ids)
         logits = plain(loaded.model, ids)[:, :-1]
     exact = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return (ours - exact).abs().max().item()
 
 
-def slope(loaded: LoadedModel, pair: Pair, ids: torch.Tensor) -> float:
+def slope(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
     model, row = loaded.model, ids[:, :150]
     before = model.config._attn_implementation
-    with installed(model, pair.long, always=True):
+    with rescaled(model, pair.long, always=True):
         found = gradient(loaded.forward(chunk=40), row).by_factor
         model.config._attn_implementation = "dense64"
         try:
@@ -198,39 +198,39 @@ def in_float64(model: Any) -> Iterator[None]:
         model.float()
 
 
-def trained(loaded: LoadedModel, pair: Pair, ids: torch.Tensor) -> bool:
+def trained(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> bool:
     model = loaded.model
-    with installed(model, pair.long), chunked_loss(model, pair.short):
+    with rescaled(model, pair.long), chunked_loss(model, pair.short):
         model(input_ids=ids, short_ids=ids[:, None, :ORIGINAL])["loss"].backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return bool(grads) and all(bool(grad.isfinite().all()) for grad in grads)
 
 
-def exported(loaded: LoadedModel, pair: Pair, ids: torch.Tensor) -> float:
+def exported(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
     with tempfile.TemporaryDirectory() as directory:
-        export_model(loaded, Intent("hf", "micro", pair), Path(directory) / "model")
+        export_model(loaded, Manifest("hf", "micro", pair), Path(directory) / "model")
         theirs = auto_class(loaded.model.config).from_pretrained(Path(directory) / "model").eval()
     off = 0.0
     for tokens in (ORIGINAL, 200):
-        with installed(loaded.model, pair.choose(tokens)):
+        with rescaled(loaded.model, pair.choose(tokens)):
             ours = plain(loaded.model, ids[:, :tokens])
         off = max(off, (plain(theirs, ids[:, :tokens]) - ours).abs().max().item())
     return off
 
 
-def generated(loaded: LoadedModel, pair: Pair, ids: torch.Tensor) -> bool:
+def generated(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> bool:
     row = ids[0, : ORIGINAL - 8].tolist()
     found = list(stream(loaded, pair.choose, row, max_new_tokens=20, chunk=30))
     for token in found:
-        with installed(loaded.model, pair.choose(len(row)), always=True):
+        with rescaled(loaded.model, pair.choose(len(row)), always=True):
             if int(plain(loaded.model, torch.tensor([row]))[0, -1].argmax()) != token:
                 return False
         row.append(token)
     return True
 
 
-Trial = Callable[[LoadedModel, Pair, torch.Tensor], Any]
+Trial = Callable[[LoadedModel, RescalePair, torch.Tensor], Any]
 IN_FLOAT64: dict[str, Trial] = {"forward": forward, "slope": slope}
 IN_FLOAT32: dict[str, Trial] = {"trained": trained, "exported": exported, "generated": generated}
 
@@ -250,10 +250,10 @@ def tried(kind: str) -> dict[str, Any]:
             return row | {"made": True, "reason": reason or str(error).replace(directory, kind)}
         except Exception as error:
             return row | {"made": True, "crashed": f"{type(error).__name__}: {error}"[:300]}
-        facts = loaded.facts
-        pair = Pair(
-            facts.rescale("ntk", ORIGINAL).replace(attention_factor=1.2),
-            facts.rescale("yarn", TARGET).replace(attention_factor=1.2),
+        info = loaded.info
+        pair = RescalePair(
+            info.rescale("ntk", ORIGINAL).replace(attention_factor=1.2),
+            info.rescale("yarn", TARGET).replace(attention_factor=1.2),
         )
         ids = torch.randint(3, 1500, (1, 200), generator=torch.Generator().manual_seed(0))
         with in_float64(loaded.model):

@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from longrope.models.bundled import BUNDLED
 from longrope.rope.rescale import Rescale
-from longrope.source import BUNDLED
 
 
 def cases(folder: Path) -> list[tuple[str, str]]:
@@ -58,7 +58,7 @@ def cases(folder: Path) -> list[tuple[str, str]]:
             "--samples",
             "1",
             "--algorithm",
-            "paper",
+            "evolution",
             "--budget",
             "2",
             "--out",
@@ -68,7 +68,7 @@ def cases(folder: Path) -> list[tuple[str, str]]:
     shutil.copytree(done, folder / "corrupt")
     (folder / "corrupt/state.json").write_text("{")
     search, evaluate = "search --target 2x --out out", "evaluate --lengths 512"
-    again = "search --target 2x --samples 1 --algorithm paper --budget 3 --out done"
+    again = "search --target 2x --samples 1 --algorithm evolution --budget 3 --out done"
     return [
         ("no RoPE", "search gpt2 --target 2x --out out"),
         ("no such model", "search ./nowhere --target 2x --out out"),

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import record
 
-from longrope.export.intent import FORMATS
-from longrope.export.run import ExportOptions, export
-from longrope.facts import inspect_model
-from longrope.generate import is_run
+from longrope.checkpoints.export import ExportOptions, export
+from longrope.checkpoints.manifest import FORMATS
+from longrope.checkpoints.run_layout import is_run
+from longrope.engines.check import Reference, Verdict, advice, verify
+from longrope.models.info import inspect_model
 from longrope.rope.rescale import default_attention_factor
-from longrope.verify.check import Reference, Verdict, advice, verify
 
 
 def main() -> None:
@@ -68,11 +68,11 @@ def main() -> None:
 def options(model: str, boundary: int, target: int, out: Path, form: str) -> ExportOptions:
     if is_run(Path(model)):
         return ExportOptions(model, out, form)  # type: ignore[arg-type]
-    facts = inspect_model(model)
-    assert facts.original_max_position_embeddings
-    factor = default_attention_factor(facts.original_max_position_embeddings, target)
+    info = inspect_model(model)
+    assert info.original_max_position_embeddings
+    factor = default_attention_factor(info.original_max_position_embeddings, target)
     for name, length in (("short", boundary), ("long", target)):
-        rescale = facts.rescale("yarn", length).replace(attention_factor=factor)
+        rescale = info.rescale("yarn", length).replace(attention_factor=factor)
         rescale.save(out.parent / f"{name}.json")
     named = {name: str(out.parent / f"{file}.json") for name, file in FILES.items()}
     return ExportOptions(model, out, form, **named)  # type: ignore[arg-type]

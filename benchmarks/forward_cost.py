@@ -28,15 +28,15 @@ def measure(args: argparse.Namespace) -> None:
     """In a child: one forward after a warm-up, its seconds and the peak it added."""
     import torch
 
-    from longrope.forward import LongForward
-    from longrope.model import load_model
-    from longrope.rope.install import installed
+    from longrope.layerwise.forward import LongForward
+    from longrope.models.load import load_model
+    from longrope.rope.apply import rescaled
 
     torch.manual_seed(0)
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
-    model, facts = loaded.model, loaded.facts
+    model, info = loaded.model, loaded.info
     tokens = int(args.tokens)
-    ids = torch.randint(10, facts.vocabulary, (1, tokens + 1))
+    ids = torch.randint(10, info.vocabulary, (1, tokens + 1))
     forward = LongForward(model, args.chunk)
     cuda = forward.device.type == "cuda"
 
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace) -> None:
         return forward.losses(ids).double().mean().item()
 
     run = {"long": long, "plain": plain}[args.kind]
-    with installed(model, facts.rescale("yarn", tokens)):
+    with rescaled(model, info.rescale("yarn", tokens)):
         if tokens <= 4096 or cuda:
             run()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,7 +20,7 @@ import transformers
 from long_forward import SHAPES, wait
 from torch.profiler import ProfilerActivity, profile
 
-from longrope.forward import LongForward
+from longrope.layerwise.forward import LongForward
 
 PARTS = {  # the first whose word is in an operator's name
     "attention": ("scaled_dot_product", "flash", "fmha"),

@@ -16,9 +16,10 @@ import record
 import xllamacpp
 from transformers import AutoTokenizer
 
-from longrope.export.gguf import LONG, SHORT
-from longrope.export.gguf_file import read_metadata, read_tensors, require_gguf, write_file
-from longrope.source import quiet, read_pretrained
+from longrope.checkpoints.gguf import LONG, SHORT
+from longrope.checkpoints.gguf_io import read_metadata, read_tensors, require_gguf, write_file
+from longrope.models.sources import read_pretrained
+from longrope.progress import quiet
 
 # Sentence up to the answer, and the answer.
 FACTS = {

@@ -32,11 +32,11 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from longrope.facts import ModelFacts, inspect_model
-from longrope.forward import LongForward
-from longrope.offload import offload
-from longrope.recipe import make_recipe
-from longrope.stages import Costs
+from longrope.layerwise.forward import LongForward
+from longrope.layerwise.offload import offload
+from longrope.models.info import ModelInfo, inspect_model
+from longrope.pipeline.costs import Costs
+from longrope.pipeline.recipe import make_recipe
 
 SHAPES = {
     "bundled": {
@@ -176,13 +176,13 @@ def measure(args: argparse.Namespace) -> dict:
 
 def predicted(args: argparse.Namespace, config: transformers.LlamaConfig) -> int:
     """Peak memory as ``longrope extend --dry-run`` has it."""
-    facts = facts_of(config, args.dtype)
+    info = facts_of(config, args.dtype)
     asked = {"target": f"{args.tokens}", "offload": args.offload, "chunk": args.chunk or None}
-    costs = Costs(facts, make_recipe(asked), args.device == "cpu")
+    costs = Costs(info, make_recipe(asked), args.device == "cpu")
     return costs.forwards("", "", int(args.tokens), 1).memory
 
 
-def facts_of(config: transformers.LlamaConfig, dtype: str) -> ModelFacts:
+def facts_of(config: transformers.LlamaConfig, dtype: str) -> ModelInfo:
     """Of a model that is on no disk."""
     with tempfile.TemporaryDirectory() as folder:
         config.architectures, config.dtype = ["LlamaForCausalLM"], dtype

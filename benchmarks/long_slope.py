@@ -3,7 +3,7 @@
     python benchmarks/long_slope.py --shape smollm2 --layers 4 --tokens 4096,8192,16384
     python benchmarks/long_slope.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1
     python benchmarks/long_slope.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1 \\
-        --hidden-device /a/folder                                   # what is kept goes to files
+        --offload-activations /a/folder                                   # what is kept goes to files
     python benchmarks/long_slope.py --shape llama2-7b --layers 4 --tokens 131072      # a GPU
 
 *Priced* is what a search counts for it, in forwards by FLOPs; *predicted* the dry run's peak memory
@@ -26,13 +26,14 @@ import record
 import torch
 import transformers
 
-from longrope.forward import LongForward
-from longrope.gradient import forwards, gradient
-from longrope.model import find_waiting
-from longrope.offload import offload
-from longrope.recipe import make_recipe
-from longrope.rope.install import installed
-from longrope.stages import Costs
+from longrope.layerwise.backward import gradient
+from longrope.layerwise.forward import LongForward
+from longrope.layerwise.offload import offload
+from longrope.models.devices import find_offload_target
+from longrope.pipeline.costs import Costs
+from longrope.pipeline.recipe import make_recipe
+from longrope.rope.apply import rescaled
+from longrope.search.cost import forwards
 
 
 class Peak:
@@ -82,15 +83,23 @@ def measure(args: argparse.Namespace) -> dict:
         torch.set_default_dtype(torch.float32)
     if args.offload:
         offload(model, device)
-    where = find_waiting("--hidden-device", args.hidden_device) if args.hidden_device else None
+    where = (
+        find_offload_target("--offload-activations", args.offload_activations)
+        if args.offload_activations
+        else None
+    )
     forward = LongForward(model, args.chunk or None, where, offloaded=args.offload is not None)
-    facts = long_forward.facts_of(config, args.dtype)
+    info = long_forward.facts_of(config, args.dtype)
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
-    there = {"hidden_device": args.hidden_device, "offload": args.offload, "chunk": forward.chunk}
+    there = {
+        "offload_activations": args.offload_activations,
+        "offload": args.offload,
+        "chunk": forward.chunk,
+    }
     recipe = make_recipe({"target": f"{tokens}", "search": {"samples": 1}} | there)
-    stage = Costs(facts, recipe, device.type == "cpu").search("search", tokens)
+    stage = Costs(info, recipe, device.type == "cpu").search("search", tokens)
     times = []
-    with installed(model, facts.rescale("yarn", tokens), always=True):
+    with rescaled(model, info.rescale("yarn", tokens), always=True):
         gradient(forward, ids[:, : min(tokens, 2 * forward.chunk) + 1])  # kernels are found
         for _ in range(args.runs):
             long_forward.wait(device)
@@ -109,7 +118,7 @@ def measure(args: argparse.Namespace) -> dict:
         "forward_seconds": seconds[0],
         "slope_seconds": seconds[1],
         "forwards": statistics.median(b / a for a, b in times),
-        "priced": forwards(facts, tokens, forward.chunk),
+        "priced": forwards(info, tokens, forward.chunk),
         "peak_bytes": peak.bytes,
         "predicted_bytes": stage.memory,
         "waiting_bytes": stage.host + stage.disk,
@@ -120,7 +129,7 @@ def child(args: argparse.Namespace, tokens: int) -> dict:
     command = [sys.executable, __file__, "--child", "--tokens", str(tokens)]
     for name in ("shape", "dtype", "device", "chunk", "runs", "layers"):
         command += [f"--{name}", str(getattr(args, name))]
-    for name in ("offload", "hidden_device"):
+    for name in ("offload", "offload_activations"):
         given = getattr(args, name)
         command += [f"--{name.replace('_', '-')}", given] if given else []
     # glibc must give back what is freed, or the peak is that of its heap.
@@ -143,7 +152,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=0, help="0: as fits the device.")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--offload", choices=["weights"], help="Two layers on the device.")
-    parser.add_argument("--hidden-device", help="cpu, or a folder.")
+    parser.add_argument("--offload-activations", help="cpu, or a folder.")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -161,7 +170,7 @@ def main() -> None:
             f"| {row['predicted_bytes'] / 1e9:.2f} GB | {row['waiting_bytes'] / 1e9:.2f} GB |"
         )
     kind = (f"-{args.layers}-layers" if args.layers else "") + ("-offload" if args.offload else "")
-    kind += "-elsewhere" if args.hidden_device else ""
+    kind += "-elsewhere" if args.offload_activations else ""
     print(record.write(f"long-slope-{args.shape}{kind}", vars(args), rows))
 
 

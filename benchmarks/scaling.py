@@ -22,23 +22,23 @@ import record
 import torch
 import transformers
 
-from longrope.facts import inspect_model
-from longrope.gradient import gradient
-from longrope.model import load_model
-from longrope.parallel import Ranks, ranks
-from longrope.plan import make_plan
-from longrope.recipe import load_recipe, make_recipe
-from longrope.rope.install import installed
-from longrope.search.evolution import EvolutionSettings
+from longrope.data.windows import bos_token, load_documents, search_windows
+from longrope.distributed import Ranks, ranks
+from longrope.layerwise.backward import gradient
+from longrope.models.info import inspect_model
+from longrope.models.load import load_model
+from longrope.pipeline.plan import make_plan
+from longrope.pipeline.recipe import load_recipe, make_recipe
+from longrope.rope.apply import rescaled
 from longrope.search.problem import first_search
-from longrope.search.stage import SearchSettings, search_stage
-from longrope.windows import bos_token, load_documents, search_windows
+from longrope.search.run import search_stage
+from longrope.search.settings import EvolutionSettings, SearchSettings
 
 NAMES = {"7B": "llama2-7b", "70B": "llama2-70b"}
 PAPER = EvolutionSettings(population=8, mutations=4, crossovers=4, iterations=1, parents=4)
 SEARCHES = {
-    "paper": SearchSettings(algorithm="paper", samples=2, settings=PAPER),
-    "fast": SearchSettings(samples=4, budget=27),
+    "evolution": SearchSettings(algorithm="evolution", samples=2, settings=PAPER),
+    "gradient": SearchSettings(samples=4, budget=27),
     "fast, 4 windows a step": SearchSettings(samples=4, budget=27, step_windows=4),
 }
 
@@ -58,7 +58,7 @@ def _search(how: SearchSettings, these: Ranks, out: Path) -> float:
     loaded = load_model("bundled", dtype="float32", device="cpu")
     documents = load_documents(loaded.tokenizer, (), field="text", held_out=False)
     windows = search_windows(documents, 2048, how.samples, 0, bos_token(loaded.tokenizer))
-    problem = first_search(loaded.facts, 2048)
+    problem = first_search(loaded.info, 2048)
     these.gather(0.0)
     started = time.perf_counter()
     search_stage(loaded, problem, windows, how, out, these)
@@ -72,7 +72,7 @@ def shared(args: argparse.Namespace) -> None:
         loaded = load_model("bundled", dtype="float32", device="cpu", team=these.team)
         ids = torch.randint(3, 1536, (1, 16_385), generator=torch.Generator().manual_seed(0))
         forward, found = loaded.forward(1024), {}
-        with installed(loaded.model, loaded.facts.rescale("yarn", 16_384), always=True):
+        with rescaled(loaded.model, loaded.info.rescale("yarn", 16_384), always=True):
             work = {"one sequence of 16,384": forward.losses}
             work["its slope"] = partial(gradient, forward)
             for name, compute in work.items():
@@ -122,9 +122,9 @@ def stages(args: argparse.Namespace) -> None:
                 architectures=["LlamaForCausalLM"],
             )
             config.save_pretrained(folder)
-            facts = inspect_model(folder)
+            info = inspect_model(folder)
             for target in ("128k", "256k", "512k", "1024k", "2048k"):
-                rows += _stages(facts, shape, target, folder, args)
+                rows += _stages(info, shape, target, folder, args)
     print("| model | target | stage | length | FLOPs | hours | GB | GB, offloaded | GB that wait |")
     print("|---" * 9 + "|")
     for row in rows:
@@ -137,17 +137,17 @@ def stages(args: argparse.Namespace) -> None:
     print(record.write("scaling-stages", config, rows))
 
 
-def _stages(facts, shape: str, target: str, folder: str, args: argparse.Namespace) -> list[dict]:
+def _stages(info, shape: str, target: str, folder: str, args: argparse.Namespace) -> list[dict]:
     paper = load_recipe("llama2-7b").model_dump(mode="json")
-    changes: dict = {"model": folder, "target": target, "hidden_device": None}
+    changes: dict = {"model": folder, "target": target, "offload_activations": None}
     if target != "2048k":  # trained at an eighth, which for the others is 128k at most
         changes["finetune"] = paper["finetune"] | {"through": None}
-    if args.algorithm == "fast":
-        fast = {"algorithm": "fast", "budget": 27}
+    if args.algorithm == "gradient":
+        fast = {"algorithm": "gradient", "budget": 27}
         changes |= {name: fast for name in ("search", "second_search", "recovery")}
-    plan = make_plan(facts, make_recipe(paper | changes))
-    moved = changes | {"hidden_device": "cpu", "offload": "weights"}
-    less = make_plan(facts, make_recipe(paper | moved))
+    plan = make_plan(info, make_recipe(paper | changes))
+    moved = changes | {"offload_activations": "cpu", "offload": "weights"}
+    less = make_plan(info, make_recipe(paper | moved))
     rows = []
     for stage in plan.stages:
         if stage.linear + stage.attention == 0:
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("what", choices=["processes", "stages", "child", "shared"])
     parser.add_argument("--linear", type=float, default=5e14, help="FLOPs a second of products.")
     parser.add_argument("--attention", type=float, default=3.5e14, help="And of attention.")
-    parser.add_argument("--algorithm", choices=["paper", "fast"], default="fast")
+    parser.add_argument("--algorithm", choices=["evolution", "gradient"], default="gradient")
     args = parser.parse_args()
     {"processes": processes, "stages": stages, "child": child, "shared": shared}[args.what](args)
 

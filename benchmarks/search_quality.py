@@ -22,24 +22,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 import record
 
-from longrope.data import check_sources
-from longrope.files import read_lines, write_atomically
-from longrope.forward import LongForward
-from longrope.model import LoadedModel, load_model
-from longrope.parallel import Ranks, local_device, ranks
-from longrope.rope.install import installed
-from longrope.rope.rescale import Rescale
-from longrope.search.problem import first_search
-from longrope.search.stage import SearchSettings, search_stage
-from longrope.windows import (
+from longrope.data.documents import check_sources
+from longrope.data.windows import (
     Windows,
     bos_token,
     load_documents,
-    parse_extension,
     search_windows,
     unseen,
     with_bos,
 )
+from longrope.distributed import Ranks, local_device, ranks
+from longrope.files import read_lines, write_atomically
+from longrope.layerwise.forward import LongForward
+from longrope.models.load import LoadedModel, load_model
+from longrope.models.target import parse_extension
+from longrope.rope.apply import rescaled
+from longrope.rope.rescale import Rescale
+from longrope.search.problem import first_search
+from longrope.search.run import search_stage
+from longrope.search.settings import SearchSettings
 
 PAPER, FAST = "#7f8c8d", "#c0392b"
 
@@ -65,7 +66,7 @@ def main() -> None:
         config, rows = searched(args, these)
     if these.first:
         print(record.write(args.name, config, rows))
-        if any(row["algorithm"] == "paper" for row in rows):  # what the others are set against
+        if any(row["algorithm"] == "evolution" for row in rows):  # what the others are set against
             table(rows)
             draw(rows, args.out / "search-quality.png")
 
@@ -73,14 +74,16 @@ def main() -> None:
 def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[str, Any]]]:
     """What was asked, and a row for every search; the first process alone measures held out."""
     loaded = load_model(args.model, device=local_device(None), dtype=args.dtype)
-    length, bos = parse_extension(args.target, loaded.facts), bos_token(loaded.tokenizer)
+    length, bos = parse_extension(args.target, loaded.info), bos_token(loaded.tokenizer)
     documents = load_documents(loaded.tokenizer, args.data, held_out=False)
     windows = search_windows(documents, length, args.samples, 0, bos)
     held_out = unseen_windows(loaded, args.data, documents, windows, length, args.held_out)
-    problem, rows = first_search(loaded.facts, length), []
-    runs = [("paper", args.paper_budget)] + [("fast", int(b)) for b in args.budgets.split(",")]
+    problem, rows = first_search(loaded.info, length), []
+    runs = [("evolution", args.paper_budget)] + [
+        ("gradient", int(b)) for b in args.budgets.split(",")
+    ]
     for seed, (algorithm, budget) in itertools.product(args.seeds.split(","), runs):
-        if algorithm == "paper" and seed not in (args.paper_seeds or args.seeds).split(","):
+        if algorithm == "evolution" and seed not in (args.paper_seeds or args.seeds).split(","):
             continue
         directory = args.out / f"{algorithm}-{budget}-{seed}"
         how = SearchSettings(algorithm=algorithm, budget=budget, seed=int(seed), chunk=args.chunk)
@@ -139,7 +142,7 @@ def held_out_losses(
         forward = LongForward(loaded.model, chunk)
 
         def measured(rescale: Rescale) -> list[float]:
-            with installed(loaded.model, rescale):
+            with rescaled(loaded.model, rescale):
                 losses = [batch.mean(dim=1) for batch in forward.batches(windows)]
             return [x for batch in losses for x in batch.tolist()]
 
@@ -153,7 +156,7 @@ def held_out_losses(
 
 def table(rows: list[dict[str, Any]]) -> None:
     """Medians over seeds, and the paired difference on held-out documents from Algorithm 1."""
-    paper = [r["held_out_rescale"] for r in rows if r["algorithm"] == "paper"]
+    paper = [r["held_out_rescale"] for r in rows if r["algorithm"] == "evolution"]
     print(
         "| search | forwards | loss, median | least – most | n̂ = 0 | held out less Algorithm 1's |"
     )
@@ -176,7 +179,7 @@ def table(rows: list[dict[str, Any]]) -> None:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss against forwards, the seeds' median with their range shaded."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    papers = [r["curve"] for r in rows if r["algorithm"] == "paper"]
+    papers = [r["curve"] for r in rows if r["algorithm"] == "evolution"]
     grid = np.unique(np.concatenate([[x for x, _ in points] for points in papers]))
     stairs = np.array(
         [
@@ -187,11 +190,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.plot(grid, np.median(stairs, axis=0), color=PAPER, label="Algorithm 1")
     axes.fill_between(grid, stairs.min(axis=0), stairs.max(axis=0), color=PAPER, alpha=0.25, lw=0)
     axes.axhline(np.median(stairs[:, -1]), color=PAPER, linestyle=":", linewidth=1)
-    budgets = sorted({r["budget"] for r in rows if r["algorithm"] == "fast"})
-    fast = [[r for r in rows if (r["algorithm"], r["budget"]) == ("fast", b)] for b in budgets]
+    budgets = sorted({r["budget"] for r in rows if r["algorithm"] == "gradient"})
+    fast = [[r for r in rows if (r["algorithm"], r["budget"]) == ("gradient", b)] for b in budgets]
     spent = [statistics.median(r["forwards"] for r in these) for these in fast]
     losses = [[r["loss"] for r in these] for these in fast]
-    axes.plot(spent, [statistics.median(x) for x in losses], "o-", color=FAST, label="fast")
+    axes.plot(spent, [statistics.median(x) for x in losses], "o-", color=FAST, label="gradient")
     axes.fill_between(
         spent, [min(x) for x in losses], [max(x) for x in losses], color=FAST, alpha=0.25, lw=0
     )

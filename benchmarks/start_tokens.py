@@ -13,13 +13,13 @@ from pathlib import Path
 
 import record
 
+from longrope.data.windows import bos_token, load_documents
 from longrope.evaluate.perplexity import paired_difference, score
-from longrope.forward import LongForward
-from longrope.model import load_model
-from longrope.rope.install import installed
-from longrope.search.problem import starting_point
+from longrope.layerwise.forward import LongForward
+from longrope.models.load import load_model
+from longrope.models.target import starting_point
+from longrope.rope.apply import rescaled
 from longrope.search.space import START_TOKENS
-from longrope.windows import bos_token, load_documents
 
 
 def main() -> None:
@@ -39,12 +39,12 @@ def main() -> None:
     forward = LongForward(loaded.model)
     rows = []
     for length in map(int, args.lengths.split(",")):
-        shared = starting_point(loaded.facts, length, None).attention_factor
+        shared = starting_point(loaded.info, length, None).attention_factor
         for method in args.methods.split(","):
-            base = loaded.facts.rescale(method, length).replace(attention_factor=shared)
+            base = loaded.info.rescale(method, length).replace(attention_factor=shared)
             scores = {}
             for tokens in map(int, args.start_tokens.split(",")):
-                with installed(loaded.model, base.replace(start_tokens=tokens)):
+                with rescaled(loaded.model, base.replace(start_tokens=tokens)):
                     scores[tokens] = score(
                         forward,
                         documents,

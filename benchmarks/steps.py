@@ -21,19 +21,20 @@ from typing import Any
 import record
 import torch
 
+from longrope.data.prompts import passkey_prompt
+from longrope.distributed import Ranks
 from longrope.evaluate.perplexity import score
-from longrope.evaluate.retrieval import passkey_prompt, retrieve
-from longrope.extend import extend, open_run
-from longrope.files import Kept, whole_directory
-from longrope.forward import LongForward
-from longrope.model import LoadedModel
-from longrope.parallel import Ranks
-from longrope.plan import evaluation_lengths
-from longrope.recipe import Evaluate, load_recipe
-from longrope.rope.install import installed
+from longrope.evaluate.retrieval import retrieve
+from longrope.files import JsonlStore, whole_directory
+from longrope.layerwise.forward import LongForward
+from longrope.models.load import LoadedModel
+from longrope.pipeline.extend import extend, open_run
+from longrope.pipeline.plan import evaluation_lengths
+from longrope.pipeline.recipe import Evaluate, load_recipe
+from longrope.pipeline.run_state import Run
+from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 from longrope.search.problem import multiplied, step_factors
-from longrope.workspace import Run
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     lengths = [n for n in every if args.at_least <= n <= (args.up_to or run.plan.target)]
     methods = args.methods.split(",")
     asked = [n for n in lengths if args.passkeys and n <= args.passkeys_up_to]
-    kept = Kept(args.run / "steps.jsonl")
+    kept = JsonlStore(args.run / "steps.jsonl")
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for cell in [
         *(("passkey", method, n) for method in methods for n in asked),
@@ -98,7 +99,7 @@ def long_factors(run: Run, method: str) -> Rescale:
         return start
     if method == "searched":
         return run.rescale("second-search")
-    return multiplied(start, step_factors(run.facts, finetuned, method, target))
+    return multiplied(start, step_factors(run.info, finetuned, method, target))
 
 
 def extended(run: Run, method: str, settled: bool, dtype: str | None) -> LoadedModel:
@@ -136,13 +137,13 @@ def perplexity(
     run: Run, loaded: LoadedModel, rescale: Rescale, length: int, lengths: list[int]
 ) -> dict[str, Any]:
     target = run.plan.target
-    documents = run.pools.evaluation_documents(target, run.recipe.evaluate.documents)
-    with installed(loaded.model, rescale):
+    documents = run.splits.evaluation_documents(target, run.recipe.evaluate.documents)
+    with rescaled(loaded.model, rescale):
         scores = score(
             LongForward(loaded.model, run.recipe.chunk),
             documents,
             length,
-            bos=run.pools.bos,
+            bos=run.splits.bos,
             lengths=lengths,
             tokens_per_document=target,
         )

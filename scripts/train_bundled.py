@@ -3,7 +3,7 @@
     python scripts/train_bundled.py --out src/longrope/bundled
 
 Text: the Python library of the machine, less the packages of
-``longrope.library.HELD_OUT``, and a share of generated retrieval documents so
+``longrope.data.stdlib.HELD_OUT``, and a share of generated retrieval documents so
 that passkey and needle questions work inside the 256 tokens. Every training
 window is BOS and 255 tokens of one document.
 """
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from longrope.library import HELD_OUT, library_texts
+from longrope.data.stdlib import HELD_OUT, library_texts
 
 WINDOW = 256
 RETRIEVAL_SHARE = 0.25

@@ -14,11 +14,11 @@ import transformers
 import yaml
 from hypothesis import settings
 
+from longrope.compat import auto_class
+from longrope.models.bundled import BUNDLED
+from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
-from longrope.rope.site import find_rotary
-from longrope.rope.switch import Pair
-from longrope.skeleton import auto_class
-from longrope.source import BUNDLED
+from longrope.rope.rotary import find_rotary
 from whole_run import RECIPE, run
 
 # A busy machine is no failure; CI runs the same examples every time.
@@ -173,14 +173,14 @@ def micro_model(config, seed: int = 0):
 RECOVERY = 80
 
 
-def pair(model, recovery: int = RECOVERY) -> Pair:
+def pair(model, recovery: int = RECOVERY) -> RescalePair:
     """Factors for a micro-model: short up to ``recovery`` tokens, long beyond."""
     site = find_rotary(model)
     half, theta = len(site.inv_freq), float(site.parameters["rope_theta"])
     shared = {"rope_theta": theta, "original_max_position_embeddings": 64, "attention_factor": 1.1}
     short = Rescale(tuple(np.linspace(1, 2, half)), max_position_embeddings=recovery, **shared)
     long = Rescale(tuple(np.linspace(1, 9, half)), max_position_embeddings=512, **shared)
-    return Pair(short, long)
+    return RescalePair(short, long)
 
 
 @pytest.fixture(scope="session")
@@ -226,7 +226,7 @@ def ids():
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
     """A folder of four documents of some thousand tokens."""
-    from longrope.library import library_texts
+    from longrope.data.stdlib import library_texts
 
     folder = tmp_path_factory.mktemp("texts")
     library = library_texts(held_out=True)
@@ -239,7 +239,7 @@ def texts(tmp_path_factory) -> Path:
 def small_search(texts):
     """A search of seconds: options that every other shares."""
     shared = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
-    return [*shared, "--algorithm", "paper"]
+    return [*shared, "--algorithm", "evolution"]
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def refused(*arguments, **options) -> str:
 def each_refused(*mistakes) -> list[str]:
     """The lines of many such mistakes, each in a fork of one program that has imported all."""
     code = (
-        "import json, os, sys, longrope.extend\n"
+        "import json, os, sys, longrope.pipeline.extend\n"
         "from longrope.cli import main\n"
         "for arguments in json.load(sys.stdin):\n"
         "    if not os.fork():\n"

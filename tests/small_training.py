@@ -2,12 +2,12 @@
 
 from transformers import AutoModelForCausalLM
 
-from longrope.model import load_model
-from longrope.parallel import Ranks
-from longrope.train.finetune import finetune
-from longrope.train.pieces import Pieces
-from longrope.train.settings import FinetuneSettings
-from longrope.windows import load_documents
+from longrope.data.windows import load_documents
+from longrope.distributed import Ranks
+from longrope.models.load import load_model
+from longrope.train.config import FinetuneSettings
+from longrope.train.dataset import LongContextDataset
+from longrope.train.trainer import finetune
 
 LENGTH = 128
 FAST = FinetuneSettings(
@@ -22,9 +22,11 @@ def train(checkpoint, texts, out, settings=FAST, ranks=None, **changes):
     windows = (
         {"short": 1.5, "short_length": 64, "batch": settings.batch} if settings.distill else {}
     )
-    pieces = Pieces(documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch, **windows)
-    rescale = loaded.facts.rescale("yarn", 256)
-    short = loaded.facts.rescale("none", 64).replace(attention_factor=1.2)
+    pieces = LongContextDataset(
+        documents, loaded.tokenizer, LENGTH, settings.steps * settings.batch, **windows
+    )
+    rescale = loaded.info.rescale("yarn", 256)
+    short = loaded.info.rescale("none", 64).replace(attention_factor=1.2)
     teacher = load_model(str(checkpoint)) if settings.distill else None
     return (
         finetune(

@@ -7,15 +7,16 @@ import torch
 import yaml
 
 from conftest import FAMILIES, micro_model
-from longrope import cudnn
-from longrope.attention import _online_softmax, causal
-from longrope.forward import LongForward
-from longrope.generate import load_extended, stream
-from longrope.gradient import gradient
-from longrope.offload import offload
-from longrope.rope.install import installed
+from layerwise.test_forward import plain_losses, yarn
+from longrope.attention import cudnn
+from longrope.attention.chunked import _online_softmax, causal
+from longrope.inference.generate import stream
+from longrope.inference.load import load_extended
+from longrope.layerwise.backward import gradient
+from longrope.layerwise.forward import LongForward
+from longrope.layerwise.offload import offload
+from longrope.rope.apply import rescaled
 from longrope.rope.switch import switched
-from test_forward import plain_losses, yarn
 from whole_run import RECIPE, STAGES, evaluated, run
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +28,7 @@ def test_as_exact_as_the_plain_forward(ids, family, dtype):
     model = micro_model(FAMILIES[family]()).cuda()
     if family == "gemma2":
         model.config._attn_implementation = "eager"
-    with installed(model, yarn(model, start_tokens=4)):
+    with rescaled(model, yarn(model, start_tokens=4)):
         exact = plain_losses(model.double(), ids.cuda()).cpu()
         plain = plain_losses(model.to(dtype), ids.cuda()).cpu()
         for hidden in (None, torch.device("cpu")):
@@ -43,11 +44,11 @@ def test_a_slope_s_hidden_states_may_wait_elsewhere(ids, tmp_path, monkeypatch, 
     config = FAMILIES["llama"]()
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 2, 64
     model, rough = micro_model(config).cuda(), micro_model(config).cuda().bfloat16()
-    with installed(model, yarn(model), always=True), installed(rough, yarn(rough), always=True):
+    with rescaled(model, yarn(model), always=True), rescaled(rough, yarn(rough), always=True):
         kept = gradient(LongForward(model, 1000), ids[:1]).by_factor
         exact, unchunked = _slopes(model, 1000), _slopes(rough, 1000)
-        monkeypatch.setattr("longrope.gradient._KEPT", 0)
-        monkeypatch.setattr("longrope.attention_gradient.heads_at_once", lambda *_: heads)
+        monkeypatch.setattr("longrope.layerwise.backward._KEPT", 0)
+        monkeypatch.setattr("longrope.layerwise.split_attention.heads_at_once", lambda *_: heads)
         for where in (None, torch.device("cpu"), tmp_path):
             found = gradient(LongForward(model, chunk, where), ids[:1]).by_factor
             torch.testing.assert_close(found, kept, rtol=1e-3, atol=1e-6)
@@ -69,7 +70,7 @@ def _slopes(model, chunk):
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_slopes_take_the_gpu_s_kernel(dim):
-    from longrope.attention_backward import _cuda_kernel_agrees
+    from longrope.attention.backward import _cuda_kernel_agrees
 
     assert _cuda_kernel_agrees(torch.device("cuda", 0), torch.bfloat16, dim)
 
@@ -100,7 +101,7 @@ def test_losses_and_slopes_through_cudnn_s_kernel(monkeypatch):
     config.hidden_size, config.head_dim = 256, 64
     model = micro_model(config).cuda()
     ids = torch.randint(3, 1536, (1, 4100))
-    with installed(model, yarn(model), always=True):
+    with rescaled(model, yarn(model), always=True):
         exact = plain_losses(model.double(), ids.cuda()).cpu()
         slope = gradient(LongForward(model, 1500), ids).by_factor
         model.bfloat16()
@@ -150,7 +151,7 @@ def test_weights_that_do_not_fit_pass_through():
     offload(model, torch.device("cuda"))
     forward = LongForward(model, 64, offloaded=True)
     losses = forward.losses(ids)
-    with installed(model, yarn(model), always=True):
+    with rescaled(model, yarn(model), always=True):
         gradient(forward, ids)
     assert torch.cuda.memory_stats()["active_bytes.all.peak"] < size * 10 / 24
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)

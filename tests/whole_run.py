@@ -34,7 +34,7 @@ RECIPE = {
         "short_share": 0.5,
         "distill": True,
     },
-    "second_search": {"samples": 1, "algorithm": "paper", **SMALL},
+    "second_search": {"samples": 1, "algorithm": "evolution", **SMALL},
     "recovery": {"samples": 2, "budget": 9},
     "evaluate": {
         "methods": ["none", "yarn"],

@@ -12,47 +12,48 @@ The public names, imported when first used::
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from longrope.version import __version__
 
 _HOMES = {
-    "LoadedModel": "longrope.model",
-    "LongForward": "longrope.forward",
-    "ModelFacts": "longrope.facts",
-    "Pair": "longrope.rope.switch",
+    "LoadedModel": "longrope.models.load",
+    "LongForward": "longrope.layerwise.forward",
+    "ModelInfo": "longrope.models.info",
+    "RescalePair": "longrope.rope.pair",
     "Rescale": "longrope.rope.rescale",
-    "SearchOptions": "longrope.search.stage",
-    "inspect_model": "longrope.facts",
-    "installed": "longrope.rope.install",
-    "load_extended": "longrope.generate",
-    "load_model": "longrope.model",
-    "search_factors": "longrope.search.stage",
+    "SearchOptions": "longrope.search.run",
+    "inspect_model": "longrope.models.info",
+    "rescaled": "longrope.rope.apply",
+    "load_extended": "longrope.inference.load",
+    "load_model": "longrope.models.load",
+    "search_factors": "longrope.search.run",
     "switched": "longrope.rope.switch",
 }
 __all__ = [
     "LoadedModel",
     "LongForward",
-    "ModelFacts",
-    "Pair",
+    "ModelInfo",
     "Rescale",
+    "RescalePair",
     "SearchOptions",
     "__version__",
     "inspect_model",
-    "installed",
     "load_extended",
     "load_model",
+    "rescaled",
     "search_factors",
     "switched",
 ]
 
 if TYPE_CHECKING:
-    from longrope.facts import ModelFacts, inspect_model
-    from longrope.forward import LongForward
-    from longrope.generate import load_extended
-    from longrope.model import LoadedModel, load_model
-    from longrope.rope.install import installed
+    from longrope.inference.load import load_extended
+    from longrope.layerwise.forward import LongForward
+    from longrope.models.info import ModelInfo, inspect_model
+    from longrope.models.load import LoadedModel, load_model
+    from longrope.rope.apply import rescaled
+    from longrope.rope.pair import RescalePair
     from longrope.rope.rescale import Rescale
-    from longrope.rope.switch import Pair, switched
-    from longrope.search.stage import SearchOptions, search_factors
+    from longrope.rope.switch import switched
+    from longrope.search.run import SearchOptions, search_factors
 
 
 def __getattr__(name: str) -> Any:

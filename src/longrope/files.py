@@ -121,7 +121,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class Kept(dict[str, Any]):
+class JsonlStore(dict[str, Any]):
     """What is computed already: each item is a synced line of a file as it is set.
 
     Processes that share a disk write a file each, and read all that are there.

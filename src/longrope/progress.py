@@ -3,7 +3,9 @@
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -36,12 +38,31 @@ def progress(what: str, total: int, show: bool = True) -> Iterator[Advance]:
         yield line
 
 
-def duration(seconds: float) -> str:
-    """Such as ``1 h 05 min``, or ``12 days``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60:02d} min" if hours < 72 else f"{hours / 24:,.0f} days"
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' advice, and without bars but those of what is fetched."""
+    import tqdm
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging as theirs
+
+    verbosity, hub_verbosity = theirs.get_verbosity(), hub.get_verbosity()
+    begin = tqdm.tqdm.__init__
+
+    def hidden(self: Any, *args: Any, **options: Any) -> None:
+        if type(self).__module__.startswith(("huggingface_hub.", "datasets.")):
+            options.setdefault("disable", None)  # where there is no terminal
+        else:
+            options["disable"] = True
+        begin(self, *args, **options)
+
+    theirs.set_verbosity_error()
+    hub.set_verbosity_error()
+    tqdm.tqdm.__init__ = hidden
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
+        tqdm.tqdm.__init__ = begin

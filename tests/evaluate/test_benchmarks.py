@@ -8,15 +8,16 @@ import warnings
 import pytest
 
 from longrope.evaluate.benchmarks import BenchmarkOptions, ask_benchmark
+from longrope.evaluate.cache import MeasurementCache
+from longrope.evaluate.lm_eval_tasks import manager, task_parts
 from longrope.evaluate.local_data import read_dataset
-from longrope.evaluate.paired import compare_with_original, paired
-from longrope.evaluate.tasks import manager, task_parts
-from longrope.evaluate.unfinished import Unfinished
-from longrope.files import Kept
-from longrope.forward import LongForward
-from longrope.model import load_model
-from longrope.rope.install import installed
-from longrope.rope.switch import Pair
+from longrope.evaluate.paired import compare_with_original
+from longrope.evaluate.statistics import paired
+from longrope.files import JsonlStore
+from longrope.layerwise.forward import LongForward
+from longrope.models.load import load_model
+from longrope.rope.apply import rescaled
+from longrope.rope.pair import RescalePair
 
 pytestmark = [
     # lm-eval's and its data libraries' own
@@ -46,7 +47,7 @@ def reference(loaded, rescale, task, data, shots, questions):
 
     with (
         warnings.catch_warnings(),
-        installed(loaded.model, rescale),
+        rescaled(loaded.model, rescale),
         local_datasets(str(data)),
     ):
         warnings.simplefilter("ignore")
@@ -65,7 +66,7 @@ def reference(loaded, rescale, task, data, shots, questions):
 @pytest.fixture
 def likelihoods(monkeypatch):
     """What the model answers, as it does: log-likelihood and whether greedy."""
-    from longrope.evaluate import harness
+    from longrope.evaluate import lm_eval_model as harness
 
     seen = []
     plain = harness.HarnessModel._loglikelihood_tokens
@@ -85,9 +86,9 @@ def test_scores_as_lm_evals_own_model(
     bundled, benchmark_data, task, long, likelihoods, monkeypatch
 ):
     """Under one rescale for every length, so that lm-eval's model can have it too."""
-    from longrope.evaluate import harness
+    from longrope.evaluate import lm_eval_model as harness
 
-    rescale = bundled.facts.rescale("yarn", 1024)
+    rescale = bundled.info.rescale("yarn", 1024)
     prompts, prefill = [], LongForward.prefill
     monkeypatch.setattr(
         LongForward, "prefill", lambda self, ids: prompts.append(ids) or prefill(self, ids)
@@ -105,8 +106,8 @@ def test_scores_as_lm_evals_own_model(
 
 def test_each_prompt_by_its_own_length(bundled, benchmark_data, likelihoods):
     """Short factors up to the recovery length, long ones beyond it, in one batch of requests."""
-    long = bundled.facts.rescale("pi", 4096)
-    short = bundled.facts.rescale("none", 4096).replace(
+    long = bundled.info.rescale("pi", 4096)
+    short = bundled.info.rescale("none", 4096).replace(
         original_max_position_embeddings=64, max_position_embeddings=120
     )
 
@@ -119,7 +120,7 @@ def test_each_prompt_by_its_own_length(bundled, benchmark_data, likelihoods):
 
     def choose(tokens):
         lengths.append(tokens)
-        return Pair(short, long).choose(tokens)
+        return RescalePair(short, long).choose(tokens)
 
     mixed, all_short, all_long = asked(choose), asked(lambda _: short), asked(lambda _: long)
     assert min(lengths) <= 120 < max(lengths)
@@ -132,17 +133,17 @@ def test_each_prompt_by_its_own_length(bundled, benchmark_data, likelihoods):
 
 
 def test_a_part_that_is_kept_is_not_asked_again(bundled, benchmark_data, tmp_path, likelihoods):
-    unscaled = bundled.facts.rescale("none", 256)
+    unscaled = bundled.info.rescale("none", 256)
 
     def ask():
-        kept = Kept(tmp_path / "parts.jsonl", "a model")
+        kept = JsonlStore(tmp_path / "parts.jsonl", "a model")
         asked = options(benchmark_data)
         return ask_benchmark(bundled, lambda _: unscaled, 256, "arc_challenge", asked, kept)
 
     first, count = ask(), len(likelihoods)
     assert count > 0
     assert (ask(), len(likelihoods)) == (first, count)
-    assert Kept(tmp_path / "parts.jsonl", "another model") == {}
+    assert JsonlStore(tmp_path / "parts.jsonl", "another model") == {}
 
 
 def test_the_only_split_is_divided(benchmark_data):
@@ -169,9 +170,11 @@ def test_no_question_is_its_own_example(tmp_path):
 
 
 def test_a_model_against_itself_differs_in_nothing(bundled, benchmark_data):
-    unscaled = bundled.facts.rescale("none", 256)
+    unscaled = bundled.info.rescale("none", 256)
     asked = options(benchmark_data, tasks=("hellaswag",), shots=0)
-    (row,) = compare_with_original(bundled, lambda tokens: unscaled, 256, None, asked, Unfinished())
+    (row,) = compare_with_original(
+        bundled, lambda tokens: unscaled, 256, None, asked, MeasurementCache()
+    )
     assert (row["questions"], row["difference"], row["low"], row["high"]) == (8, 0, 0, 0)
 
 
@@ -184,7 +187,7 @@ def test_the_interval_is_that_of_paired_differences():
 
 
 def test_ruler_makes_its_texts_at_the_lengths_asked(bundled, capsys):
-    yarn = bundled.facts.rescale("yarn", 4096)
+    yarn = bundled.info.rescale("yarn", 4096)
     asked = BenchmarkOptions(("ruler_vt",), questions=1, shots=0, lengths=("8x", "3072"))
     found = ask_benchmark(bundled, lambda tokens: yarn, 4096, "ruler_vt", asked)
     assert list(found) == ["ruler_vt at 2,048", "ruler_vt at 3,072"]
@@ -221,7 +224,7 @@ def test_other_questions_are_not_paired():
 )
 def test_what_cannot_be_asked_is_refused(bundled, benchmark_data, changes, message):
     with pytest.raises(ValueError, match=message):
-        options(benchmark_data, **changes).check(bundled.facts)
+        options(benchmark_data, **changes).check(bundled.info)
 
 
 def test_what_cannot_be_compared_is_refused_before_it_is_asked(bundled, benchmark_data, tmp_path):
@@ -254,7 +257,7 @@ def test_a_task_read_in_several_ways_counts_by_the_first(bundled, tmp_path):
     rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
     datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
     asked = options(tmp_path, tasks=("gsm8k",), shots=0, questions=2)
-    yarn = bundled.facts.rescale("yarn", 1024)
+    yarn = bundled.info.rescale("yarn", 1024)
     found = ask_benchmark(bundled, lambda _: yarn, 1024, "gsm8k", asked)
     assert list(found["gsm8k"].values()) == [0, 0]
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from conftest import FAMILIES, micro_model
-from longrope.evaluate.perplexity import Scores, paired_difference, ratio_standard_error, score
-from longrope.forward import LongForward
-from longrope.windows import TokenDocument
+from longrope.data.windows import TokenDocument
+from longrope.evaluate.perplexity import Scores, paired_difference, score
+from longrope.evaluate.statistics import ratio_standard_error
+from longrope.layerwise.forward import LongForward
 
 
 def documents(*sizes):

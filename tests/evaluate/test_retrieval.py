@@ -6,21 +6,19 @@ import random
 import pytest
 import torch
 
-from longrope.evaluate.retrieval import (
+from longrope.data.prompts import (
     FILLER,
     TASK,
-    Row,
     depths,
     haystack_lines,
     needle_prompt,
     passkey_prompt,
-    retrieve,
-    totals,
-    wilson,
 )
-from longrope.files import Kept
-from longrope.forward import LongForward
-from longrope.model import load_model
+from longrope.evaluate.retrieval import Row, retrieve
+from longrope.evaluate.statistics import totals, wilson
+from longrope.files import JsonlStore
+from longrope.layerwise.forward import LongForward
+from longrope.models.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +109,9 @@ def test_a_killed_one_asks_only_what_is_left(bundled, tmp_path, monkeypatch):
     monkeypatch.setattr("longrope.evaluate.retrieval.BATCH_TOKENS", 900)
     most = 3
     with pytest.raises(KeyboardInterrupt):
-        retrieve(forward, make, 420, None, trials=9, seed=1, answered=Kept(file, "one"))
+        retrieve(forward, make, 420, None, trials=9, seed=1, answered=JsonlStore(file, "one"))
     first, most = sum(batches), 99
-    found = retrieve(forward, make, 420, None, trials=9, seed=1, answered=Kept(file, "one"))
+    found = retrieve(forward, make, 420, None, trials=9, seed=1, answered=JsonlStore(file, "one"))
     assert first > 0
     assert sum(batches) == 9  # none twice
     assert found == retrieve(forward, make, 420, None, trials=9, seed=1)
@@ -132,7 +130,7 @@ def test_totals():
 
 
 def test_lines_of_documents(bundled):
-    from longrope.windows import TokenDocument
+    from longrope.data.windows import TokenDocument
 
     ids = torch.tensor(bundled.tokenizer("a\nb\n", add_special_tokens=False)["input_ids"]).numpy()
     lines = haystack_lines([TokenDocument("d", ("d",), ids)], bundled.tokenizer)

@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from longrope.report.page import headline, write_page
+from longrope.report.page import write_page
+from longrope.report.sections import headline
 from longrope.rope.methods import identity, yarn
 
 LENGTHS = (256, 512, 1024, 2048)

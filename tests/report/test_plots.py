@@ -4,7 +4,7 @@ import math
 import pytest
 
 from longrope.report import plots
-from longrope.report.run import known_methods, report
+from longrope.report.figures import known_methods, report
 from longrope.rope import methods
 from longrope.rope.rescale import Rescale
 

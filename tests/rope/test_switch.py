@@ -5,17 +5,18 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from conftest import RECOVERY, pair
-from longrope.layers import cache_name
-from longrope.rope.install import installed
-from longrope.rope.site import find_rotary
-from longrope.rope.switch import Pair, switched
+from longrope.compat import cache_name
+from longrope.rope.apply import rescaled
+from longrope.rope.pair import RescalePair
+from longrope.rope.rotary import find_rotary
+from longrope.rope.switch import switched
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi3", "gemma3", "gpt_neox", "cohere"]
 FAMILIES += ["deepseek_v2", "gemma4", "lfm2", "qwen3_5"]
 
 
 def logits(model, rescale, ids):
-    with torch.no_grad(), installed(model, rescale):
+    with torch.no_grad(), rescaled(model, rescale):
         return model(input_ids=ids, use_cache=False).logits
 
 
@@ -190,7 +191,7 @@ def test_pair_from_a_config(micro_models):
 
     model = micro_models("llama")
     both, config = pair(model), copy.deepcopy(model.config)
-    assert Pair.from_config(config) is None
+    assert RescalePair.from_config(config) is None
     config.max_position_embeddings = 512
     config.rope_parameters = {
         "rope_type": "longrope",
@@ -200,7 +201,7 @@ def test_pair_from_a_config(micro_models):
         "original_max_position_embeddings": RECOVERY,
         "attention_factor": 1.1,
     }
-    found = Pair.from_config(config)
+    found = RescalePair.from_config(config)
     assert found.short.factors == both.short.factors
     assert found.long.factors == both.long.factors
     assert (found.recovery_length, found.long.max_position_embeddings) == (RECOVERY, 512)

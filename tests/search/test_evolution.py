@@ -2,12 +2,13 @@ import itertools
 import math
 
 import pytest
-from test_space import space
 
 from longrope.rope import methods
-from longrope.search.evolution import Evolution, EvolutionSettings
+from longrope.search.evolution import Evolution
 from longrope.search.problem import Problem
+from longrope.search.settings import EvolutionSettings
 from longrope.search.space import Outcome
+from search.test_space import space
 
 SMALL = EvolutionSettings(population=12, mutations=4, crossovers=4, iterations=5, parents=4)
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longrope.evaluate.retrieval import passkey_prompt, retrieve
-from longrope.forward import LongForward
-from longrope.model import load_model
-from longrope.rope.install import installed
+from longrope.data.prompts import passkey_prompt
+from longrope.evaluate.retrieval import retrieve
+from longrope.layerwise.forward import LongForward
+from longrope.models.load import load_model
+from longrope.rope.apply import rescaled
 from longrope.search.objective import Objective, passkey_questions
 
 
@@ -28,9 +29,9 @@ def plain(model, ids) -> torch.Tensor:
 def test_windows_and_answers_as_transformers_has_them(bundled):
     windows = np.random.default_rng(0).integers(3, 1500, (2, 300))
     questions = passkey_questions(bundled.tokenizer, 512, 2, seed=0)
-    rescale = bundled.facts.rescale("pi", 512)
+    rescale = bundled.info.rescale("pi", 512)
     found = Objective(LongForward(bundled.model, chunk=128), windows, questions)(rescale).loss
-    with installed(bundled.model, rescale):
+    with rescaled(bundled.model, rescale):
         text = torch.cat([plain(bundled.model, window) for window in windows]).mean()
         answers = torch.cat(
             [plain(bundled.model, q.ids)[-q.answer_tokens :] for q in questions]
@@ -46,7 +47,7 @@ def test_the_whole_is_the_mean_of_its_parts_and_so_is_its_slope(bundled):
     windows = np.random.default_rng(1).integers(3, 1500, (3, 200))
     questions = passkey_questions(bundled.tokenizer, 256, 2, seed=0)
     objective = Objective(LongForward(bundled.model, chunk=128), windows, questions)
-    rescale = bundled.facts.rescale("yarn", 512)
+    rescale = bundled.info.rescale("yarn", 512)
     parts = [objective(rescale, part, slope=True) for part in range(3)]
     whole = objective(rescale, slope=True)
     assert np.mean([part.loss for part in parts]) == pytest.approx(whole.loss, rel=1e-6)

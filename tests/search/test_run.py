@@ -4,16 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from test_evolution import SMALL, bowl, problem
-from test_space import space
 
 from longrope.files import only_process
 from longrope.rope.rescale import Rescale
-from longrope.search.descent import DescentSettings
+from longrope.search.history import SearchConfig
+from longrope.search.loop import search
 from longrope.search.problem import Problem, ramp
-from longrope.search.record import SearchConfig
-from longrope.search.run import search
+from longrope.search.settings import GradientSettings
 from longrope.search.space import Outcome, Price
+from search.test_evolution import SMALL, bowl, problem
+from search.test_space import space
 
 SPACE = space()
 
@@ -25,7 +25,7 @@ def config(**changes) -> SearchConfig:
         "windows": "w",
         "passkeys": 0,
         "length": 2048,
-        "algorithm": "paper",
+        "algorithm": "evolution",
         "settings": SMALL,
         "seed": 0,
         "dtype": "float32",
@@ -259,7 +259,7 @@ def fast(out, fail_at=None, **more):
     family = dataclasses.replace(
         problem(SPACE), ramp=lambda f, g: SPACE.rounded(8 ** ramp(turns, f, g), 0)
     )
-    settings = config(algorithm="fast", settings=DescentSettings())
+    settings = config(algorithm="gradient", settings=GradientSettings())
     result = search(settings, family, loss, out, price=Price(5, 2.66), **more)
     return result, losses.calls
 

@@ -2,12 +2,12 @@
 
 import warnings
 
+import longrope.train.finetune as finetune_module
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import longrope.train.finetune as finetune_module
-from longrope.model import load_model
+from longrope.models.load import load_model
 from small_training import FAST, train, weights
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import conftest
-from longrope import attention_gradient
-from longrope.rope.install import installed, placed
+from longrope.attention import autograd
+from longrope.rope.apply import position_override, rescaled
 from longrope.rope.methods import identity, yarn
 from longrope.train.loss import chunked_loss
 
@@ -30,7 +30,7 @@ def test_loss_and_gradients_equal_those_of_full_logits(micro_models, ids, family
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with chunked_loss(model, rows=rows):
-        assert (model.config._attn_implementation == attention_gradient.TRAINED) is (family in OURS)
+        assert (model.config._attn_implementation == autograd.TRAINED) is (family in OURS)
         found = model(input_ids=ids, weights=weights)["loss"]
         found.backward()
     torch.testing.assert_close(found, expected)
@@ -55,7 +55,7 @@ def test_without_a_fused_attention_of_transformers_ours_trains(ids, family):
 
     def ours(rough):
         with chunked_loss(model):
-            assert model.config._attn_implementation == attention_gradient.TRAINED
+            assert model.config._attn_implementation == autograd.TRAINED
             with rough:
                 loss = model(input_ids=ids)["loss"]
             loss.backward()
@@ -99,11 +99,11 @@ def test_short_windows_count_under_a_rescale_of_their_own(micro_models, ids):
     long = yarn(10_000.0, 16, 64, 256)
     short = identity(10_000.0, 16, 64, 64).replace(attention_factor=1.2)
     windows = ids[:, :60].reshape(2, 3, 20)
-    with installed(model, long):
+    with rescaled(model, long):
         one = losses(model, ids)
-    with installed(model, short):
+    with rescaled(model, short):
         other = losses(model, windows.flatten(0, 1))
-    with installed(model, long), chunked_loss(model, short):
+    with rescaled(model, long), chunked_loss(model, short):
         found = model(input_ids=ids, short_ids=windows)["loss"]
         without = model(input_ids=ids)["loss"]
     torch.testing.assert_close(found, torch.cat([one, other]).mean())
@@ -115,11 +115,11 @@ def test_places_are_for_the_long_piece_alone(micro_models, ids):
     long, short = yarn(10_000.0, 16, 64, 256), identity(10_000.0, 16, 64, 64)
     windows, places = ids[:, :60].reshape(2, 3, 20), torch.arange(ids.shape[1]).repeat(2, 1)
     places[:, 40:] += 150
-    with installed(model, long), placed(model, places):
+    with rescaled(model, long), position_override(model, places):
         one = losses(model, ids)
-    with installed(model, short):
+    with rescaled(model, short):
         other = losses(model, windows.flatten(0, 1))
-    with installed(model, long), chunked_loss(model, short):
+    with rescaled(model, long), chunked_loss(model, short):
         found = model(input_ids=ids, short_ids=windows, places=places)["loss"]
         plain = model(input_ids=ids, short_ids=windows)["loss"]
     torch.testing.assert_close(found, torch.cat([one, other]).mean())
@@ -140,7 +140,7 @@ def test_short_windows_learn_the_predictions_of_a_teacher(micro_models, ids, fam
     flat = windows.flatten(0, 1)
     with torch.no_grad():
         wanted = teacher(input_ids=flat, use_cache=False).logits[:, :-1].float().softmax(-1)
-    with installed(model, short):
+    with rescaled(model, short):
         logits = model(input_ids=flat, use_cache=False).logits[:, :-1].float()
     taught = -(wanted * logits.log_softmax(-1)).sum(-1).flatten()
     expected = torch.cat([losses(model, ids), taught]).mean()

@@ -1,9 +1,9 @@
-"""The command line: each verb reads its options, calls one function, prints.
+"""The command line: each verb reads its options, calls one function and prints.
 
-Nothing heavy is imported before a verb runs, so that ``--help`` is instant.
+Nothing heavy is imported before a verb runs, so ``--help`` is instant.
 """
 
-from longrope.cli import comparing, exporting, extending, measuring, searching
+from longrope.cli import compare, evaluate, export, extend, search
 from longrope.cli.app import app, main
 
-__all__ = ["app", "comparing", "exporting", "extending", "main", "measuring", "searching"]
+__all__ = ["app", "compare", "evaluate", "export", "extend", "main", "search"]

@@ -37,7 +37,9 @@ def main() -> None:
         _fail(_stopped(arguments), 130)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
-            _fail("the GPU is out of memory; try --hidden-device cpu, or a smaller --chunk", 1)
+            _fail(
+                "the GPU is out of memory; try --offload-activations cpu, or a smaller --chunk", 1
+            )
         if type(error).__name__ != "RankLost":
             raise
         _fail(str(error), 1)

@@ -26,7 +26,7 @@ Chunk = Annotated[
     int | None,
     typer.Option(help="Tokens that go through a layer at a time; 2,048, on a GPU 8,192."),
 ]
-HiddenDevice = Annotated[
+OffloadActivations = Annotated[
     str | None, typer.Option(help="Where hidden states wait: cpu saves GPU memory, a folder both.")
 ]
 Offload = Annotated[

@@ -30,9 +30,9 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def print_answers(rows: Any) -> None:
+def print_retrieval(rows: Any) -> None:
     """Right answers by length, with their interval."""
-    from longrope.evaluate.retrieval import totals, wilson
+    from longrope.evaluate.statistics import totals, wilson
 
     table = Table("length", "right", "of", "share", "95% interval")
     for length, (right, trials) in totals(rows).items():

@@ -1,1 +1,1 @@
-"""What a rescale is worth: perplexity, and methods side by side."""
+"""Measure perplexity, retrieval and benchmarks."""

@@ -1,25 +1,19 @@
 """Retrieval from the command line: lengths × depths, under a rescale or an extended pair."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from longrope.data import check_sources
-from longrope.evaluate.retrieval import (
-    Prompt,
-    Row,
-    haystack_lines,
-    needle_prompt,
-    passkey_prompt,
-    retrieve,
-)
-from longrope.evaluate.unfinished import Unfinished
-from longrope.facts import ModelFacts
-from longrope.model import LoadedModel
+from longrope.data.documents import check_sources
+from longrope.data.prompts import Prompt, haystack_lines, needle_prompt, passkey_prompt
+from longrope.data.windows import load_documents
+from longrope.evaluate.cache import MeasurementCache
+from longrope.evaluate.retrieval import Row, retrieve
+from longrope.models.info import ModelInfo
+from longrope.models.load import LoadedModel
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
-from longrope.windows import load_documents, parse_length
+from longrope.units import parse_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +32,7 @@ class AskOptions:
     data: tuple[str, ...] = ()
     field: str = "text"
     chunk: int | None = None
-    hidden_device: str | None = None
+    offload_activations: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("trials", "digits", "chunk"):
@@ -46,14 +40,14 @@ class AskOptions:
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
 
-    def check(self, facts: ModelFacts) -> None:
+    def check(self, info: ModelInfo) -> None:
         """Refuse lengths and data that cannot be, before any weight is read."""
-        self.resolve(facts)
+        self.resolve(info)
         check_sources(self.data)
 
-    def resolve(self, facts: ModelFacts) -> list[int]:
+    def resolve(self, info: ModelInfo) -> list[int]:
         """The lengths in tokens, ascending."""
-        original = facts.original_max_position_embeddings
+        original = info.original_max_position_embeddings
         return sorted({parse_length(text, original) for text in self.lengths})
 
 
@@ -61,14 +55,14 @@ def ask(
     loaded: LoadedModel,
     options: AskOptions,
     choose: Callable[[int], Rescale | None],
-    unfinished: Unfinished,
+    unfinished: MeasurementCache,
 ) -> list[Row]:
     """Ask every question; ``choose`` gives the rescale for a length, what is unfinished goes on.
 
     Raises:
         ValueError: a length that holds not even the question, or a haystack that is too short.
     """
-    lengths = options.resolve(loaded.facts)
+    lengths = options.resolve(loaded.info)
     tokenizer = loaded.tokenizer
     lines, hashes = [], []
     if options.kind == "needle":
@@ -83,7 +77,7 @@ def ask(
             return needle_prompt(tokenizer, lines, length, depth, rng, options.digits)
         return passkey_prompt(tokenizer, length, depth, rng, options.digits)
 
-    forward = loaded.forward(options.chunk, options.hidden_device)
+    forward = loaded.forward(options.chunk, options.offload_activations)
     rows: list[Row] = []
     with progress(options.kind, len(lengths), show=loaded.team.rank == 0) as advance:
         for number, length in enumerate(lengths, 1):
@@ -103,10 +97,3 @@ def ask(
             right, trials = sum(r.correct for r in found), sum(r.trials for r in found)
             advance(number, f"{right} of {trials} at {length:,}")
     return rows
-
-
-def save_heat_map(rows: Sequence[Mapping[str, Any]], kind: str, directory: Path) -> Path:
-    """The picture of length × depth."""
-    from longrope.report import plots
-
-    return plots.save_figure(plots.retrieval_figure(rows, kind), directory / f"{kind}.png")

@@ -10,12 +10,19 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.evaluate.tasks import REMEDY, is_ruler, manager, require_harness, task_parts
-from longrope.facts import ModelFacts
-from longrope.model import LoadedModel
+from longrope.evaluate.lm_eval_tasks import (
+    REMEDY,
+    generation_settings,
+    is_ruler,
+    manager,
+    require_harness,
+    task_parts,
+)
+from longrope.models.info import ModelInfo
+from longrope.models.load import LoadedModel
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
-from longrope.windows import parse_length
+from longrope.units import parse_length
 
 # The paper's table 6; what is not named has its task's own.
 SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc1": 0}
@@ -39,7 +46,7 @@ class BenchmarkOptions:
         shots: examples before each question; None takes the paper's.
         data: folder with local copies of the hub's data sets.
         lengths: such as 4k or 8x, for RULER's tasks.
-        chunk, hidden_device: as the long forward takes them.
+        chunk, offload_activations: as the long forward takes them.
     """
 
     tasks: tuple[str, ...]
@@ -48,19 +55,19 @@ class BenchmarkOptions:
     data: str | None = None
     lengths: tuple[str, ...] = ()
     chunk: int | None = None
-    hidden_device: str | None = None
+    offload_activations: str | None = None
 
-    def resolve(self, facts: ModelFacts) -> list[int]:
+    def resolve(self, info: ModelInfo) -> list[int]:
         """The lengths in tokens, ascending."""
-        original = facts.original_max_position_embeddings
+        original = info.original_max_position_embeddings
         return sorted({parse_length(text, original) for text in self.lengths})
 
     def asked(self) -> dict[str, Any]:
         """What is asked of a task: not how."""
-        how = ("tasks", "chunk", "hidden_device")
+        how = ("tasks", "chunk", "offload_activations")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in how}
 
-    def check(self, facts: ModelFacts) -> None:
+    def check(self, info: ModelInfo) -> None:
         """Refuse what cannot be asked, before any weight is read.
 
         Raises:
@@ -75,7 +82,7 @@ class BenchmarkOptions:
             raise ValueError(f"--chunk is {self.chunk}; it must be at least 1")
         if self.data is not None and not Path(self.data).is_dir():
             raise ValueError(f"benchmark data {self.data}: no such folder; {REMEDY}")
-        known, shortest = manager().task_index, min(self.resolve(facts), default=0)
+        known, shortest = manager().task_index, min(self.resolve(info), default=0)
         for task in self.tasks:
             if task not in known:
                 near = ", ".join(name for name in known if name.startswith(task[:4]))[:200]
@@ -129,17 +136,19 @@ def ask_benchmark(
     """
     from lm_eval.evaluator import evaluate
 
-    from longrope.evaluate.harness import HarnessModel
+    from longrope.evaluate.lm_eval_model import HarnessModel
 
     kept = {} if kept is None else kept
     scores: dict[str, Scores] = {}
-    lengths = options.resolve(loaded.facts)
+    lengths = options.resolve(loaded.info)
     with (
         task_parts(task, loaded.tokenizer, lengths, options.data) as parts,
         progress(task, len(parts), show=len(parts) > 1) as advance,
     ):
         title = task if len(parts) == 1 else ""
-        model = HarnessModel(loaded, choose, longest, options.chunk, title, options.hidden_device)
+        model = HarnessModel(
+            loaded, choose, longest, options.chunk, title, options.offload_activations
+        )
         for number, part in enumerate(parts):
             name, shots = part.task_name, _shots(task, part, options)
             if name not in kept:
@@ -218,10 +227,3 @@ def _check_part(task: str, part: Any, shots: int, window: int) -> None:
             f"benchmark {task} has {examples} examples for {shots} shots; ask for fewer with "
             "--shots, or evaluate.benchmark_shots in a recipe"
         )
-
-
-def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval's own models make of a task's ``generation_kwargs``."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    return dict(normalize_gen_kwargs(dict(asked)))

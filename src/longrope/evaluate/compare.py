@@ -3,27 +3,21 @@
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longrope.data.windows import TokenDocument, bos_token, load_documents, pack, unseen
+from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.options import CompareOptions, Entry
 from longrope.evaluate.perplexity import Scores, paired_difference, score
-from longrope.evaluate.unfinished import Unfinished
+from longrope.evaluate.statistics import finite_or_none
 from longrope.files import write_atomically
-from longrope.model import LoadedModel
+from longrope.models.load import LoadedModel
 from longrope.progress import progress
-from longrope.rope.install import installed
+from longrope.rope.apply import rescaled
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale
-from longrope.windows import (
-    TokenDocument,
-    bos_token,
-    load_documents,
-    pack,
-    unseen,
-)
 
 log = logging.getLogger(__name__)
 
@@ -104,17 +98,12 @@ class Comparison:
         write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
-def finite_or_none(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
-    return value if math.isfinite(value) else None
-
-
 def run_comparison(
     loaded: LoadedModel,
     options: CompareOptions,
     *,
     exclude_searched: bool,
-    unfinished: Unfinished,
+    unfinished: MeasurementCache,
     entries: Sequence[Entry] | None = None,
 ) -> Comparison:
     """Score methods and rescale files at several lengths.
@@ -127,9 +116,9 @@ def run_comparison(
     Raises:
         ValueError: an unknown method, a rescale of another shape, too few tokens.
     """
-    facts = loaded.facts
-    lengths, target = options.resolve(facts)
-    entries = entries or options.entries(facts)
+    info = loaded.info
+    lengths, target = options.resolve(info)
+    entries = entries or options.entries(info)
     documents = load_documents(loaded.tokenizer, options.data, field=options.field, held_out=True)
     documents = _held_out(documents, options.methods, exclude_searched)
     if options.pack:
@@ -138,9 +127,9 @@ def run_comparison(
     named = [entry.name for entry in entries if entry.name in options.methods]
     named = named or [entry.name for entry in entries]
     subject = next((name for name in named if name not in METHODS), named[-1])
-    assert facts.original_max_position_embeddings
-    original = facts.original_max_position_embeddings
-    return Comparison(original, target, subject, scores, options.of(facts))
+    assert info.original_max_position_embeddings
+    original = info.original_max_position_embeddings
+    return Comparison(original, target, subject, scores, options.of(info))
 
 
 def _held_out(
@@ -170,18 +159,18 @@ def _score_all(
     entries: Sequence[Entry],
     documents: Sequence[TokenDocument],
     lengths: Sequence[int],
-    unfinished: Unfinished,
+    unfinished: MeasurementCache,
 ) -> dict[tuple[str, int], Scores]:
     bos = bos_token(loaded.tokenizer)
     asked = {"lengths": lengths, "stride": options.stride, "bos": bos}
-    forward = loaded.forward(options.chunk, options.hidden_device)
+    forward = loaded.forward(options.chunk, options.offload_activations)
     scores: dict[tuple[str, int], Scores] = {}
     with progress("evaluate", len(entries) * len(lengths), show=loaded.team.rank == 0) as advance:
         for entry in entries:
             for length in lengths:
                 rescale = entry.rescale(length)
                 known = unfinished.losses(loaded, rescale, length=length, **asked)
-                with installed(loaded.model, rescale):
+                with rescaled(loaded.model, rescale):
                     found = score(
                         forward,
                         documents,

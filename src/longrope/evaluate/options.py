@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longrope.data import check_sources
-from longrope.evaluate.perplexity import check_lengths
-from longrope.facts import ModelFacts, load_rescale
-from longrope.rope.install import check_fits
+from longrope.data.documents import check_sources
+from longrope.models.info import ModelInfo
+from longrope.models.target import starting_point
+from longrope.rope.apply import check_fits
 from longrope.rope.methods import METHODS
-from longrope.rope.rescale import Rescale
-from longrope.search.problem import starting_point
-from longrope.windows import parse_length
+from longrope.rope.rescale import Rescale, load_rescale
+from longrope.units import check_lengths, parse_length
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +37,18 @@ class CompareOptions:
     attention_factor: float | None = None
     own_attention_factors: bool = False
     chunk: int | None = None
-    hidden_device: str | None = None
+    offload_activations: str | None = None
 
-    def check(self, facts: ModelFacts) -> None:
+    def check(self, info: ModelInfo) -> None:
         """Refuse what cannot work on a model, before its weights are read.
 
         Raises:
             ValueError: an unknown method, a rescale file of another shape, no length, or
                 data that is not there.
         """
-        lengths, _ = self.resolve(facts)
+        lengths, _ = self.resolve(info)
         check_lengths(lengths, self.stride)
-        original = facts.original_max_position_embeddings
+        original = info.original_max_position_embeddings
         if self.target and original and parse_length(self.target, original) < original:
             raise ValueError(
                 f"--target is {self.target}, and the model handles {original:,} tokens already: a "
@@ -59,10 +58,10 @@ class CompareOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        assert facts.rotary_dim and facts.rope_theta
-        for entry in self.entries(facts):
+        assert info.rotary_dim and info.rope_theta
+        for entry in self.entries(info):
             rescale = entry.rescale(lengths[-1])
-            check_fits(rescale, facts.rotary_dim // 2, facts.rope_theta)
+            check_fits(rescale, info.rotary_dim // 2, info.rope_theta)
             made_for = rescale.max_position_embeddings
             if entry.name in set(self.methods) - set(METHODS) and made_for < lengths[-1]:
                 log.warning(
@@ -73,7 +72,7 @@ class CompareOptions:
                 )
         check_sources(self.data)
 
-    def require_all_of(self, file: Path, facts: ModelFacts) -> None:
+    def require_all_of(self, file: Path, info: ModelInfo) -> None:
         """See that a comparison which is there already is this one, or a part of it.
 
         Raises:
@@ -87,11 +86,11 @@ class CompareOptions:
             before, of = there["target"], there.get("of")  # of an older version's is not known
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file}: no comparison is in it; give another --out") from None
-        lengths, target = self.resolve(facts)
-        rows -= {(entry.name, length) for entry in self.entries(facts) for length in lengths}
+        lengths, target = self.resolve(info)
+        rows -= {(entry.name, length) for entry in self.entries(info) for length in lengths}
         other = [f"for {before:,} tokens"] if before != target else []
         other += [f"with {name} at {length:,}" for name, length in sorted(rows)[:3]]
-        now = self.of(facts)
+        now = self.of(info)
         other += [f"of {key} {of.get(key)}" for key in now if of and of.get(key) != now[key]]
         if other:
             raise ValueError(
@@ -99,19 +98,19 @@ class CompareOptions:
                 "delete it"
             )
 
-    def of(self, facts: ModelFacts) -> dict[str, Any]:
+    def of(self, info: ModelInfo) -> dict[str, Any]:
         """What is compared, beside methods and lengths."""
         keys = ("data", "field", "pack", "stride", "tokens_per_document", "attention_factor")
         asked = {key: getattr(self, key) for key in keys}
-        return json.loads(json.dumps({"model": facts.source} | asked))
+        return json.loads(json.dumps({"model": info.source} | asked))
 
-    def entries(self, facts: ModelFacts) -> list["Entry"]:
+    def entries(self, info: ModelInfo) -> list["Entry"]:
         """What is scored: a line per method and file."""
-        return _entries(facts, self, self.resolve(facts)[1])
+        return _entries(info, self, self.resolve(info)[1])
 
-    def resolve(self, facts: ModelFacts) -> tuple[list[int], int]:
+    def resolve(self, info: ModelInfo) -> tuple[list[int], int]:
         """Lengths in tokens, ascending, and the length that methods are made for."""
-        original = facts.original_max_position_embeddings
+        original = info.original_max_position_embeddings
         assert original is not None
         lengths = sorted({parse_length(text, original) for text in self.lengths})
         target = parse_length(self.target, original) if self.target else lengths[-1]
@@ -132,21 +131,21 @@ class Entry:
     rescale: Callable[[int], Rescale]
 
 
-def _entries(facts: ModelFacts, options: CompareOptions, target: int) -> list[Entry]:
+def _entries(info: ModelInfo, options: CompareOptions, target: int) -> list[Entry]:
     """A line per method, made for ``target``, and per file; raises for what is neither."""
     shared = options.attention_factor
     named = [name for name in options.methods if name not in METHODS]
-    files = {name: load_rescale(name, facts, target) for name in named}
+    files = {name: load_rescale(name, info.rescale("none", target)) for name in named}
     if shared is None and options.own_attention_factors:
         shared = next((file.attention_factor for file in files.values()), None)
         if shared is None:
-            shared = starting_point(facts, target, None).attention_factor
+            shared = starting_point(info, target, None).attention_factor
     entries = []
     for name in options.methods:
         if name in files:
             entries.append(Entry(name, lambda length, file=files[name]: file))
             continue
-        own = Entry(name, lambda length, name=name: facts.rescale(name, target, length))
+        own = Entry(name, lambda length, name=name: info.rescale(name, target, length))
         factor = own.rescale(target).attention_factor
         if shared is None or name == "none" or factor == shared:
             entries.append(own)

@@ -1,13 +1,13 @@
 """Benchmarks of an extended model against the original: the same questions asked of both."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from longrope.evaluate.benchmarks import BenchmarkOptions, Scores, ask_benchmark
-from longrope.evaluate.tasks import is_ruler
-from longrope.evaluate.unfinished import Unfinished
-from longrope.model import LoadedModel
+from longrope.evaluate.benchmarks import BenchmarkOptions, ask_benchmark
+from longrope.evaluate.cache import MeasurementCache
+from longrope.evaluate.lm_eval_tasks import is_ruler
+from longrope.evaluate.statistics import paired
+from longrope.models.load import LoadedModel
 from longrope.rope.rescale import Rescale
 
 
@@ -17,7 +17,7 @@ def compare_with_original(
     longest: int,
     original: LoadedModel | None,
     options: BenchmarkOptions,
-    unfinished: Unfinished,
+    unfinished: MeasurementCache,
 ) -> list[dict[str, Any]]:
     """Rows of :func:`paired`, for every task; what is unfinished goes on.
 
@@ -30,13 +30,13 @@ def compare_with_original(
             before anything is asked.
     """
     before = original or loaded
-    window = before.facts.original_max_position_embeddings
+    window = before.info.original_max_position_embeddings
     assert window is not None
     same = before.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
     if not same and any(is_ruler(task) for task in options.tasks):
         raise ValueError("RULER makes its texts by the tokenizer: --original needs the same one")
     options.require_data(before.tokenizer, min(window, longest))
-    unscaled = before.facts.rescale("none", window)
+    unscaled = before.info.rescale("none", window)
     rows = []
     for task in options.tasks:
         kept = unfinished.answers(before, [unscaled], task=task, **options.asked())
@@ -47,29 +47,3 @@ def compare_with_original(
         extended = ask_benchmark(loaded, choose, longest, task, options, kept)
         rows += [paired(row, answers.get(row, {}), extended[row]) for row in extended]
     return rows
-
-
-def paired(task: str, original: Scores, extended: Scores) -> dict[str, Any]:
-    """A row: both models' shares of right answers, and their difference with its 95% interval.
-
-    The interval is that of the mean difference over questions, each asked both models.
-
-    Raises:
-        ValueError: they were asked different questions.
-    """
-    if original.keys() != extended.keys():
-        raise ValueError(f"benchmark {task}: the two models were not asked the same questions")
-    differences = [extended[key] - original[key] for key in original]
-    count = len(differences)
-    mean = sum(differences) / count
-    variance = sum((d - mean) ** 2 for d in differences) / max(1, count - 1)
-    spread = 1.959964 * math.sqrt(variance / count)
-    return {
-        "task": task,
-        "questions": count,
-        "original": sum(original.values()) / count,
-        "extended": sum(extended.values()) / count,
-        "difference": mean,
-        "low": mean - spread,
-        "high": mean + spread,
-    }

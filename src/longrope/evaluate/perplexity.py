@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import itertools
-import math
 from collections.abc import MutableMapping, Sequence
 
 import numpy as np
 
-from longrope.forward import LongForward
-from longrope.windows import TokenDocument, require_length, with_bos
+from longrope.data.windows import TokenDocument, require_length, with_bos
+from longrope.evaluate.statistics import ratio_standard_error
+from longrope.layerwise.forward import LongForward
+from longrope.units import check_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +67,6 @@ class Scores:
 
     def _counts(self) -> np.ndarray:
         return np.array([(~np.isnan(losses)).sum() for losses in self.documents])
-
-
-def ratio_standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Standard error of Σ sums / Σ counts when documents are what was sampled."""
-    n = len(sums)
-    if n < 2 or not np.isfinite(sums).all():
-        return None
-    residuals = sums - sums.sum() / counts.sum() * counts
-    return float(math.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,23 +151,3 @@ def _window_losses(
     # Without a BOS nothing predicts the first token of a window.
     first = np.full((len(windows), 1 if bos is None else 0), np.nan)
     return np.concatenate([first, np.concatenate(losses)], axis=1)
-
-
-def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:
-    """Refuse lengths that cannot be scored together.
-
-    Raises:
-        ValueError: a length that does not divide the longest; a stride with several
-            lengths (they would score other tokens), or out of range.
-    """
-    longest = max(lengths)
-    for length in lengths:
-        if longest % length:
-            raise ValueError(
-                f"--lengths: {length} does not divide {longest}; lengths are compared on the same "
-                "tokens, so each must divide the longest"
-            )
-    if stride is not None and len(set(lengths)) > 1:
-        raise ValueError(f"--stride {stride} goes with one length, not {len(set(lengths))}")
-    if stride is not None and not 1 <= stride <= longest:
-        raise ValueError(f"--stride is {stride}; it must be from 1 to the length, {longest}")

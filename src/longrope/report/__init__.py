@@ -1,1 +1,1 @@
-"""Pictures of what a search found and what it is worth."""
+"""Plots and pages of a run."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import jinja2
 
-from longrope.evaluate.results import RESULT
 from longrope.files import write_atomically
+from longrope.labels import RESULT
 from longrope.report import plots
 from longrope.report.sections import Section, all_sections, headline
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from longrope.files import write_atomically
 from longrope.rope.rescale import Rescale
+
+matplotlib.use("agg")
 
 _SEARCHED = "#c0392b"
 # Files take these in turn; methods have colours of their own.

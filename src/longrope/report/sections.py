@@ -10,15 +10,13 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from longrope.cost import gigabytes
-from longrope.evaluate.results import RESULT
-from longrope.evaluate.retrieval import totals, wilson
+from longrope.evaluate.statistics import totals, wilson
 from longrope.files import read_lines
-from longrope.progress import duration
+from longrope.labels import RESULT
 from longrope.report import plots
-from longrope.report.numbers import number, percent, ratio
-from longrope.report.run import known_methods
+from longrope.report.figures import known_methods
 from longrope.rope.rescale import Rescale
+from longrope.units import duration, gigabytes, number, percent, ratio
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Rotary position embedding: the rescale, the known methods, and putting one into a model."""
+"""Rescaled rotary position embeddings, and how they are put into a model."""

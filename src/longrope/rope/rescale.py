@@ -223,3 +223,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return list(value)
     return value
+
+
+def load_rescale(name: str, unscaled: Rescale) -> Rescale:
+    """Load a rescale from its JSON file, or from the LongRoPE authors' CSV.
+
+    Args:
+        unscaled: the rescale that is no extension, with the target as its length. A CSV file
+            holds factors alone; ``rope_theta`` and the lengths come from here.
+
+    Raises:
+        ValueError: no such file, or not a rescale.
+    """
+    if not Path(name).is_file():
+        raise ValueError(f"{name!r} is neither a rescale file nor a known method, such as yarn")
+    if Path(name).suffix != ".csv":
+        return Rescale.load(name)
+    return Rescale.from_csv(
+        name,
+        rope_theta=unscaled.rope_theta,
+        original_max_position_embeddings=unscaled.original_max_position_embeddings,
+        max_position_embeddings=unscaled.max_position_embeddings,
+    )

@@ -16,67 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longrope.layers import cache_name
-from longrope.rope.install import (
+from longrope.compat import cache_name
+from longrope.rope.apply import (
     RescaledRotary,
     asked_of_original,
     check_fits,
     one_axis,
     positions_of,
 )
-from longrope.rope.rescale import Rescale, default_attention_factor
-from longrope.rope.site import RotarySite, find_rotary
+from longrope.rope.pair import RescalePair
+from longrope.rope.rotary import RotarySite, find_rotary
 
 # What models for more than text are given beside it.
 _NO_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The two rescales of an extended model: ``short`` up to its length, ``long`` beyond."""
-
-    short: Rescale
-    long: Rescale
-
-    @property
-    def recovery_length(self) -> int:
-        """The longest sequence in tokens, generated ones included, that ``short`` is for."""
-        return self.short.max_position_embeddings
-
-    def choose(self, tokens: int) -> Rescale:
-        """The rescale for a sequence of so many tokens."""
-        return self.short if tokens <= self.recovery_length else self.long
-
-    @classmethod
-    def from_config(cls, config: Any) -> "Pair | None":
-        """The pair that a ``longrope`` checkpoint's config holds; None for any other config."""
-        text = config.get_text_config()
-        scaling = getattr(text, "rope_parameters", None) or {}
-        scaling = scaling.get("full_attention", scaling)
-        if scaling.get("rope_type") != "longrope":
-            return None
-        recovery = scaling["original_max_position_embeddings"]
-        longest = max(text.max_position_embeddings, recovery)
-        factor = scaling.get("attention_factor") or default_attention_factor(
-            recovery, round(recovery * scaling.get("factor", longest / recovery))
-        )
-        shared = {
-            "rope_theta": float(scaling["rope_theta"]),
-            "original_max_position_embeddings": recovery,
-            "attention_factor": factor,
-        }
-        return cls(
-            Rescale(
-                tuple(scaling["short_factor"]),
-                max_position_embeddings=recovery,
-                **shared,
-            ),
-            Rescale(tuple(scaling["long_factor"]), max_position_embeddings=longest, **shared),
-        )
-
-
 @contextlib.contextmanager
-def switched(model: nn.Module, pair: Pair) -> Iterator[None]:
+def switched(model: nn.Module, pair: RescalePair) -> Iterator[None]:
     """The model with both rescales in place, chosen per row; leaving restores it.
 
     Raises:
@@ -114,7 +70,7 @@ def switched(model: nn.Module, pair: Pair) -> Iterator[None]:
 class _SwitchedRotary(nn.Module):
     """Cosines and sines of either rescale, as ``long_rows`` says; stands in for the model's."""
 
-    def __init__(self, pair: Pair, site: RotarySite):
+    def __init__(self, pair: RescalePair, site: RotarySite):
         super().__init__()
         self.config, self.rope_type = site.module.config, "longrope"
         self.short, self.long = (RescaledRotary(site, r) for r in (pair.short, pair.long))
@@ -151,7 +107,7 @@ class _Filled:
 class _Switch:
     """The hooks around a decoder that judge every row and refill a cache at a crossing."""
 
-    def __init__(self, pair: Pair, site: RotarySite):
+    def __init__(self, pair: RescalePair, site: RotarySite):
         self.recovery_length = pair.recovery_length
         self.rotary = _SwitchedRotary(pair, site)
         self.announced: Tensor | None = None  # lengths of the prompts that generate() is given

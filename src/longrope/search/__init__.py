@@ -1,1 +1,1 @@
-"""The search for rescale factors: candidates, an algorithm, the loss, and the loop around them."""
+"""Search the rescale factors for a target length."""

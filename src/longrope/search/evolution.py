@@ -1,50 +1,17 @@
 """LongRoPE's Algorithm 1: an evolutionary search inside the monotone constraint."""
 
-import dataclasses
 import math
 import random
 from collections.abc import Sequence
 from typing import Any
 
 from longrope.search.problem import Problem
+from longrope.search.settings import EvolutionSettings
 from longrope.search.space import Candidate, Outcome, Price, Trial, distinct
 
 # Draws for one new candidate before the search takes what it has: near the end every
 # neighbour of the parents may be known.
 _TRIES = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class EvolutionSettings:
-    """Algorithm 1's settings; the defaults are the paper's for targets up to 256k.
-
-    Raises:
-        ValueError: a count below 1 or a probability outside (0, 1].
-    """
-
-    population: int = 64
-    mutations: int = 16
-    crossovers: int = 16
-    probability: float = 0.3
-    iterations: int = 40
-    parents: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("population", "iterations", "parents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("mutations", "crossovers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative")
-        if self.mutations + self.crossovers < 1:
-            raise ValueError("--mutations and --crossovers are both 0; one must be positive")
-        if not 0 < self.probability <= 1:
-            raise ValueError(f"--probability is {self.probability}; it must be in (0, 1]")
-
-    @property
-    def forwards(self) -> int:
-        """The whole budget, in forwards of all windows: 1,344 with the paper's settings."""
-        return self.population + self.iterations * (self.mutations + self.crossovers)
 
 
 class Evolution:

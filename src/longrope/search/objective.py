@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from longrope.evaluate.retrieval import Prompt, depths, passkey_prompt, require_room
-from longrope.forward import LongForward
-from longrope.gradient import gradient
-from longrope.rope.install import installed
+from longrope.data.prompts import Prompt, depths, passkey_prompt, require_room
+from longrope.layerwise.backward import gradient
+from longrope.layerwise.forward import LongForward
+from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 from longrope.search.space import Outcome
 
@@ -46,7 +46,7 @@ class Objective:
         weights = [share * q.answer_tokens / answer_tokens for q in questions]
         if slope:
             return self._slope(rescale, windows, questions, weights)
-        with installed(self.forward.model, rescale):
+        with rescaled(self.forward.model, rescale):
             loss = _mean(self.forward.batches(windows))
             for question, weight in zip(questions, weights, strict=True):
                 loss += weight * _mean([self._answer(question)])
@@ -66,7 +66,7 @@ class Objective:
         loss, by_factor = 0.0, torch.zeros(len(rescale.factors), dtype=torch.float64)
         texts = [(ids, 0, 1 / len(windows)) for ids in windows]
         answers = [(q.ids, q.answer_tokens, w) for q, w in zip(questions, weights, strict=True)]
-        with installed(self.forward.model, rescale, always=True):
+        with rescaled(self.forward.model, rescale, always=True):
             for ids, counted, weight in texts + answers:
                 row = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
                 found = gradient(self.forward, row, counted)

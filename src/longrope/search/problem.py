@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from longrope.facts import ModelFacts
-from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.models.info import ModelInfo
+from longrope.models.target import starting_point
+from longrope.rope.rescale import Rescale
 from longrope.search.space import START_TOKENS, Candidate, Space
 
 # The first population of Algorithm 1, beside their mutants.
@@ -39,7 +40,7 @@ class Problem:
 
 
 def first_search(
-    facts: ModelFacts,
+    info: ModelInfo,
     target: int,
     *,
     attention_factor: float | None = None,
@@ -47,9 +48,9 @@ def first_search(
     upper: float | None = None,
 ) -> Problem:
     """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK, YaRN (or ramps)."""
-    start = starting_point(facts, target, attention_factor)
+    start = starting_point(info, target, attention_factor)
     space = Space(start, upper or MARGIN * start.scale, start_tokens)
-    known = {name: facts.rescale(name, target) for name in STARTS}
+    known = {name: info.rescale(name, target) for name in STARTS}
     turns = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
     turns = turns[: space.dimensions]
 
@@ -66,13 +67,13 @@ def first_search(
     )
 
 
-def require_start_tokens(start_tokens: int, facts: ModelFacts) -> None:
+def require_start_tokens(start_tokens: int, info: ModelInfo) -> None:
     """Refuse an n̂ under which positions stay unscaled that the model has never seen.
 
     Raises:
         ValueError: it is beyond the original length.
     """
-    original = facts.original_max_position_embeddings
+    original = info.original_max_position_embeddings
     if original is not None and start_tokens > original:
         raise ValueError(
             f"start_tokens is {start_tokens:,}: positions below it are not rescaled, and the model "
@@ -81,7 +82,7 @@ def require_start_tokens(start_tokens: int, facts: ModelFacts) -> None:
 
 
 def second_search(
-    facts: ModelFacts,
+    info: ModelInfo,
     finetuned: Rescale,
     target: int,
     *,
@@ -94,20 +95,20 @@ def second_search(
     length; from PI, NTK and YaRN, which take the fine-tuned length for the original.
     """
     if attention_factor is None:
-        attention_factor = starting_point(facts, target, None).attention_factor
+        attention_factor = starting_point(info, target, None).attention_factor
     start = finetuned.replace(max_position_embeddings=target, attention_factor=attention_factor)
     scale = target / finetuned.max_position_embeddings
     space = Space(start, upper or MARGIN * scale, (finetuned.start_tokens,))
     return Problem(
         space,
         {
-            name: space.nearest(multiplied(start, step_factors(facts, finetuned, name, target)))
+            name: space.nearest(multiplied(start, step_factors(info, finetuned, name, target)))
             for name in STEP_STARTS
         },
     )
 
 
-def step_factors(facts: ModelFacts, finetuned: Rescale, method: str, target: int) -> np.ndarray:
+def step_factors(info: ModelInfo, finetuned: Rescale, method: str, target: int) -> np.ndarray:
     """A method's factors for the step from a fine-tuned length to ``target``, shape (d/2,).
 
     YaRN's ramp looks at how often a dimension turns within the fine-tuned length *as it is
@@ -119,7 +120,7 @@ def step_factors(facts: ModelFacts, finetuned: Rescale, method: str, target: int
     """
     if not method.startswith("yarn"):
         step = dataclasses.replace(
-            facts,
+            info,
             original_max_position_embeddings=finetuned.max_position_embeddings,
             base_factors=(1.0,) * len(finetuned.factors),
         )
@@ -140,7 +141,7 @@ def ramp(turns: np.ndarray, fast: float, slow: float) -> np.ndarray:
 
 
 def recovery_search(
-    facts: ModelFacts, finetuned: Rescale, length: int, attention_factor: float
+    info: ModelInfo, finetuned: Rescale, length: int, attention_factor: float
 ) -> Problem:
     """Factors for short sequences of an extended model (section 3.3).
 
@@ -148,7 +149,7 @@ def recovery_search(
     ``attention_factor``; from the original factors, the fine-tuned ones, and these
     shrunk towards 1.
     """
-    start = facts.rescale("none", length).replace(attention_factor=attention_factor)
+    start = info.rescale("none", length).replace(attention_factor=attention_factor)
     relative = np.divide(finetuned.factors, start.factors)
     space = Space(start, MARGIN * float(relative.max()), (0,))
     starts = {"original": np.ones_like(relative), "fine-tuned": relative}
@@ -157,19 +158,6 @@ def recovery_search(
         space,
         {name: space.nearest(multiplied(start, factors)) for name, factors in starts.items()},
     )
-
-
-def starting_point(facts: ModelFacts, target: int, attention_factor: float | None) -> Rescale:
-    """The rescale that every candidate of a first search multiplies.
-
-    It carries the one attention factor: by default √(1 + ln s / ln L), on top of what the
-    model has and keeps.
-    """
-    start = facts.rescale("none", target)
-    if attention_factor is None:
-        original = start.original_max_position_embeddings
-        attention_factor = default_attention_factor(original, target) * start.attention_factor
-    return start.replace(attention_factor=attention_factor)
 
 
 def multiplied(start: Rescale, factors: np.ndarray) -> Rescale:

@@ -1,95 +1,221 @@
-"""The loop around a search: budget, history, resume, ranks, and what it leaves behind.
+"""A search as a stage of work: windows in, files of factors out; run again, it resumes."""
 
-Nothing is lost and nothing is trusted: every loss is a synced line of
-``history.jsonl``, the algorithm is a function of its seed and those losses, so
-resuming is replaying. Every rank runs the same algorithm; only losses travel.
-"""
-
-import contextlib
+import dataclasses
+import hashlib
 import math
-from collections.abc import Callable
+import platform
+import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from longrope.files import only_process
-from longrope.parallel import Ranks
+import torch
+
+from longrope.data.documents import check_sources
+from longrope.data.prompts import Prompt
+from longrope.data.windows import Windows, bos_token, half, load_documents, pack, search_windows
+from longrope.distributed import Ranks
+from longrope.files import require_directory
+from longrope.layerwise.backward import check_gradient_support
+from longrope.models.compatibility import warn_if_out_of_reach
+from longrope.models.info import ModelInfo
+from longrope.models.load import LoadedModel
+from longrope.models.target import parse_extension
+from longrope.progress import Advance, console, progress
 from longrope.rope.rescale import Rescale
-from longrope.search.descent import Descent
-from longrope.search.evaluations import Evaluations, Progress, SearchResult
-from longrope.search.evolution import Evolution
-from longrope.search.problem import Problem
-from longrope.search.record import SearchConfig
-from longrope.search.space import Outcome, Price
+from longrope.search.cost import forwards as gradient_cost
+from longrope.search.evaluator import Progress, SearchResult
+from longrope.search.history import SearchConfig, refuse_another_s
+from longrope.search.loop import search
+from longrope.search.objective import Objective, passkey_questions
+from longrope.search.problem import Problem, first_search, require_start_tokens
+from longrope.search.settings import SearchSettings
+from longrope.search.space import START_TOKENS, Price
+from longrope.units import duration
+from longrope.version import __version__
 
-ALGORITHMS = {"fast": Descent, "paper": Evolution}
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+    """What ``longrope search`` may be told; see its ``--help``."""
+
+    target: str
+    out: Path
+    data: tuple[str, ...] = ()
+    field: str = "text"
+    pack: bool = False
+    attention_factor: float | None = None
+    start_tokens: int | None = None
+    upper: float | None = None
+    how: SearchSettings = dataclasses.field(default_factory=SearchSettings)
+
+    def __post_init__(self) -> None:
+        if self.upper is not None and not 1 <= self.upper < math.inf:
+            raise ValueError(f"--upper is {self.upper}; it must be at least 1, and finite")
+        factor = self.attention_factor
+        if factor is not None and not 0 < factor < math.inf:
+            raise ValueError(f"--attention-factor is {factor}; it must be positive and finite")
+        if self.start_tokens is not None and self.start_tokens < 0:
+            raise ValueError(f"--start-tokens is {self.start_tokens}; it must not be negative")
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse what cannot work on a model, before its weights are read.
+
+        Raises:
+            ValueError: a target that is no extension, data that is not there, or an ``out`` that
+                holds something else.
+        """
+        parse_extension(self.target, info)
+        require_start_tokens(self.start_tokens or 0, info)
+        check_sources(self.data)
+        require_directory(self.out)
+        refuse_another_s(self.out)
 
 
-def search(
-    config: SearchConfig,
-    problem: Problem,
-    loss: Callable[[Rescale, int | None, bool], Outcome],
-    out: Path,
-    *,
-    price: Price | None = None,
-    ranks: Ranks | None = None,
-    budget: int | None = None,
-    patience: int | None = None,
-    provenance: dict[str, Any] | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
-) -> SearchResult:
-    """Search, or go on with the search that ``out`` holds.
+def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
+    """Search the rescale factors for a target length, or go on where it was interrupted.
 
-    Args:
-        problem: the space, and where to begin in it.
-        loss: of a rescale, on all windows or on one, with its slope or without.
-        price: what trials cost.
-        budget: forward equivalents at most; by default what the algorithm's settings give.
-        patience: stop after this many generations without a new best.
+    Leaves ``rescale.json`` (the best), ``portable.json`` (the best that engines can
+    load, n̂ = 0), ``history.jsonl`` (every evaluation) and ``state.json`` in
+    ``options.out``.
 
     Raises:
-        ValueError: ``out`` holds another search (the differing fields are named) or a
-            damaged state; no candidate has a finite loss; a file cannot be written.
-        RankLost: another process of the run died.
+        ValueError: an option out of range, too few tokens, or a directory that holds
+            another search; before any long work.
     """
-    ranks = ranks or Ranks()
-    with only_process(out) if ranks.first else contextlib.nullcontext():
-        price = price or Price()
-        algorithm = ALGORITHMS[config.algorithm](
-            problem,
-            config.settings,  # pyright: ignore[reportArgumentType]
-            config.seed,
-            price,
-        )
-        # The algorithm names more starts as it goes.
-        run = Evaluations(config, problem.space, algorithm.starts, loss, out, price, ranks, report)
-        return _loop(run, algorithm, budget, patience, provenance or {})
+    target = parse_extension(options.target, loaded.info)
+    problem = first_search(
+        loaded.info,
+        target,
+        attention_factor=options.attention_factor,
+        start_tokens=START_TOKENS if options.start_tokens is None else (options.start_tokens,),
+        upper=options.upper,
+    )
+    bos, seed = bos_token(loaded.tokenizer), options.how.seed
+    documents = load_documents(loaded.tokenizer, options.data, field=options.field, held_out=False)
+    if options.pack:
+        documents = half(documents, random.Random(seed))
+        documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
+    windows = search_windows(documents, target, options.how.samples, seed, bos)
+    if ranks.first:
+        warn_if_out_of_reach(loaded.model, loaded.info, target)
+    return search_stage(loaded, problem, windows, options.how, options.out, ranks)
 
 
-def _loop(
-    run: Evaluations,
-    algorithm: Descent | Evolution,
-    budget: int | None,
-    patience: int | None,
-    provenance: dict[str, Any],
+def search_stage(
+    loaded: LoadedModel,
+    problem: Problem,
+    windows: Windows,
+    how: SearchSettings,
+    out: Path,
+    ranks: Ranks,
+    title: str = "search",
 ) -> SearchResult:
-    config, known = run.config, len(run.history)
-    whole = config.settings.forwards
-    # A smaller budget than what is known is no reason to forget any of it.
-    run.total = min(max(budget or whole, math.ceil(run.known_forwards())), whole)
-    run.report_start()
-    since_best = 0
-    while not algorithm.done and run.forwards < run.total:
-        asked = run.within_budget(algorithm.ask())
-        if not asked:
-            break
-        best_before = run.best_loss()
-        algorithm.tell(asked, run.evaluate(asked, algorithm.generation))
-        since_best = 0 if run.best_loss() < best_before else since_best + 1
-        if len(run.outcomes) < known:  # still replaying: what is on disk is further
-            continue
-        if run.ranks.first:
-            run.record.save_state(len(run.outcomes), algorithm.generation)
-            run.save_bests(provenance)
-        if patience is not None and since_best >= patience:
-            break
-    return run.result(provenance)
+    """Any of the three searches, on windows of its length.
+
+    Raises:
+        ValueError: ``out`` holds another search, or no candidate has a finite loss.
+    """
+    info = loaded.info
+    if how.algorithm == "gradient" and loaded.model.dtype == torch.float16:
+        raise ValueError(
+            "--dtype float16: slopes are too small for it; give bfloat16 or --algorithm evolution"
+        )
+    start, length = problem.space.start, problem.space.start.max_position_embeddings
+    questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
+    forward = loaded.forward(how.chunk, how.offload_activations)
+    if how.algorithm == "gradient":
+        check_gradient_support(forward, start, length)
+    slope = gradient_cost(info, length, forward.chunk) if how.algorithm == "gradient" else math.nan
+    headline = _headline(info, start, windows, questions)
+    with progress(title, how.forwards, show=ranks.first) as advance:
+        result = search(
+            _config(loaded, problem, windows, questions, how, forward.chunk),
+            problem,
+            Objective(forward, windows.ids, questions),
+            out,
+            price=Price(len(windows.ids), slope),
+            ranks=ranks,
+            budget=how.budget,
+            patience=how.patience,
+            provenance={
+                "model": info.name,
+                "base_factors": list(info.base_factors),
+                "document_names": [document.name for document in windows.documents],
+                "longrope": __version__,
+                "python": platform.python_version(),
+            },
+            report=_Reporter(headline, advance) if ranks.first else lambda now: None,
+        )
+        advance(how.forwards, f"best {result.best_loss:.4f}")
+        return result
+
+
+def _headline(
+    info: ModelInfo, start: Rescale, windows: Windows, questions: Sequence[Prompt]
+) -> str:
+    original, length = start.original_max_position_embeddings, start.max_position_embeddings
+    names = ", ".join(document.name for document in windows.documents)
+    asked = f", {len(questions)} pass keys" if questions else ""
+    return (
+        f"{info.architecture}, {original:,} → {length:,} tokens ({start.scale:g}×); "
+        f"{len(windows.ids)} windows of {names}{asked}"
+    )
+
+
+def _config(
+    loaded: LoadedModel,
+    problem: Problem,
+    windows: Windows,
+    questions: Sequence[Prompt],
+    how: SearchSettings,
+    chunk: int,
+) -> SearchConfig:
+    """Which search this is: another one does not go on in its directory."""
+    start = problem.space.start
+    seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
+    return SearchConfig(
+        model=loaded.fingerprint(),
+        documents=tuple(h for document in windows.documents for h in document.sha256),
+        windows=hashlib.sha256(seen).hexdigest(),
+        passkeys=how.passkeys,
+        length=start.max_position_embeddings,
+        algorithm=how.algorithm,
+        settings=how.of_algorithm(),
+        seed=how.seed,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=loaded.model.device.type,
+        chunk=chunk,
+        start={k: v for k, v in start.to_json().items() if k != "provenance"},
+        upper=problem.space.upper,
+        start_tokens=problem.space.start_tokens,
+    )
+
+
+# Starts that a progress line has room for.
+_SHOWN = 3
+
+
+class _Reporter:
+    """Say how a search goes: what it is, how long it will take, then the best so far."""
+
+    def __init__(self, headline: str, advance: Advance):
+        self.headline, self.advance = headline, advance
+        self.estimated = False
+
+    def __call__(self, now: Progress) -> None:
+        if now.evaluations == 0:
+            console.print(self.headline, highlight=False)
+            return
+        if not self.estimated and now.seconds_left is not None:
+            self.estimated = True
+            console.print(
+                f"{now.total - now.forwards:.0f} forwards of all windows to go, about "
+                f"{duration(now.seconds_left)}; it can be stopped and run again at any time",
+                highlight=False,
+            )
+        if now.replayed and now.forwards < now.total:
+            return
+        finite = [(loss, name) for name, loss in now.starts.items() if math.isfinite(loss)]
+        starts = " ".join(f"{name} {loss:.4f}" for loss, name in sorted(finite)[:_SHOWN])
+        left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
+        self.advance(int(now.forwards), f"best {now.best:.4f} ({starts}){left}")

@@ -1,1 +1,1 @@
-"""Fine-tuning at the searched length."""
+"""Fine-tune a model at an extended length."""

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longrope import attention_gradient
-from longrope.attention import through
-from longrope.layers import find_layers
-from longrope.likelihood import token_losses
-from longrope.rope.install import asked_of_original, installed, placed
+from longrope.attention import autograd
+from longrope.attention.chunked import through
+from longrope.attention.config import explicit_scores, sliding_layers
+from longrope.layerwise.decoder import find_layers
+from longrope.layerwise.losses import token_losses
+from longrope.rope.apply import asked_of_original, position_override, rescaled
 from longrope.rope.rescale import Rescale
-from longrope.shape import explicit_scores, sliding_layers
 
 # Rows of logits in memory at a time; a row is vocabulary × 4 bytes, and its gradient.
 ROWS = 1024
@@ -51,13 +51,13 @@ def chunked_loss(
     ) -> dict[str, Tensor]:
         if weights is None:
             weights = torch.ones_like(input_ids, dtype=torch.float32)
-        with placed(model, places):
+        with position_override(model, places):
             total = _total_loss(student, input_ids, weights, rows)
         tokens = input_ids[:, 1:].numel()
         if short_ids is not None:
             windows = short_ids.flatten(0, 1)
             even = torch.ones_like(windows, dtype=torch.float32)
-            with installed(model, short):
+            with rescaled(model, short):
                 total = total + _total_loss(student, windows, even, rows, taught_by)
             tokens += windows[:, 1:].numel()
         return {"loss": total / tokens}
@@ -138,7 +138,7 @@ class _Head:
         # Dropout is what ours does not do.
         if not (explicit_scores(config) or layers) or getattr(config, "attention_dropout", 0):
             return contextlib.nullcontext()
-        return through(config, attention_gradient.TRAINED)
+        return through(config, autograd.TRAINED)
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         given = _Given(self._decoder, self._output(last_hidden_state=hidden))

@@ -1,0 +1,1 @@
+"""Attention kernels: forward, backward, sliding windows, soft-caps and sinks."""

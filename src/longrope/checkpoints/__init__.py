@@ -1,0 +1,1 @@
+"""Read and write rescale factors in checkpoint formats."""

@@ -1,0 +1,265 @@
+"""``longrope export``: an extended model in the form that an engine applies."""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from longrope.checkpoints import card
+from longrope.checkpoints.attention_factor import (
+    AttentionFactors,
+    FoldedWrong,
+    folding_check,
+    settled,
+    unfolded,
+)
+from longrope.checkpoints.gguf import export_gguf
+from longrope.checkpoints.hf import export_directory
+from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
+from longrope.checkpoints.run_layout import is_run, original_of
+from longrope.files import write_atomically
+from longrope.models.info import Existing, inspect_model
+from longrope.models.load import load_model
+from longrope.models.sources import local_copy
+from longrope.models.target import parse_extension
+from longrope.progress import quiet
+from longrope.rope.apply import check_fits
+from longrope.rope.methods import METHODS
+from longrope.rope.pair import RescalePair
+from longrope.rope.rescale import Rescale, load_rescale
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What to export, and how.
+
+    Args:
+        model: a run of ``longrope extend``, a checkpoint, a hub id, or a GGUF file.
+        rescale, short: rescale files, CSV files or methods' names; a run has its own. Without
+            ``short`` the long factors serve every length.
+        target: what a method or a CSV is made for.
+        attention_factors: where engines would compute another attention factor than the
+            rescale's: ``fold`` the rest into the query projections, leave it in ``field``s of
+            the config that some engines read, or ``auto``: fold where the model allows it.
+        drop_start_tokens: export factors that were searched with n̂ > 0 as if it were 0.
+        existing_scaling: what a method goes on from; a rescale file has it in its factors.
+        force: replace what is at ``out``.
+    """
+
+    model: str
+    out: Path
+    format: Format = "hf"
+    rescale: str | None = None
+    short: str | None = None
+    target: str | None = None
+    attention_factors: AttentionFactors = "auto"
+    drop_start_tokens: bool = False
+    existing_scaling: Existing | None = None
+    original_length: int | None = None
+    dtype: str = "bfloat16"
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+def export(options: ExportOptions) -> Manifest:
+    """Write the export; gives what it was meant to be.
+
+    Raises:
+        ValueError: anything that would make an engine compute something else, or an ``out``
+            that exists; nothing is left at ``out`` then.
+    """
+    if options.format not in FORMATS:
+        raise ValueError(f"--format {options.format}: choose {', '.join(FORMATS)}")
+    if options.attention_factors not in ("auto", "fold", "field"):
+        raise ValueError(
+            f"--attention-factors {options.attention_factors}: choose auto, fold or field"
+        )
+    gguf = options.format.startswith("gguf")
+    if gguf and options.out.suffix != ".gguf":
+        raise ValueError(f"--out {options.out}: the name of a GGUF file ends in .gguf")
+    run = Path(options.model) if is_run(Path(options.model)) else None
+    model = str(run / "model") if run else options.model
+    if run:  # its scaling is ours, and its config calls the recovery length original
+        before = Rescale.load(run / "rescale.json").original_max_position_embeddings
+        options = dataclasses.replace(
+            options,
+            existing_scaling=options.existing_scaling or "replace",
+            original_length=options.original_length or before,
+        )
+    _require_free(options, model)
+    pair = _pair(options, run, model)
+    named = str((original_of(options.model) or {}).get("source", options.model))
+    manifest = Manifest(options.format, Path(named).name, pair)
+    with _checkpoint(options, model, pair, keep_gguf=gguf) as source:
+        if gguf:
+            export_gguf(source, manifest, options.out)
+        else:
+            manifest = settled(manifest, source, options.attention_factors)
+            try:
+                _write_directory(manifest, source, options)
+            except FoldedWrong as error:
+                manifest = unfolded(manifest, options.attention_factors, str(error))
+                _write_directory(manifest, source, options)
+    _write_card(manifest, options.out, None if options.rescale or options.short else run)
+    return manifest
+
+
+def _require_free(options: ExportOptions, model: str) -> None:
+    """See that nothing is at ``out``, or with ``force`` a file, or a directory of an export's."""
+    out, card_file = options.out.resolve(), _card_file(options.out)
+    for there in (options.out, card_file):
+        if there.exists() and not options.force:
+            raise ValueError(f"{there}: is there already; give another --out, or --force")
+    if not out.exists():
+        return
+    if out.name == "model" and is_run(out.parent):
+        raise ValueError(f"{options.out}: a run's own, which tells of it; give another --out")
+    for read in (options.model, model, options.rescale, options.short):
+        if read and Path(read).exists() and Path(read).resolve().is_relative_to(out):
+            raise ValueError(f"{options.out}: {read} is read from there; give another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / FILE).exists():
+        raise ValueError(
+            f"{options.out}: no export wrote it ({FILE} is missing), and --force would delete all "
+            "that is in it; give another --out"
+        )
+
+
+def _write_directory(manifest: Manifest, source: Path, options: ExportOptions) -> None:
+    trusted = options.trust_remote_code
+    check = None if manifest.folded is None else folding_check(manifest, source, trusted)
+    export_directory(
+        source,
+        manifest,
+        options.out,
+        check=check,
+        trust_remote_code=trusted,
+    )
+
+
+def _pair(options: ExportOptions, run: Path | None, model: str) -> RescalePair:
+    named = options.rescale or (str(run / "rescale.json") if run else None)
+    short_named = options.short or (
+        str(run / "short.json") if run and not options.rescale else None
+    )
+    if named is None:
+        raise ValueError("--rescale is missing: give a rescale file, or a run as MODEL")
+    long = _rescale(named, model, options)
+    short = _rescale(short_named, model, options) if short_named else None
+    if short is None:
+        short = long.replace(max_position_embeddings=long.original_max_position_embeddings)
+    if short_named and short.max_position_embeddings >= long.max_position_embeddings:
+        raise ValueError(
+            f"{short_named}: is for {short.max_position_embeddings:,} tokens, and {named} for "
+            f"{long.max_position_embeddings:,}: the short factors apply up to their own length, "
+            "which must be less (are the two exchanged?)"
+        )
+    if short.attention_factor != long.attention_factor:
+        raise ValueError(
+            f"attention_factor is {short.attention_factor:g} in --short and "
+            f"{long.attention_factor:g} in --rescale; a checkpoint holds one for both: search the "
+            "short factors under the long ones'"
+        )
+    info = inspect_model(
+        model,
+        existing_scaling="replace",
+        original_length=long.original_max_position_embeddings,
+        trust_remote_code=options.trust_remote_code,
+    )
+    kept = any(factor != 1 for factor in long.provenance.get("base_factors", ()))
+    existing = "keep" if kept else options.existing_scaling
+    info.check_representable(existing, short.max_position_embeddings)
+    return RescalePair(short, long)
+
+
+def _rescale(name: str, model: str, options: ExportOptions) -> Rescale:
+    """A method's factors on top of the scaling that is kept, or a file's, which are all there is.
+
+    Raises:
+        ValueError: no such factors, not for this model, or of a kind that no checkpoint can say.
+    """
+    made = name in METHODS or Path(name).suffix == ".csv"
+    if made and options.target is None:
+        raise ValueError(f"--target is missing; say what {name} is made for, such as 32k")
+    rescale = None if made or not Path(name).is_file() else Rescale.load(name)
+    before = rescale and rescale.original_max_position_embeddings
+    info = inspect_model(
+        model,
+        existing_scaling=options.existing_scaling if name in METHODS else "replace",
+        original_length=options.original_length or before,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if not info.extendable:
+        raise ValueError(f"{model} cannot be exported: {info.reason}")
+    target = parse_extension(options.target, info) if made and options.target else 0
+    if name in METHODS:
+        rescale = info.rescale(name, target)
+    rescale = rescale or load_rescale(name, info.rescale("none", target))
+    assert info.rotary_dim and info.rope_theta
+    check_fits(rescale, info.rotary_dim // 2, info.rope_theta)
+    if rescale.portable:
+        return rescale
+    if options.drop_start_tokens:
+        return rescale.replace(start_tokens=0)
+    raise ValueError(
+        f"start_tokens is {rescale.start_tokens} in {name}, and no checkpoint format can say it"
+        f"{_cost_of_none(Path(name), rescale)}; --drop-start-tokens exports them as if it were 0"
+    )
+
+
+def _cost_of_none(file: Path, rescale: Rescale) -> str:
+    """What the same search found without start tokens, where it lies beside."""
+    beside = file.with_name("portable.json")
+    if not beside.exists():
+        return ""
+    best, without = (r.provenance.get("loss") for r in (rescale, Rescale.load(beside)))
+    if best is None or without is None:
+        return ""
+    return (
+        f": give {beside}, the best without, which costs {without - best:.4f} nats a token on the "
+        "search's windows"
+    )
+
+
+@contextlib.contextmanager
+def _checkpoint(
+    options: ExportOptions, model: str, pair: RescalePair, keep_gguf: bool
+) -> Iterator[Path]:
+    """The model as a directory of safetensors (or the GGUF file itself), wherever it is."""
+    path = local_copy(model)
+    if path.is_dir() or keep_gguf:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(dir=_existing(options.out.parent)) as directory:
+        loaded = load_model(
+            model,
+            device="cpu",
+            dtype=options.dtype,
+            existing_scaling="replace",
+            original_length=pair.long.original_max_position_embeddings,
+            trust_remote_code=options.trust_remote_code,
+        )
+        with quiet():
+            loaded.model.save_pretrained(directory)
+            loaded.tokenizer.save_pretrained(directory)
+        del loaded
+        yield Path(directory)
+
+
+def _existing(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _write_card(manifest: Manifest, out: Path, run: Path | None) -> None:
+    results: dict[str, Any] | None = None
+    if run and (run / "results.json").exists():
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    write_atomically(_card_file(out), card.write(manifest, results))
+
+
+def _card_file(out: Path) -> Path:
+    file = out.suffix == ".gguf" and not out.is_dir()
+    return out.with_suffix(".md") if file else out / "README.md"

@@ -1,0 +1,103 @@
+"""An attention factor that an engine does not read, put into the query projections.
+
+It multiplies cosines and sines, queries' and keys', so attention's logits grow by its square
+over the rotary dimensions. Queries times the square do the same, where nothing between the
+projection and the rotation takes the scale away again.
+"""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longrope.models.sources import weight_files
+
+_QUERY = re.compile(r"\.(\d+)\.(self_attn|attention|attn)\.q_proj\.(weight|bias)$")
+_TOWER = re.compile(r"vision|visual|audio|image|tower|encoder")
+_NORM = re.compile(r"(?<![a-z])(q|k|query|key)_?(layer)?norm")
+
+
+def why_not_foldable(names: list[str], layers: int) -> str | None:
+    """Why tensors of these names cannot take the factor, or None."""
+    stacks = _stacks(names)
+    whole = [prefix for prefix, found in stacks.items() if found == layers]
+    if len(whole) > 1:
+        return f"{' and '.join(whole)} are both of {layers} layers with q_proj"
+    if any("kv_a_proj" in name for name in names):
+        return "its keys and values are compressed"
+    norm = next((name for name in names if _NORM.search(name)), None)
+    if norm is not None:
+        return f"it normalises queries or keys after projecting them ({norm})"
+    if whole and _TOWER.search(whole[0]):
+        return f"only {whole[0]} has q_proj"
+    if not whole:
+        return f"it has q_proj in {max(stacks.values(), default=0)} of {layers} layers"
+    return None
+
+
+def _stacks(names: list[str]) -> Counter[str]:
+    """What tensors' names begin with → its layers that have q_proj; pictures have a stack too."""
+    found = (m for name in names if (m := _QUERY.search(name)) and m[3] == "weight")
+    return Counter(m.string[: m.start()] for m in found)
+
+
+def tensor_names(source: Path) -> list[str]:
+    """Of every tensor in a directory's safetensors; only their headers are read."""
+    names = []
+    for file in weight_files(source):
+        with safe_open(file, framework="pt") as weights:
+            names += list(weights.keys())
+    return names
+
+
+def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[[Path, Path], None]:
+    """How to copy a file of weights so that rotated query dimensions are ``square`` times as large.
+
+    Args:
+        config: transformers' text config of the model.
+        square: of the factor that is left to fold.
+
+    Raises:
+        ValueError: the architecture cannot take it; names why.
+    """
+    names, layers = tensor_names(source), config.num_hidden_layers
+    reason = why_not_foldable(names, layers)
+    if reason is not None:
+        raise ValueError(
+            f"{source}: its attention_factor cannot be folded into the query projections: {reason}"
+        )
+    text = next(prefix for prefix, found in _stacks(names).items() if found == layers)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rotary = round(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+    # SmolLM3's, despite the name: 1 where a layer's queries are rotated.
+    rotated = getattr(config, "no_rope_layers", None)
+
+    def scaled(name: str, tensor: Tensor) -> Tensor:
+        found = _QUERY.search(name) if name.startswith(f"{text}.") else None
+        if found is None or (rotated and not rotated[int(found[1])]):
+            return tensor
+        rows = tensor.double().reshape(heads, head_dim, -1)
+        rows[:, :rotary] *= square
+        return rows.reshape(tensor.shape).to(tensor.dtype)
+
+    def copy(file: Path, target: Path) -> None:
+        with safe_open(file, framework="pt") as weights:
+            tensors = {name: scaled(name, weights.get_tensor(name)) for name in weights.keys()}  # noqa: SIM118
+            save_file(tensors, target, metadata=weights.metadata())
+        shutil.copymode(file, target)
+
+    return copy
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Of two sets of logits, as log-probabilities in nats."""
+    a, b = (torch.log_softmax(logits.double(), dim=-1) for logits in (one, other))
+    return float((a - b).abs().max())

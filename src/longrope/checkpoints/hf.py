@@ -1,0 +1,191 @@
+"""A directory that transformers 4 and 5, vLLM and mlx-lm load with the factors applied."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from longrope.checkpoints import card
+from longrope.checkpoints.fold import fold_attention_factor
+from longrope.checkpoints.manifest import Manifest
+from longrope.files import whole_directory
+from longrope.models.load import LoadedModel
+from longrope.models.sources import read_pretrained, weight_files
+from longrope.progress import quiet
+from longrope.rope.pair import RescalePair
+from longrope.rope.rescale import UNTURNED
+from longrope.rope.rotary import find_rotary, kept_parameters, unscaled_parameters
+
+# What belongs to a checkpoint beside its weights; pickled weights and other forms stay behind.
+_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_FULL = "full_attention"
+
+
+def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict[str, Any]:
+    """``config.json`` of a model with a pair of factors, as transformers 5 and 4 read it.
+
+    Version 5 reads ``rope_parameters``; version 4, vLLM and mlx-lm ``rope_scaling``, and the
+    boundary from the top level too. Short applies iff the length is at most
+    ``original_max_position_embeddings``, which is the recovery length. ``short_mscale`` and
+    ``long_mscale`` say the attention factor to vLLM, which ignores ``attention_factor``.
+
+    Args:
+        config: what the file says before.
+        known: the text model's config as transformers 5 has it. Its ``rope_parameters`` are one
+            set for each kind of layer, perhaps, of which only full attention is scaled.
+    """
+    long, rope = pair.long, known.rope_parameters
+    text, whole = config.get("text_config", config), "text_config" not in config
+    own = rope.get(_FULL, rope)
+    boundary, longrope = pair.recovery_length, _longrope(pair, own)
+    named = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    changed: dict[str, Any] = {
+        named: long.max_position_embeddings,
+        "original_max_position_embeddings": boundary,
+    }
+    if _FULL in rope:
+        changed["rope_parameters"] = rope | {_FULL: longrope}
+        # As version 4 wrote it; version 5 would put it over the above.
+        text = {key: value for key, value in text.items() if key != "rope_scaling"}
+    else:
+        factor = long.attention_factor
+        engines = {"type": "longrope", "short_mscale": factor, "long_mscale": factor}
+        changed |= {
+            "rope_parameters": longrope,
+            "rope_scaling": longrope | engines,
+            "rope_theta": long.rope_theta,
+        }
+    # What transformers' longrope reads of any model, though Mixtral has none, and Gemma 4 several.
+    if known.to_dict().get("head_dim", 0) is None:
+        changed["head_dim"] = known.hidden_size // known.num_attention_heads
+    if getattr(known, "is_heterogeneous", False):
+        changed["allow_global_per_layer_attribute_access"] = True
+    if "dtype" in text:  # as older versions call it
+        changed["torch_dtype"] = text["dtype"]
+    if whole:
+        return text | changed
+    return config | {"text_config": text | changed}
+
+
+def _longrope(pair: RescalePair, own: dict[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` with both sets of factors, and what else the model's own say."""
+    return kept_parameters(own) | {
+        "rope_type": "longrope",
+        "rope_theta": pair.long.rope_theta,
+        "short_factor": _written(pair.short.factors, own),
+        "long_factor": _written(pair.long.factors, own),
+        "original_max_position_embeddings": pair.recovery_length,
+        "factor": pair.long.max_position_embeddings / pair.recovery_length,
+        "attention_factor": pair.long.attention_factor,
+    }
+
+
+def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:
+    """Factors, those of dimensions that the model does not turn so large that nothing does."""
+    plain = unscaled_parameters(rope)
+    if plain["rope_type"] != "proportional":
+        return list(factors)
+    count = int(plain["partial_rotary_factor"] * len(factors))
+    return [*factors[:count], *[UNTURNED] * (len(factors) - count)]
+
+
+def export_model(loaded: LoadedModel, manifest: Manifest, path: Path) -> None:
+    """Write a model that is in memory: weights, tokenizer, and a config with both sets.
+
+    Raises:
+        ValueError: the pair is one that a config cannot say; or the directory cannot be written.
+    """
+    require_portable(manifest.pair)
+    site = find_rotary(loaded.model)
+    assert site is not None
+    with whole_directory(path) as directory, quiet():
+        loaded.model.save_pretrained(directory)
+        loaded.tokenizer.save_pretrained(directory)
+        _finish(directory, manifest, site.module.config)
+
+
+def export_directory(
+    source: Path,
+    manifest: Manifest,
+    path: Path,
+    *,
+    check: Callable[[Path], None] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a checkpoint from another: its weights are linked, not read, unless one is folded.
+
+    Args:
+        check: looks at the whole directory before it gets its name, and may refuse it.
+
+    Raises:
+        ValueError: no safetensors there, or the pair is one that a config cannot say; with
+            ``intent.folded``, query projections that cannot take the attention factor.
+    """
+    require_portable(manifest.pair)
+    files = weight_files(source)
+    with quiet():
+        config = read_pretrained(AutoConfig, str(source), trust_remote_code)
+    with whole_directory(path) as directory:
+        for file in source.iterdir():
+            if file.is_file() and file.suffix in _KEPT:
+                shutil.copyfile(file, directory / file.name)
+        weights: Callable[[Path, Path], None] = _link
+        if manifest.folded is not None:
+            factor = manifest.pair.long.attention_factor / manifest.folded
+            weights = fold_attention_factor(source, config.get_text_config(), factor**2)
+        for file in files:
+            weights(file.resolve(), directory / file.name)
+        _finish(directory, manifest, config.get_text_config())
+        if check is not None:
+            check(directory)
+
+
+def require_portable(pair: RescalePair) -> None:
+    """Refuse what no checkpoint can say.
+
+    Raises:
+        ValueError: n̂ > 0, or an attention factor that differs between the two.
+    """
+    if not (pair.short.portable and pair.long.portable):
+        raise ValueError(
+            f"start_tokens is {max(pair.short.start_tokens, pair.long.start_tokens)}; no "
+            "checkpoint format has a field for it: extend with start_tokens 0"
+        )
+    if pair.short.attention_factor != pair.long.attention_factor:
+        raise ValueError(
+            f"attention_factor is {pair.short.attention_factor:g} (short) and "
+            f"{pair.long.attention_factor:g} (long); a checkpoint holds one for both"
+        )
+
+
+def _finish(directory: Path, manifest: Manifest, known: Any) -> None:
+    """Config, tokenizer's length, card, and what was meant."""
+    _edit(directory / "config.json", lambda config: scaled_config(config, manifest.written, known))
+    longest = manifest.pair.long.max_position_embeddings
+    _edit(directory / "tokenizer_config.json", lambda found: _readable_tokenizer(found, longest))
+    manifest.save(directory)
+    (directory / "README.md").write_text(card.write(manifest), encoding="utf-8")
+
+
+def _readable_tokenizer(config: dict[str, Any], longest: int) -> dict[str, Any]:
+    changed: dict[str, Any] = {"model_max_length": longest}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that only version 5 knows
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return config | changed
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(change(found), indent=2) + "\n", encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,200 @@
+"""A Llama or Mistral checkpoint as GGUF: what llama.cpp's converter does for this architecture."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from longrope.checkpoints.gguf_io import Metadata, Tensor
+from longrope.models.sources import weight_files
+
+_KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")
+_BYTE_LEVEL = {"add_prefix_space": False, "use_regex": True}
+# llama.cpp's name for a splitter of text; what it is made of in tokenizer.json.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+
+def llama_metadata(directory: Path) -> tuple[str, Metadata]:
+    """The architecture's name, and every key-value pair but those of the scaling.
+
+    Raises:
+        ValueError: another architecture, attention or tokenizer than this converter knows.
+    """
+    import gguf
+
+    config = _config(directory)
+    kinds = gguf.GGUFValueType
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
+    numbers = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "vocab_size": config["vocab_size"],
+    }
+    rates = {
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "rope.freq_base": 10000.0 if theta is None else theta,
+    }
+    # A name with "phi3" in it makes llama.cpp take the file for one.
+    name = Path(config.get("_name_or_path") or directory.resolve()).name.replace("phi3", "phi-3")
+    items: Metadata = [("general.name", name, kinds.STRING, None)]
+    items += [(f"llama.{key}", value, kinds.UINT32, None) for key, value in numbers.items()]
+    items += [(f"llama.{key}", value, kinds.FLOAT32, None) for key, value in rates.items()]
+    return "llama", items + _tokenizer(directory, config["vocab_size"])
+
+
+def llama_tensors(directory: Path) -> list[Tensor]:
+    """Every weight under llama.cpp's name, in the checkpoint's precision; vectors in float32.
+
+    Raises:
+        ValueError: a tensor that llama.cpp has no name for.
+    """
+    import gguf
+
+    config = _config(directory)
+    named = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    heads = {"q_proj": config["num_attention_heads"]}
+    heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]
+    tensors = []
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+                    continue
+                theirs = named.get_name(name, try_suffixes=(".weight", ".bias"))
+                if theirs is None:
+                    raise ValueError(f"{file}: llama.cpp has no name for the tensor {name!r}")
+                part = weights.get_slice(name)
+                halves = next((n for kind, n in heads.items() if kind in name), None)
+                tensors.append(_tensor(theirs, file, name, part, halves))
+    return tensors
+
+
+def _tensor(theirs: str, file: Path, name: str, part: Any, heads: int | None) -> Tensor:
+    import gguf
+
+    shape: tuple[int, ...] = tuple(part.get_shape())
+    kinds = gguf.GGMLQuantizationType
+    stored = {"BF16": kinds.BF16, "F16": kinds.F16}.get(part.get_dtype(), kinds.F32)
+    kind = stored if len(shape) > 1 else kinds.F32
+    size = {kinds.BF16: 2, kinds.F16: 2}.get(kind, 4)
+    dtype = {kinds.BF16: np.uint8, kinds.F16: np.float16}.get(kind, np.float32)
+    written = (*shape[:-1], *(2 * n for n in shape[-1:])) if kind == kinds.BF16 else shape
+
+    def data() -> np.ndarray:
+        with safe_open(file, framework="pt") as weights:
+            tensor = weights.get_tensor(name)
+        if heads is not None:  # llama.cpp turns neighbouring rows, transformers the two halves
+            split = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
+            tensor = split.transpose(1, 2).reshape(tensor.shape).contiguous()
+        if kind == kinds.BF16:
+            return tensor.view(torch.uint8).numpy()
+        return tensor.to(torch.float16 if kind == kinds.F16 else torch.float32).numpy()
+
+    return Tensor(theirs, written, dtype, math.prod(shape) * size, kind, data)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or ["?"])[0]
+    if architecture not in _KNOWN:
+        raise ValueError(
+            f"{directory}: longrope writes GGUF for {' and '.join(_KNOWN)}, not {architecture}; "
+            "convert it with llama.cpp's convert_hf_to_gguf.py, and give that .gguf file as MODEL"
+        )
+    window = config.get("sliding_window")
+    if architecture == "MistralForCausalLM" and window:
+        raise ValueError(
+            f"{directory}: its sliding_window of {window:,} is none of llama.cpp's llama "
+            "architecture, which would attend to everything; use --format hf"
+        )
+    if (config.get("hidden_act") or "silu") != "silu":
+        raise ValueError(f"{directory}: llama.cpp's llama has silu, not {config['hidden_act']!r}")
+    return config
+
+
+def _tokenizer(directory: Path, vocabulary: int) -> Metadata:
+    """A byte-level BPE tokenizer, as llama.cpp wants it."""
+    import gguf
+
+    kinds = gguf.GGUFValueType
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        raise _unknown_tokenizer(directory, "there is no tokenizer.json")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    model = content["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise _unknown_tokenizer(directory, "it is not a byte-level BPE")
+    tokens = [f"[PAD{i}]" for i in range(vocabulary)]
+    types = [_UNUSED] * vocabulary
+    for token, i in model["vocab"].items():
+        tokens[i], types[i] = token, _NORMAL
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    items: Metadata = [
+        ("tokenizer.ggml.model", "gpt2", kinds.STRING, None),
+        ("tokenizer.ggml.pre", _splitter(directory, content), kinds.STRING, None),
+        ("tokenizer.ggml.tokens", tokens, kinds.ARRAY, kinds.STRING),
+        ("tokenizer.ggml.token_type", types, kinds.ARRAY, kinds.INT32),
+        ("tokenizer.ggml.merges", merges, kinds.ARRAY, kinds.STRING),
+        ("tokenizer.ggml.add_bos_token", _adds_bos(content), kinds.BOOL, None),
+    ]
+    special = gguf.SpecialVocab(directory, load_merges=False)
+    for name, number in special.special_token_ids.items():
+        items.append(
+            (f"tokenizer.ggml.{_NAMES.get(name, name)}_token_id", number, kinds.UINT32, None)
+        )
+    if isinstance(special.chat_template, str):
+        items.append(("tokenizer.chat_template", special.chat_template, kinds.STRING, None))
+    return items
+
+
+_NAMES = {"unk": "unknown", "pad": "padding", "sep": "seperator"}  # (their spelling)
+
+
+def _adds_bos(content: dict[str, Any]) -> bool:
+    processor = content.get("post_processor") or {}
+    parts = processor.get("processors", [processor])
+    singles = [part["single"] for part in parts if part.get("type") == "TemplateProcessing"]
+    return any(single and "SpecialToken" in single[0] for single in singles)
+
+
+def _splitter(directory: Path, content: dict[str, Any]) -> str:
+    """llama.cpp's name for how the text is split before the merges."""
+    before = content.get("pre_tokenizer") or {}
+    parts = before.get("pretokenizers", [before])
+    kinds = [part.get("type") for part in parts]
+    plain = bool(parts) and all(parts[-1].get(k) == v for k, v in _BYTE_LEVEL.items())
+    if content.get("normalizer") is None and plain:
+        if kinds == ["ByteLevel"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+            return "smollm"
+    if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == _LLAMA3:
+        return "llama-bpe"
+    raise _unknown_tokenizer(directory, "its way of splitting text is not one longrope knows")
+
+
+def _unknown_tokenizer(directory: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{directory}: its tokenizer cannot be written as GGUF here ({why}); convert the model "
+        "with llama.cpp's convert_hf_to_gguf.py, and give that .gguf file as MODEL"
+    )

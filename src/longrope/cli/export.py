@@ -1,0 +1,157 @@
+"""The verbs that hand an extended model to engines, prove what they do, and take one back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from longrope.cli.app import app
+from longrope.cli.options import (
+    Chunk,
+    ExistingScaling,
+    Json,
+    OriginalLength,
+    TrustRemoteCode,
+    existing_choice,
+)
+from longrope.cli.tables import console, print_json
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run, a checkpoint, a hub id, or a GGUF file.")],
+    out: Annotated[Path, typer.Option(help="Directory, or .gguf file, to write.")] = ...,  # type: ignore[assignment]
+    format_: Annotated[
+        str, typer.Option("--format", help="hf, hf-static, gguf or gguf-static.")
+    ] = "hf",
+    rescale: Annotated[
+        str | None, typer.Option(help="Long factors: a file, or a method with --target.")
+    ] = None,
+    short: Annotated[
+        str | None, typer.Option(help="Short factors; without them the long serve every length.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What a method or a CSV file is made for.")
+    ] = None,
+    attention_factors: Annotated[
+        str, typer.Option(help="auto, fold (into the weights), or field (of the config).")
+    ] = "auto",
+    drop_start_tokens: Annotated[
+        bool, typer.Option("--drop-start-tokens", help="Export as if n̂ were 0.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of weights that come from a GGUF file.")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Write an extended model in the form that an engine applies."""
+    from longrope.checkpoints.export import ExportOptions
+    from longrope.checkpoints.export import export as write
+
+    chosen: Any = {"format": format_, "attention_factors": attention_factors}
+    manifest = write(
+        ExportOptions(
+            model,
+            out,
+            rescale=rescale,
+            short=short,
+            target=target,
+            drop_start_tokens=drop_start_tokens,
+            existing_scaling=existing_choice(existing_scaling),
+            original_length=original_length,
+            dtype=dtype,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            **chosen,
+        )
+    )
+    if json_:
+        print_json(manifest.to_json())
+        return
+    console.print(f"{out}: {format_}, {manifest.pair.long.max_position_embeddings:,} tokens")
+    engine = "llamacpp" if format_.startswith("gguf") else "transformers"
+    console.print(f"prove it: longrope verify {out} --engine {engine}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="What export wrote: a directory or a GGUF file.")],
+    engine: Annotated[
+        str, typer.Option(help="transformers, transformers-legacy, vllm, llamacpp or mlx.")
+    ] = "transformers",
+    python: Annotated[
+        str | None, typer.Option(help="The Python of the engine's own environment.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompts' tokens; by default around the boundary and deep.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="At each length.")] = 2,
+    dtype: Annotated[str, typer.Option(help="That both sides compute in.")] = "float32",
+    chunk: Chunk = None,
+    json_: Json = False,
+) -> None:
+    """Which factors an engine applies, by its log-probabilities; exit code 1 if not those meant."""
+    from longrope.engines.check import Reference, advice
+    from longrope.engines.check import verify as ask
+    from longrope.engines.specs import require_engine
+    from longrope.units import parse_length
+
+    if prompts < 1:
+        raise ValueError(f"--prompts is {prompts}; it must be at least 1")
+    if dtype == "auto":
+        raise ValueError("--dtype is auto; name what both sides are to compute in, such as float32")
+    points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()
+    require_engine(path, engine, python)
+    reference = Reference(path, dtype=dtype, chunk=chunk)
+    verdict = ask(reference, engine, python=python, lengths=points, prompts=prompts)
+    if json_:
+        print_json(dataclasses.asdict(verdict) | {"right": verdict.right})
+    else:
+        table = Table(
+            "tokens", "context", "applied", "intended", "largest |Δ|", "mean |Δ| from each"
+        )
+        for line in verdict.lines:
+            each = ", ".join(f"{name} {d:.2g}" for name, d in sorted(line.distances.items()))
+            context = f"{line.context:,}" if line.context else ""
+            shown = (f"{line.length:,}", context, line.applied, line.intended)
+            table.add_row(*shown, f"{line.largest:.2g}", each)
+        console.print(f"{verdict.version}, log-probabilities in nats")
+        console.print(table)
+        for text in advice(verdict):
+            console.print(text, soft_wrap=True)
+    if not verdict.right:
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_(
+    model: Annotated[str, typer.Argument(help="A checkpoint or GGUF file that is scaled already.")],
+    out: Annotated[Path, typer.Option(help="Directory for rescale.json and short.json.")] = ...,  # type: ignore[assignment]
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Take the factors out of a checkpoint: longrope, yarn, llama3, linear, dynamic, or GGUF."""
+    from longrope.checkpoints.importer import import_pair
+
+    files = {"long": out / "rescale.json", "short": out / "short.json"}
+    for file in files.values():
+        if file.exists() and not force:
+            raise ValueError(f"{file}: is there already; give another --out, or --force")
+    pair = import_pair(model, trust_remote_code=trust_remote_code)
+    pair.long.save(files["long"])
+    pair.short.save(files["short"])
+    if json_:
+        print_json({"long": pair.long.to_json(), "short": pair.short.to_json()})
+        return
+    for name, rescale in (("long", pair.long), ("short", pair.short)):
+        low, high = min(rescale.factors), max(rescale.factors)
+        console.print(
+            f"{files[name]}: for {rescale.max_position_embeddings:,} tokens, factors {low:.4g} to "
+            f"{high:.4g}, attention factor {rescale.attention_factor:.4g}",
+            soft_wrap=True,
+        )

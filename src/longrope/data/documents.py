@@ -1,0 +1,191 @@
+"""Documents: from text, JSON, JSONL and Parquet files, folders, hub datasets, this Python."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope.data.stdlib import library_texts
+
+log = logging.getLogger(__name__)
+
+_FILES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+_HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text; windows never reach over its end."""
+
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_documents(sources: Sequence[str], field: str = "text") -> list[Document]:
+    """Read text files, folders of them, JSON, JSONL and Parquet files, or hub datasets.
+
+    ``field`` names the text's field in JSON, JSONL, Parquet and datasets. Documents with
+    the same text are kept once.
+
+    Raises:
+        ValueError: nothing there, not text, no such field, or no text in it.
+    """
+    documents: dict[str, Document] = {}
+    for source in sources:
+        found = list(_read(source, field))
+        if not found:
+            raise ValueError(f"--data {source}: no text in it")
+        for document in found:
+            documents.setdefault(document.sha256, document)
+    return list(documents.values())
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Refuse data that is not there, without reading any.
+
+    Raises:
+        ValueError: neither a file nor a folder, nor what a hub id looks like.
+    """
+    for source in sources:
+        if not Path(source).exists() and not _is_hub_dataset(source):
+            raise ValueError(f"--data {source}: no such file or folder")
+
+
+def _is_hub_dataset(source: str) -> bool:
+    return bool(_HUB_DATASET.fullmatch(source)) and Path(source).suffix not in _FILES
+
+
+def library_documents(held_out: bool | None = None) -> list[Document]:
+    """The standard library of this Python; see :mod:`longrope.data.stdlib`."""
+    return [Document(name, text) for name, text in library_texts(held_out).items()]
+
+
+def _read(source: str, field: str) -> Iterable[Document]:
+    path = Path(source)
+    if path.is_dir():
+        files = [f for f in sorted(path.rglob("*")) if f.is_file()]
+        for file in files:
+            if any(part.startswith(".") for part in file.relative_to(path).parts):
+                continue
+            try:
+                yield from _read_file(file, field)
+            except ValueError as error:
+                log.warning("left out: %s", error)
+    elif path.is_file():
+        yield from _read_file(path, field)
+    else:
+        check_sources([source])
+        yield from _read_hub_dataset(source, field)
+
+
+def _read_file(path: Path, field: str) -> Iterable[Document]:
+    if path.suffix == ".parquet":
+        yield from _rows(_parquet_rows(path, field), str(path), field)
+    elif path.suffix in (".jsonl", ".ndjson", ".json"):
+        yield from _rows(_json_rows(path), str(path), field)
+    else:
+        text = read_text(path)
+        if not text.strip():
+            raise ValueError(f"{path}: the document is empty")
+        yield Document(path.name, text)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        ValueError: no such file, or not text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path}: not UTF-8 text; longrope reads text, JSON, JSONL and Parquet")
+    return text
+
+
+def _json_rows(path: Path) -> Iterable[Any]:
+    """A value a line; in a ``.json`` file perhaps one list of them, or one object, over many."""
+    content = read_text(path)
+    if path.suffix == ".json":
+        with contextlib.suppress(json.JSONDecodeError):
+            whole = json.loads(content)
+            yield from whole if isinstance(whole, list) else [whole]
+            return
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+
+
+def _parquet_rows(path: Path, field: str) -> Iterable[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path}: Parquet needs: pip install 'longrope[parquet]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: not a Parquet file ({error})") from None
+    if field not in file.schema_arrow.names:
+        raise _no_field(str(path), field, file.schema_arrow.names)
+    for batch in file.iter_batches(columns=[field]):
+        yield from batch.to_pylist()
+
+
+def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError(
+            f"--data {source}: no such file or folder; to read it as a hub dataset: "
+            "pip install 'longrope[datasets]'"
+        ) from None
+    from longrope.errors import first_line  # it imports transformers
+    from longrope.progress import quiet  # it imports transformers
+
+    name, _, split = source.partition(":")
+    try:
+        with quiet():
+            rows = load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises a dozen kinds
+        raise ValueError(
+            f"--data {source}: no such file or folder, nor read from the hub ({first_line(error)})"
+        ) from None
+    yield from _rows(rows, source, field)
+
+
+def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict) and field in row and row[field] is None:
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            raise _no_field(f"{where}: row {number}", field, row if isinstance(row, dict) else ())
+        # Half an emoji, which JSON can hold, no tokenizer takes.
+        text = row[field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if text.strip():
+            yield Document(f"{Path(where).name}:{number}", text)
+
+
+def _no_field(where: str, field: str, names: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{where}: no text field {field!r}; name it with --field (it has: "
+        f"{', '.join(map(str, names)) or 'none'})"
+    )

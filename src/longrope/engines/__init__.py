@@ -1,0 +1,1 @@
+"""Check which factors an inference engine applies."""

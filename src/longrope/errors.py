@@ -1,0 +1,7 @@
+"""One-line messages from the errors of other libraries."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library says at length; with the next where it ends in a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])

@@ -1,0 +1,184 @@
+"""A model under its factors as lm-eval asks models: through the long forward.
+
+Imported only where lm-eval (the extra ``benchmarks``) is there.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+
+from longrope.compat import cache_name
+from longrope.data.windows import bos_token
+from longrope.evaluate.lm_eval_tasks import generation_settings
+from longrope.inference.generate import stream
+from longrope.layerwise.forward import BATCH_TOKENS, Continuation
+from longrope.layerwise.losses import ContinuationScore, answer_of
+from longrope.models.load import LoadedModel
+from longrope.progress import progress
+from longrope.rope.apply import rescaled
+from longrope.rope.rescale import Rescale
+
+# A text of more tokens has a batch of its own, and goes through a model once for all its answers.
+_LONG = BATCH_TOKENS // 8
+
+
+class HarnessModel(TemplateLM):
+    """Answers lm-eval's requests.
+
+    Args:
+        choose: the rescale for a sequence of so many tokens, answer included.
+        longest: tokens that the model is made for; what is longer loses its beginning.
+        title: what the progress is of; empty shows none.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        choose: Callable[[int], Rescale],
+        longest: int,
+        chunk: int | None,
+        title: str,
+        offload_activations: str | None,
+    ):
+        super().__init__()
+        self.loaded, self.choose, self.longest, self.title = loaded, choose, longest, title
+        self.tokenizer = loaded.tokenizer
+        self.forward = loaded.forward(chunk, offload_activations)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = bos_token(self.tokenizer)
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        special = True if add_special_tokens is None else add_special_tokens
+        return self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        sequences = [
+            ((context + answer)[-self.longest :], answer) for _, context, answer in requests
+        ]
+        found: dict[int, ContinuationScore] = {}
+        with progress(
+            self.title, len(requests), show=bool(self.title) and self.loaded.team.rank == 0
+        ) as advance:
+            for rescale, batch in self._batches(sequences):
+                with rescaled(self.loaded.model, rescale):
+                    answers = self._answers([sequences[index] for index in batch])
+                found.update(zip(batch, answers, strict=True))
+                advance(len(found), "")
+        answers = [found[index] for index in range(len(requests))]
+        return [(answer.log_likelihood, answer.greedy) for answer in answers]
+
+    def _answers(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[ContinuationScore]:
+        """Texts with their answers; answers of one token after the same text share a row."""
+        rows: dict[tuple[int, ...], int] = {}
+        asked = []
+        for ids, answer in sequences:
+            row = rows.setdefault(tuple(ids[:-1]), len(rows))
+            asked.append(Continuation(row, len(ids) - len(answer), answer))
+        # A team goes through rows together, and offloaded weights would come anew for each answer;
+        # a state does not go back to what it was before an answer.
+        info = self.loaded.info
+        alone = self.loaded.team.size == 1 and not self.forward.offloaded
+        alone = alone and info.attention_layers == info.layers
+        if alone and len(rows) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
+            text = list(_text(*sequences[0]))
+            # All layers' keys and values are kept, which a GPU may lack the room for.
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                return self._after(text, [answer for _, answer in sequences])
+            torch.cuda.empty_cache()
+        ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for ids, row in rows.items():
+            ids_BT[row, : len(ids)] = torch.tensor(ids)
+        return self.forward.answers(ids_BT, asked)
+
+    @torch.inference_mode()
+    def _after(self, text: list[int], answers: Sequence[list[int]]) -> list[ContinuationScore]:
+        """Answers to one text: its keys and values are made once, and serve them in turn."""
+        model, device = self.loaded.model, self.forward.device
+        first_1V, cache = self.forward.prefill(torch.tensor([text]))
+        found = []
+        for answer in answers:
+            logits_TV = first_1V
+            if before := len(answer) - 1:  # what stands before a token of the answer, of it
+                positions = torch.arange(len(text), len(text) + before, device=device)
+                later = model(
+                    input_ids=torch.tensor([answer[:-1]], device=device),
+                    position_ids=positions[None],
+                    **{cache_name(model): cache},
+                )
+                logits_TV = torch.cat([first_1V, later.logits[0]])
+                cache.crop(-before)
+            found.append(answer_of(logits_TV, answer))
+        return found
+
+    def _batches(
+        self, sequences: Sequence[tuple[list[int], list[int]]]
+    ) -> Iterator[tuple[Rescale, list[int]]]:
+        """Indices of sequences under one rescale: a long text's answers, or many short ones."""
+        lengths, texts = [len(ids) for ids, _ in sequences], [_text(*s) for s in sequences]
+        order = sorted(range(len(sequences)), key=lambda i: lengths[i])
+        for rescale, group in groupby(order, key=lambda i: self.choose(lengths[i])):
+            batch: list[int] = []
+            ordered = sorted(group, key=lambda i: (len(texts[i]), texts[i]))
+            for text, alike in groupby(ordered, key=lambda i: texts[i]):
+                together = [*batch, *alike]
+                allocate = BATCH_TOKENS // max(lengths[i] for i in together)
+                if batch and (len(text) > _LONG or len(together) > allocate):
+                    yield rescale, batch
+                    together = together[len(batch) :]
+                batch = together
+            yield rescale, batch
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        raise AssertionError("tasks of this kind have no answers to compare, and are refused")
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        found: list[str] = []
+        with progress(
+            self.title, len(requests), show=bool(self.title) and self.loaded.team.rank == 0
+        ) as advance:
+            for request in requests:
+                found.append(self._generated(*request.args))
+                advance(len(found), "")
+        return found
+
+    def _generated(self, context: str, asked: Mapping[str, Any]) -> str:
+        """Greedy text up to the first of its stops."""
+        how = generation_settings(asked)
+        new = how["max_gen_toks"]
+        prompt = self.tok_encode(context)[-(self.longest - new) :]
+        tokens: list[int] = []
+        text = ""
+        for token in stream(
+            self.loaded, self.choose, prompt, max_new_tokens=new, chunk=self.forward.chunk
+        ):
+            tokens.append(token)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            stops = [text.find(stop) for stop in how["until"] if stop and stop in text]
+            if stops:
+                return text[: min(stops)]
+        return text
+
+
+def _text(ids: list[int], answer: list[int]) -> tuple[int, ...]:
+    """What stands before an answer."""
+    return tuple(ids[: len(ids) - len(answer)])

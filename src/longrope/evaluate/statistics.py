@@ -1,0 +1,67 @@
+"""Confidence intervals, paired differences and standard errors."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from longrope.evaluate.benchmarks import Scores
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def paired(task: str, original: Scores, extended: Scores) -> dict[str, Any]:
+    """A row: both models' shares of right answers, and their difference with its 95% interval.
+
+    The interval is that of the mean difference over questions, each asked both models.
+
+    Raises:
+        ValueError: they were asked different questions.
+    """
+    if original.keys() != extended.keys():
+        raise ValueError(f"benchmark {task}: the two models were not asked the same questions")
+    differences = [extended[key] - original[key] for key in original]
+    count = len(differences)
+    mean = sum(differences) / count
+    variance = sum((d - mean) ** 2 for d in differences) / max(1, count - 1)
+    spread = 1.959964 * math.sqrt(variance / count)
+    return {
+        "task": task,
+        "questions": count,
+        "original": sum(original.values()) / count,
+        "extended": sum(extended.values()) / count,
+        "difference": mean,
+        "low": mean - spread,
+        "high": mean + spread,
+    }
+
+
+def ratio_standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """Standard error of Σ sums / Σ counts when documents are what was sampled."""
+    n = len(sums)
+    if n < 2 or not np.isfinite(sums).all():
+        return None
+    residuals = sums - sums.sum() / counts.sum() * counts
+    return float(math.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())
+
+
+def wilson(correct: int, trials: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson's score interval)."""
+    z, share = 1.959964, correct / trials
+    middle = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def totals(rows: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+    """Correct answers and trials of each length, depths together; of rows as JSON has them."""
+    result: dict[int, tuple[int, int]] = {}
+    for row in rows:
+        correct, trials = result.get(row["length"], (0, 0))
+        result[row["length"]] = correct + row["correct"], trials + row["trials"]
+    return result

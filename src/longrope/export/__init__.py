@@ -1,1 +1,0 @@
-"""Checkpoints of an extended model, for programs that know nothing of longrope."""

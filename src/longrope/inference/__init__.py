@@ -1,0 +1,1 @@
+"""Generate text from an extended model."""

@@ -1,0 +1,1 @@
+"""Run a model layer by layer over a sequence of any length, forward and backward."""

@@ -1,0 +1,1 @@
+"""Inspect a model, check that it can be extended, and load it."""

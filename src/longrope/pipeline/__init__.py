@@ -1,0 +1,1 @@
+"""`longrope extend`: every stage in order. Start reading at pipeline/extend.py."""

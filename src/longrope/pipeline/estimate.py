@@ -1,0 +1,266 @@
+"""What a plan costs on this machine: its rates from a second of work, and its memory."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from longrope.distributed import Ranks, local_device, local_processes, sharded
+from longrope.layerwise.storage import free_on_disk
+from longrope.models.devices import find_device
+from longrope.models.info import ModelInfo
+from longrope.pipeline.costs import Stage
+from longrope.pipeline.plan import ContextPlan, make_plan
+from longrope.pipeline.recipe import Recipe
+from longrope.units import duration, gigabytes
+
+_SECONDS = 0.2  # of each kind of work
+# Norms, activations, copies: what a forward does beside the products that are counted.
+# With it the stages of the default run took 0.6 to 2.1 times what was predicted (docs/results.md).
+_OVERHEAD = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """FLOPs per second: of matrix products with weights, and of causal attention."""
+
+    linear: float
+    attention: float
+
+    def seconds(self, stage: Stage) -> float:
+        return _OVERHEAD * (stage.linear / self.linear + stage.attention / self.attention)
+
+
+def calibrate(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates of a model's own shapes on a device, each kind of work measured alone."""
+    # A GPU needs large products to be busy; a CPU may take minutes for such in bfloat16.
+    most, rows = (4096, 2048) if device.type == "cuda" else (1024, 256)
+    width = min(info.hidden_size, most)
+    left = torch.randn(rows, width, device=device, dtype=dtype)
+    right = torch.randn(width, 4 * width, device=device, dtype=dtype)
+    linear = _rate(lambda: left @ right, 2.0 * rows * width * 4 * width, device)
+    tokens = 4096
+    query = torch.randn(1, info.heads, tokens, info.head_dim, device=device, dtype=dtype)
+    flops = 4.0 * info.heads * info.head_dim * tokens * tokens / 2
+    attention = _rate(
+        lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True), flops, device
+    )
+    return Rates(linear, attention)
+
+
+def _rate(work, flops: float, device: torch.device) -> float:
+    work()  # the first time threads start and kernels are chosen
+    times = []
+    started = time.monotonic()
+    while not times or time.monotonic() - started < _SECONDS:
+        before = time.monotonic()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.monotonic() - before)
+    return flops / sorted(times)[(len(times) - 1) // 2]
+
+
+def _machine_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes free for a model on each of so many devices, and in a process's share of its host.
+
+    ``host`` None is not known; nor is ``disk``, of the folder for what waits. On a CPU ``each`` is
+    the share of the host.
+    """
+
+    each: int
+    devices: int = 1
+    host: int | None = None
+    disk: int | None = None
+
+    def of(self, stage: Stage) -> int:
+        """A forward is on one; training may be spread over all (FSDP), but for what each has."""
+        if stage.kind != "finetune":
+            return self.each
+        return self.each * self.devices - stage.replicated * (self.devices - 1)
+
+
+def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False) -> None:
+    """Refuse stages that do not fit.
+
+    Args:
+        options: what helps is spelled as the command line's, not as a recipe's key.
+
+    Raises:
+        ValueError: names the stage, what it needs, what is there, and what helps.
+    """
+
+    def tried(*helps: str) -> str:
+        shorter = "a smaller --target"
+        if options and stage.kind == "evaluate":
+            shorter = "shorter --lengths"
+        if options:
+            helps = tuple("--" + h.rpartition(".")[2].replace("_", "-") for h in helps)
+        return ", ".join((*helps, shorter, "or a larger machine"))
+
+    for stage in stages:
+        if memory.devices > 1 and stage.unshared > memory.each:
+            raise ValueError(
+                f"{stage.name} starts with the whole model on every device, "
+                f"{gigabytes(stage.unshared)} before FSDP shares it out, and "
+                f"{gigabytes(memory.each)} are free on each; try finetune.precision pure-bf16, "
+                "finetune.distill false, or larger GPUs"
+            )
+        free = memory.of(stage)
+        if stage.memory > free:
+            helps = tried(*stage.helps)
+            if stage.kind == "finetune":
+                helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
+                if stage.replicated:
+                    helps = f"finetune.distill false, {helps}"
+                helps = ", ".join((*stage.helps, helps))
+            raise ValueError(
+                f"{stage.name} at {stage.length:,} tokens needs about {gigabytes(stage.memory)} "
+                f"and {gigabytes(free)} are free; try {helps}"
+            )
+        less = [help for help in stage.helps if "algorithm" in help]
+        if memory.host is not None and stage.host > memory.host:
+            raise ValueError(
+                f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.host)} in "
+                f"the host's memory, and {gigabytes(memory.host)} of it are free for each process; "
+                f"try {tried('offload_activations FOLDER', *less)}"
+            )
+        if memory.disk is not None and stage.disk > memory.disk:
+            raise ValueError(
+                f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.disk)} in "
+                f"files, and {gigabytes(memory.disk)} of that disk are free for each process; try "
+                f"a folder of a larger one, {tried(*less)}"
+            )
+
+
+def available(
+    device: torch.device, processes: int = 1, offload_activations: str | None = None
+) -> Memory:
+    """What is free on a process's device; of so many of them where the model is sharded.
+
+    And where ``offload_activations`` is, if it is a folder that is there.
+    """
+    host, disk = _machine_memory() // local_processes(), free_on_disk(offload_activations)
+    if device.type != "cuda":
+        return Memory(host, disk=disk)
+    return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1, host, disk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A plan with its times on this machine, and the memory that is there."""
+
+    plan: ContextPlan
+    rates: Rates
+    training_rates: Rates
+    memory: Memory
+    advice: str = ""
+
+    def seconds(self, stage: Stage) -> float:
+        """What a stage takes here, about."""
+        rates = self.training_rates if stage.kind == "finetune" else self.rates
+        return rates.seconds(stage)
+
+    def table(self) -> Table:
+        """Stage, length, tokens, FLOPs, memory, what waits elsewhere if anything does, time."""
+        elsewhere = any(stage.host or stage.disk for stage in self.plan.stages)
+        heads = ["stage", "length", "tokens", "FLOPs", "memory"]
+        heads += ["elsewhere"] if elsewhere else []
+        table = Table(*heads, "time here, about")
+        total = 0.0
+        for stage in self.plan.stages:
+            seconds = self.seconds(stage)
+            total += seconds
+            flops = stage.linear + stage.attention
+            waits = stage.host or stage.disk
+            table.add_row(
+                stage.name,
+                f"{stage.length:,}",
+                f"{stage.tokens:,}",
+                f"{flops:.2g}" if flops else "",
+                gigabytes(stage.memory) if stage.memory else "",
+                *([gigabytes(waits) if waits else ""] if elsewhere else []),
+                duration(seconds) if flops else "",
+            )
+        table.add_row("all", *[""] * (len(heads) - 1), duration(total))
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "memory": dataclasses.asdict(self.memory),
+            "stages": [
+                dataclasses.asdict(stage) | {"seconds": self.seconds(stage)}
+                for stage in self.plan.stages
+            ],
+        }
+
+    def check(self) -> None:
+        """Refuse a plan that does not fit into the memory planned for."""
+        check_memory(self.plan.stages, self.memory)
+
+
+def dry_run(
+    plan: ContextPlan,
+    info: ModelInfo,
+    recipe: Recipe,
+    memory_given: str | None = None,
+    ranks: Ranks | None = None,
+) -> Estimate:
+    """Calibrate this machine and price a plan.
+
+    Args:
+        memory_given: gigabytes of GPUs to plan for, such as ``80`` or ``8x80``, instead of what
+            is free here.
+        ranks: the processes that share the work.
+
+    Raises:
+        ValueError: not an amount of memory.
+    """
+    device = find_device("--device", local_device(recipe.device))
+    name = info.dtype if recipe.dtype == "auto" else recipe.dtype
+    training = "float32" if recipe.finetune.precision == "float32" else "bfloat16"
+    rates = {
+        dtype: calibrate(info, device, getattr(torch, dtype))
+        for dtype in {"float32", name, training}
+    }
+    ranks = ranks or Ranks()
+    memory = available(device, ranks.size, recipe.offload_activations)
+    if memory_given is not None:
+        plan = make_plan(info, recipe, team=ranks.team.size)  # for GPUs, whatever this machine has
+        count, _, size = memory_given.lower().rpartition("x")
+        try:
+            memory = Memory(int(float(size) * 1e9), int(count or 1))
+        except (ValueError, OverflowError):
+            raise ValueError(
+                f"--memory {memory_given}: give gigabytes, such as 80 or 8x80"
+            ) from None
+    used = {"dtype": name, "finetune.precision": training}
+    if plan.trained is None:
+        del used["finetune.precision"]
+    slow = [key for key, dtype in used.items() if rates["float32"].linear > 2 * rates[dtype].linear]
+    advice = ""
+    if slow:
+        ratio = rates["float32"].linear / min(rates[used[key]].linear for key in slow)
+        advice = (
+            f"float32 multiplies {ratio:.0f} times as fast on this machine: put "
+            f"{' and '.join(f'{key}: float32' for key in slow)} into the recipe"
+        )
+    return Estimate(plan, rates[name], rates[training], memory, advice)

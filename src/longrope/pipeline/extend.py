@@ -1,0 +1,270 @@
+"""How a model's context is extended: the file to read first.
+
+A recipe names a model and a target length; the plan has the stages, each a directory of the
+run that is read by the next::
+
+    search ─▶ finetune ─▶ second-search ─▶ recovery ─▶ export ─▶ evaluate ─▶ report
+    factors   weights      factors for      factors     model/    results.json
+    for L₁    at L₁        8 · L₁           for short             report.html
+
+A recipe may train on the way to L₁ (``through-search``, ``through-finetune``), and once more
+under the second search's factors (``settle``).
+
+A stage that is done says so in a file written last, and is not run again; one that was
+interrupted goes on from what it had. So the same command goes on, whatever ended it.
+"""
+
+import contextlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from longrope.checkpoints.hf import export_model
+from longrope.checkpoints.manifest import Manifest
+from longrope.distributed import RankLost, Ranks, local_device
+from longrope.files import only_process, require_directory
+from longrope.models.devices import find_device
+from longrope.models.info import inspect_model
+from longrope.pipeline.checks import preflight
+from longrope.pipeline.costs import Stage
+from longrope.pipeline.evaluation import evaluate_run
+from longrope.pipeline.plan import make_plan
+from longrope.pipeline.recipe import Recipe, Search
+from longrope.pipeline.recovery import choose
+from longrope.pipeline.run_state import Run
+from longrope.progress import console
+from longrope.report.page import write_page
+from longrope.rope.pair import RescalePair
+from longrope.rope.rescale import Rescale
+from longrope.search.problem import (
+    Problem,
+    first_search,
+    multiplied,
+    recovery_search,
+    second_search,
+    step_factors,
+)
+from longrope.search.run import search_stage
+from longrope.train.dataset import LongContextDataset
+from longrope.train.trainer import finetune
+
+log = logging.getLogger(__name__)
+
+
+def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
+    """Run every stage of a recipe that is not done yet; gives the report's path.
+
+    Leaves in ``out``: ``model/``, ``rescale.json`` (long) and ``short.json``, ``report.html``
+    and ``report.md``, ``results.json``, ``recipe.yaml`` (resolved), and a directory per stage.
+
+    Raises:
+        ValueError: a recipe that cannot work, too little memory or text, or a directory that
+            holds another run; before any long work.
+    """
+    ranks = ranks or Ranks()
+    run = open_run(recipe, out, ranks)
+    with only_process(out) if ranks.first else contextlib.nullcontext():
+        claimed = ranks.first and run.claim()
+        try:
+            if not all(run.done(stage.name) for stage in run.plan.stages):
+                preflight(run)
+        except (ValueError, RankLost):  # it, or another process, refuses
+            if claimed:  # what is asked for instead may be another run
+                run.unclaim()
+            raise
+        if ranks.first:
+            run.remeasure()
+        for stage in run.plan.stages:
+            if run.done(stage.name):
+                continue
+            if ranks.first:
+                console.rule(stage.name, align="left")
+            started = time.monotonic()
+            found = _WORK[stage.kind](run, stage)
+            seconds = round(time.monotonic() - started, 1)
+            counted = {"forwards": stage.forwards, "tokens": stage.tokens}
+            run.finish(stage, counted | found | {"seconds": seconds})
+    return out / "report.html"
+
+
+def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
+    """The run of a recipe, planned; nothing of it is read or written yet.
+
+    Raises:
+        ValueError: the model cannot be extended, or not to this target; nothing can be written.
+    """
+    require_directory(out)
+    info = inspect_model(
+        recipe.model,
+        existing_scaling=recipe.existing_scaling,
+        original_length=recipe.original_length,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    if not info.extendable:
+        raise ValueError(f"{recipe.model} cannot be extended: {info.reason}")
+    device = find_device("--device", local_device(recipe.device))
+    plan = make_plan(info, recipe, on_cpu=device.type == "cpu", team=ranks.team.size)
+    return Run(recipe, info, plan, out, ranks)
+
+
+def _search(run: Run, stage: Stage) -> dict[str, Any]:
+    """Any of the searches: for the length to train at, for the target, for short sequences."""
+    section, problem = _problem(run, stage)
+    directory = run.directory(stage.name)
+    if section.method != "search":
+        known = _known_factors(run, stage, section.method, problem)
+        if run.ranks.first:
+            known.save(directory / "rescale.json")
+        return {"forwards": 0, "tokens": 0}
+    loaded = run.model_before(stage.name)
+    windows = run.splits.search_windows(stage.length, section.samples, run.recipe.seed)
+    settings = section.settings(run.recipe)
+    result = search_stage(loaded, problem, windows, settings, directory, run.ranks, stage.name)
+    won = min(result.starts, key=lambda name: result.starts[name], default=None)
+    forwards = round(result.forwards * (len(windows.ids) + settings.passkeys))
+    return {
+        "loss": result.best_loss,
+        "starts": result.starts,
+        "best_start": won,
+        "evaluations": result.evaluations,
+        "forwards": forwards,
+        "tokens": forwards * stage.length,
+    }
+
+
+def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
+    recipe, factor = run.recipe, run.attention_factor(stage.length)
+    key, section = recipe.section(stage.name)
+    before = run.plan.before(stage.name, "search")
+    if key == "recovery":
+        exported = run.attention_factor(run.plan.target)
+        return section, recovery_search(run.info, run.rescale("search"), stage.length, exported)
+    if before:
+        return section, second_search(
+            run.info,
+            run.rescale(before),
+            stage.length,
+            attention_factor=factor,
+            upper=section.upper,
+        )
+    return section, first_search(
+        run.info,
+        stage.length,
+        attention_factor=factor,
+        start_tokens=(recipe.start_tokens,),
+        upper=section.upper,
+    )
+
+
+def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Rescale:
+    """A known method's factors in place of searched ones, under the same attention factor."""
+    if before := run.plan.before(stage.name, "search"):
+        factors = step_factors(run.info, run.rescale(before), method, stage.length)
+        return multiplied(problem.space.start, factors)
+    known = run.info.rescale(method, stage.length)
+    return known.replace(
+        attention_factor=problem.space.start.attention_factor,
+        start_tokens=run.recipe.start_tokens,
+    )
+
+
+def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
+    loaded = run.model_before(stage.name, offload=False)
+    tuning, original = run.recipe.finetune, run.plan.original
+    settings = tuning.model_copy(update={"steps": stage.steps})
+    settles, seed = stage.name == "settle", run.recipe.seed
+    pieces = LongContextDataset(
+        run.splits.training,
+        loaded.tokenizer,
+        stage.length,
+        stage.steps * tuning.batch,
+        reach=round(tuning.settle_reach * run.plan.target) if settles else 0,
+        seed=seed + settles,  # other pieces than fine-tuning's
+        passkey_share=tuning.passkey_share,
+        answer_share=tuning.answer_share,
+        short=tuning.short_share * stage.length / original,
+        short_length=original,
+        batch=tuning.batch,
+    )
+    searched = run.plan.before(stage.name, "search")
+    assert searched is not None
+    # Short windows are trained as they will be used: under the factor that is exported.
+    short = run.info.rescale("none", original)
+    short = short.replace(attention_factor=run.attention_factor(run.plan.target))
+    teacher = run.teacher() if tuning.distill and pieces.bring_windows else None
+    lines = finetune(
+        loaded,
+        run.rescale(searched),
+        short,
+        pieces,
+        settings,
+        run.directory(stage.name),
+        run.ranks,
+        teacher=teacher,
+        seed=seed,
+    )
+    run.forget()
+    return {"first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"], "epochs": pieces.epochs}
+
+
+def _choose(run: Run, stage: Stage) -> dict[str, Any]:
+    """Of the two sets for short sequences, the one that serves both lengths better."""
+    names = [name for name in ("recovery-1", "recovery-2") if name in run.plan]
+    loaded, recipe = run.trained(), run.recipe
+    forward = loaded.forward(recipe.chunk, recipe.offload_activations)
+    lengths = [run.plan[name].length for name in names]
+    windows = {
+        length: run.splits.search_windows(length, recipe.recovery.samples, recipe.seed + 1).ids
+        for length in lengths
+    }
+    choice = choose(
+        forward,
+        windows,
+        [run.rescale(name) for name in names],
+        run.long,
+        free_attention_factor=run.info.base_attention_factor,
+    )
+    if run.ranks.first:
+        choice.short.save(run.directory(stage.name) / "rescale.json")
+    return choice.to_json() | {
+        "starts": {run.plan[name].length: run.record(name)["starts"] for name in names}
+    }
+
+
+def _export(run: Run, stage: Stage) -> dict[str, Any]:
+    pair, loaded = run.pair, run.trained()
+    if run.ranks.first:
+        portable = pair
+        if not pair.long.portable:
+            log.warning(
+                "start_tokens %d is in rescale.json, for longrope's own runtime; no checkpoint "
+                "can say it, and RUN/model has 0",
+                pair.long.start_tokens,
+            )
+            portable = RescalePair(pair.short, pair.long.replace(start_tokens=0))
+        source = Path(run.recipe.model).name
+        export_model(loaded, Manifest("hf", source, portable), run.out / "model")
+        pair.long.save(run.out / "rescale.json")
+        pair.short.save(run.out / "short.json")
+    return {}
+
+
+def _evaluate(run: Run, stage: Stage) -> dict[str, Any]:
+    return evaluate_run(run, stage)
+
+
+def _report(run: Run, stage: Stage) -> dict[str, Any]:
+    if run.ranks.first:
+        write_page(run.out)
+    return {}
+
+
+_WORK = {
+    "search": _search,
+    "finetune": _finetune,
+    "choose": _choose,
+    "export": _export,
+    "evaluate": _evaluate,
+    "report": _report,
+}

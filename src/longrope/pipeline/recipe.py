@@ -1,0 +1,298 @@
+"""The recipe of an extension: one YAML file, every key known, every default the paper's."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from longrope.files import write_atomically
+from longrope.models.bundled import BUNDLED
+from longrope.rope.methods import METHODS
+from longrope.search.settings import EvolutionSettings, GradientSettings, SearchSettings
+from longrope.train.config import FinetuneSettings
+from longrope.units import parse_length
+
+RECIPES = Path(__file__).parent / "recipes"
+_Positive = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class Search(_Section):
+    """One search. With a ``method`` other than ``search``, that method's factors are taken."""
+
+    method: str = "search"
+    algorithm: str = "gradient"
+    samples: _Positive = 5
+    passkeys: _Count = 0
+    budget: _Positive | None = None
+    patience: _Positive | None = None
+    upper: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    rate: float = GradientSettings.rate
+    step_windows: int = GradientSettings.step_windows
+    population: int = 64
+    mutations: int = 16
+    crossovers: int = 16
+    probability: float = 0.3
+    iterations: int = 40
+    parents: int = 32
+
+    def settings(self, recipe: "Recipe") -> SearchSettings:
+        """The same, as a search takes it."""
+        return SearchSettings(
+            samples=self.samples,
+            passkeys=self.passkeys,
+            algorithm=self.algorithm,
+            budget=self.budget,
+            patience=self.patience,
+            seed=recipe.seed,
+            chunk=recipe.chunk,
+            offload_activations=recipe.offload_activations,
+            rate=self.rate,
+            step_windows=self.step_windows,
+            settings=EvolutionSettings(
+                self.population,
+                self.mutations,
+                self.crossovers,
+                self.probability,
+                self.iterations,
+                self.parents,
+            ),
+        )
+
+
+class Finetune(FinetuneSettings):
+    """Training, and at which lengths.
+
+    ``enabled`` null: where the target is beyond 8 times the original length. ``length``, such
+    as 128k or 8x, is the one to train at, by default an eighth of such a target. With
+    ``through`` the model is trained at that length first, for ``through_steps`` (the paper
+    goes to 256k by way of 128k). After the second search ``settle_steps`` more are under the
+    target's factors, on pieces of ``settle_length`` (by default ``length``) whose positions jump
+    as far as ``settle_reach`` times the target, so that the target is not the edge of what was
+    seen (ours: the paper stops at the search).
+    """
+
+    enabled: bool | None = None
+    length: str | None = None
+    through: str | None = None
+    through_steps: _Positive = 400
+    settle_steps: _Count = 0
+    settle_length: str | None = None
+    settle_reach: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.25
+
+
+class Recovery(Search):
+    """The two searches for the short context."""
+
+    enabled: bool = True
+    samples: _Positive = 20
+
+
+class Evaluate(_Section):
+    """What is measured at the end; any of it may be changed in a finished run.
+
+    Without ``none`` among the methods the unscaled model is measured at the short lengths alone,
+    which recovery is judged by.
+    """
+
+    methods: tuple[str, ...] = ("none", "pi", "ntk", "yarn")
+    lengths: tuple[str, ...] = ()
+    documents: _Positive = 10
+    passkey_trials: _Count = 0
+    passkey_trials_beyond: _Count = 0
+    passkey_trials_others: _Count = 0
+    needle_trials: _Count = 0
+    digits: _Positive = 5
+    benchmarks: tuple[str, ...] = ()
+    benchmark_data: str | None = None
+    benchmark_questions: _Positive | None = None
+    benchmark_shots: _Count | None = None
+
+
+class Recipe(_Section):
+    """All that decides a run of ``longrope extend``.
+
+    With ``offload: weights`` all but training keeps two layers at a time on the device. ``chunk``
+    null is what fits the device: 2,048 tokens, on a GPU 8,192.
+    """
+
+    model: str = "bundled"
+    target: str
+    data: tuple[str, ...] = ()
+    evaluation_data: tuple[str, ...] = ()
+    field: str = "text"
+    seed: _Count = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    chunk: _Positive | None = None
+    offload_activations: str | None = None
+    offload: Literal["weights"] | None = None
+    existing_scaling: Literal["keep", "replace"] | None = None
+    original_length: _Positive | None = None
+    trust_remote_code: bool = False
+    start_tokens: _Count = 0
+    attention_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    search: Search = Search()
+    finetune: Finetune = Finetune()
+    second_search: Search = Search()
+    recovery: Recovery = Recovery()
+    evaluate: Evaluate = Evaluate()
+
+    def section(self, stage: str) -> tuple[str, Search]:
+        """The key and the settings of a search's stage.
+
+        ``search`` serves the one on the way too, ``recovery`` both of its lengths.
+        """
+        key = "second_search" if stage == "second-search" else stage.partition("-")[0]
+        key = "search" if key == "through" else key
+        return key, getattr(self, key)
+
+    def check(self) -> None:
+        """Refuse values that no stage can work with.
+
+        Raises:
+            ValueError: names the field, its value and what it may be.
+        """
+        for name in ("search", "second_search", "recovery"):
+            section = getattr(self, name)
+            section.settings(self)
+            kinds = ("search", *METHODS) if name != "recovery" else ("search",)
+            if name == "second_search":
+                kinds = (*kinds, "yarn-log")
+            if section.method not in kinds:
+                raise ValueError(f"{name}.method is {section.method!r}; choose {', '.join(kinds)}")
+        if self.finetune.answer_share and not self.finetune.passkey_share:
+            raise ValueError(
+                f"finetune.answer_share is {self.finetune.answer_share:g} and "
+                "finetune.passkey_share is 0: there are no answers; give a share of passkey "
+                "prompts, such as 0.1"
+            )
+        if self.finetune.distill and not self.finetune.short_share:
+            raise ValueError(
+                "finetune.distill is true and finetune.short_share is 0: only short windows learn "
+                "from the model as it came; give a share of them, such as 0.25"
+            )
+        if self.finetune.settle_length and not self.finetune.settle_steps:
+            raise ValueError(
+                f"finetune.settle_length is {self.finetune.settle_length!r} and "
+                "finetune.settle_steps is 0: nothing is trained after the second search; give "
+                "steps, such as 100"
+            )
+        for method in self.evaluate.methods:
+            if method not in METHODS:
+                raise ValueError(
+                    f"evaluate.methods: no method {method!r}; there are {', '.join(METHODS)}"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe: every key, also those left at their defaults."""
+        write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, as its specification has it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {line}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(source: str | Path, **changes: Any) -> Recipe:
+    """A recipe from a YAML file, or from the package by its name (``bundled``).
+
+    ``changes`` replace keys of it where they are not None.
+
+    Raises:
+        ValueError: no such file, not YAML, a key twice, an unknown key or a value out of range.
+    """
+    path = RECIPES / f"{source}.yaml"
+    if not path.exists():
+        path = Path(source)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ValueError(
+            f"--recipe {source}: {error.strerror}; give a YAML file, or one of {names}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--recipe {source}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--recipe {source}: a recipe is a mapping of keys to values")
+    return make_recipe(content | {k: v for k, v in changes.items() if v is not None})
+
+
+def resolve_recipe(
+    source: str | None,
+    model: str | None,
+    *,
+    finetune: bool | None = None,
+    lora: int | None = None,
+    **changes: Any,
+) -> Recipe:
+    """The recipe that the command line asks for: a file's, the bundled one, or the defaults.
+
+    Raises:
+        ValueError: no target, or anything that :func:`load_recipe` raises for.
+    """
+    if source is None and model in (None, "bundled"):
+        source = _of_bundled(changes.get("target"))
+    changes = {name: value for name, value in changes.items() if value is not None}
+    changes |= {} if model is None else {"model": model}
+    if source is not None:
+        recipe = load_recipe(source, **changes)
+    elif "target" not in changes:
+        raise ValueError("--target is missing; give the tokens to reach, such as 8x or 128k")
+    else:
+        recipe = make_recipe(changes)
+    given = {"enabled": finetune, "lora": lora}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return recipe
+    return make_recipe(recipe.model_dump() | {"finetune": recipe.finetune.model_dump() | given})
+
+
+def _of_bundled(target: str | None) -> str:
+    """The recipe for the bundled model to a target: 512x takes other training than 64x."""
+    config = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
+    original = config["max_position_embeddings"]
+    if target is not None:
+        for file in RECIPES.glob("bundled-*.yaml"):
+            made_for = file.stem.removeprefix("bundled-")
+            if parse_length(made_for, original) == parse_length(target, original):
+                return file.stem
+    return "bundled"
+
+
+def make_recipe(content: dict[str, Any]) -> Recipe:
+    """A checked recipe from its keys and values.
+
+    Raises:
+        ValueError: an unknown key or a value out of range; names it.
+    """
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            section: Any = Recipe
+            for part in first["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            known = ", ".join(section.model_fields)
+            raise ValueError(f"recipe: no key {key!r}; there are {known}") from None
+        raise ValueError(f"recipe: {key} is {first['input']!r}: {first['msg'].lower()}") from None
+    recipe.check()
+    return recipe

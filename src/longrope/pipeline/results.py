@@ -1,0 +1,119 @@
+"""``results.json``: what a run gave, in rows that other programs read."""
+
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from longrope.evaluate.statistics import paired
+from longrope.labels import RESULT, WITHOUT
+from longrope.pipeline.run_state import Run
+from longrope.version import __version__
+
+SCHEMA = 1
+
+
+class Cell(NamedTuple):
+    """One thing to measure: a model under a method's factors, at a length.
+
+    Of benchmarks the length is the longest that the model is made for.
+    """
+
+    kind: str
+    method: str
+    length: int
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What it is known by on disk."""
+        return json.dumps(self, sort_keys=True)
+
+
+Measured = Sequence[tuple[Cell, dict[str, Any]]]
+
+
+def run_results(run: Run, measured: Measured) -> dict[str, Any]:
+    """The whole of ``results.json``."""
+    plan, pair = run.plan, run.pair
+    perplexity = [
+        {"length": cell.length, "method": cell.method} | found
+        for cell, found in measured
+        if cell.kind == "perplexity"
+    ]
+    return {
+        "schema": SCHEMA,
+        "model": run.info.source,
+        "architecture": run.info.architecture,
+        "parameters": run.info.parameters,
+        "original_length": plan.original,
+        "trained_length": plan.trained,
+        "recovery_length": pair.recovery_length,
+        "target": plan.target,
+        "attention_factor": pair.long.attention_factor,
+        "perplexity": perplexity,
+        "passkey": _answers(measured, "passkey"),
+        "needle": _answers(measured, "needle"),
+        "recovery": _recovery(perplexity),
+        "benchmarks": _benchmarks(measured),
+        "plan": [
+            {"name": stage.name, "length": stage.length, "tokens": stage.tokens}
+            | {"flops": stage.linear + stage.attention, "memory": stage.memory}
+            for stage in plan.stages
+        ],
+        "stages": [
+            {"name": stage.name} | {k: record.get(k, 0) for k in ("seconds", "forwards", "tokens")}
+            for stage in plan.stages
+            if stage.kind not in ("evaluate", "report")
+            for record in [run.record(stage.name)]
+        ],
+        "versions": {
+            "longrope": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _answers(measured: Measured, kind: str) -> list[dict[str, Any]]:
+    return [
+        {"length": cell.length, "method": cell.method}
+        | {"depth": depth, "correct": correct, "trials": trials}
+        for cell, found in measured
+        if cell.kind == kind
+        for depth, correct, trials in found["rows"]
+    ]
+
+
+def _recovery(perplexity: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = {(row["method"], row["length"]): row["perplexity"] for row in perplexity}
+    return [
+        {
+            "length": length,
+            "original": found["none", length],
+            "without": found[WITHOUT, length],
+            "with": found[RESULT, length],
+        }
+        for method, length in found
+        if method == WITHOUT
+    ]
+
+
+def _benchmarks(measured: Measured) -> list[dict[str, Any]]:
+    """Shares of right answers; the difference is with recovery less original, and its interval."""
+    scores: dict[str, dict[str, Any]] = {}
+    for cell, found in measured:
+        if cell.kind == "benchmark":
+            for task, questions in found["scores"].items():
+                scores.setdefault(task, {})[cell.method] = questions
+    rows = []
+    for task, found in scores.items():
+        row = paired(task, found["none"], found[RESULT])
+        without = list(found.get(WITHOUT, found[RESULT]).values())  # the same, if none was made
+        row |= {"with": row.pop("extended"), "without": sum(without) / len(without)}
+        rows.append(row)
+    return rows

@@ -1,0 +1,242 @@
+"""The directory of a run: what is done in it, and what its stages read of each other."""
+
+import functools
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from longrope.distributed import Ranks, local_device
+from longrope.files import write_atomically
+from longrope.models.info import Existing, ModelInfo
+from longrope.models.load import LoadedModel, load_model, load_tokenizer
+from longrope.models.target import starting_point
+from longrope.pipeline.costs import Stage
+from longrope.pipeline.plan import ContextPlan
+from longrope.pipeline.recipe import Recipe
+from longrope.pipeline.splits import Splits, split_documents
+from longrope.progress import console
+from longrope.rope.pair import RescalePair
+from longrope.rope.rescale import Rescale
+from longrope.units import duration
+
+# What may be changed in a run that has begun: it does not touch what is searched or trained.
+_FREE = ("evaluate", "device", "chunk", "offload_activations", "offload")
+# The stages that another evaluation does again.
+_MEASURED = ("evaluate", "report")
+
+
+class Run:
+    """One run of a recipe: its plan, its directory, its processes, the model in memory."""
+
+    def __init__(self, recipe: Recipe, info: ModelInfo, plan: ContextPlan, out: Path, ranks: Ranks):
+        self.recipe, self.info, self.plan = recipe, info, plan
+        self.out, self.ranks = out, ranks
+        self._loaded: tuple[tuple[str, bool], LoadedModel] | None = None
+        self._remeasures = False
+
+    def claim(self) -> bool:
+        """Write the resolved recipe, or see that it is the one that was written before.
+
+        Says whether nothing was there. Another evaluation than before is not written yet: see
+        :meth:`remeasure`.
+
+        Raises:
+            ValueError: another run, or something else, is there; what differs is named.
+        """
+        file, now = self.out / "recipe.yaml", self.recipe.model_dump(mode="json")
+        new = not file.exists()
+        if not new:
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            there, here = _leaves(before), _leaves(now)
+            default = _leaves(Recipe(target=self.recipe.target).model_dump(mode="json"))
+            differing = [
+                f"{key} (there {there.get(key, 'not known')}, now {here.get(key, 'not known')})"
+                for key in here | there
+                if key.partition(".")[0] not in _FREE
+                and there.get(key, default.get(key)) != here.get(key)
+            ]
+            if differing:
+                raise ValueError(
+                    f"{self.out} holds another run; it differs in {'; '.join(differing)}; give "
+                    "another --out"
+                )
+            self._remeasures = before["evaluate"] != now["evaluate"]
+        elif self.out.exists() and any(p.name != ".lock" for p in self.out.iterdir()):
+            raise ValueError(f"{self.out} is not empty and holds no run; give another --out")
+        if not self._remeasures:
+            self.recipe.save(file)
+        return new
+
+    def unclaim(self) -> None:
+        """Leave the directory as it was before a run that is refused."""
+        for name in ("recipe.yaml", "pools.json", "model.sha256"):
+            (self.out / name).unlink(missing_ok=True)
+
+    def remeasure(self) -> None:
+        """Where the recipe has another evaluation than before, and it can be done: drop the old."""
+        if self._remeasures:
+            for name in _MEASURED:
+                (self.out / name / "done.json").unlink(missing_ok=True)
+            self.recipe.save(self.out / "recipe.yaml")
+            self._remeasures = False
+
+    def directory(self, name: str) -> Path:
+        return self.out / name
+
+    def done(self, name: str) -> bool:
+        """Whether every process may skip a stage: rank 0's disk decides."""
+        anew = self._remeasures and name in _MEASURED
+        return bool(self.ranks.broadcast((self.out / name / "done.json").exists() and not anew))
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What a stage that is done said of itself."""
+        return json.loads((self.out / name / "done.json").read_text(encoding="utf-8"))
+
+    def finish(self, stage: Stage, record: dict[str, Any]) -> None:
+        """Mark a stage as done; what it wrote is there for every process that shares the disk."""
+        if self.ranks.first:
+            file = self.out / stage.name / "done.json"
+            write_atomically(file, json.dumps(record, indent=1) + "\n")
+            console.print(f"{stage.name}: done in {duration(record['seconds'])}", highlight=False)
+        self.ranks.gather(0.0)
+
+    def original(self) -> LoadedModel:
+        """The model as it came."""
+        return self._load(self.recipe.model, offload=True)
+
+    def trained(self) -> LoadedModel:
+        """The model that the result is for: fine-tuned, if the plan says so."""
+        return self.model_before("export")
+
+    def model_before(self, stage: str, offload: bool = True) -> LoadedModel:
+        """The model that a stage begins with: as it came, or as the last training left it."""
+        trained = self.plan.before(stage, "finetune")
+        source = str(self.out / trained / "model") if trained else self.recipe.model
+        return self._load(source, offload)
+
+    def forget(self) -> None:
+        """Let go of the model in memory: it was changed."""
+        self._loaded = None
+        gc.collect()  # an optimizer that accelerate prepared lives in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def keep_splits(self) -> None:
+        """Note which documents are for what, or see that they are those noted before.
+
+        Raises:
+            ValueError: too little text, or other documents than this run began with.
+        """
+        splits, file = self.splits, self.out / "pools.json"
+        now = {
+            name: sorted(h for document in getattr(splits, name) for h in document.sha256)
+            for name in ("search", "training", "evaluation")
+        }
+        if not self.ranks.first:
+            return
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            for name, hashes in now.items():
+                if before.get(name) != hashes:
+                    raise ValueError(
+                        f"{self.out}: its {name} documents are not those that it began with "
+                        f"({len(before.get(name, []))} then, {len(hashes)} now); restore --data, "
+                        "or give another --out"
+                    )
+        write_atomically(file, json.dumps(now, indent=1) + "\n")
+
+    def teacher(self) -> LoadedModel:
+        """The model as it came, beside the one that is trained towards it.
+
+        With the scaling that it has, also where that is replaced: its predictions are made with it.
+        """
+        scaling, how = self.info.existing_scaling, self.recipe.existing_scaling
+        if scaling and scaling["rope_type"] != "dynamic":  # which leaves short windows alone
+            how = "keep"
+        return self._read(self.recipe.model, offload=None, existing_scaling=how)
+
+    def _load(self, source: str, offload: bool) -> LoadedModel:
+        asked = source, offload and self.recipe.offload is not None
+        if self._loaded is None or self._loaded[0] != asked:
+            self.forget()  # one model in memory at a time
+            how = self.recipe.existing_scaling
+            loaded = self._read(source, self.recipe.offload if offload else None, how)
+            if source == self.recipe.model:
+                self._require_same(loaded)
+            self._loaded = asked, loaded
+        return self._loaded[1]
+
+    def _require_same(self, loaded: LoadedModel) -> None:
+        """Note which model this is, or see that it is the one that the run began with.
+
+        Raises:
+            ValueError: what is done already was done with other weights.
+        """
+        if not self.ranks.first:
+            return
+        file, now = self.out / "model.sha256", loaded.fingerprint()
+        if file.exists() and file.read_text(encoding="utf-8").strip() != now:
+            raise ValueError(
+                f"{self.out}: the weights of {self.recipe.model} are not those that it began with; "
+                "restore them, or give another --out"
+            )
+        write_atomically(file, now + "\n")
+
+    def _read(
+        self, source: str, offload: str | None, existing_scaling: Existing | None
+    ) -> LoadedModel:
+        recipe = self.recipe
+        return load_model(
+            source,
+            device=local_device(recipe.device),
+            dtype=recipe.dtype,
+            offload=offload,
+            team=self.ranks.team,
+            existing_scaling=existing_scaling,
+            original_length=recipe.original_length,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+
+    @functools.cached_property
+    def splits(self) -> Splits:
+        """The documents, shared out."""
+        return split_documents(self.tokenizer, self.recipe, self.plan.target, self.plan.trained)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's, which needs none of its weights."""
+        return load_tokenizer(self.recipe.model, self.recipe.trust_remote_code)
+
+    def attention_factor(self, length: int) -> float:
+        """The recipe's, or √(1 + ln s / ln L) for a length; the target's is what is exported."""
+        return starting_point(self.info, length, self.recipe.attention_factor).attention_factor
+
+    def rescale(self, name: str) -> Rescale:
+        """The factors that a stage found."""
+        return Rescale.load(self.out / name / "rescale.json")
+
+    @property
+    def long(self) -> Rescale:
+        """The factors for the target."""
+        return self.rescale("second-search" if "second-search" in self.plan else "search")
+
+    @property
+    def pair(self) -> RescalePair:
+        """The factors for short sequences and for long ones; the same where none were searched."""
+        long = self.long
+        if "recovery" in self.plan:
+            return RescalePair(self.rescale("recovery"), long)
+        return RescalePair(long.replace(max_position_embeddings=self.plan.original), long)
+
+
+def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key and value of nested sections: ``search.budget``."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = isinstance(value, dict)
+        found |= _leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found

@@ -1,0 +1,250 @@
+"""Put a :class:`Rescale` into a live model, and take it out again without a trace.
+
+The rotary module of a transformers model turns positions into the cosines and
+sines that attention multiplies in. Installing swaps that module for one of ours
+that computes the same from other frequencies, with two things that no config can
+say: positions below ``start_tokens`` keep the original angles, and phases are
+exact at any position.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longrope.rope.rescale import Rescale
+from longrope.rope.rotary import (
+    RotarySite,
+    changes_nothing,
+    column_layout,
+    cosines_and_sines,
+    find_rotary,
+    is_complex,
+)
+
+# Positions, and what was given for them.
+Handed = tuple[Tensor, tuple[Tensor, ...]]
+
+
+class RescaledRotary(nn.Module):
+    """Cosines and sines of a rescaled RoPE; stands in for a model's rotary module.
+
+    Phases are taken in float64 and reduced before the cosine: in float32 they are
+    off by up to 0.06 rad at position 2²¹. Frequencies stay float32, like engines'.
+    Nothing here is a buffer, so casting the model to bf16 cannot touch it.
+    """
+
+    def __init__(self, site: RotarySite, rescale: Rescale):
+        super().__init__()
+        self.config = site.module.config
+        self.rope_type = "longrope"
+        self.layer_type = site.layer_type
+        self.rescale = rescale
+        # What the model does not turn stays so under any factor.
+        turns = site.inv_freq.detach().cpu() > 0
+        self.inv_freq = torch.where(turns, torch.from_numpy(rescale.inv_freq).float(), 0.0)
+        self.attention_scaling = rescale.attention_factor
+        # Where a list: all that was handed out, as leaves whose gradients are asked for.
+        self.tape: list[Handed] | None = None
+        # Where tokens are said to stand, (batch, tokens), by their number; see placed.
+        self.places: Tensor | None = None
+        # Held in a tuple so that the original is no submodule of ours.
+        self._held = (site.module,)
+        self._original_inv_freq = site.inv_freq.detach().float().cpu()
+        self._original_attention_scaling = site.attention_factor
+        self._layout = column_layout(site)
+        self._complex = is_complex(site)
+
+    @property
+    def original(self) -> Any:
+        """The model's own rotary module."""
+        return self._held[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a model asks its rotary module for, as that has it."""
+        return asked_of_original(self, name)
+
+    @torch.no_grad()
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, ...] | Tensor:
+        """Cosines and sines, shape (batch, tokens, columns), for position_ids (batch, tokens).
+
+        Or complex numbers of both, where the model's own module gives those.
+        """
+        if layer_type != self.layer_type:
+            return self.original(x, position_ids, layer_type)
+        position_ids = one_axis(position_ids)
+        # Apple's GPUs have no float64: there the angles are made on the CPU.
+        where = torch.device("cpu") if x.device.type == "mps" else x.device
+        if self.places is not None:
+            position_ids = torch.take_along_dim(self.places, position_ids, 1)
+        positions = position_ids.to(where)
+        phases, scaling, _ = self._phases(positions)
+        layout, dtype = self._layout.to(where), x.dtype
+        cos, sin = ((f * scaling)[..., layout] for f in (phases.cos(), phases.sin()))
+        if self._complex:
+            given = (torch.complex(cos.float(), sin.float()).to(x.device),)
+        else:
+            given = tuple(part.to(dtype).to(x.device) for part in (cos, sin))
+        if self.tape is not None:
+            self.tape.append((positions, tuple(part.requires_grad_() for part in given)))
+        return given[0] if self._complex else given
+
+    def _phases(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Float64 phases (batch, tokens, d/2), attention factors, and where n̂ leaves them alone."""
+        column = positions[..., None]
+        inv_freq = self.inv_freq.to(column.device).double()
+        # As published, the first tokens keep angle *and* temperature (eq. 3 with I = 1).
+        first = column < self.rescale.start_tokens
+        scaling = torch.full_like(column, self.attention_scaling, dtype=torch.float64)
+        if self.rescale.start_tokens:
+            original = self._original_inv_freq.to(column.device).double()
+            inv_freq = torch.where(first, original, inv_freq)
+            scaling = torch.where(first, self._original_attention_scaling, scaling)
+        return column.double() * inv_freq, scaling, first
+
+    @torch.no_grad()
+    def gradient(self, tape: Sequence[Handed]) -> Tensor:
+        """d loss / d ln λ, shape (d/2,), float64, after a backward pass over what was handed out.
+
+        A phase is p = n · θ^(−2i/d) / λ, so d p / d ln λ = −p.
+
+        Raises:
+            ValueError: nothing of it reached the loss.
+        """
+        total = torch.zeros(len(self.inv_freq), dtype=torch.float64)
+        reached = False
+        for positions, given in tape:
+            slopes = tuple(part.grad for part in given if part.grad is not None)
+            if len(slopes) < len(given):
+                continue
+            reached = True
+            phases, scaling, first = self._phases(positions)
+            layout = self._layout.to(positions.device)
+            # Of a complex number: by its real part and, times i, by its imaginary one.
+            by_cos, by_sin = cosines_and_sines(slopes[0] if self._complex else slopes)
+            by_cos, by_sin = (t.to(positions.device).double() for t in (by_cos, by_sin))
+            shown = phases[..., layout]
+            by_phase = (shown.cos() * by_sin - shown.sin() * by_cos) * scaling
+            by_factor = torch.where(first, 0.0, -shown * by_phase).flatten(0, -2).sum(dim=0)
+            total += torch.zeros_like(total).index_add(0, self._layout, by_factor.cpu())
+        if not reached:
+            raise ValueError("no gradient reaches this model's cosines; use --algorithm evolution")
+        return total
+
+
+@contextlib.contextmanager
+def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False) -> Iterator[None]:
+    """The model with ``rescale`` in place; leaving restores it bit for bit.
+
+    ``None``, and (unless ``always``) a rescale that is what the model does already, change nothing.
+    Position ids that the caller does not give come from the attention mask, so
+    that a left-padded row equals the unpadded one.
+
+    Raises:
+        ValueError: the model has no rotary embedding that can be rescaled, or the
+            rescale has the wrong number of factors or another ``rope_theta``.
+    """
+    if rescale is None:
+        yield
+        return
+    site = find_rotary(model)
+    if site is None:
+        raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
+    check_fits(rescale, len(site.inv_freq), float(site.parameters["rope_theta"]))
+    before = getattr(site.owner, site.name)  # an outer rescale, perhaps
+    if not always and before is site.module and changes_nothing(site, rescale):
+        yield
+        return
+    # Of a model for pictures too the decoder does not see the mask.
+    hooks = [
+        module.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
+        for module in dict.fromkeys((model, site.owner))
+    ]
+    setattr(site.owner, site.name, RescaledRotary(site, rescale))
+    try:
+        yield
+    finally:
+        setattr(site.owner, site.name, before)
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def position_override(model: nn.Module, places: Tensor | None) -> Iterator[None]:
+    """Tokens rotated as if they stood at ``places``, (batch, tokens), under the installed rescale.
+
+    Attention and its masks go on counting tokens, so that no jump is taken for another sequence.
+    """
+    if places is None:
+        yield
+        return
+    site = find_rotary(model)
+    rotary = site and getattr(site.owner, site.name)
+    assert isinstance(rotary, RescaledRotary), "places are for a model with a rescale installed"
+    rotary.places = places
+    try:
+        yield
+    finally:
+        rotary.places = None
+
+
+def asked_of_original(stand_in: nn.Module, name: str) -> Any:
+    """An attribute of a module that stands in for one which it holds, or of that."""
+    try:
+        return nn.Module.__getattr__(stand_in, name)
+    except AttributeError:
+        return getattr(stand_in.__dict__["_held"][0], name)
+
+
+def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:
+    """Refuse a rescale that was made for a model of another shape.
+
+    Raises:
+        ValueError: another number of factors, or another ``rope_theta``.
+    """
+    if len(rescale.factors) != factors:
+        raise ValueError(
+            f"factors has {len(rescale.factors)} numbers; this model needs {factors} (half its "
+            f"rotary dimension of {2 * factors})"
+        )
+    if not np.allclose(rescale.rope_theta, rope_theta, rtol=1e-6):
+        raise ValueError(f"rope_theta is {rescale.rope_theta:g}; this model's is {rope_theta:g}")
+
+
+def _positions_from_mask(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Count positions over real tokens where a mask says which those are."""
+    given = inspect.signature(owner.forward).bind_partial(*args, **kwargs).arguments
+    given = given | given.get("kwargs", {})
+    mask = given.get("attention_mask")
+    if given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return args, kwargs
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    return args, kwargs | {"position_ids": positions_of(tokens, mask)}
+
+
+def one_axis(position_ids: Tensor) -> Tensor:
+    """Positions (batch, tokens), also of models that have them for each axis of an image.
+
+    Raises:
+        ValueError: the axes differ.
+    """
+    if position_ids.dim() == 2:
+        return position_ids
+    # of text they are one row in another view, and no GPU has to be asked
+    if position_ids.stride(0) and not (position_ids == position_ids[:1]).all():
+        raise ValueError("a rescale is for text: the axes of these positions differ (an image)")
+    return position_ids[0]
+
+
+def positions_of(tokens: Tensor, mask: Tensor | None, cached: int = 0) -> Tensor:
+    """Position of each token (batch, tokens, …), counted over real ones where a mask says which."""
+    if mask is None:
+        row = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)
+        return row[None].expand(tokens.shape[0], -1)
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]

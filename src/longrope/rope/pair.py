@@ -1,0 +1,50 @@
+"""The two rescales of an extended model: one for short sequences, one for long ones."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from longrope.rope.rescale import Rescale, default_attention_factor
+
+
+@dataclass(frozen=True)
+class RescalePair:
+    """The two rescales of an extended model: ``short`` up to its length, ``long`` beyond."""
+
+    short: Rescale
+    long: Rescale
+
+    @property
+    def recovery_length(self) -> int:
+        """The longest sequence in tokens, generated ones included, that ``short`` is for."""
+        return self.short.max_position_embeddings
+
+    def choose(self, tokens: int) -> Rescale:
+        """The rescale for a sequence of so many tokens."""
+        return self.short if tokens <= self.recovery_length else self.long
+
+    @classmethod
+    def from_config(cls, config: Any) -> "RescalePair | None":
+        """The pair that a ``longrope`` checkpoint's config holds; None for any other config."""
+        text = config.get_text_config()
+        scaling = getattr(text, "rope_parameters", None) or {}
+        scaling = scaling.get("full_attention", scaling)
+        if scaling.get("rope_type") != "longrope":
+            return None
+        recovery = scaling["original_max_position_embeddings"]
+        longest = max(text.max_position_embeddings, recovery)
+        factor = scaling.get("attention_factor") or default_attention_factor(
+            recovery, round(recovery * scaling.get("factor", longest / recovery))
+        )
+        shared = {
+            "rope_theta": float(scaling["rope_theta"]),
+            "original_max_position_embeddings": recovery,
+            "attention_factor": factor,
+        }
+        return cls(
+            Rescale(
+                tuple(scaling["short_factor"]),
+                max_position_embeddings=recovery,
+                **shared,
+            ),
+            Rescale(tuple(scaling["long_factor"]), max_position_embeddings=longest, **shared),
+        )

@@ -1,0 +1,21 @@
+"""The cost of one gradient evaluation, in forward passes."""
+
+from longrope.layerwise.backward import BACKWARD_ATTENTION, is_kept
+from longrope.models.info import ModelInfo
+
+
+def forwards(info: ModelInfo, length: int, chunk: int) -> float:
+    """What one gradient costs, in forwards of the same sequence, by FLOPs.
+
+    The weights are frozen: a product with weights is done once forward and once backward. The same
+    for offloaded weights and for a team, which keep no graph, so that histories are the same too.
+    """
+    linear, attention = info.forward_flops(length)
+    again = 0.0
+    if not is_kept(info.layers, info.hidden_size, length, -(-length // chunk)):
+        # The layers once more; once more again what makes queries, keys and values, or states.
+        inputs = info.hidden_size * (info.heads + 2 * info.kv_heads) * info.head_dim
+        again = 1 + 2 * info.attention_layers * inputs * length / linear
+        again += 1 - info.attention_layers / info.layers
+    work = (2 + again) * linear + (1 + BACKWARD_ATTENTION) * attention
+    return work / (linear + attention)

@@ -1,0 +1,138 @@
+"""What a search keeps on disk, so that it goes on after any kind of end."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from longrope.files import read_lines, write_atomically
+from longrope.search.settings import EvolutionSettings, GradientSettings
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Everything that decides the course of a search; two equal ones are one search.
+
+    ``model``, ``documents`` and ``windows`` (all token ids) are content hashes. ``chunk``
+    and ``device`` are here because they decide the last bits of a loss. Budget and
+    patience are not: they say where to stop, and a finished search may go on with more
+    (of the descent's settings the budget is one: its steps get smaller towards its end).
+    """
+
+    model: str
+    documents: tuple[str, ...]
+    windows: str
+    passkeys: int
+    length: int
+    algorithm: str
+    settings: EvolutionSettings | GradientSettings
+    seed: int
+    dtype: str
+    device: str
+    chunk: int
+    start: dict[str, Any]
+    upper: float
+    start_tokens: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def refuse_another_s(directory: Path) -> None:
+    """See that a directory with factors or a history in it is a search's.
+
+    Raises:
+        ValueError: an extension's or an import's, whose files would be written over.
+    """
+    if (directory / "state.json").exists():
+        return
+    for name in ("history.jsonl", "rescale.json", "recipe.yaml"):
+        if (directory / name).exists():
+            raise ValueError(
+                f"{directory / name} is there without a search's state.json; give another --out, "
+                "or delete it"
+            )
+
+
+class Record:
+    """The directory of one search: which search it is, and its history.
+
+    ``history.jsonl`` holds a line per evaluation, each synced; ``state.json`` the
+    config, and where the search stood after its last whole generation.
+    """
+
+    def __init__(self, directory: Path, config: SearchConfig):
+        self.directory = directory
+        self.config = config
+        self.history = directory / "history.jsonl"
+        self.state = directory / "state.json"
+
+    def open(self) -> list[dict[str, Any]]:
+        """The history of this very search; an empty one in a new directory.
+
+        Raises:
+            ValueError: the directory holds another search (the differing fields are
+                named) or a damaged state, or it cannot be written.
+        """
+        refuse_another_s(self.directory)
+        if not self.state.exists():
+            self.save_state(0, 0)
+            return []
+        before, digest = self._read_state()
+        if digest != self.config.sha256:
+            now = self.config.to_json()
+            fields = [k for k in now if before.get(k) != now[k]] or ["config_hash"]
+            shown = ", ".join(
+                f"{k} (there {_short(before.get(k))}, now {_short(now.get(k))})" for k in fields
+            )
+            raise ValueError(
+                f"{self.directory} holds another search; it differs in {shown}; give another --out"
+            )
+        lines = read_lines(self.history)
+        there = self.history.read_bytes().count(b"\n") if self.history.exists() else 0
+        if there > len(lines):
+            log.warning(
+                "%s: line %d is damaged; what follows it is computed again",
+                self.history,
+                len(lines) + 1,
+            )
+        # A line that a kill cut short is dropped from the file too, or the next would join it.
+        write_atomically(self.history, "".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+    def _read_state(self) -> tuple[dict[str, Any], str]:
+        try:
+            saved = json.loads(self.state.read_text(encoding="utf-8"))
+            if saved["schema"] == SCHEMA and isinstance(saved["config"], dict):
+                return saved["config"], saved["config_hash"]
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ValueError(
+            f"{self.state} is damaged; give another --out, or delete {self.directory} to start over"
+        )
+
+    def save_state(self, evaluations: int, generation: int) -> None:
+        """Write where the search stands, atomically."""
+        state = {
+            "schema": SCHEMA,
+            "config_hash": self.config.sha256,
+            "config": self.config.to_json(),
+            "generation": generation,
+            "evaluations": evaluations,
+        }
+        write_atomically(self.state, json.dumps(state, indent=1) + "\n")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,0 +1,304 @@
+"""Fine-tuning at the searched length, with transformers' Trainer under accelerate.
+
+One rescale for every length while training (short = long), so that processes cannot
+come to different ones. The Trainer's checkpoints carry a marker written last: one that a
+kill or a full disk cut short is not resumed from.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from longrope.distributed import Ranks, is_lost_rank_error, lost_ranks_named, sharded
+from longrope.files import append_line, read_lines, whole_directory, write_atomically
+from longrope.models.load import LoadedModel
+from longrope.models.parameters import is_tied, text_parameters
+from longrope.progress import Advance, progress, quiet
+from longrope.rope.apply import rescaled
+from longrope.rope.rescale import Rescale
+from longrope.train.config import FinetuneSettings
+from longrope.train.dataset import LongContextDataset
+from longrope.train.loss import chunked_loss
+from longrope.units import duration
+
+_MARKER = "complete.json"
+
+
+def finetune(
+    loaded: LoadedModel,
+    rescale: Rescale,
+    short: Rescale | None,
+    pieces: LongContextDataset,
+    settings: FinetuneSettings,
+    out: Path,
+    ranks: Ranks,
+    *,
+    teacher: LoadedModel | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Train under a rescale, or go on from the last whole checkpoint.
+
+    ``short`` is for the short windows that pieces may bring, which learn a ``teacher``'s
+    predictions, where there is one.
+
+    Leaves ``out/model`` (a checkpoint in the dtype that the model came in, unscaled config),
+    and ``out/loss.jsonl``, a line per step, which is returned.
+
+    Raises:
+        ValueError: the loss is not finite, the disk is full, or a batch that does not divide.
+        RankLost: another process died; what was trained up to the last checkpoint stands.
+    """
+    work = out / "checkpoints"
+    if (out / "model").exists():  # whole, since it is renamed into place: only tidying was left
+        if ranks.first:
+            shutil.rmtree(work, ignore_errors=True)
+        return read_lines(out / "loss.jsonl")
+    resume, log = _last_whole(work), out / "loss.jsonl"
+    if ranks.first:
+        _forget_after(resume, log)
+    model = loaded.model
+    model.to(torch.bfloat16 if settings.precision == "pure-bf16" else torch.float32)
+    if settings.lora is not None:
+        torch.manual_seed(seed)  # adapters are drawn, before the Trainer would set it
+        model = _with_lora(model, settings.lora)
+    _freeze_unmet(loaded.model)
+    arguments = _arguments(settings, work, model.device, ranks, seed)
+    if teacher is not None:  # the Trainer chooses the device; autocast copies what may be trained
+        teacher.model.to(arguments.device).requires_grad_(False)
+    with (
+        rescaled(loaded.model, rescale, always=pieces.reach > 0),  # it is asked for places
+        chunked_loss(model, short, teacher=teacher and teacher.model),
+        progress("fine-tune", settings.steps, show=ranks.first) as advance,
+        lost_ranks_named(),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", module="(accelerate|torch)\\.")
+        keeper = _Keeper(log, settings.steps, advance, ranks.first)
+        trainer = _trained(model, arguments, pieces, keeper, resume)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    model = _unwrapped(trainer)
+    if settings.lora is not None:
+        model, state = model.merge_and_unload(), None
+    if ranks.first:
+        _save(model, state, loaded, out / "model")
+        shutil.rmtree(work, ignore_errors=True)
+    return read_lines(log)
+
+
+def _trained(
+    model: Any,
+    arguments: TrainingArguments,
+    pieces: LongContextDataset,
+    keeper: "_Keeper",
+    resume: Path | None,
+) -> Trainer:
+    with quiet():
+        trainer = _Trainer(model=model, args=arguments, train_dataset=pieces, callbacks=[keeper])
+        trainer.remove_callback(PrinterCallback)
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
+
+
+def _unwrapped(trainer: Trainer) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+
+
+def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: Path) -> None:
+    dtype = getattr(torch, loaded.info.dtype)
+    state = {
+        name: tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu()
+        for name, tensor in (state or model.state_dict()).items()
+    }
+    before = model.config.dtype
+    model.config.dtype = dtype
+    with whole_directory(path) as directory, quiet():
+        model.save_pretrained(directory, state_dict=state)
+        loaded.tokenizer.save_pretrained(directory)
+    model.config.dtype = before
+
+
+def _arguments(
+    settings: FinetuneSettings, work: Path, device: torch.device, ranks: Ranks, seed: int
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.accumulation(ranks.size),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            settings.schedule, settings.schedule
+        ),
+        warmup_steps=min(settings.warmup, settings.steps // 2),
+        optim="adamw_torch",
+        weight_decay=0.0,
+        adam_beta2=settings.beta2,
+        adam_epsilon=1e-8,
+        max_grad_norm=settings.clip,
+        bf16=settings.precision == "bf16",
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to=[],
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device.type == "cpu",
+    )
+    # One device a process: the Trainer would split the batch over all it sees, by threads.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+class _Trainer(Trainer):
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        # A full disk is an OSError to Python, other things to torch and to safetensors.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if is_lost_rank_error(error):
+                raise
+            raise ValueError(
+                f"{self.args.output_dir}: cannot be written ({str(error).splitlines()[0]}); free "
+                "space there, then run the same command again: it goes on from the last whole "
+                "checkpoint"
+            ) from error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise _not_finite("loss", loss.item(), self.state.global_step + 1)
+        return loss
+
+
+def _not_finite(what: str, value: float, step: int) -> ValueError:
+    return ValueError(
+        f"the {what} is {value} at step {step}; the checkpoint before it stands: lower "
+        "finetune.learning_rate, or finetune.precision float32, and run again with another --out"
+    )
+
+
+class _Keeper(TrainerCallback):
+    """Notes the loss of every step, shows how it goes, and marks whole checkpoints."""
+
+    def __init__(self, log: Path, steps: int, advance: Advance, first: bool):
+        self.log, self.steps, self.advance, self.first = log, steps, advance, first
+        self.started, self.begun_at = time.monotonic(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.begun_at = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        norm = float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(norm):
+            raise _not_finite("gradient", norm, state.global_step)
+        if not self.first:
+            return
+        line = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": norm,
+        }
+        append_line(self.log, line)
+        done = state.global_step - self.begun_at
+        left = (time.monotonic() - self.started) / done * (self.steps - state.global_step)
+        self.advance(state.global_step, f"loss {line['loss']:.4f}, {duration(left)} left")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.first:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in checkpoint.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        write_atomically(checkpoint / _MARKER, json.dumps({"step": state.global_step}) + "\n")
+
+
+def _last_whole(work: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; what was not is deleted."""
+    whole = []
+    for directory in work.glob("checkpoint-*"):
+        if (directory / _MARKER).exists():
+            whole.append(directory)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    return max(whole, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _forget_after(checkpoint: Path | None, log: Path) -> None:
+    """Drop the losses of the steps after a checkpoint: they are computed again."""
+    last = _step(checkpoint) if checkpoint else 0
+    lines = [line for line in read_lines(log) if line["step"] <= last]
+    write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def require_lora(rank: int) -> None:
+    """Refuse LoRA where its library is missing, or the model is to be sharded.
+
+    Raises:
+        ValueError: names the extra that brings it, or what to train instead.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"finetune.lora {rank} needs: pip install 'longrope[lora]'")
+    if sharded():
+        raise ValueError(
+            f"finetune.lora is {rank} and ACCELERATE_USE_FSDP is true: adapters are not merged "
+            "into a sharded model; start the processes without FSDP, or make finetune.lora null"
+        )
+
+
+def _freeze_unmet(model: Any) -> None:
+    """What no text meets (pictures, sound) is not trained, nor waited for by other processes."""
+    met = text_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in met)
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    """LoRA on every linear layer, and embeddings and norms in full, as LongLoRA found needed."""
+    require_lora(rank)
+    from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
+
+    whole = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) or "norm" in type(module).__name__.lower()
+    }
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        modules_to_save=sorted(whole),
+        # Where the embeddings are the head too, they stay one.
+        ensure_weight_tying=is_tied(model),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        return get_peft_model(model, config)

@@ -1,0 +1,81 @@
+"""Parse and format lengths, sizes, durations and ratios."""
+
+import math
+from collections.abc import Sequence
+
+
+def number(value: float | None) -> str:
+    """A perplexity, three digits of a large one."""
+    if value is None or not math.isfinite(value):
+        return "∞"
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A difference, such as ``-1.0%``."""
+    return f"{share:+.1%}"
+
+
+def ratio(value: float | None, base: float | None) -> str:
+    """How far above, such as ``+1.3%``; perplexities that overflowed are None."""
+    if value is None or base is None or not math.isfinite(value):
+        return "∞"
+    return percent(value / base - 1)
+
+
+def gigabytes(size: float) -> str:
+    """Such as ``1.4 GB``."""
+    return f"{size / 1e9:,.1f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
+
+
+def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:
+    """Refuse lengths that cannot be scored together.
+
+    Raises:
+        ValueError: a length that does not divide the longest; a stride with several
+            lengths (they would score other tokens), or out of range.
+    """
+    longest = max(lengths)
+    for length in lengths:
+        if longest % length:
+            raise ValueError(
+                f"--lengths: {length} does not divide {longest}; lengths are compared on the same "
+                "tokens, so each must divide the longest"
+            )
+    if stride is not None and len(set(lengths)) > 1:
+        raise ValueError(f"--stride {stride} goes with one length, not {len(set(lengths))}")
+    if stride is not None and not 1 <= stride <= longest:
+        raise ValueError(f"--stride is {stride}; it must be from 1 to the length, {longest}")
+
+
+def duration(seconds: float) -> str:
+    """Such as ``1 h 05 min``, or ``12 days``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02d} min" if hours < 72 else f"{hours / 24:,.0f} days"
+
+
+def parse_length(text: str, original: int | None = None) -> int:
+    """Tokens from ``131072``, ``128k`` (× 1,024), ``2m`` or, given an original length, ``8x``.
+
+    Raises:
+        ValueError: none of these forms.
+    """
+    number, unit = text.strip().lower(), 1
+    if number.endswith(("k", "m")):
+        number, unit = number[:-1], 1024 if number[-1] == "k" else 1024**2
+    elif number.endswith("x") and original is not None:
+        number, unit = number[:-1], original
+    try:
+        length = float(number) * unit
+    except ValueError:
+        length = 0.0
+    if not 0 < length < 1e12 or round(length) < 1:
+        raise ValueError(f"length {text!r} is not one; write 131072, 128k or 8x")
+    if abs(length - round(length)) > 1e-6:  # 1.1 times 1,000 is a little more than 1,100
+        raise ValueError(f"length {text!r} is {length:,.1f} tokens; give a whole number of them")
+    return round(length)

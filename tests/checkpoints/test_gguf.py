@@ -1,0 +1,209 @@
+"""GGUF files with factor tensors: round trips, refusals, and llama.cpp's own answers."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from conftest import pair
+from longrope.checkpoints.export import ExportOptions, export
+from longrope.checkpoints.gguf import LONG, SHORT
+from longrope.checkpoints.gguf_io import read_metadata, read_tensors, write_file
+from longrope.checkpoints.importer import import_pair
+from longrope.engines.check import Reference, verify
+from longrope.models.load import load_model
+from longrope.rope.pair import RescalePair
+from longrope.rope.rescale import Rescale
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Factors for the bundled model: short up to 512 tokens, long to 16,384."""
+    shared = {"rope_theta": 1e4, "original_max_position_embeddings": 256, "attention_factor": 1.3}
+    short = Rescale(tuple(np.linspace(1, 1.5, 32)), max_position_embeddings=512, **shared)
+    long = Rescale(tuple(np.geomspace(1, 60, 32)), max_position_embeddings=16384, **shared)
+    short.save(tmp_path / "short.json")
+    long.save(tmp_path / "long.json")
+    return RescalePair(short, long)
+
+
+def options(tmp_path, source, name, form):
+    return ExportOptions(
+        str(source),
+        tmp_path / name,
+        form,
+        rescale=str(tmp_path / "long.json"),
+        short=str(tmp_path / "short.json"),
+    )
+
+
+@pytest.mark.parametrize("form", ["gguf", "gguf-static"])
+def test_llama_cpp_applies_the_factors(form, made, tmp_path):
+    export(options(tmp_path, "bundled", "model.gguf", form))
+    verdict = verify(Reference(str(tmp_path / "model.gguf")), "llamacpp", prompts=1)
+    assert verdict.right, verdict
+    sets = {line.applied for line in verdict.lines}
+    assert sets == ({"short", "long"} if form == "gguf" else {"long"})
+    assert max(line.largest for line in verdict.lines) < 0.2  # llama.cpp's float16 cache
+    assert min(line.distances["none"] for line in verdict.lines) > 0.3
+
+
+def test_weights_are_the_checkpoints_own(made, tmp_path):
+    """Read back by transformers, which does not know of the factors."""
+    import torch
+
+    export(options(tmp_path, "bundled", "model.gguf", "gguf"))
+    found = load_model(
+        str(tmp_path / "model.gguf"),
+        dtype="float32",
+        existing_scaling="replace",
+        original_length=256,
+    )
+    own = load_model("bundled", dtype="float32")
+    for name, tensor in own.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], tensor, rtol=0, atol=0)
+    text = "def main(argv=None):\n    return 12345  # é€\n"
+    assert found.tokenizer(text)["input_ids"] == own.tokenizer(text)["input_ids"]
+
+
+def test_a_part_of_a_gguf_file_is_refused(made, tmp_path):
+    """As large ones are published, with the other tensors elsewhere."""
+    import gguf
+
+    export(options(tmp_path, "bundled", "plain.gguf", "gguf-static"))
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    arch, metadata = read_metadata(reader)
+    metadata = [item for item in metadata if ".rope.scaling." not in item[0]]
+    metadata.append(("split.count", 2, gguf.GGUFValueType.UINT16, None))
+    own = [
+        t
+        for t in read_tensors(reader)
+        if t.name not in ("rope_freqs.weight", "blk.4.ffn_up.weight")
+    ]
+    part = tmp_path / "part-00001-of-00002.gguf"
+    write_file(part, arch, metadata, own)
+    with pytest.raises(ValueError, match="is one of 2 files; llama-gguf-split --merge"):
+        export(options(tmp_path, part, "out.gguf", "gguf"))
+    assert not (tmp_path / "out.gguf").exists()
+    with pytest.raises(ValueError, match=r"1 of the model's tensors are missing.*gguf-split"):
+        load_model(str(part), original_length=256, existing_scaling="replace")
+
+
+def test_a_gguf_file_keeps_its_quantisation(made, tmp_path):
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    export(options(tmp_path, "bundled", "plain.gguf", "gguf-static"))
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    arch, metadata = read_metadata(reader)
+    quantised = []
+    for tensor in read_tensors(reader):
+        if len(tensor.shape) == 2 and tensor.name.startswith("blk"):
+            values = gguf.quants.dequantize(tensor.data(), tensor.kind)
+            packed = gguf.quants.quantize(values, kinds.Q8_0)
+            tensor = dataclasses.replace(
+                tensor,
+                shape=packed.shape,
+                dtype=packed.dtype,
+                nbytes=packed.nbytes,
+                kind=kinds.Q8_0,
+                data=lambda packed=packed: packed,
+            )
+        quantised.append(tensor)
+    write_file(tmp_path / "q8.gguf", arch, metadata, quantised)
+    source = tmp_path / "q8.gguf"
+    chosen = dataclasses.replace(options(tmp_path, source, "out.gguf", "gguf"), original_length=256)
+    export(chosen)
+    before = {t.name: t for t in read_tensors(gguf.GGUFReader(source))}
+    after = {t.name: t for t in read_tensors(gguf.GGUFReader(tmp_path / "out.gguf"))}
+    assert set(after) - set(before) == {LONG, SHORT}
+    assert set(before) - set(after) == {"rope_freqs.weight"}
+    for name in set(before) & set(after):
+        assert after[name].kind == before[name].kind
+        np.testing.assert_array_equal(after[name].data(), before[name].data())
+    assert after["blk.0.attn_q.weight"].kind == kinds.Q8_0
+
+
+@pytest.mark.parametrize("form", ["hf", "hf-static", "gguf", "gguf-static"])
+def test_an_export_comes_back_exactly(form, made, tmp_path):
+    name = "out.gguf" if form.startswith("gguf") else "out"
+    export(options(tmp_path, "bundled", name, form))
+    assert import_pair(str(tmp_path / name)) == made
+
+
+def test_without_our_note_the_factors_come_from_the_tensors(made, tmp_path):
+    import gguf
+
+    export(options(tmp_path, "bundled", "out.gguf", "gguf"))
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    arch, metadata = read_metadata(reader)
+    metadata = [item for item in metadata if item[0] != "longrope.intent"]
+    write_file(tmp_path / "bare.gguf", arch, metadata, read_tensors(reader))
+    found = import_pair(str(tmp_path / "bare.gguf"))
+    for ours, theirs in ((made.short, found.short), (made.long, found.long)):
+        np.testing.assert_allclose(theirs.factors, ours.factors, rtol=1e-6)
+        assert theirs.attention_factor == pytest.approx(ours.attention_factor)
+        assert theirs.max_position_embeddings == ours.max_position_embeddings
+
+
+def test_a_note_of_the_users_is_not_taken_for_our_card(checkpoints, micro_models, tmp_path):
+    pair(micro_models("llama")).long.save(tmp_path / "long.json")
+    (tmp_path / "notes.md").write_text("dear")
+    out = tmp_path / "notes.gguf"
+    with pytest.raises(ValueError, match=r"notes\.md: is there already"):
+        export(
+            ExportOptions(
+                str(checkpoints("llama")), out, "gguf", rescale=str(tmp_path / "long.json")
+            )
+        )
+    assert (tmp_path / "notes.md").read_text() == "dear"
+    assert not out.exists()
+
+
+def test_an_architecture_without_factor_tensors_is_refused(made, tmp_path):
+    import gguf
+
+    export(options(tmp_path, "bundled", "plain.gguf", "gguf-static"))
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    _, metadata = read_metadata(reader)
+    metadata = [
+        (key.replace("llama.", "qwen2.", 1), value, kind, member)
+        for key, value, kind, member in metadata
+    ]
+    write_file(tmp_path / "qwen.gguf", "qwen2", metadata, read_tensors(reader))
+    chosen = dataclasses.replace(
+        options(tmp_path, tmp_path / "qwen.gguf", "out.gguf", "gguf"), original_length=256
+    )
+    with pytest.raises(ValueError, match="no factor tensors for the architecture 'qwen2'"):
+        export(chosen)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_checkpoint_that_only_llama_cpps_converter_knows_is_refused(
+    checkpoints, micro_models, tmp_path
+):
+    for family, why in (
+        ("qwen2", "not Qwen2ForCausalLM; convert it with llama.cpp's"),
+        ("mistral", "its sliding_window of 24 is none of llama.cpp's"),
+    ):
+        made = pair(micro_models(family))
+        made.short.save(tmp_path / "short.json")
+        made.long.save(tmp_path / "long.json")
+        with pytest.raises(ValueError, match=why):
+            export(options(tmp_path, checkpoints(family), "out.gguf", "gguf"))
+
+
+def test_a_tokenizer_of_another_kind_is_refused(checkpoints, micro_models, tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    for file in checkpoints("llama").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    made = pair(micro_models("llama"))
+    made.short.save(tmp_path / "short.json")
+    made.long.save(tmp_path / "long.json")
+    with pytest.raises(ValueError, match="its way of splitting text is not one longrope knows"):
+        export(options(tmp_path, source, "out.gguf", "gguf"))

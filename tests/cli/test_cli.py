@@ -1,0 +1,126 @@
+"""The commands as a user runs them: processes of their own, real files."""
+
+import json
+import re
+import sys
+
+import torch
+
+from longrope.rope.rescale import Rescale
+from program import refused, succeeds
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['longrope', '--help']\n"
+        "from longrope.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    out = succeeds("-c", code, launcher=[sys.executable])
+    assert "search" in out
+    assert out.strip().endswith("[]")
+
+
+def test_inspect(checkpoints):
+    info = json.loads(succeeds("inspect", checkpoints("gpt_neox"), "--json"))
+    assert (info["rotary_dim"], info["head_dim"], info["extendable"]) == (4, 16, True)
+    out = succeeds("inspect")
+    assert re.search(r"rope_theta +10000", out)
+    assert re.search(r"original_read_from +max_position_embeddings", out)
+
+
+def test_inspect_tells_why_not(tmp_path):
+    import transformers
+
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    info = json.loads(succeeds("inspect", tmp_path, "--json"))
+    assert info["extendable"] is False
+    assert "no rotary" in info["reason"]
+    assert "GPT2LMHeadModel" in refused("search", tmp_path, "--target", "8x", "--out", tmp_path)
+
+
+def test_search_evaluate_compare_report(small_search, texts, tmp_path):
+    out = tmp_path / "search"
+    summary = json.loads(succeeds(*small_search, "--out", out, "--budget", 6, "--json"))
+    assert (summary["evaluations"], summary["computed"]) == (6, 6)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert len(history) == 6
+    keys = {"evaluation", "loss", "factors", "start_tokens", "attention_factor"}
+    assert all(keys <= line.keys() for line in history)
+    best = Rescale.load(out / "rescale.json")
+    if not torch.cuda.is_available():  # in the header, so that histories from before go on
+        assert json.loads((out / "state.json").read_text())["config"]["chunk"] == 2048
+    assert min(line["loss"] for line in history) == best.provenance["loss"] == summary["loss"]
+    assert Rescale.load(out / "portable.json").start_tokens == 0
+
+    assert "already done: 6 forwards" in succeeds(*small_search, "--out", out, "--budget", 6)
+    assert len((out / "history.jsonl").read_text().splitlines()) == 6
+
+    data = ["--data", texts, "--lengths", "256,512"]
+    rows = {}
+    for method in ("yarn", out / "rescale.json"):
+        found = json.loads(succeeds("evaluate", "--rescale", method, *data, "--json"))
+        rows[str(method)] = found["perplexity"]
+        assert [row["length"] for row in found["perplexity"]] == [256, 512]
+        assert {"method", "perplexity", "standard_error", "tokens", "windows"} <= found[
+            "perplexity"
+        ][0].keys()
+    assert len({row[1]["perplexity"] for row in rows.values()}) == 2
+
+    methods = f"none,pi,yarn,{out / 'rescale.json'}"
+    comparison = ["compare", "--target", "2x", "--methods", methods, *data]
+    found = json.loads(succeeds(*comparison, "--json"))
+    names = {row["method"] for row in found["perplexity"]}
+    assert {"none", "pi", "yarn", str(out / "rescale.json")} <= names
+    assert any(name.startswith("yarn (attention factor 1.0") for name in names)
+    assert {row["documents"] for row in found["perplexity"]} == {2}  # four, less the two searched
+    assert all(row["method"] == str(out / "rescale.json") for row in found["differences"])
+    assert (out / "compare.json").exists()
+    table = succeeds(
+        "compare", "--target", "2x", "--methods", "none,yarn", *data, "--out", tmp_path
+    )
+    assert "perplexity" in table
+
+    for figure in ("factors.png", "history.png", "perplexity.png", "position.png"):
+        (out / figure).unlink()
+    succeeds("report", out)
+    for figure in ("factors.png", "history.png", "perplexity.png", "position.png"):
+        assert (out / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):
+    (tmp_path / "pi.csv").write_text(",".join(["2.0"] * 32))
+    options = ["--lengths", 512, "--data", texts, "--json"]
+    ours = json.loads(succeeds("evaluate", "--rescale", tmp_path / "pi.csv", *options))
+    theirs = json.loads(
+        succeeds("evaluate", "--rescale", "pi", *options, "--attention-factor", (1 + 1 / 8) ** 0.5)
+    )
+    assert ours["perplexity"][0]["perplexity"] == theirs["perplexity"][0]["perplexity"]
+
+
+def test_documents_may_be_packed(texts, tmp_path):
+    out = tmp_path / "packed"
+    arguments = ["--target", "16x", "--data", texts, "--pack"]
+    summary = json.loads(succeeds("search", *arguments, "--budget", 4, "--out", out, "--json"))
+    assert summary["forwards"] <= 4
+    methods = f"yarn,{out / 'rescale.json'}"
+    rows = json.loads(succeeds("compare", *arguments, "--methods", methods, "--json"))["perplexity"]
+    assert {(row["length"], row["documents"]) for row in rows} == {(4096, 1)}
+
+
+def test_retrieval_from_the_command_line(tmp_path):
+    arguments = ["evaluate", "bundled", "--lengths", "200,512", "--trials", 6, "--passkey"]
+    found = json.loads(succeeds(*arguments, "--json"))["passkey"]
+    assert {row["length"] for row in found} == {200, 512}
+    right = {
+        length: sum(row["correct"] for row in found if row["length"] == length)
+        for length in (200, 512)
+    }
+    assert right[200] >= 5
+    assert right[512] <= 3  # beyond its window, unscaled
+    out = succeeds(*arguments, "--rescale", "yarn", "--out", tmp_path)
+    assert "95% interval" in out
+    assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(succeeds(*arguments[:-1], "--needle", "--json"))["needle"]
+    assert sum(row["trials"] for row in found) == 12

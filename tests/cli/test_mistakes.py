@@ -1,0 +1,213 @@
+"""A user's mistake: exit code 2, and one line with the field, its value and the remedy."""
+
+import json
+import os
+import sys
+
+from longrope.rope.rescale import Rescale
+from program import each_refused, refused, run, succeeds
+
+
+def test_usage(tmp_path):
+    assert "--target" in refused("search", "--out", tmp_path)
+    assert "No such command" in refused("serch")
+    assert "No such option" in refused("inspect", "--jsn")
+
+
+def test_target(tmp_path):
+    search = ["search", "--out", tmp_path, "--target"]
+    less = ["--lengths", "512", "--target", "64"]
+    small, unreadable, *nothing = each_refused(
+        [*search, "256"],
+        [*search, "much"],
+        ["compare", *less, "--methods", "none,yarn"],
+        ["evaluate", *less, "--rescale", "yarn"],
+    )
+    assert all("--target is 64, and the model handles 256 tokens" in line for line in nothing)
+    assert "--target is 256" in small
+    assert "give a larger target" in small
+    assert "'much'" in unreadable
+
+
+def test_model(tmp_path):
+    assert "./nowhere" in refused("search", "./nowhere", "--target", "8x", "--out", tmp_path)
+
+
+def test_data(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "short.txt").write_text("too short")
+    messages = {
+        "empty.txt": "is empty",
+        "binary": "not UTF-8",
+        "short.txt": "too few tokens",
+        "missing": "no such file",
+    }
+    search = ["search", "--target", "2x", "--out", tmp_path / "out"]
+    lines = each_refused(*([*search, "--data", tmp_path / name] for name in messages))
+    for line, message in zip(lines, messages.values(), strict=True):
+        assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings(small_search, tmp_path):
+    settings = (
+        ("--samples", 0),
+        ("--budget", 0),
+        ("--population", 0),
+        ("--probability", 2),
+        ("--chunk", 0),
+        ("--start-tokens", -1),
+        ("--start-tokens", 257),
+        ("--upper", 0.5),
+        ("--upper", "inf"),
+        ("--budget", 1345),
+        ("--attention-factor", 0),
+        ("--algorithm", "magic"),
+        ("--dtype", "int4"),
+        ("--device", "cuda:9"),
+        ("--offload-activations", "moon"),
+        ("--existing-scaling", "perhaps"),
+    )
+    lines = each_refused(*([*small_search, "--out", tmp_path, *setting] for setting in settings))
+    for line, (option, value) in zip(lines, settings, strict=True):
+        assert option.lstrip("-").replace("-", "_") in line.replace("-", "_"), line
+        assert str(value) in line
+
+
+def test_rescale_files(texts, tmp_path):
+    data = ["--lengths", 512, "--data", texts]
+    wrong, without = tmp_path / "wrong.json", tmp_path / "without.json"
+    Rescale((1.0,) * 16, 1e4, 256, 512).save(wrong)
+    without.write_text(wrong.read_text().replace('"factors"', '"factor"'))
+    messages = {
+        "nothing": "neither",
+        tmp_path: "neither",
+        wrong: "factors has 16 numbers; this model needs 32",
+        without: "without.json: a rescale needs the key 'factors'",
+    }
+    lines = each_refused(*(["evaluate", "--rescale", name, *data] for name in messages))
+    for line, message in zip(lines, messages.values(), strict=True):
+        assert message in line
+
+
+def test_directories(small_search, tmp_path):
+    succeeds(*small_search, "--budget", 2, "--out", tmp_path / "a")
+    line = refused(*small_search, "--budget", 2, "--out", tmp_path / "a", "--seed", 5)
+    assert "differs in" in line
+    assert "seed (there 0, now 5)" in line
+    (tmp_path / "a" / "state.json").write_text("{")
+    assert "state.json is damaged" in refused(*small_search, "--out", tmp_path / "a")
+    fast = [*small_search[:-1], "gradient", "--out", tmp_path / "b"]
+    messages = {
+        ("report", tmp_path): "nothing to draw",
+        (*fast, "--patience", 3): "--patience is 3",
+        (*fast, "--rate", 0): "--rate is 0.0",
+        (*fast, "--population", 16): "--population 16: settings of --algorithm evolution",
+        (*fast, "--budget", 3): "--budget is 3",
+        (*small_search, "--rate", 0.1, "--out", tmp_path / "b"): "--rate 0.1",
+        (*fast, "--dtype", "float16"): "dtype is float16",
+    }
+    for line, message in zip(each_refused(*messages), messages.values(), strict=True):
+        assert message in line
+
+
+def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
+    run_of, imported, compared = (tmp_path / name for name in ("run", "imported", "compared"))
+    for directory, name in ((run_of, "recipe.yaml"), (imported, "rescale.json")):
+        directory.mkdir()
+        (directory / name).write_text("{}")
+    search = ["search", "--target", "2x", "--out"]
+    compare = ["compare", "--data", texts, "--tokens-per-document", 512, "--out", compared]
+    both = ["--lengths", "256,512", "--target", "2x"]
+    succeeds(*compare, *both, "--methods", "none, pi")
+    messages = {
+        (*search, run_of): "recipe.yaml is there without a search's state.json",
+        (*search, imported): "rescale.json is there without a search's state.json",
+        (*compare, "--target", "4x"): "another comparison (for 512 tokens, with none at 256, wit",
+        (*compare, "--target", "2x", "--methods", "none,pi"): "(with none at 256, with pi at 256",
+    }
+    before = (compared / "compare.json").read_bytes()
+    for line, message in zip(each_refused(*messages), messages.values(), strict=True):
+        assert message in line
+        assert "give another --out" in line
+    another = [*compare, *both, "--methods", "none,pi", "--attention-factor", 1.2]
+    assert "(of attention_factor None)" in refused(*another)
+    team = os.environ | {"WORLD_SIZE": "2"}
+    assert "compare is work for one process" in refused(*another, env=team)
+    assert (compared / "compare.json").read_bytes() == before
+    succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
+    evaluate = ["evaluate", "--data", texts, "--tokens-per-document", 512, "--lengths", "512"]
+    evaluate += ["--target", "2x", "--out", tmp_path / "evaluated", "--rescale"]
+    succeeds(*evaluate, "pi")
+    assert "another measurement (rescale pi, methods ['pi'])" in refused(*evaluate, "ntk")
+
+
+def test_full_disk(small_search, tmp_path):
+    """A file-size limit stands in for a full disk: the writes fail the same way."""
+    code = (
+        "import signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "from longrope.cli import main; main()"
+    )
+    launcher = [sys.executable, "-c", code]
+    done = run(*small_search, "--budget", 9, "--out", tmp_path / "a", launcher=launcher)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert "run the same command again" in done.stderr.splitlines()[-1]
+    summary = json.loads(succeeds(*small_search, "--budget", 9, "--out", tmp_path / "a", "--json"))
+    assert summary["evaluations"] == 9
+    comparison = ["compare", "--target", "2x", *small_search[4:6], "--out", tmp_path / "b"]
+    done = run(*comparison, launcher=launcher)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+
+
+def test_retrieval_and_generation(tmp_path):
+    base = ["evaluate", "bundled", "--lengths", "512"]
+    messages = {
+        (*base, "--passkey", "--needle"): "ask for one at a time",
+        (*base, "--passkey", "--trials", 0): "--trials is 0",
+        (*base[:-1], "40", "--passkey"): "too few for the question",
+        ("generate", "bundled", "--max-new-tokens", 0): "--max-new-tokens is 0",
+        ("generate", "bundled"): "--prompt is empty",
+        ("generate", "runs/nowhere", "--prompt", "a"): "runs/nowhere: no such directory, nor read",
+        ("generate", "bundled", "--prompt-file", tmp_path / "x"): "no such file",
+        ("extend", tmp_path): "--target is missing",
+        ("extend", "--memory", 80, "--out", tmp_path): "--memory is 80",
+    }
+    for line, message in zip(each_refused(*messages), messages.values(), strict=True):
+        assert message in line.replace("No such", "no such")
+
+
+def test_memory(tmp_path):
+    """What cannot fit is not begun, and no weight is read."""
+    search = ["search", "--target", "1000000x", "--device", "cpu"]
+    line = refused(*search, "--out", tmp_path / "out")
+    assert "search at 256,000,000 tokens needs about" in line
+    assert (
+        "try --algorithm evolution, --offload-activations FOLDER, --offload weights, a smaller"
+        in line
+    )
+    assert not (tmp_path / "out").exists()
+    long = ["--device", "cpu", "--lengths", "2048,1000000x"]
+    measuring = [
+        ("compare", "--target", "2x", *long),
+        *(("evaluate", *long, *what) for what in ([], ["--passkey"], ["--needle"])),
+        ("evaluate", *long, "--benchmarks", "niah_single_1"),
+    ]
+    for line in each_refused(*measuring):
+        assert "measuring at 256,000,000 tokens needs about" in line
+        assert "try --offload-activations FOLDER, --offload weights, shorter --lengths" in line
+    line = refused("evaluate", "--lengths", 512, "--offload-activations", tmp_path / "nowhere")
+    assert "nowhere: no device, and no folder that can be written" in line
+
+
+def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    there = ["--target", "2x", "--out", tmp_path / "file"]
+    for line in each_refused(*([verb, *there] for verb in ("compare", "search", "extend"))):
+        assert "file is no directory; give one" in line
+    out = ["--out", tmp_path / "out"]
+    refused("compare", "--target", "2x", "--methods", "none", *out, "--data", tmp_path / "file")
+    assert not list((tmp_path / "out").iterdir())

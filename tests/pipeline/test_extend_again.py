@@ -1,0 +1,204 @@
+"""A run gone on with: killed in every stage, by more processes, or with another evaluation."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from longrope.rope.rescale import Rescale
+from whole_run import STAGES, command, evaluated, results, run
+
+
+def test_run_again_it_computes_nothing(finished, arguments):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json*")}
+    run(*arguments, "--out", out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.json*")}
+
+
+def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
+    out = tmp_path / "killed"
+    signs = [
+        ("search/history.jsonl", 3),
+        ("finetune/checkpoints/checkpoint-2/complete.json", 1),
+        ("finetune/done.json", 1),
+        ("second-search/history.jsonl", 4),
+        ("settle/checkpoints/checkpoint-2/complete.json", 1),
+        ("recovery-1/history.jsonl", 2),
+        ("recovery-2/done.json", 1),
+        ("model/config.json", 1),
+        ("evaluate/cells.jsonl", 5),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    within = []  # the stages that had begun and were not done
+    for name, lines in signs:
+        process = subprocess.Popen(
+            command(*arguments, "--out", out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        file = out / name
+        deadline = time.monotonic() + 120
+        while not (file.exists() and file.read_bytes().count(b"\n") >= lines):
+            if process.poll() is not None:
+                break
+            assert time.monotonic() < deadline, name
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        within += [s for s in STAGES if (out / s).exists() and not (out / s / "done.json").exists()]
+    # The others may be over before the signal.
+    assert {"search", "finetune", "second-search", "settle", "evaluate"} <= set(within), within
+    run(*arguments, "--out", out)
+    whole, _ = finished
+    assert results(out) == results(whole)
+    for name in ("rescale.json", "short.json"):
+        assert Rescale.load(out / name) == Rescale.load(whole / name)
+    for name in (
+        "finetune/loss.jsonl",
+        "settle/loss.jsonl",
+        "search/history.jsonl",
+        "second-search/history.jsonl",
+    ):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    weights = [d / "model" / "model.safetensors" for d in (out, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_processes_share_the_evaluation(finished, arguments, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    wanted = len((out / "evaluate" / "cells.jsonl").read_text().splitlines())
+    for name in ("evaluate", "report"):
+        shutil.rmtree(out / name)
+    # Three cannot train a batch of two, but here it is trained.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(*arguments, "--out", out)[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = [
+        len((out / "evaluate" / name).read_text().splitlines())
+        for name in ("cells.jsonl", "cells.1.jsonl", "cells.2.jsonl")
+    ]
+    assert sum(shares) == wanted
+    assert max(shares) - min(shares) <= 1
+    assert results(out) == results(whole)
+    assert done.stdout.count("report.html") == 1
+
+
+def test_a_team_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("evaluate", "report"):
+        shutil.rmtree(out / name)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    team = ["--sequence-parallel", "2", "--out", out]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(*arguments, *team)[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    leaders = [(out / "evaluate" / name).read_text() for name in ("cells.jsonl", "cells.2.jsonl")]
+    others = [(out / "evaluate" / name).read_text() for name in ("cells.1.jsonl", "cells.3.jsonl")]
+    assert all(leaders)
+    assert not any(others)
+    rows = zip(results(out)["perplexity"], results(whole)["perplexity"], strict=True)
+    for found, expected in rows:
+        assert found.pop("perplexity") == pytest.approx(expected.pop("perplexity"), rel=1e-4)
+        assert found["method"] == expected["method"]
+        assert found["tokens"] == expected["tokens"]
+
+
+def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, benchmark_data):
+    """Pass keys, and what lm-eval asks of the model before, and after without and with recovery."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe["evaluate"] |= {"passkey_trials": 2, "needle_trials": 1}
+    recipe["evaluate"]["lengths"] = ["128", "512", "1024", "64", "256"]
+    recipe["evaluate"] |= {"benchmarks": ["arc_challenge"], "benchmark_data": str(benchmark_data)}
+    recipe["evaluate"] |= {"benchmark_questions": 4, "benchmark_shots": 1}
+    file = tmp_path / "more.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    before = (out / "search" / "done.json").stat().st_mtime_ns
+    run("--recipe", file, "--out", out)
+    assert (out / "search" / "done.json").stat().st_mtime_ns == before
+    found = json.loads((out / "results.json").read_text())
+    assert sum(row["trials"] for row in found["passkey"]) == 2  # at 128; 64 holds no question
+    for kind, lengths in (("passkey", {128}), ("needle", {128, 256, 512, 1024})):
+        assert {row["length"] for row in found[kind]} == lengths
+        assert all(0 <= row["correct"] <= row["trials"] for row in found[kind])
+        assert all(0 < row["depth"] < 1 for row in found[kind])
+        assert (out / "images" / f"{kind}.png").exists()
+    parts = (out / "evaluate" / "parts.jsonl").read_text().splitlines()
+    assert sum("passkey" in json.loads(part)["of"] for part in parts) == 2  # kept one by one
+    (row,) = found["benchmarks"]
+    assert (row["task"], row["questions"]) == ("arc_challenge", 4)
+    assert row["difference"] == pytest.approx(row["with"] - row["original"])
+    assert 0 <= row["without"] <= 1
+    assert "| arc_challenge | 4 |" in (out / "report.md").read_text()
+    # What the other verb asks of a run: the same questions, of the same two models.
+    asked = ["--benchmarks", "arc_challenge", "--benchmark-data", benchmark_data, "--json"]
+    (again,) = evaluated(out, *asked, "--questions", 4, "--shots", 1)["benchmarks"]
+    assert (again["task"], again["questions"]) == ("arc_challenge", 4)
+    assert again["original"] == row["original"]
+    keys = evaluated(out, "--passkey", "--lengths", "128", "--trials", 2, "--json")["passkey"]
+    own = [(r["correct"], r["trials"]) for r in found["passkey"] if r["length"] == 128]
+    assert [(r["correct"], r["trials"]) for r in keys] == own
+    recipe["evaluate"]["benchmark_data"] = "nowhere"
+    file.write_text(yaml.safe_dump(recipe))
+    before = (out / "recipe.yaml").read_text()
+    assert "nowhere: no such folder" in run("--recipe", file, "--out", out, code=2).stderr
+    # What cannot be measured leaves what was.
+    assert (out / "evaluate" / "done.json").exists()
+    assert (out / "recipe.yaml").read_text() == before
+
+
+def test_a_run_begun_by_an_older_version_is_gone_on_with_where_nothing_differs(
+    finished, arguments, tmp_path
+):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    del recipe["finetune"]["lora"]  # as if it had not been known: it has its default
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run(*arguments, "--out", out)
+    recipe["finetune"] |= {"answer_weight": 10.0, "steps": 7}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = run(*arguments, "--out", out, code=2)
+    assert "finetune.steps (there 7, now 6)" in done.stderr
+    assert "finetune.answer_weight (there 10.0, now not known)" in done.stderr
+
+
+def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "search")
+    done = run(*arguments, "--out", out, code=2)
+    assert "finetune was made from an earlier search, which is gone" in done.stderr
+    shutil.rmtree(out)
+    shutil.copytree(whole, out)
+    (out / "evaluate" / "done.json").unlink()
+    splits = json.loads((out / "pools.json").read_text())
+    splits["evaluation"] = ["something else"]
+    (out / "pools.json").write_text(json.dumps(splits))
+    done = run(*arguments, "--out", out, code=2)
+    assert "its evaluation documents are not those that it began with" in done.stderr

@@ -1,0 +1,154 @@
+"""Searches that are stopped, killed, or shared by processes: real signals, real ranks."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from program import LONGROPE, history, run, succeeds
+
+PAPER = ["--population", 4, "--mutations", 2, "--crossovers", 1]
+FAST = ["--algorithm", "gradient"]
+
+
+def test_ctrl_c_is_no_success(small_search, tmp_path):
+    process = subprocess.Popen(
+        [*LONGROPE, *map(str, small_search), "--out", tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        # what a shell starts in the background ignores it, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (tmp_path / "history.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1].startswith("longrope: error: stopped; it goes on")
+
+
+@pytest.mark.parametrize(("algorithm", "after"), [(PAPER, 1), (PAPER, 5), (FAST, 2), (FAST, 6)])
+def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
+    options = ["--budget", 9, *algorithm]
+    succeeds(*small_search, *options, "--out", tmp_path / "whole")
+    cut, lines = tmp_path / "cut", tmp_path / "cut" / "history.jsonl"
+    process = subprocess.Popen(
+        [*LONGROPE, *map(str, small_search), *map(str, options), "--out", cut],
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        # Whole ones: another may be half written when it is read.
+        if lines.exists() and lines.read_text().count("\n") >= after:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    known = lines.read_text().count("\n")
+    summary = json.loads(succeeds(*small_search, *options, "--out", cut, "--json"))
+    assert summary["computed"] == len(history(tmp_path / "whole")) - known
+    for name in ("history.jsonl", "rescale.json", "portable.json", "state.json"):
+        assert (cut / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+
+
+@pytest.mark.parametrize(
+    ("verb", "result"),
+    [
+        (["compare", "--target", "2x", "--methods", "none,pi,ntk,yarn"], "compare.json"),
+        (["evaluate", "--lengths", "256,512", "--passkey", "--trials", 40], "passkey.json"),
+    ],
+)
+def test_kill_9_of_a_measurement_costs_what_was_under_way(texts, tmp_path, verb, result):
+    options = [*map(str, verb), "--data", str(texts), "--chunk", "64"]
+    succeeds(*options, "--out", tmp_path / "whole")
+    cut, other = tmp_path / "cut", tmp_path / "other"
+    process = subprocess.Popen(
+        [*LONGROPE, *options, "--out", str(cut)], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    kept, deadline = cut / "unfinished", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(measured(kept)):
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (cut / result).exists()
+    shutil.copytree(cut, other)
+    succeeds(*options, "--out", cut)
+    assert (cut / result).read_text() == (tmp_path / "whole" / result).read_text()
+    assert not kept.exists()
+    # What was kept is taken as it is: something else there, something else in the result.
+    for file in measured(other / "unfinished"):
+        if file.suffix == ".safetensors":
+            losses = load_file(file)["losses"]
+            save_file({"losses": losses + 1}, file)
+        else:
+            file.write_text(re.sub("true|false", swapped, file.read_text()))
+    succeeds(*options, "--out", other)
+    assert (other / result).read_text() != (tmp_path / "whole" / result).read_text()
+
+
+def swapped(answer):
+    return "false" if answer[0] == "true" else "true"
+
+
+def measured(kept):
+    """The files of what was measured, whole ones."""
+    return [file for file in kept.glob("[!.]*") if file.stat().st_size]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "processes"), [(PAPER, 2), (PAPER, 3), ([*FAST, "--step-windows", 2], 2)]
+)
+def test_ranks_agree_candidate_for_candidate(small_search, tmp_path, algorithm, processes):
+    options = ["--budget", 8, *algorithm]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    succeeds(*small_search, *options, "--out", tmp_path / "one", env=env)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes), "-m", "longrope",
+    ]  # fmt: skip
+    succeeds(*small_search, *options, "--out", tmp_path / "many", launcher=torchrun, env=env)
+    assert history(tmp_path / "many") == history(tmp_path / "one")
+    for name in ("rescale.json", "portable.json", "state.json"):
+        assert (tmp_path / "many" / name).read_text() == (tmp_path / "one" / name).read_text()
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small_search, tmp_path):
+    options = ["--budget", 40, "--out", tmp_path / "out"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = (
+        "import os, signal, sys, longrope.search.objective as o\n"
+        "original, calls = o.Objective.__call__, []\n"
+        "def dying(self, *trial):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, *trial)\n"
+        "o.Objective.__call__ = dying\n"
+        "from longrope.cli import main\nmain()\n"
+    )
+    script = tmp_path / "dying.py"
+    script.write_text(code)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", "2", str(script),
+    ]  # fmt: skip
+    done = run(*small_search, *options, launcher=torchrun, env=env)
+    assert done.returncode != 0
+    assert "longrope: error: another process of this run died; what was saved" in done.stderr
+    known = history(tmp_path / "out")
+    assert len(known) == 4
+    options[1] = 6
+    summary = json.loads(succeeds(*small_search, *options, "--json", env=env))
+    assert (summary["evaluations"], summary["computed"]) == (6, 2)
+    assert history(tmp_path / "out")[:4] == known

@@ -1,0 +1,75 @@
+"""No document serves two purposes, whatever is given and in whatever order."""
+
+import itertools
+
+import pytest
+
+from longrope.models.load import load_model
+from longrope.pipeline.recipe import make_recipe
+from longrope.pipeline.splits import split_documents
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model("bundled")
+
+
+def hashes(documents):
+    return {digest for document in documents for digest in document.sha256}
+
+
+def splits(bundled, target=2048, **content):
+    return split_documents(
+        bundled.tokenizer,
+        make_recipe({"target": "8x", **content}),
+        target,
+        trained=min(target, 256),
+    )
+
+
+def disjoint(made):
+    parts = [hashes(part) for part in (made.search, made.training, made.evaluation)]
+    assert all(parts)
+    return all(not a & b for a, b in itertools.combinations(parts, 2))
+
+
+def test_of_the_library(bundled):
+    made = splits(bundled)
+    assert disjoint(made)
+    assert {"asyncio", "email"} <= {document.name for document in made.evaluation}
+    assert sum(map(len, made.training)) > sum(map(len, made.search))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_of_documents_given(bundled, texts, seed):
+    made = splits(bundled, target=512, data=[str(texts)], seed=seed)
+    assert disjoint(made)
+
+
+def test_order_does_not_matter(bundled, texts):
+    files = [str(path) for path in sorted(texts.glob("*.txt"))]
+    one, other = (splits(bundled, target=512, data=order) for order in (files, files[::-1]))
+    for name in ("search", "training", "evaluation"):
+        assert hashes(getattr(one, name)) == hashes(getattr(other, name))
+
+
+def test_what_is_evaluated_on_is_never_trained_on(bundled, texts):
+    """The same file given for both goes to evaluation alone."""
+    file = str(sorted(texts.glob("*.txt"))[0])
+    made = splits(bundled, target=512, data=[str(texts)], evaluation_data=[file])
+    assert disjoint(made)
+    assert len(made.evaluation) == 1
+
+
+def test_short_documents_are_joined(bundled, texts):
+    made = splits(bundled, target=512, data=[str(texts)])
+    longest = sum(map(len, made.search))
+    windows = made.search_windows(longest, 1, seed=0)
+    assert windows.ids.shape == (1, longest + 1)  # with BOS
+
+
+def test_nothing_left_to_train_on(bundled, texts):
+    file = str(sorted(texts.glob("*.txt"))[0])
+    other = str(sorted(texts.glob("*.txt"))[1])
+    with pytest.raises(ValueError, match="too few tokens are left to train on: 0 of"):
+        splits(bundled, target=512, data=[file], evaluation_data=[other])

@@ -1,0 +1,289 @@
+"""Processes that share a sequence: each a chunk of it at a time, and the numbers of one process."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from layerwise.test_forward import yarn
+from longrope.attention.autograd import differentiable_attention
+from longrope.compat import cache_name
+from longrope.distributed import Team, local_device
+from longrope.layerwise.backward import gradient
+from longrope.layerwise.chunks import Chunks
+from longrope.layerwise.forward import Continuation, LongForward
+from longrope.layerwise.split_attention import SplitAttention
+from longrope.rope.apply import rescaled
+from program import history, refused, run, succeeds
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+import json
+from test_distributed import shared_forward
+from longrope.parallel import ranks
+
+with ranks({members}) as these:
+    found = shared_forward(these.team, {families!r})
+    if these.first:
+        json.dump(found, open({out!r}, "w"))
+"""
+
+FAMILIES = ["llama", "qwen2", "gemma2", "gpt_neox"]  # sliding windows and soft-caps among them
+
+
+def torchrun(processes):
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes),
+    ]  # fmt: skip
+
+
+def shared_forward(team, families, chunk=9):
+    """Losses of sequences of several lengths, answers about tokens of many chunks, slopes."""
+    import conftest
+
+    found = {}
+    ids = torch.randint(3, 1536, (2, 97), generator=torch.Generator().manual_seed(0))
+    asked = [
+        Continuation(0, 5, [7, 8]),
+        Continuation(1, 30, list(range(40))),
+        Continuation(1, 97, [3]),
+    ]
+    for family in families:
+        model = conftest.micro_model(conftest.FAMILIES[family]())
+        forward = LongForward(model, chunk, team=team)
+        with rescaled(model, yarn(model)):
+            for tokens in (2, 3, 4, 40, 97):  # 1 to 96 go in
+                found[f"{family} {tokens}"] = forward.losses(ids[:, :tokens]).tolist()
+            logits, cache = forward.prefill(ids)
+            found[f"{family} first token"] = logits.tolist()
+            following = logits.argmax(-1, keepdim=True)
+            with torch.no_grad():
+                after = model(input_ids=following, **{cache_name(model): cache}).logits
+            found[f"{family} next token"] = after.tolist()
+            found[f"{family} answers"] = [list(a) for a in forward.answers(ids, asked)]
+        with rescaled(model, yarn(model), always=True):
+            for tokens, counted in ((3, 0), (40, 0), (97, 0), (97, 5)):
+                slope = gradient(forward, ids[:1, :tokens], counted)
+                found[f"{family} slope {tokens} {counted}"] = [
+                    slope.loss,
+                    *slope.by_factor.tolist(),
+                ]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("longrope.layerwise.split_attention.heads_at_once", lambda *_: 1)
+                slope = gradient(forward, ids[1:])
+            found[f"{family} slope by heads"] = slope.by_factor.tolist()
+    return found
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_a_team_computes_what_one_process_does(tmp_path, members):
+    out, program = tmp_path / "found.json", tmp_path / "program.py"
+    names = {"tests": os.path.dirname(__file__), "families": FAMILIES, "out": str(out)}
+    program.write_text(PROGRAM.format(members=members, **names))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun(members), program], check=True, timeout=300, env=env)
+    found, expected = json.loads(out.read_text()), shared_forward(Team(), FAMILIES)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        ours, theirs = (torch.tensor(side[name]) for side in (found, expected))
+        atol = 1e-4 * max(theirs.abs().max().item(), 0.01) if "slope" in name else 1e-4
+        assert_close(ours, theirs, rtol=1e-4, atol=atol, msg=name)
+
+
+class Thread(Team):
+    """A team's member that exchanges with the others of its own process."""
+
+    def __init__(self, rank, size, board, barrier):
+        super().__init__(rank, size)
+        self.board, self.barrier = board, barrier
+
+    def exchange(self, tensor):
+        self.board[self.rank] = tensor
+        self.barrier.wait(20)
+        found = torch.stack([sent[self.rank] for sent in self.board])
+        self.barrier.wait(20)
+        return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    chunk=st.integers(1, 20),
+    members=st.integers(2, 4),
+    kv_heads=st.integers(1, 5),
+    groups=st.sampled_from([1, 3]),
+    at_once=st.sampled_from([1, 2, 4, 100]),
+    value_dim=st.sampled_from([8, 5]),
+)
+def test_members_have_some_heads_of_attention_each(
+    tokens, chunk, members, kv_heads, groups, at_once, value_dim
+):
+    """Idle ones, uneven chunks and heads that are shared among them."""
+    generator = torch.Generator().manual_seed(tokens * 100 + chunk)
+
+    def normal(heads, dim=8):
+        return torch.randn(2, heads, tokens, dim, dtype=torch.float64, generator=generator)
+
+    inputs = normal(kv_heads * groups), normal(kv_heads), normal(kv_heads, value_dim)
+    weight = normal(kv_heads * groups, value_dim).transpose(1, 2)
+
+    def whole(*inputs):
+        return differentiable_attention(None, *inputs, None, 0.3)[0]
+
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    expected = torch.autograd.grad((whole(*leaves) * weight).sum(), leaves)
+    board, barrier = [None] * members, threading.Barrier(members)
+
+    def member(rank):
+        chunks = Chunks(tokens, chunk, Thread(rank, members, board, barrier))
+        apart = SplitAttention(
+            chunks, chunk, torch.device("cpu"), lambda s, dtype: torch.empty(s, dtype=dtype)
+        )
+        mine = [tensor.clone().requires_grad_() for tensor in inputs]
+        query, *both = mine
+
+        def layer(span, first):
+            return whole(query[:, :, span], *(tensor[:, :, first : span.stop] for tensor in both))
+
+        with torch.no_grad():
+            for span, place in chunks.own():
+                apart.attend(place, partial(layer, span, 0))
+            for span, place in chunks.own():
+                apart.after(place, partial(layer, span, span.start), weight[:, span])
+            apart.backward()
+            for span, place in chunks.own():
+                apart.before(place, partial(layer, span, span.start))
+        return [tensor.grad for tensor in mine], chunks.team.size > 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longrope.layerwise.split_attention.heads_at_once", lambda *_: at_once)
+        with ThreadPoolExecutor(members) as pool:
+            found = list(pool.map(member, range(members)))
+    shares = [grads for grads, shared in found if shared] or [found[0][0]]
+    total = [sum(each) for each in zip(*shares, strict=True)]
+    assert_close(total, list(expected), rtol=1e-9, atol=1e-12)
+
+
+@given(tokens=st.integers(1, 300), size=st.integers(1, 50), members=st.integers(1, 5))
+def test_every_token_is_in_one_chunk(tokens, size, members):
+    teams = [Chunks(tokens, size, Team(rank, members)) for rank in range(members)]
+    alone = tokens < members
+    owned = [token for c in teams[: 1 if alone else None] for own in c.own() for token in
+             range(*own.span.indices(tokens))]  # fmt: skip
+    assert sorted(owned) == list(range(tokens))
+    assert len({len(c.own()) for c in teams}) == 1  # or they would wait for each other for ever
+    for chunks in teams:
+        place = 0
+        for number, own in enumerate(chunks.own()):
+            assert own.place == slice(place, place + own.span.stop - own.span.start)
+            place = own.place.stop
+            if members > 1 and not alone:
+                assert chunks.together(number)[chunks.team.rank] == own.span
+        pieces = chunks.own(7)
+        assert sum(p.span.stop - p.span.start for p in pieces) == place
+        assert all(p.span.stop - p.span.start <= 7 for p in pieces)
+
+
+@pytest.fixture
+def small(texts):
+    search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    return [
+        *search,
+        "--algorithm",
+        "evolution",
+        "--population",
+        4,
+        "--mutations",
+        2,
+        "--crossovers",
+        1,
+    ]
+
+
+def test_the_commands_of_a_user(small, tmp_path):
+    """A search of four processes in two teams, and an evaluation of two in one."""
+    options = ["--budget", 4, "--chunk", 50]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    succeeds(*small, *options, "--out", tmp_path / "one", env=env)
+    launcher = [*torchrun(4), "-m", "longrope"]
+    team = ["--sequence-parallel", 2]
+    succeeds(*small, *options, *team, "--out", tmp_path / "many", launcher=launcher, env=env)
+    lines = zip(history(tmp_path / "many"), history(tmp_path / "one"), strict=True)
+    for found, expected in lines:  # the chunks differ, so the last digits may
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["factors"] == expected["factors"]
+    model, texts = small[1], small[small.index("--data") + 1]
+    asked = ["evaluate", model, "--lengths", "512", "--data", texts, "--chunk", 100, "--json"]
+    launcher = [*torchrun(2), "-m", "longrope"]
+    alone = json.loads(succeeds(*asked, env=env))
+    together = json.loads(succeeds(*asked, *team, launcher=launcher, env=env))
+    (one,), (two,) = alone["perplexity"], together["perplexity"]
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+    assert two["tokens"] == one["tokens"]
+
+
+def test_a_team_goes_down_the_slope(small, tmp_path):
+    """Two processes that share each window, what they keep in files; and one."""
+    search = [*small[: small.index("--algorithm")], "--budget", 16, "--chunk", 50]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    succeeds(*search, "--out", tmp_path / "one", env=env)
+    launcher = [*torchrun(2), "-m", "longrope"]
+    team = ["--sequence-parallel", 2, "--offload-activations", tmp_path]
+    succeeds(*search, *team, "--out", tmp_path / "two", launcher=launcher, env=env)
+    lines = list(zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True))
+    assert sum("slope" in found for found, _ in lines) >= 3
+    for found, expected in lines:
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert found["factors"] == pytest.approx(expected["factors"], rel=1e-2)
+
+
+@pytest.mark.parametrize("asked", [["search", "bundled"], ["extend"]])
+def test_one_gpu_for_several_processes_is_refused(tmp_path, asked):
+    launcher = [*torchrun(2), "-m", "longrope"]
+    options = ["--target", "2x", "--device", "cuda:1", "--out", tmp_path / "out"]
+    done = run(*asked, *options, launcher=launcher)
+    assert done.returncode != 0
+    assert "--device cuda:1 is one device, and 2 processes would share it" in done.stderr
+
+
+def test_mistakes(small, tmp_path):
+    assert "--sequence-parallel is 2, of 1 processes; it must divide" in refused(
+        *small, "--sequence-parallel", 2, "--out", tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("here", "gpus", "torchrun", "expected"),
+    [
+        (2, 2, True, "cuda:1"),
+        (2, 1, False, "cuda:0"),
+        (2, 1, True, "1 GPU:"),
+        (4, 2, True, "2 GPUs:"),
+    ],
+)
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, here, gpus, torchrun, expected):
+    """On a machine of so many, as torch would tell of it."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if expected.startswith("cuda"):
+        assert local_device(None) == local_device("cuda") == expected
+    else:
+        with pytest.raises(ValueError, match=f"--nproc-per-node is {here}, .* {expected}"):
+            local_device(None)
+    assert local_device("cpu") == "cpu"

@@ -1,0 +1,205 @@
+"""Fine-tuning by one process: the loss it minimises, resume, and what must not be lost."""
+
+import math
+import os
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from longrope.models.load import load_model
+from longrope.rope.apply import rescaled
+from longrope.train.dataset import LongContextDataset
+from small_training import FAST, TAUGHT, train, weights
+
+
+def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
+    """Adam, clip and warm-up written out, on the same pieces, under the same rescale."""
+    _, lines, pieces = trained
+    loaded = load_model(str(checkpoints("llama")), dtype="float32")
+    model = loaded.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8, weight_decay=0.0)
+    expected = []
+    with rescaled(model, loaded.info.rescale("yarn", 256)):
+        for step in range(6):
+            rate = 1e-3 * (step / 2 if step < 2 else (6 - step) / 4)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            ids = torch.stack([pieces[2 * step + i]["input_ids"] for i in range(2)])
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            expected.append(loss.item())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(
+        torch.tensor([line["loss"] for line in lines]), torch.tensor(expected), atol=2e-3, rtol=0
+    )
+
+
+def test_leaves_a_plain_checkpoint(trained, checkpoints):
+    out, _, _ = trained
+    loaded = load_model(str(out / "model"))
+    assert loaded.info.existing_scaling is None
+    before = AutoModelForCausalLM.from_pretrained(checkpoints("llama")).state_dict()
+    assert any(not torch.equal(before[name], new) for name, new in weights(out).items())
+    assert not (out / "checkpoints").exists()
+    assert loaded.tokenizer("import os")["input_ids"][0] == 0
+
+
+@pytest.mark.parametrize(("fail_at", "lora"), [(0, None), (3, None), (8, None), (8, 2)])
+def test_an_interrupted_training_ends_as_if_it_was_not(
+    trained, checkpoints, texts, tmp_path, monkeypatch, fail_at, lora
+):
+    settings = FAST.model_copy(update={"lora": lora})
+    whole, expected, _ = trained
+    if lora:
+        whole = tmp_path / "whole"
+        expected, *_ = train(checkpoints("llama"), texts, whole, settings)
+    out, asked = tmp_path / "out", LongContextDataset.__getitem__
+
+    def failing(self, number):
+        if number == fail_at:
+            raise KeyboardInterrupt
+        return asked(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LongContextDataset, "__getitem__", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(checkpoints("llama"), texts, out, settings)
+    lines, _, _ = train(checkpoints("llama"), texts, out, settings)
+    assert lines == expected
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(out)[name]), name
+
+
+def test_killed_after_the_model_was_written_it_is_not_trained_again(
+    checkpoints, texts, tmp_path, trained
+):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    half_deleted = tmp_path / "checkpoints" / "checkpoint-6"
+    half_deleted.mkdir(parents=True)
+    (half_deleted / "complete.json").write_text("{}")
+    before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert not half_deleted.exists()
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(checkpoints, texts, tmp_path, trained):
+    broken = tmp_path / "checkpoints" / "checkpoint-4"
+    broken.mkdir(parents=True)
+    (broken / "model.safetensors").write_bytes(b"half of it")
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+
+
+def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stands(
+    checkpoints, texts, tmp_path, monkeypatch
+):
+    asked = LongContextDataset.__getitem__
+
+    def poisoned(self, number):
+        piece = asked(self, number)
+        return piece | {"weights": piece["weights"] * math.nan} if number == 7 else piece
+
+    monkeypatch.setattr(LongContextDataset, "__getitem__", poisoned)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 4.*learning_rate"):
+        train(checkpoints("llama"), texts, tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()
+    monkeypatch.undo()
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("No space left on device [enforce fail at inline_container.cc:664]"),
+        SafetensorError("Error while serializing: No space left on device"),
+    ],
+    ids=["python", "torch", "safetensors"],
+)
+def test_a_full_disk_is_one_line_and_the_checkpoint_stands(
+    checkpoints, texts, tmp_path, monkeypatch, trained, error
+):
+    from transformers import Trainer
+
+    saved = Trainer._save_optimizer_and_scheduler
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise error
+        return saved(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(ValueError, match=r"No space left on device.*last whole checkpoint"):
+        train(checkpoints("llama"), texts, tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()
+    monkeypatch.undo()
+    lines, *_ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_last_steps_at_most(
+    checkpoints, texts, tmp_path, monkeypatch, trained
+):
+    from transformers import PreTrainedModel
+
+    saved = PreTrainedModel.save_pretrained
+
+    def full(self, directory, *args, **kwargs):
+        if "checkpoint-" in str(directory):
+            return saved(self, directory, *args, **kwargs)
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(ValueError, match=r"model: cannot be written \(Error while.*No space left"):
+        train(checkpoints("llama"), texts, tmp_path)
+    assert not (tmp_path / "model").exists()
+    monkeypatch.undo()
+    lines, *_ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+    for name, weight in weights(trained[0]).items():
+        assert torch.equal(weight, weights(tmp_path)[name]), name
+
+
+def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monkeypatch):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    asked = LongContextDataset.__getitem__
+
+    def failing(self, number):
+        if number == 10:
+            raise KeyboardInterrupt
+        return asked(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LongContextDataset, "__getitem__", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(checkpoints("llama"), texts, tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert (checkpoint / name).exists()
+        torch.save(Evil(), checkpoint / name)
+        with pytest.raises(pickle.UnpicklingError):
+            train(checkpoints("llama"), texts, tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"lora": 2}], ids=["bf16", "lora"])
+def test_a_teacher_is_there_in_every_way_of_training(checkpoints, texts, tmp_path, taught, changes):
+    settings = TAUGHT.model_copy(update=changes)
+    lines, *_ = train(checkpoints("llama"), texts, tmp_path, settings)
+    assert lines[0]["loss"] == pytest.approx(taught[1][0]["loss"], abs=0.02)
