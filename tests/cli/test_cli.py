@@ -22,6 +22,14 @@ def test_help_imports_nothing_heavy():
     assert out.strip().endswith("[]")
 
 
+def test_recipes_import_neither_torch_nor_transformers():
+    code = (
+        "import sys, longrope.pipeline.recipe, longrope.search.settings, longrope.train.config\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    assert succeeds("-c", code, launcher=[sys.executable]).strip() == "[]"
+
+
 def test_inspect(checkpoints):
     info = json.loads(succeeds("inspect", checkpoints("gpt_neox"), "--json"))
     assert (info["rotary_dim"], info["head_dim"], info["extendable"]) == (4, 16, True)

@@ -1,4 +1,4 @@
-"""The program: how it starts, and how a user's mistake ends it."""
+"""The `longrope` program: start a verb, and turn errors into one line and an exit code."""
 
 import logging
 import os
@@ -14,12 +14,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _RESUMED = ("extend", "search", "compare", "evaluate")
-# click's, which some versions of typer carry themselves
+# click's class; some versions of typer ship their own copy
 _UsageError: Any = typer.BadParameter.__base__
 
 
 def main() -> None:
-    """Run the program: a user's mistake is one line on standard error and exit code 2."""
+    """Run the program. A user's mistake prints one line to stderr and exits with code 2."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("longrope: %(message)s"))
     logging.getLogger("longrope").addHandler(handler)
@@ -43,23 +43,23 @@ def main() -> None:
         if type(error).__name__ != "RankLost":
             raise
         _fail(str(error), 1)
-    if code == 130:  # typer's word for Ctrl-C
+    if code == 130:  # typer's exit code for Ctrl-C
         _fail(_stopped(arguments), code)
     sys.exit(code)
 
 
 def _stopped(arguments: list[str]) -> str:
     if arguments[0] == "evaluate" and not any(a.startswith("--out") for a in arguments):
-        return "stopped; evaluate keeps what it has measured only with --out"
+        return "stopped; evaluate saves its progress only with --out"
     if arguments[0] == "evaluate" and any(a.startswith("--sequence-parallel") for a in arguments):
-        return "stopped; evaluate keeps nothing with --sequence-parallel"
+        return "stopped; evaluate saves no progress with --sequence-parallel"
     if arguments[0] not in _RESUMED:
         return "stopped"
-    return "stopped; it goes on where it was when the same command runs again"
+    return "stopped; run the same command to resume"
 
 
 def _fail(message: str, code: int) -> None:
     print("longrope: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    # The other ranks of a run may wait in a collective: leave without asking them.
+    # Other ranks may be blocked in a collective, so exit without waiting for them.
     sys.stdout.flush()
     os._exit(code)

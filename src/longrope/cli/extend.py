@@ -1,4 +1,4 @@
-"""The verbs that extend a model, and try the result."""
+"""The verbs `extend` and `generate`."""
 
 import json
 import logging
@@ -28,45 +28,54 @@ log = logging.getLogger(__name__)
 @app.command()
 def extend(
     model: Annotated[
-        str | None, typer.Argument(help="As for search; by default the recipe's, or 'bundled'.")
+        str | None,
+        typer.Argument(help="Directory, hub id or GGUF file. Default: the recipe's, or 'bundled'."),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Tokens to reach: 131072, 128k, 64x.")] = None,
+    target: Annotated[str | None, typer.Option(help="Target length: 131072, 128k or 64x.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A YAML file, or the name of one that longrope carries.")
+        str | None, typer.Option(help="YAML file, or the name of a shipped recipe.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the run; resumes it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; an interrupted run resumes.")
+    ] = None,
     data: Data = None,
     evaluation_data: Annotated[
-        list[str] | None, typer.Option(help="Documents to evaluate on; by default some of --data.")
+        list[str] | None, typer.Option(help="Held-out documents. Default: some of --data.")
     ] = None,
     finetune: Annotated[
-        bool | None, typer.Option(help="Train, or not, whatever the target needs.")
+        bool | None, typer.Option(help="Force fine-tuning on or off. Default: on beyond 8x.")
     ] = None,
     lora: Annotated[
-        int | None, typer.Option(help="Train by LoRA of this rank, embeddings and norms in full.")
+        int | None,
+        typer.Option(
+            help="Train with LoRA of this rank; embeddings and norms are trained in full."
+        ),
     ] = None,
     start_tokens: Annotated[
         int | None,
-        typer.Option(help="First tokens left unscaled (n̂); no engine but ours applies them."),
+        typer.Option(help="Start tokens left unscaled (n̂); only longrope applies them."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides everything that is by chance.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     device: Device = None,
     dtype: Annotated[
-        str | None, typer.Option(help="As for search; by default the recipe's, or auto.")
+        str | None,
+        typer.Option(help="auto, float32, bfloat16 or float16. Default: the recipe's, or auto."),
     ] = None,
     sequence_parallel: SequenceParallel = 1,
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what each stage would cost, count --data, stop.")
+        bool,
+        typer.Option("--dry-run", help="Print the cost of each stage, check --data, and stop."),
     ] = False,
     memory: Annotated[
-        str | None, typer.Option(help="With --dry-run: plan for GPUs of so many GB, such as 8x80.")
+        str | None,
+        typer.Option(help="With --dry-run: GPUs to plan for, in GB, such as 80 or 8x80."),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Extend a model: search, fine-tune, search again, recover, export, prove, report."""
+    """Extend a model: search, fine-tune, search again, recover, export, evaluate, report."""
     from longrope.distributed import ranks
     from longrope.pipeline.checks import check_settings, check_text
     from longrope.pipeline.estimate import dry_run as estimate
@@ -75,7 +84,7 @@ def extend(
     from longrope.pipeline.recipe import resolve_recipe
 
     if memory is not None and not dry_run:
-        raise ValueError(f"--memory is {memory}: what to plan for; it goes with --dry-run")
+        raise ValueError(f"--memory is {memory}, but applies only with --dry-run")
     chosen = resolve_recipe(
         recipe,
         model,
@@ -96,7 +105,7 @@ def extend(
     with ranks(sequence_parallel) as these:
         run = open_run(chosen, directory, these)
         if lora is not None and run.plan.trained is None:
-            raise ValueError(f"--lora is {lora} and nothing is trained up to 8x: give --finetune")
+            raise ValueError(f"--lora is {lora}, but up to 8x nothing is trained; add --finetune")
         estimated = estimate(run.plan, run.info, chosen, memory, these)
         if these.first and not json_:
             console.print(estimated.table())
@@ -106,14 +115,14 @@ def extend(
             if json_:
                 print_json(estimated.to_json())
             estimated.check()
-            if memory is None:  # which plans for another machine
+            if memory is None:  # with --memory the plan is for another machine
                 check_settings(run, [s for s in run.plan.stages if not run.done(s.name)])
             try:
                 check_text(run, run.plan.stages)
             except ValueError as error:
                 if chosen.data:
                     raise
-                log.warning("the text is not there yet: %s", error)
+                log.warning("no usable text yet: %s", error)
             return
         page = run_extension(chosen, directory, these)
     if not these.first:
@@ -131,12 +140,12 @@ def extend(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="What extend wrote, or any model.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from, after the file's.")] = "",
-    prompt_file: Annotated[Path | None, typer.Option(help="A long text to read first.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
+    model: Annotated[str, typer.Argument(help="Run of `extend`, or any model.")],
+    prompt: Annotated[str, typer.Option(help="Prompt; appended to the prompt file.")] = "",
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file with a long prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
     chunk: Chunk = None,
@@ -144,7 +153,7 @@ def generate(
     original_length: OriginalLength = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Go on from a text of any length, tokens as they come."""
+    """Generate text from a prompt of any length, streamed."""
     from longrope.data.documents import read_text
     from longrope.inference.generate import decode_stream, stream
     from longrope.inference.load import load_extended
@@ -156,7 +165,7 @@ def generate(
         )
     text = (read_text(prompt_file) if prompt_file else "") + prompt
     if not text:
-        raise ValueError("--prompt is empty; give some text, or a --prompt-file")
+        raise ValueError("--prompt is empty; give a prompt or a --prompt-file")
     loaded, pair = load_extended(
         model,
         device=device,

@@ -1,4 +1,4 @@
-"""What is refused before an extension, a search or a measurement begins, as it would fail later."""
+"""Checks before long work starts: devices, memory, text, settings, stage order."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +22,11 @@ from longrope.train.trainer import require_lora
 
 
 def preflight(run: Run) -> None:
-    """Refuse what cannot work: memory, devices, text, stages out of order.
+    """Refuse an extension that would fail later.
 
     Raises:
-        ValueError: names what is wrong and what helps.
+        ValueError: too little memory or text, a missing device, or stages out of order. Names the
+            problem and the remedy.
     """
     recipe, plan = run.recipe, run.plan
     done = [run.done(stage.name) for stage in plan.stages]
@@ -34,8 +35,8 @@ def preflight(run: Run) -> None:
         later = plan.stages.index(stage) > plan.stages.index(todo[0])
         if is_done and later and stage.kind not in ("evaluate", "report"):
             raise ValueError(
-                f"{run.directory(stage.name)} was made from an earlier {todo[0].name}, which is "
-                "gone; delete it too, and it is made again"
+                f"{run.directory(stage.name)} was made from an earlier {todo[0].name} that "
+                "has been deleted; delete it too and run again"
             )
     check_settings(run, todo)
     if recipe.evaluate.benchmarks:
@@ -43,7 +44,7 @@ def preflight(run: Run) -> None:
     device = find_device("--device", local_device(recipe.device))
     memory = available(device, run.ranks.size, recipe.offload_activations)
     check_memory([stage for stage in todo if stage.memory], memory)
-    loaded = run.original()  # what cannot be extended is refused before all the text is read
+    loaded = run.original()  # refuses a model that cannot be extended before reading the text
     if run.ranks.first:
         warn_if_out_of_reach(loaded.model, loaded.info, plan.target)
     check_text(run, todo)
@@ -51,10 +52,10 @@ def preflight(run: Run) -> None:
 
 
 def check_search(info: ModelInfo, recipe: Recipe, ranks: Ranks) -> None:
-    """Refuse the search alone that a recipe asks for, before any weight is read.
+    """Refuse a search that does not fit, before any weights are read.
 
     Raises:
-        ValueError: a device that is not there, or too little memory; names the option that helps.
+        ValueError: a missing device or too little memory; names the option that helps.
     """
     device = _devices(recipe)
     cost = Costs(info, recipe, device.type == "cpu", ranks.team.size)
@@ -65,18 +66,18 @@ def check_search(info: ModelInfo, recipe: Recipe, ranks: Ranks) -> None:
 
 
 def check_measuring(info: ModelInfo, longest: int, how: dict[str, Any], ranks: Ranks) -> None:
-    """Refuse forwards of sequences of up to ``longest`` tokens, before any weight is read.
+    """Refuse an evaluation at up to ``longest`` tokens that does not fit, before weights are read.
 
     Args:
-        how: ``dtype``, ``device``, ``chunk``, ``offload``, ``offload_activations`` of a recipe.
+        how: the recipe keys ``dtype``, ``device``, ``chunk``, ``offload``, ``offload_activations``.
 
     Raises:
-        ValueError: a device that is not there, or too little memory; names the option that helps.
+        ValueError: a missing device or too little memory; names the option that helps.
     """
-    # A chunk that is not given halves by itself on a GPU.
+    # On a GPU a default chunk is halved when memory runs out, so assume a small one.
     recipe = make_recipe(how | {"target": str(longest), "chunk": how["chunk"] or 2048})
     device = _devices(recipe)
-    if info.quantized:  # its weights are smaller than its numbers say
+    if info.quantized:  # its weights take fewer bytes than parameters × dtype
         return
     cost = Costs(info, recipe, device.type == "cpu", ranks.team.size)
     stage = cost.forwards("measuring", "evaluate", longest, 1)
@@ -86,7 +87,7 @@ def check_measuring(info: ModelInfo, longest: int, how: dict[str, Any], ranks: R
 
 
 def _devices(recipe: Recipe) -> torch.device:
-    """The device to work on; see that this and the one to wait on are there."""
+    """Return the device to compute on, after checking that it and the offload target exist."""
     device = find_device("--device", local_device(recipe.device))
     if recipe.offload_activations:
         find_offload_target("--offload-activations", recipe.offload_activations)
@@ -94,7 +95,7 @@ def _devices(recipe: Recipe) -> torch.device:
 
 
 def check_settings(run: Run, stages: Sequence[Stage]) -> None:
-    """Refuse what these processes cannot do, by the recipe alone.
+    """Refuse settings that these processes cannot carry out.
 
     Raises:
         ValueError: names the recipe's key, its value and the remedy.
@@ -109,8 +110,8 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
         _, _, number = (recipe.device or "").partition("cuda:")
         if number not in ("", "0"):
             raise ValueError(
-                f"device is {recipe.device}, and training takes the first GPU that it sees: leave "
-                f"it out, and set CUDA_VISIBLE_DEVICES={number}"
+                f"device is {recipe.device}, but training uses the first visible GPU: leave "
+                f"it out and set CUDA_VISIBLE_DEVICES={number}"
             )
         recipe.finetune.accumulation(run.ranks.size)
         if recipe.finetune.lora is not None:
@@ -120,7 +121,7 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def check_text(run: Run, stages: Sequence[Stage]) -> Splits:
-    """Share the text out; refuse too little, or lengths that do not hold the pass keys asked for.
+    """Split the documents; refuse too little text, or lengths too short for passkey prompts.
 
     Raises:
         ValueError: says how many tokens there are and how many are needed.
@@ -133,7 +134,7 @@ def check_text(run: Run, stages: Sequence[Stage]) -> Splits:
 
 
 def _asks(recipe: Recipe, stage: Stage) -> str:
-    """The recipe's key that asks for pass keys in a stage, if any does."""
+    """Return the recipe key that asks for passkey prompts in a stage, or an empty string."""
     if stage.kind == "finetune" and recipe.finetune.passkey_share:
         shorter = stage.name == "settle" and recipe.finetune.settle_length
         return "finetune.settle_length, or passkey_share" if shorter else "finetune.passkey_share"

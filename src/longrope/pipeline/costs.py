@@ -1,4 +1,4 @@
-"""The stages of an extension, each with what it costs: FLOPs, tokens, bytes."""
+"""The cost of each stage of an extension: FLOPs, tokens and memory."""
 
 import dataclasses
 import math
@@ -18,13 +18,23 @@ from longrope.train.loss import ROWS
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: its directory's name, what it does, and its cost.
+    """One stage of a plan and its cost.
 
-    ``tokens`` go through the model in all, in windows of ``length``; ``linear`` and
-    ``attention`` are FLOPs; ``memory`` bytes at the peak, of which ``replicated`` are on every
-    device whatever is shared out over them, and ``unshared`` before anything is. ``host`` are
-    bytes that wait in the host's memory for a GPU, ``disk`` in files of a folder; ``helps`` what
-    the recipe might have to need less.
+    Args:
+        name: of the stage and its directory.
+        kind: search, finetune, choose, export, evaluate or report.
+        length: tokens in one sequence.
+        forwards: number of sequences that go through the model.
+        tokens: in all of these sequences.
+        linear: FLOPs of products with weights.
+        attention: FLOPs of attention.
+        memory: peak bytes on the device.
+        steps: of training.
+        replicated: bytes of ``memory`` that every device holds under FSDP.
+        unshared: bytes on every device before FSDP shards the model.
+        host: bytes offloaded to the host's memory.
+        disk: bytes offloaded to files.
+        helps: recipe settings that lower the memory.
     """
 
     name: str
@@ -44,14 +54,14 @@ class Stage:
 
 
 class Costs:
-    """FLOPs and bytes of a model's forwards and training steps."""
+    """FLOPs and memory of a model's forward passes and training steps under a recipe."""
 
     def __init__(self, info: ModelInfo, recipe: Recipe, on_cpu: bool, team: int = 1):
         self.info, self.recipe, self.on_cpu = info, recipe, on_cpu
         kind = "cpu" if on_cpu else "cuda"
         self.chunk = recipe.chunk or default_chunk(kind)
         self.head_rows = min(head_rows(info.vocabulary, kind), self.chunk)
-        # Hidden states wait on the device, its share of them where a team has the sequence; or not.
+        # Hidden states stay on the device, split by sequence parallelism, or are offloaded.
         where = recipe.offload_activations
         self.on_disk = where is not None and is_directory(where)
         self.on_host = where == "cpu" and not on_cpu
@@ -61,10 +71,10 @@ class Costs:
         self.weights = info.parameters * self.size
 
     def search(self, name: str, length: int) -> Stage:
-        """A search at a length, as the recipe's section for it goes about it.
+        """Return the cost of a search stage at a length.
 
         Raises:
-            ValueError: the fast one in float16, which is too small for its slopes.
+            ValueError: a gradient search in float16, whose range is too small for gradients.
         """
         key, section = self.recipe.section(name)
         each = section.samples + section.passkeys
@@ -74,8 +84,8 @@ class Costs:
         if searches and section.algorithm == "gradient":
             if self.dtype == "float16":
                 raise ValueError(
-                    f"dtype is float16, too small for the slopes of {name}; make it bfloat16, or "
-                    f"{key}.algorithm evolution"
+                    f"dtype is float16, whose range is too small for gradients in {name}; use "
+                    f"bfloat16 or {key}.algorithm evolution"
                 )
             stage = dataclasses.replace(
                 stage,
@@ -85,26 +95,28 @@ class Costs:
         return stage
 
     def training(self, name: str, steps: int, length: int) -> Stage:
-        """Steps of a batch of pieces of a length, their short windows, and a teacher's forwards."""
+        """Return the cost of training on long sequences, short windows and a teacher's forwards."""
         tuning = self.recipe.finetune
-        pieces = steps * tuning.batch
-        # Forward and twice that backward; with checkpointing the forward once again.
+        sequences = steps * tuning.batch
+        # One forward, a backward of twice its FLOPs, and a second forward under checkpointing.
         passes = 4 if tuning.gradient_checkpointing else 3
-        linear, attention = (passes * pieces * flops for flops in self.info.forward_flops(length))
+        linear, attention = (
+            passes * sequences * flops for flops in self.info.forward_flops(length)
+        )
         original = self.info.original_max_position_embeddings or 0
-        beside = tuning.short_share * length / original  # windows, of a piece
+        beside = tuning.short_share * length / original  # windows per sequence
         windows = short_windows(steps, beside) * tuning.batch
         taught = tuning.distill and windows > 0
         more = self.info.forward_flops(original)
-        times = (passes + taught) * windows  # the teacher's forward
+        times = (passes + taught) * windows  # plus the teacher's forward
         together = length + math.ceil(beside) * original  # in one step
         teacher = self.weights if taught else 0
         return Stage(
             name,
             "finetune",
             length,
-            pieces,
-            pieces * length + windows * original,
+            sequences,
+            sequences * length + windows * original,
             linear + times * more[0],
             attention + times * more[1],
             self._training_memory(length, together, taught) + teacher,
@@ -114,15 +126,15 @@ class Costs:
         )
 
     def choice(self, recovery: Stage) -> Stage:
-        """Both short sets and the long one at both lengths."""
+        """Return the cost of choosing between two short-context rescales."""
         forwards = 6 * self.recipe.recovery.samples
         return self.forwards("recovery", "choose", recovery.length, forwards)
 
     def evaluation(self, lengths: Sequence[int], trained: int) -> Stage:
-        """Perplexity at every length for every method, and retrieval; benchmarks are not priced.
+        """Return the cost of perplexity and retrieval at every length; benchmarks not included.
 
-        At the lengths of recovery also without it, and of the unscaled model. ``lengths`` go from
-        the original one to the target.
+        Recovery lengths are also measured without recovery and with the unscaled model.
+        ``lengths`` ascend from the original length to the target.
         """
         section, original, target = self.recipe.evaluate, lengths[0], lengths[-1]
         others = len(section.methods)
@@ -142,7 +154,7 @@ class Costs:
         )
 
     def forwards(self, name: str, kind: str, length: int, forwards: int) -> Stage:
-        """So many forwards of a length."""
+        """Return the cost of ``forwards`` forward passes over sequences of ``length`` tokens."""
         linear, attention = (forwards * flops for flops in self.info.forward_flops(length))
         hidden = length * self.hidden * self.size
         helps = []
@@ -163,17 +175,18 @@ class Costs:
         )
 
     def _places(self, work: float, waits: float) -> dict[str, int]:
-        """Where bytes are that are worked with, and those that wait as hidden states do."""
+        """Split bytes over device, host and disk; ``waits`` can be offloaded."""
         here = 0 if self.on_host or self.on_disk else waits
         host, disk = waits if self.on_host else 0, waits if self.on_disk else 0
         return {"memory": int(work + here), "host": int(host), "disk": int(disk)}
 
     def _forward_memory(self, length: int) -> int:
-        """The long forward but hidden states: weights; per token one layer's KV and angles, or
-        logits, which come when those are gone.
+        """Return the peak bytes of a long forward, hidden states not included.
+
+        Weights, then the larger of one layer's work with its keys and values, and the logits.
         """
         info = self.info
-        # torch's flash kernel on a CPU repacks keys and values for the matrix units of bf16.
+        # On a CPU, torch's flash kernel copies keys and values for bf16 matrix units.
         copies = 2 if self.on_cpu and self.size == 2 else 1
         per_token = copies * info.kv_numbers + self._angles
         chunk = min(length, self.chunk)
@@ -185,13 +198,14 @@ class Costs:
 
     @property
     def _angles(self) -> int:
-        """Cosines and sines of a token."""
+        """Numbers in the cosines and sines of one token."""
         return 2 * self.info.head_dim
 
     def _held(self) -> int:
-        """Weights that are on the device at a time: all, or what is no layer and two layers.
+        """Return the bytes of weights on the device at a time.
 
-        On a CPU converted ones are all in its memory: only the files themselves are mapped.
+        All of them, or with offloading two layers and everything outside the layers. On a CPU,
+        weights of a converted dtype are all in memory: only the original files are mapped.
         """
         info = self.info
         mapped = self.dtype == info.dtype and not info.source.endswith(".gguf")
@@ -201,11 +215,12 @@ class Costs:
         return outside + 2 * (self.weights - outside) // info.layers
 
     def _slope_memory(self, length: int) -> tuple[float, float]:
-        """The long gradient's: to work with, and what waits meanwhile.
+        """Return the bytes of a long gradient: those in use, and those that can be offloaded.
 
-        At work, beside weights and angles with their slopes: a forward, or a chunk's graph, or some
-        heads of attention. Of every layer its input and attention's output wait, with the
-        log-sum-exps of this; of the layer at work queries, keys, values and their slopes.
+        In use: weights, angles and their gradients, and the largest of a forward, one chunk's
+        graph, and attention's backward pass over some heads. Kept for the backward pass: every
+        layer's input, attention output and log-sum-exps; for the current layer also queries, keys,
+        values and their gradients.
         """
         info, chunk = self.info, min(length, self.chunk)
         groups, rows = info.heads // info.kv_heads, info.head_dim / self.team
@@ -224,15 +239,17 @@ class Costs:
 
     @property
     def _master(self) -> int:
-        """Bytes of a weight while it is trained."""
+        """Bytes of one weight during training."""
         return 2 if self.recipe.finetune.precision == "pure-bf16" else 4
 
     def _training_memory(self, length: int, tokens: int, taught: bool) -> int:
-        """Weights, gradients and Adam's two moments, and what the backward pass keeps.
+        """Return the peak bytes of a training step.
 
-        With checkpointing a hidden state per layer and token, and one layer whole; ``tokens`` are
-        a piece's and its short windows'. What is ``taught`` is probabilities beside logits. Where
-        no kernel does it, 28 bytes a score of a block, measured: it, its weight, and going back.
+        Weights, gradients, Adam's two moments, and the activations kept for the backward pass:
+        with gradient checkpointing one hidden state per layer and token, and one whole layer.
+        ``tokens`` counts a sequence and its short windows. A ``taught`` step also holds the
+        teacher's probabilities. Attention without a fused kernel takes 28 bytes for each score of a
+        block (measured).
         """
         info, tuning = self.info, self.recipe.finetune
         half = 4 if tuning.precision == "float32" else 2
@@ -251,7 +268,7 @@ class Costs:
         return int(states + tuning.micro_batch * work + head)
 
     def _scores(self, length: int) -> int:
-        """Of a head, made together where training has no kernel for them."""
+        """Return the scores per head held at once where training has no fused kernel."""
         info = self.info
         window = None if info.explicit_scores else info.sliding_window
         if not info.explicit_scores and (window is None or window >= length):
@@ -260,5 +277,5 @@ class Costs:
 
 
 def _head(info: ModelInfo, rows: int) -> int:
-    """Logits in float32, and as many more: their softmax, or their gradient."""
+    """Return the bytes of ``rows`` float32 logits and their softmax or gradient."""
     return 2 * rows * info.vocabulary * 4

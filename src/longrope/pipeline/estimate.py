@@ -1,4 +1,4 @@
-"""What a plan costs on this machine: its rates from a second of work, and its memory."""
+"""Estimate the time and memory of a plan on this machine, and refuse what does not fit."""
 
 import dataclasses
 import os
@@ -19,15 +19,16 @@ from longrope.pipeline.plan import ContextPlan, make_plan
 from longrope.pipeline.recipe import Recipe
 from longrope.units import duration, gigabytes
 
-_SECONDS = 0.2  # of each kind of work
-# Norms, activations, copies: what a forward does beside the products that are counted.
-# With it the stages of the default run took 0.6 to 2.1 times what was predicted (docs/results.md).
+_SECONDS = 0.2  # measured for each kind of work
+# Norms, activations and copies, which the FLOPs do not count.
+# With this factor the stages of the default run took 0.6 to 2.1 times the predicted time
+# (docs/results.md).
 _OVERHEAD = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """FLOPs per second: of matrix products with weights, and of causal attention."""
+    """FLOPs per second of products with weights and of causal attention."""
 
     linear: float
     attention: float
@@ -37,8 +38,8 @@ class Rates:
 
 
 def calibrate(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> Rates:
-    """Rates of a model's own shapes on a device, each kind of work measured alone."""
-    # A GPU needs large products to be busy; a CPU may take minutes for such in bfloat16.
+    """Measure the rates of a device on the shapes of a model."""
+    # A GPU needs large products to be busy; on a CPU those can take minutes in bfloat16.
     most, rows = (4096, 2048) if device.type == "cuda" else (1024, 256)
     width = min(info.hidden_size, most)
     left = torch.randn(rows, width, device=device, dtype=dtype)
@@ -54,7 +55,7 @@ def calibrate(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> Rate
 
 
 def _rate(work, flops: float, device: torch.device) -> float:
-    work()  # the first time threads start and kernels are chosen
+    work()  # warm-up: threads start and kernels are chosen
     times = []
     started = time.monotonic()
     while not times or time.monotonic() - started < _SECONDS:
@@ -79,10 +80,13 @@ def _machine_memory() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes free for a model on each of so many devices, and in a process's share of its host.
+    """Free bytes for a model.
 
-    ``host`` None is not known; nor is ``disk``, of the folder for what waits. On a CPU ``each`` is
-    the share of the host.
+    Args:
+        each: on one device. On a CPU, this process's share of the host's memory.
+        devices: number of devices that FSDP shards training over.
+        host: this process's share of the host's memory; None if unknown.
+        disk: in the directory for offloaded activations; None if there is none.
     """
 
     each: int
@@ -91,20 +95,20 @@ class Memory:
     disk: int | None = None
 
     def of(self, stage: Stage) -> int:
-        """A forward is on one; training may be spread over all (FSDP), but for what each has."""
+        """Return the bytes a stage can use: of one device, or of all in FSDP training."""
         if stage.kind != "finetune":
             return self.each
         return self.each * self.devices - stage.replicated * (self.devices - 1)
 
 
 def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False) -> None:
-    """Refuse stages that do not fit.
+    """Refuse stages that do not fit into memory.
 
     Args:
-        options: what helps is spelled as the command line's, not as a recipe's key.
+        options: spell the remedies as command-line options instead of recipe keys.
 
     Raises:
-        ValueError: names the stage, what it needs, what is there, and what helps.
+        ValueError: names the stage, the memory it needs, the memory there is, and the remedies.
     """
 
     def tried(*helps: str) -> str:
@@ -153,10 +157,7 @@ def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False)
 def available(
     device: torch.device, processes: int = 1, offload_activations: str | None = None
 ) -> Memory:
-    """What is free on a process's device; of so many of them where the model is sharded.
-
-    And where ``offload_activations`` is, if it is a folder that is there.
-    """
+    """Return the free memory of this process's device, host and offload directory."""
     host, disk = _machine_memory() // local_processes(), free_on_disk(offload_activations)
     if device.type != "cuda":
         return Memory(host, disk=disk)
@@ -165,7 +166,7 @@ def available(
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A plan with its times on this machine, and the memory that is there."""
+    """A plan with the time of each stage on this machine, and the memory available."""
 
     plan: ContextPlan
     rates: Rates
@@ -174,16 +175,16 @@ class Estimate:
     advice: str = ""
 
     def seconds(self, stage: Stage) -> float:
-        """What a stage takes here, about."""
+        """Return the estimated seconds of a stage."""
         rates = self.training_rates if stage.kind == "finetune" else self.rates
         return rates.seconds(stage)
 
     def table(self) -> Table:
-        """Stage, length, tokens, FLOPs, memory, what waits elsewhere if anything does, time."""
+        """Return the table that ``extend --dry-run`` prints."""
         elsewhere = any(stage.host or stage.disk for stage in self.plan.stages)
         heads = ["stage", "length", "tokens", "FLOPs", "memory"]
-        heads += ["elsewhere"] if elsewhere else []
-        table = Table(*heads, "time here, about")
+        heads += ["offloaded"] if elsewhere else []
+        table = Table(*heads, "time (estimate)")
         total = 0.0
         for stage in self.plan.stages:
             seconds = self.seconds(stage)
@@ -203,7 +204,7 @@ class Estimate:
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """The same for programs."""
+        """Return the same as plain data."""
         return {
             "memory": dataclasses.asdict(self.memory),
             "stages": [
@@ -213,7 +214,7 @@ class Estimate:
         }
 
     def check(self) -> None:
-        """Refuse a plan that does not fit into the memory planned for."""
+        """Refuse a plan that does not fit into the memory."""
         check_memory(self.plan.stages, self.memory)
 
 
@@ -224,15 +225,14 @@ def dry_run(
     memory_given: str | None = None,
     ranks: Ranks | None = None,
 ) -> Estimate:
-    """Calibrate this machine and price a plan.
+    """Measure this machine and estimate the cost of a plan.
 
     Args:
-        memory_given: gigabytes of GPUs to plan for, such as ``80`` or ``8x80``, instead of what
-            is free here.
+        memory_given: GPUs to plan for instead of this machine, in gigabytes: ``80`` or ``8x80``.
         ranks: the processes that share the work.
 
     Raises:
-        ValueError: not an amount of memory.
+        ValueError: ``memory_given`` is not an amount of memory.
     """
     device = find_device("--device", local_device(recipe.device))
     name = info.dtype if recipe.dtype == "auto" else recipe.dtype
@@ -244,7 +244,7 @@ def dry_run(
     ranks = ranks or Ranks()
     memory = available(device, ranks.size, recipe.offload_activations)
     if memory_given is not None:
-        plan = make_plan(info, recipe, team=ranks.team.size)  # for GPUs, whatever this machine has
+        plan = make_plan(info, recipe, team=ranks.team.size)  # for GPUs, whatever this machine is
         count, _, size = memory_given.lower().rpartition("x")
         try:
             memory = Memory(int(float(size) * 1e9), int(count or 1))
@@ -260,7 +260,7 @@ def dry_run(
     if slow:
         ratio = rates["float32"].linear / min(rates[used[key]].linear for key in slow)
         advice = (
-            f"float32 multiplies {ratio:.0f} times as fast on this machine: put "
-            f"{' and '.join(f'{key}: float32' for key in slow)} into the recipe"
+            f"float32 is {ratio:.0f} times as fast on this machine: set "
+            f"{' and '.join(f'{key}: float32' for key in slow)} in the recipe"
         )
     return Estimate(plan, rates[name], rates[training], memory, advice)

@@ -1,17 +1,17 @@
-"""How a model's context is extended: the file to read first.
+"""`longrope extend`: run every stage of an extension in order. Read this file first.
 
-A recipe names a model and a target length; the plan has the stages, each a directory of the
-run that is read by the next::
+A recipe names a model and a target length. The plan lists the stages. Each stage writes its own
+directory in the run, and later stages read it::
 
     search ─▶ finetune ─▶ second-search ─▶ recovery ─▶ export ─▶ evaluate ─▶ report
     factors   weights      factors for      factors     model/    results.json
     for L₁    at L₁        8 · L₁           for short             report.html
 
-A recipe may train on the way to L₁ (``through-search``, ``through-finetune``), and once more
-under the second search's factors (``settle``).
+A recipe can fine-tune at a length on the way to L₁ (``through-search``, ``through-finetune``),
+and once more under the second search's factors (``settle``).
 
-A stage that is done says so in a file written last, and is not run again; one that was
-interrupted goes on from what it had. So the same command goes on, whatever ended it.
+A finished stage writes ``done.json`` last and is skipped afterwards. An interrupted stage resumes
+from what it has on disk. So the same command resumes the run, whatever ended it.
 """
 
 import contextlib
@@ -53,14 +53,14 @@ log = logging.getLogger(__name__)
 
 
 def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
-    """Run every stage of a recipe that is not done yet; gives the report's path.
+    """Run every stage of a recipe that is not done yet, and return the report's path.
 
     Leaves in ``out``: ``model/``, ``rescale.json`` (long) and ``short.json``, ``report.html``
     and ``report.md``, ``results.json``, ``recipe.yaml`` (resolved), and a directory per stage.
 
     Raises:
-        ValueError: a recipe that cannot work, too little memory or text, or a directory that
-            holds another run; before any long work.
+        ValueError: the recipe cannot work, memory or text is too small, or the directory holds
+            another run. Raised before any long work.
     """
     ranks = ranks or Ranks()
     run = open_run(recipe, out, ranks)
@@ -69,8 +69,8 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
         try:
             if not all(run.done(stage.name) for stage in run.plan.stages):
                 preflight(run)
-        except (ValueError, RankLost):  # it, or another process, refuses
-            if claimed:  # what is asked for instead may be another run
+        except (ValueError, RankLost):  # this process or another one refuses
+            if claimed:  # the corrected command may describe another run
                 run.unclaim()
             raise
         if ranks.first:
@@ -89,10 +89,10 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
 
 
 def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
-    """The run of a recipe, planned; nothing of it is read or written yet.
+    """Inspect the model and plan a run. No weights are read and nothing is written.
 
     Raises:
-        ValueError: the model cannot be extended, or not to this target; nothing can be written.
+        ValueError: the model cannot be extended to this target, or ``out`` cannot be written.
     """
     require_directory(out)
     info = inspect_model(
@@ -109,7 +109,7 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
 
 
 def _search(run: Run, stage: Stage) -> dict[str, Any]:
-    """Any of the searches: for the length to train at, for the target, for short sequences."""
+    """Run one search stage: for the training length, the target, or short sequences."""
     section, problem = _problem(run, stage)
     directory = run.directory(stage.name)
     if section.method != "search":
@@ -158,7 +158,7 @@ def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
 
 
 def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Rescale:
-    """A known method's factors in place of searched ones, under the same attention factor."""
+    """Return a known method's factors in place of searched ones, with the same attention factor."""
     if before := run.plan.before(stage.name, "search"):
         factors = step_factors(run.info, run.rescale(before), method, stage.length)
         return multiplied(problem.space.start, factors)
@@ -180,7 +180,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
         stage.length,
         stage.steps * tuning.batch,
         reach=round(tuning.settle_reach * run.plan.target) if settles else 0,
-        seed=seed + settles,  # other pieces than fine-tuning's
+        seed=seed + settles,  # other sequences than fine-tuning's
         passkey_share=tuning.passkey_share,
         answer_share=tuning.answer_share,
         short=tuning.short_share * stage.length / original,
@@ -189,7 +189,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     )
     searched = run.plan.before(stage.name, "search")
     assert searched is not None
-    # Short windows are trained as they will be used: under the factor that is exported.
+    # Short windows are trained as they will be used: with the exported attention factor.
     short = run.info.rescale("none", original)
     short = short.replace(attention_factor=run.attention_factor(run.plan.target))
     teacher = run.teacher() if tuning.distill and pieces.bring_windows else None
@@ -209,7 +209,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def _choose(run: Run, stage: Stage) -> dict[str, Any]:
-    """Of the two sets for short sequences, the one that serves both lengths better."""
+    """Choose the short-context factors that serve both recovery lengths better."""
     names = [name for name in ("recovery-1", "recovery-2") if name in run.plan]
     loaded, recipe = run.trained(), run.recipe
     forward = loaded.forward(recipe.chunk, recipe.offload_activations)
@@ -238,8 +238,8 @@ def _export(run: Run, stage: Stage) -> dict[str, Any]:
         portable = pair
         if not pair.long.portable:
             log.warning(
-                "start_tokens %d is in rescale.json, for longrope's own runtime; no checkpoint "
-                "can say it, and RUN/model has 0",
+                "start_tokens is %d in rescale.json and applies in longrope only; no checkpoint "
+                "format has a field for it, so RUN/model uses 0",
                 pair.long.start_tokens,
             )
             portable = RescalePair(pair.short, pair.long.replace(start_tokens=0))

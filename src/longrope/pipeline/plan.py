@@ -1,4 +1,4 @@
-"""The plan of an extension: its stages in order, known before any runs."""
+"""Plan an extension: which stages run, in which order, at which lengths."""
 
 import dataclasses
 import math
@@ -9,18 +9,21 @@ from longrope.pipeline.costs import Costs, Stage
 from longrope.pipeline.recipe import Recipe
 from longrope.units import check_lengths, parse_length
 
-# Beyond this no training is needed (the paper: 8x without fine-tuning), and with it the
-# second search reaches this much further.
+# A search alone extends this far (the paper: 8x without fine-tuning), and the second search
+# extends the fine-tuned length by as much again.
 STEP = 8
-# The furthest first search of the paper: LLaMA2 from 4k to 256k.
+# The largest scale of a first search in the paper: LLaMA2 from 4k to 256k.
 FURTHEST = 64
-# Tokens of the least that is worth training on.
+# The shortest training sequence, in tokens.
 SHORTEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class ContextPlan:
-    """From the original length to the target, by way of a fine-tuned one where there is one."""
+    """The lengths and stages from the original length to the target.
+
+    ``trained`` is the fine-tuning length, or None where nothing is trained.
+    """
 
     original: int
     trained: int | None
@@ -29,7 +32,7 @@ class ContextPlan:
 
     @property
     def first(self) -> int:
-        """The length of the first search."""
+        """Length of the first search, in tokens."""
         return self.trained or self.target
 
     def __contains__(self, name: str) -> bool:
@@ -39,7 +42,7 @@ class ContextPlan:
         return next(stage for stage in self.stages if stage.name == name)
 
     def before(self, name: str, kind: str) -> str | None:
-        """The last stage of a kind before a named one."""
+        """Return the name of the last stage of ``kind`` before stage ``name``, or None."""
         earlier = self.stages[: self.stages.index(self[name])]
         return next((stage.name for stage in reversed(earlier) if stage.kind == kind), None)
 
@@ -47,10 +50,11 @@ class ContextPlan:
 def make_plan(
     info: ModelInfo, recipe: Recipe, *, on_cpu: bool = False, team: int = 1
 ) -> ContextPlan:
-    """The stages for a target, each with its cost on a GPU or a CPU; of one process of a team.
+    """Return the plan for a recipe, each stage with its cost for one process.
 
     Raises:
-        ValueError: the target is no extension, or further than one fine-tuning reaches.
+        ValueError: the target is not beyond the original length, or further than one
+            fine-tuning reaches.
     """
     target = parse_extension(recipe.target, info)
     original = info.original_max_position_embeddings
@@ -88,7 +92,7 @@ def make_plan(
 
 
 def _training(cost: Costs, recipe: Recipe, original: int, trained: int, target: int) -> list[Stage]:
-    """The searches towards the target, and the trainings between and after them."""
+    """Return the search and training stages up to the target."""
     tuning, stages = recipe.finetune, []
     if tuning.through is not None:
         through = parse_length(tuning.through, original)
@@ -108,7 +112,7 @@ def _training(cost: Costs, recipe: Recipe, original: int, trained: int, target: 
         length = trained
         if tuning.settle_length is not None:
             length = parse_length(tuning.settle_length, original)
-            # May be shorter than the original length: it is the positions that reach far.
+            # May be shorter than the original length: only the positions need to reach far.
             if not SHORTEST <= length <= trained:
                 raise ValueError(
                     f"finetune.settle_length is {length:,}; it must be at least {SHORTEST} and at "
@@ -133,10 +137,10 @@ def _trained_length(recipe: Recipe, original: int, target: int) -> int:
 
 
 def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
-    """The lengths measured: the original and the target, and the recipe's or doublings between.
+    """Return the lengths to evaluate: original, target, and the recipe's or doublings between.
 
     Raises:
-        ValueError: lengths that cannot be scored on the same tokens.
+        ValueError: the lengths cannot be scored on the same tokens.
     """
     if target % original:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which of two short sets of factors an extended model is given."""
+"""Choose the short-context rescale of an extended model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,12 +13,17 @@ from longrope.search.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The short set that was chosen, and the losses (nats per token) that decided.
+    """The chosen short-context rescale, and the losses in nats per token behind the choice.
 
-    ``losses`` has for each recovery length the loss at every short length, where a
-    sequence beyond the recovery length gets the long set; ``without`` those of the long
-    set alone. ``free`` is the loss of the chosen set at its length under an attention
-    factor of its own, ``shared`` under the one that a checkpoint has for both.
+    Args:
+        short: the chosen rescale.
+        losses: for each recovery length, the loss at every short length. Sequences beyond the
+            recovery length use the long rescale.
+        without: the losses of the long rescale alone.
+        shared: loss of the chosen rescale under the attention factor that a checkpoint shares
+            between both rescales.
+        free: its loss under an attention factor of its own.
+        free_attention_factor: that attention factor.
     """
 
     short: Rescale
@@ -47,11 +52,10 @@ def choose(
     *,
     free_attention_factor: float,
 ) -> Choice:
-    """The candidate with the lower mean loss over all the short lengths.
+    """Return the candidate with the lowest mean loss over all short lengths.
 
-    Each recovery length is judged by what its model would do: sequences up to it under its
-    set, longer ones under the long set. (Mean losses of two window lengths alone cannot be
-    compared: longer windows have lower losses whatever the factors.)
+    Each candidate is used up to its recovery length and the long rescale beyond it. All candidates
+    are compared on the same windows, because longer windows have lower losses under any factors.
 
     Args:
         windows: for each short length, token ids of shape (windows, tokens).
@@ -76,7 +80,7 @@ def choose(
     length = best.max_position_embeddings
     free = loss(best.replace(attention_factor=free_attention_factor), length)
     shared = losses[length][length]
-    if free < shared:  # for our own runtime alone: a checkpoint cannot say it
+    if free < shared:  # applies in longrope only: a checkpoint has one attention factor
         record = {"free_attention_factor": free_attention_factor, "free_loss": free}
         best = best.replace(provenance={**best.provenance, **record})
     return Choice(best, losses, without, shared, free, free_attention_factor)

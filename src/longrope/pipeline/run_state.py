@@ -1,4 +1,4 @@
-"""The directory of a run: what is done in it, and what its stages read of each other."""
+"""The directory of a run: which stages are done, and the files they share."""
 
 import functools
 import gc
@@ -23,14 +23,14 @@ from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
 from longrope.units import duration
 
-# What may be changed in a run that has begun: it does not touch what is searched or trained.
+# Settings that may change in a started run: they do not affect search or training.
 _FREE = ("evaluate", "device", "chunk", "offload_activations", "offload")
-# The stages that another evaluation does again.
+# Stages that run again when the evaluation changes.
 _MEASURED = ("evaluate", "report")
 
 
 class Run:
-    """One run of a recipe: its plan, its directory, its processes, the model in memory."""
+    """One run of a recipe: its plan, directory, processes, and the model in memory."""
 
     def __init__(self, recipe: Recipe, info: ModelInfo, plan: ContextPlan, out: Path, ranks: Ranks):
         self.recipe, self.info, self.plan = recipe, info, plan
@@ -39,13 +39,13 @@ class Run:
         self._remeasures = False
 
     def claim(self) -> bool:
-        """Write the resolved recipe, or see that it is the one that was written before.
+        """Write the resolved recipe, or check that the directory holds the same run.
 
-        Says whether nothing was there. Another evaluation than before is not written yet: see
-        :meth:`remeasure`.
+        Returns True if the directory was empty. A changed ``evaluate`` section is written later,
+        by :meth:`remeasure`.
 
         Raises:
-            ValueError: another run, or something else, is there; what differs is named.
+            ValueError: the directory holds another run or other files; names the differing keys.
         """
         file, now = self.out / "recipe.yaml", self.recipe.model_dump(mode="json")
         new = not file.exists()
@@ -72,12 +72,12 @@ class Run:
         return new
 
     def unclaim(self) -> None:
-        """Leave the directory as it was before a run that is refused."""
+        """Remove what :meth:`claim` wrote, after a run was refused."""
         for name in ("recipe.yaml", "pools.json", "model.sha256"):
             (self.out / name).unlink(missing_ok=True)
 
     def remeasure(self) -> None:
-        """Where the recipe has another evaluation than before, and it can be done: drop the old."""
+        """Mark the evaluation as not done if the recipe's ``evaluate`` section changed."""
         if self._remeasures:
             for name in _MEASURED:
                 (self.out / name / "done.json").unlink(missing_ok=True)
@@ -88,16 +88,16 @@ class Run:
         return self.out / name
 
     def done(self, name: str) -> bool:
-        """Whether every process may skip a stage: rank 0's disk decides."""
+        """Return whether a stage is done, as rank 0's disk says."""
         anew = self._remeasures and name in _MEASURED
         return bool(self.ranks.broadcast((self.out / name / "done.json").exists() and not anew))
 
     def record(self, name: str) -> dict[str, Any]:
-        """What a stage that is done said of itself."""
+        """Return the record of a finished stage."""
         return json.loads((self.out / name / "done.json").read_text(encoding="utf-8"))
 
     def finish(self, stage: Stage, record: dict[str, Any]) -> None:
-        """Mark a stage as done; what it wrote is there for every process that shares the disk."""
+        """Mark a stage as done, and wait for every process."""
         if self.ranks.first:
             file = self.out / stage.name / "done.json"
             write_atomically(file, json.dumps(record, indent=1) + "\n")
@@ -105,31 +105,31 @@ class Run:
         self.ranks.gather(0.0)
 
     def original(self) -> LoadedModel:
-        """The model as it came."""
+        """Return the original model, loaded."""
         return self._load(self.recipe.model, offload=True)
 
     def trained(self) -> LoadedModel:
-        """The model that the result is for: fine-tuned, if the plan says so."""
+        """Return the model to export: fine-tuned if the plan trains."""
         return self.model_before("export")
 
     def model_before(self, stage: str, offload: bool = True) -> LoadedModel:
-        """The model that a stage begins with: as it came, or as the last training left it."""
+        """Return the model that a stage starts from: the original, or the last fine-tuned one."""
         trained = self.plan.before(stage, "finetune")
         source = str(self.out / trained / "model") if trained else self.recipe.model
         return self._load(source, offload)
 
     def forget(self) -> None:
-        """Let go of the model in memory: it was changed."""
+        """Free the model in memory, for example after training changed it."""
         self._loaded = None
-        gc.collect()  # an optimizer that accelerate prepared lives in cycles
+        gc.collect()  # accelerate's prepared optimizer is in reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def keep_splits(self) -> None:
-        """Note which documents are for what, or see that they are those noted before.
+        """Record the split of the documents, or check that it is the recorded one.
 
         Raises:
-            ValueError: too little text, or other documents than this run began with.
+            ValueError: too little text, or other documents than this run started with.
         """
         splits, file = self.splits, self.out / "pools.json"
         now = {
@@ -143,19 +143,19 @@ class Run:
             for name, hashes in now.items():
                 if before.get(name) != hashes:
                     raise ValueError(
-                        f"{self.out}: its {name} documents are not those that it began with "
+                        f"{self.out}: its {name} documents are not those it started with "
                         f"({len(before.get(name, []))} then, {len(hashes)} now); restore --data, "
                         "or give another --out"
                     )
         write_atomically(file, json.dumps(now, indent=1) + "\n")
 
     def teacher(self) -> LoadedModel:
-        """The model as it came, beside the one that is trained towards it.
+        """Load the original model as the teacher for distillation.
 
-        With the scaling that it has, also where that is replaced: its predictions are made with it.
+        It keeps its own RoPE scaling even where the extension replaces it.
         """
         scaling, how = self.info.existing_scaling, self.recipe.existing_scaling
-        if scaling and scaling["rope_type"] != "dynamic":  # which leaves short windows alone
+        if scaling and scaling["rope_type"] != "dynamic":  # does not affect short windows
             how = "keep"
         return self._read(self.recipe.model, offload=None, existing_scaling=how)
 
@@ -171,17 +171,17 @@ class Run:
         return self._loaded[1]
 
     def _require_same(self, loaded: LoadedModel) -> None:
-        """Note which model this is, or see that it is the one that the run began with.
+        """Record the model's fingerprint, or check that it is the recorded one.
 
         Raises:
-            ValueError: what is done already was done with other weights.
+            ValueError: finished stages used other weights.
         """
         if not self.ranks.first:
             return
         file, now = self.out / "model.sha256", loaded.fingerprint()
         if file.exists() and file.read_text(encoding="utf-8").strip() != now:
             raise ValueError(
-                f"{self.out}: the weights of {self.recipe.model} are not those that it began with; "
+                f"{self.out}: the weights of {self.recipe.model} are not those it started with; "
                 "restore them, or give another --out"
             )
         write_atomically(file, now + "\n")
@@ -203,30 +203,30 @@ class Run:
 
     @functools.cached_property
     def splits(self) -> Splits:
-        """The documents, shared out."""
+        """The documents for search, training and evaluation."""
         return split_documents(self.tokenizer, self.recipe, self.plan.target, self.plan.trained)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's, which needs none of its weights."""
+        """The model's tokenizer, loaded without its weights."""
         return load_tokenizer(self.recipe.model, self.recipe.trust_remote_code)
 
     def attention_factor(self, length: int) -> float:
-        """The recipe's, or √(1 + ln s / ln L) for a length; the target's is what is exported."""
+        """Return the attention factor for a length: the recipe's, or √(1 + ln s / ln L)."""
         return starting_point(self.info, length, self.recipe.attention_factor).attention_factor
 
     def rescale(self, name: str) -> Rescale:
-        """The factors that a stage found."""
+        """Return the rescale that a search stage found."""
         return Rescale.load(self.out / name / "rescale.json")
 
     @property
     def long(self) -> Rescale:
-        """The factors for the target."""
+        """The rescale for the target length."""
         return self.rescale("second-search" if "second-search" in self.plan else "search")
 
     @property
     def pair(self) -> RescalePair:
-        """The factors for short sequences and for long ones; the same where none were searched."""
+        """The rescales for short and long sequences; equal factors without a recovery stage."""
         long = self.long
         if "recovery" in self.plan:
             return RescalePair(self.rescale("recovery"), long)
@@ -234,7 +234,7 @@ class Run:
 
 
 def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every key and value of nested sections: ``search.budget``."""
+    """Flatten nested sections to dotted keys such as ``search.budget``."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         inner = isinstance(value, dict)

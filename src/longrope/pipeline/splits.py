@@ -1,4 +1,4 @@
-"""Which documents are searched on, trained on and evaluated on: never one for two of them."""
+"""Split documents into disjoint sets for search, training and evaluation."""
 
 import dataclasses
 import random
@@ -15,14 +15,13 @@ from longrope.data.windows import (
 )
 from longrope.pipeline.recipe import Recipe
 
-# Of the documents given: this share of the tokens is searched on, and where no documents for
-# evaluation are given, as much is held out.
+# Share of the tokens for search, and as much for evaluation where no evaluation data is given.
 _SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The documents of a run, by use."""
+    """Disjoint documents for search, training and evaluation."""
 
     search: tuple[TokenDocument, ...]
     training: tuple[TokenDocument, ...]
@@ -31,25 +30,24 @@ class Splits:
     eos: int | None
 
     def search_windows(self, length: int, samples: int, seed: int) -> Windows:
-        """Windows to search on; short documents are joined.
+        """Return search windows; short documents are joined.
 
         Raises:
-            ValueError: all documents together are too short.
+            ValueError: all documents together are shorter than ``length``.
         """
         documents = joined(self.search, length, self.bos, self.eos)
         return search_windows(documents, length, samples, seed, self.bos, spare_half=False)
 
     def evaluation_documents(self, length: int, count: int) -> list[TokenDocument]:
-        """Up to ``count`` documents of at least ``length`` tokens, short ones joined."""
+        """Return up to ``count`` documents of at least ``length`` tokens; short ones are joined."""
         return joined(self.evaluation, length, self.bos, self.eos)[:count]
 
 
 def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | None) -> Splits:
-    """Read the documents and share them out, by chance and by their texts, not their order.
+    """Read the documents and split them at random, independent of their order.
 
     Raises:
-        ValueError: too few documents, or none long enough for the target even when joined;
-            says how many tokens there are and how many are needed.
+        ValueError: too few documents or tokens; names how many there are and are needed.
     """
     documents = load_documents(tokenizer, recipe.data, field=recipe.field, held_out=False)
     if recipe.evaluation_data or not recipe.data:
@@ -66,19 +64,19 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
     if not evaluation:
         evaluation = _take(remaining, target, least, leave=2)
     search = _take(remaining, target, least, leave=1)
-    for what, pool in (("search on", search), ("evaluate on", evaluation)):
+    for what, pool in (("search", search), ("evaluate", evaluation)):
         found = sum(map(len, pool))
         if found < target:
             raise ValueError(
-                f"too few tokens to {what}: {found:,} in {len(pool)} documents, and one window "
-                f"of the target needs {target:,} ({total:,} in all, and no document serves two "
-                "purposes); give more with --data, or choose a shorter --target"
+                f"too few tokens to {what} on: {found:,} in {len(pool)} documents, but one window "
+                f"of the target needs {target:,} ({total:,} tokens in all; a document is used for "
+                "one purpose only); give more --data or a shorter --target"
             )
     left = sum(map(len, remaining))
     if trained is not None and left < trained:
         raise ValueError(
-            f"too few tokens are left to train on: {left:,} of {total:,}, and one piece needs "
-            f"{trained:,}; the other documents are for search and evaluation; give more with --data"
+            f"too few tokens left to train on: {left:,} of {total:,}, but one sequence needs "
+            f"{trained:,}; the other documents are used for search and evaluation; give more --data"
         )
     bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
     return Splits(tuple(search), tuple(remaining), tuple(evaluation), bos, eos)
@@ -87,9 +85,9 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
 def _take(
     documents: list[TokenDocument], needed: int, wanted: int, leave: int
 ) -> list[TokenDocument]:
-    """Remove documents from the end until they hold the tokens wanted.
+    """Take documents from the end of the list until they hold ``wanted`` tokens.
 
-    Once they hold those that are needed, the last ``leave`` documents are left for others.
+    Once they hold ``needed`` tokens, the last ``leave`` documents are not taken.
     """
     taken: list[TokenDocument] = []
     tokens = 0
