@@ -43,7 +43,7 @@ def test_dry_run_counts_the_text(arguments, tmp_path, checkpoints):
     bare.mkdir()
     shutil.copy(checkpoints("llama") / "config.json", bare)
     done = run(bare, "--target", "2x", "--out", out, "--dry-run")
-    assert "the text is not there yet" in done.stderr
+    assert "no usable text yet" in done.stderr
     done = run(bare, "--target", "2x", "--out", out, "--dry-run", "--lora", 4, code=2)
     assert "--lora is 4 and nothing is trained" in done.stderr
     # The remedy is one, in the default recipe too, which settles where a second search follows.

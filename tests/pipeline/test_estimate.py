@@ -78,7 +78,7 @@ def test_a_price_for_gpus_is_theirs_on_a_machine_without_one(info):
     there = dry_run(make_plan(info, recipe, on_cpu=True), info, recipe, "80")
     assert there.plan["search"].memory < here.plan["search"].memory
     shown = [[column.header for column in made.table().columns] for made in (here, there)]
-    assert shown[1] == [*shown[0][:-1], "elsewhere", shown[0][-1]]
+    assert shown[1] == [*shown[0][:-1], "offloaded", shown[0][-1]]
 
 
 def test_where_bfloat16_is_slow_it_is_said(info, monkeypatch):

@@ -193,7 +193,7 @@ def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments
     shutil.copytree(whole, out)
     shutil.rmtree(out / "search")
     done = run(*arguments, "--out", out, code=2)
-    assert "finetune was made from an earlier search, which is gone" in done.stderr
+    assert "finetune was made from an earlier search" in done.stderr
     shutil.rmtree(out)
     shutil.copytree(whole, out)
     (out / "evaluate" / "done.json").unlink()
@@ -201,4 +201,4 @@ def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments
     splits["evaluation"] = ["something else"]
     (out / "pools.json").write_text(json.dumps(splits))
     done = run(*arguments, "--out", out, code=2)
-    assert "its evaluation documents are not those that it began with" in done.stderr
+    assert "its evaluation documents are not those" in done.stderr
