@@ -45,7 +45,7 @@ class ContextPlan:
 
 
 def make_plan(
-    info: ModelInfo, recipe: Recipe, *, on_cpu: bool = False, team: int = 1
+    info: ModelInfo, recipe: Recipe, *, on_cpu: bool = False, group_size: int = 1
 ) -> ContextPlan:
     """The stages for a target, each with its cost on a GPU or a CPU; of one process of a team.
 
@@ -70,7 +70,7 @@ def make_plan(
             f"extension reaches {FURTHEST * STEP}x ({FURTHEST * STEP * original:,}): extend "
             "its result again"
         )
-    cost = Costs(info, recipe, on_cpu, team)
+    cost = Costs(info, recipe, on_cpu, group_size)
     if trained is None:
         stages = [cost.search("search", target)]
     else:
