@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,26 +26,24 @@ from longrope.layerwise.chunks import Chunks
 from longrope.layerwise.forward import LongForward
 from longrope.layerwise.split_attention import SplitAttention
 from longrope.models.load import load_model
-from longrope.rope.apply import asked_of_original, one_axis, rescaled
+from longrope.rope.apply import one_axis, rescaled
 from longrope.rope.rotary import find_rotary
+from longrope.rope.stand_in import StandIn
 from longrope.search.cost import forwards
 
 assert dense_attention is not None  # registered under "dense64"
 CACHES = ("cache", "past_key_values")
 
 
-class Differentiable(nn.Module):
+class Differentiable(StandIn):
     """Stand-in for the rescaled rotary module, differentiable in a factor e^x per frequency."""
 
     def __init__(self, rotary, x):
-        super().__init__()
-        self.config, self._held, self.x = rotary.config, (rotary,), x
-
-    def __getattr__(self, name):
-        return asked_of_original(self, name)
+        super().__init__(rotary)
+        self.config, self.x = rotary.config, x
 
     def forward(self, hidden, position_ids, layer_type=None):
-        rotary = self._held[0]
+        rotary = self.original
         if layer_type != rotary.layer_type:
             return rotary.original(hidden, position_ids, layer_type)
         positions = one_axis(position_ids)[..., None].double()

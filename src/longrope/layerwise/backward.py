@@ -63,27 +63,24 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
 
     def compute() -> LossAndGrad:
         chunks = forward.chunks(inputs_BT.shape[1])
-        rotary.tape = []
         cache = LayerCache(inputs_BT.shape[1], chunks.group, forward.decoder.config)
-        with torch.enable_grad():  # so that _require_leaves sees what is computed from them
+        # Layers get their rotations from the decoder, so the embedding step computes all of them.
+        # Gradients are enabled so that _require_leaves sees what is computed from them.
+        with rotary.recording() as recorded, torch.enable_grad():
             hidden_BTD, recordings = forward.embed(inputs_BT, chunks.own(), cache)
         _require_leaves(recordings)
-        handed_out, rotary.tape = rotary.tape, None  # the head rotates nothing
         loss_of = functools.partial(_head, forward, chunks, inputs_BT, targets_BT, counted)
         shape = len(forward.layers), hidden_BTD.shape[2], hidden_BTD.shape[1]
         if not forward.offloaded and is_kept(*shape, len(chunks.spans)):
             loss = _in_one(forward, hidden_BTD, recordings[0], loss_of)
         else:
             loss = _by_layers(forward, hidden_BTD, recordings, chunks, loss_of)
-        grad = rotary.gradient(handed_out)
+        grad = rotary.gradient(recorded)
         found = chunks.group.sum(torch.cat([grad, grad.new_tensor([loss])]))
         return LossAndGrad(found[-1].item(), found[:-1])
 
-    try:
-        with torch.no_grad(), _frozen(forward.model), forward.attention(autograd.NAME):
-            return forward.within_memory(compute)
-    finally:
-        rotary.tape = None
+    with torch.no_grad(), _frozen(forward.model), forward.attention(autograd.NAME):
+        return forward.within_memory(compute)
 
 
 def check_gradient_support(forward: LongForward, rescale: Rescale, tokens: int) -> None:

@@ -131,19 +131,21 @@ class LongForward:
         # Outside inference mode the copy is an ordinary tensor, which callers may modify.
         return self.within_memory(lambda: self._losses(ids_BT)).clone()
 
-    def score(self, input_ids: Tensor, asked: Sequence[Continuation]) -> list[ContinuationScore]:
+    def score(
+        self, input_ids: Tensor, continuations: Sequence[Continuation]
+    ) -> list[ContinuationScore]:
         """Score continuations, each given the tokens before it in its row.
 
         Args:
             input_ids: shape (batch, tokens); may be padded on the right, as no token attends to
                 later ones. It need not contain the continuations' tokens.
-            asked: any number of continuations per row.
+            continuations: any number per row.
 
         Returns:
             A score per continuation, in order.
         """
         ids_BT = input_ids.to(self.device)
-        return self.within_memory(lambda: self._score(ids_BT, asked))
+        return self.within_memory(lambda: self._score(ids_BT, continuations))
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, DynamicCache]:
@@ -207,12 +209,14 @@ class LongForward:
         return chunks.gather(torch.cat(found, dim=1).cpu(), slice(0, chunks.tokens))
 
     @torch.inference_mode()
-    def _score(self, ids_BT: Tensor, asked: Sequence[Continuation]) -> list[ContinuationScore]:
+    def _score(
+        self, ids_BT: Tensor, continuations: Sequence[Continuation]
+    ) -> list[ContinuationScore]:
         chunks = self.chunks(ids_BT.shape[1])
         with self.attention():
             hidden_BTD = self._hidden(ids_BT, chunks)
             answers = []
-            for row, first, tokens in asked:
+            for row, first, tokens in continuations:
                 before, rows = slice(first - 1, first - 1 + len(tokens)), slice(row, row + 1)
                 hidden = chunks.gather(hidden_BTD[rows], before)
                 answers.append(
@@ -234,7 +238,7 @@ class LongForward:
             cache.begin_layer()
             # The next layer overwrites this layer's keys and values.
             for number, (span, place) in enumerate(own):
-                cache.start, cache.concurrent = span.start, chunks.concurrent(number)
+                cache.begin_chunk(span.start, chunks.concurrent(number))
                 given, named = recordings[number].arguments[index]
                 output = layer(hidden_BTD[:, place].to(self.device), *given, **named)
                 hidden_BTD[:, place] = output if isinstance(output, Tensor) else output[0]

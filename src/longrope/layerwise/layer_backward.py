@@ -46,7 +46,7 @@ class LayerGradient:
         cache = self.recordings[0].cache
         cache.begin_layer()
         for number, (span, place) in enumerate(self.chunks.own()):
-            cache.start, cache.concurrent = span.start, self.chunks.concurrent(number)
+            cache.begin_chunk(span.start, self.chunks.concurrent(number))
             run = functools.partial(self._run, number, self._input(place), cache)
             result_BTD[:, place] = self.split.forward(place, run)
         if cache.has_keys != bool(self.split.calls) or (cache.has_keys and cache.stateful):

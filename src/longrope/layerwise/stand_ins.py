@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from longrope.distributed import SequenceParallelGroup
+from longrope.rope.stand_in import StandIn
 
 # Cache methods that layers with a recurrent state call.
 _STATE_METHODS = {
@@ -21,9 +22,9 @@ _STATE_METHODS = {
 class LayerCache:
     """Keys and values of the current layer for the whole sequence, allocated once.
 
-    Passed to the model as its cache. Each layer writes the chunk at ``start`` and reads everything
-    up to the chunk's end. In a sequence-parallel group each process writes the chunks of all
-    processes: the spans ``concurrent``, in rank order. Layers with a recurrent state keep it in
+    Passed to the model as its cache. Each layer writes its current chunk and reads everything up
+    to the chunk's end. In a sequence-parallel group each process writes the chunks of all
+    processes, in rank order. Layers with a recurrent state keep it in
     :attr:`model_cache`, the model's own cache; keys and values are stored there on request.
 
     Args:
@@ -36,8 +37,8 @@ class LayerCache:
         self.tokens = tokens
         self.group = group
         self.config = config
-        self.start = 0
-        self.concurrent: Sequence[slice] = ()
+        self._start = 0
+        self._concurrent: Sequence[slice] = ()
         self.stateful = False  # whether the current layer uses a recurrent state
         self._buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._latest: tuple[Tensor, Tensor] | None = None
@@ -46,7 +47,7 @@ class LayerCache:
         self, key: Tensor, value: Tensor, layer: int | None = None, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values (B, K, C, D); return all up to the chunk's end."""
-        end = self.start + key.shape[2]
+        end = self._start + key.shape[2]
         shapes = tuple((*t.shape[:2], self.tokens, t.shape[3]) for t in (key, value))
         modes = getattr(self.config, "kv_sharing_modes", None) or ()
         # Layers of one shape share buffers, except where later layers reuse a layer's keys.
@@ -56,12 +57,12 @@ class LayerCache:
             self._buffers[which] = (key.new_empty(shapes[0]), value.new_empty(shapes[1]))
         self._latest = self._buffers[which]
         for buffer, own in zip(self._latest, (key, value), strict=True):
-            if not self.concurrent:
-                buffer[:, :, self.start : end] = own
+            if not self._concurrent:
+                buffer[:, :, self._start : end] = own
                 continue
-            longest = max(span.stop - span.start for span in self.concurrent)
+            longest = max(span.stop - span.start for span in self._concurrent)
             padded = F.pad(own, (0, 0, 0, longest - own.shape[2]))
-            for span, found in zip(self.concurrent, self.group.gather(padded), strict=True):
+            for span, found in zip(self._concurrent, self.group.gather(padded), strict=True):
                 buffer[:, :, span] = found[:, :, : span.stop - span.start]
         keys, values = self._latest
         return keys[:, :, :end], values[:, :, :end]
@@ -79,6 +80,15 @@ class LayerCache:
     def begin_layer(self) -> None:
         """Start the next layer."""
         self._latest, self.stateful = None, False
+
+    def begin_chunk(self, start: int, concurrent: Sequence[slice]) -> None:
+        """Start the next chunk of the current layer.
+
+        Args:
+            start: position of its first token.
+            concurrent: spans of the chunks that the group processes at the same time.
+        """
+        self._start, self._concurrent = start, concurrent
 
     @property
     def has_keys(self) -> bool:
@@ -113,7 +123,7 @@ class LayerCache:
         self.begin_layer()
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.start
+        return self._start
 
 
 class Recording:
@@ -125,26 +135,17 @@ class Recording:
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
 
-class Recorder(nn.Module):
+class Recorder(StandIn):
     """Stand-in for a layer that records its arguments and returns the hidden states."""
 
     def __init__(self, layer: nn.Module, recording: Recording):
-        super().__init__()
-        self._held = (layer, recording)  # in a tuple: no submodule of ours
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_held":
-            return super().__getattr__(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._held[0], name)  # some models ask a layer for its kind
+        super().__init__(layer)
+        self.recording = recording
 
     def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> Tensor:
-        _, recording = self._held
-        if not recording.arguments:
-            recording.hidden = hidden_states
-        recording.arguments.append((given, named))
+        if not self.recording.arguments:
+            self.recording.hidden = hidden_states
+        self.recording.arguments.append((given, named))
         return hidden_states
 
 

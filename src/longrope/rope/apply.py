@@ -9,7 +9,6 @@ keep the original angles, and phases are exact at any position.
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +23,13 @@ from longrope.rope.rotary import (
     find_rotary,
     is_complex,
 )
+from longrope.rope.stand_in import StandIn
 
-# Positions, and what was given for them.
-Handed = tuple[Tensor, tuple[Tensor, ...]]
+# Positions, and the cosines and sines (or complex numbers) computed for them.
+Rotation = tuple[Tensor, tuple[Tensor, ...]]
 
 
-class RescaledRotary(nn.Module):
+class RescaledRotary(StandIn):
     """Stand-in for a model's rotary module: cosines and sines of a rescaled RoPE.
 
     Phases are computed in float64 and reduced before the cosine; in float32 they would be off by up
@@ -38,7 +38,7 @@ class RescaledRotary(nn.Module):
     """
 
     def __init__(self, site: RotarySite, rescale: Rescale):
-        super().__init__()
+        super().__init__(site.module)
         self.config = site.module.config
         self.rope_type = "longrope"
         self.layer_type = site.layer_type
@@ -47,25 +47,30 @@ class RescaledRotary(nn.Module):
         rotates = site.inv_freq.detach().cpu() > 0
         self.inv_freq = torch.where(rotates, torch.from_numpy(rescale.inv_freq).float(), 0.0)
         self.attention_scaling = rescale.attention_factor
-        # Where a list: all that was handed out, as leaves whose gradients are asked for.
-        self.tape: list[Handed] | None = None
-        # Where tokens are said to stand, (batch, tokens), by their number; see placed.
-        self.places: Tensor | None = None
-        # In a tuple, so that the original is not registered as a submodule.
-        self._held = (site.module,)
+        self._recorded: list[Rotation] | None = None
+        self._positions: Tensor | None = None
         self._original_inv_freq = site.inv_freq.detach().float().cpu()
         self._original_attention_scaling = site.attention_factor
         self._layout = column_layout(site)
         self._complex = is_complex(site)
 
-    @property
-    def original(self) -> Any:
-        """The model's own rotary module."""
-        return self._held[0]
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Rotation]]:
+        """Record the rotations computed in the block, as leaves for :meth:`gradient`."""
+        self._recorded = recorded = []
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
 
-    def __getattr__(self, name: str) -> Any:
-        """What else a model asks its rotary module for, as that has it."""
-        return asked_of_original(self, name)
+    @contextlib.contextmanager
+    def positions_as(self, position_ids: Tensor) -> Iterator[None]:
+        """Rotate token i as if it stood at ``position_ids[:, i]`` in the block, (batch, tokens)."""
+        self._positions = position_ids
+        try:
+            yield
+        finally:
+            self._positions = None
 
     @torch.no_grad()
     def forward(
@@ -85,8 +90,8 @@ class RescaledRotary(nn.Module):
         position_ids = one_axis(position_ids)
         # Apple's GPUs have no float64, so their angles are computed on the CPU.
         where = torch.device("cpu") if x.device.type == "mps" else x.device
-        if self.places is not None:
-            position_ids = torch.take_along_dim(self.places, position_ids, 1)
+        if self._positions is not None:
+            position_ids = torch.take_along_dim(self._positions, position_ids, 1)
         positions = position_ids.to(where)
         phases, scaling, _ = self._phases(positions)
         layout, dtype = self._layout.to(where), x.dtype
@@ -95,8 +100,8 @@ class RescaledRotary(nn.Module):
             given = (torch.complex(cos.float(), sin.float()).to(x.device),)
         else:
             given = tuple(part.to(dtype).to(x.device) for part in (cos, sin))
-        if self.tape is not None:
-            self.tape.append((positions, tuple(part.requires_grad_() for part in given)))
+        if self._recorded is not None:
+            self._recorded.append((positions, tuple(part.requires_grad_() for part in given)))
         return given[0] if self._complex else given
 
     def _phases(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +121,7 @@ class RescaledRotary(nn.Module):
         return column.double() * inv_freq, scaling, first
 
     @torch.no_grad()
-    def gradient(self, tape: Sequence[Handed]) -> Tensor:
+    def gradient(self, recorded: Sequence[Rotation]) -> Tensor:
         """Compute d loss / d ln λ, shape (d/2,), float64, after a backward pass.
 
         A phase is p = n · θ^(−2i/d) / λ, so d p / d ln λ = −p.
@@ -128,22 +133,22 @@ class RescaledRotary(nn.Module):
             ValueError: the loss does not depend on any recorded rotation.
         """
         total = torch.zeros(len(self.inv_freq), dtype=torch.float64)
-        reached = False
-        for positions, given in tape:
-            slopes = tuple(part.grad for part in given if part.grad is not None)
-            if len(slopes) < len(given):
+        found = False
+        for positions, given in recorded:
+            grads = tuple(part.grad for part in given if part.grad is not None)
+            if len(grads) < len(given):
                 continue
-            reached = True
+            found = True
             phases, scaling, first = self._phases(positions)
             layout = self._layout.to(positions.device)
             # The gradient of a complex number holds those of its real and imaginary parts.
-            by_cos, by_sin = cosines_and_sines(slopes[0] if self._complex else slopes)
-            by_cos, by_sin = (t.to(positions.device).double() for t in (by_cos, by_sin))
-            shown = phases[..., layout]
-            by_phase = (shown.cos() * by_sin - shown.sin() * by_cos) * scaling
-            by_factor = torch.where(first, 0.0, -shown * by_phase).flatten(0, -2).sum(dim=0)
-            total += torch.zeros_like(total).index_add(0, self._layout, by_factor.cpu())
-        if not reached:
+            cos_grad, sin_grad = cosines_and_sines(grads[0] if self._complex else grads)
+            cos_grad, sin_grad = (t.to(positions.device).double() for t in (cos_grad, sin_grad))
+            phase = phases[..., layout]
+            phase_grad = (phase.cos() * sin_grad - phase.sin() * cos_grad) * scaling
+            factor_grad = torch.where(first, 0.0, -phase * phase_grad).flatten(0, -2).sum(dim=0)
+            total += torch.zeros_like(total).index_add(0, self._layout, factor_grad.cpu())
+        if not found:
             raise ValueError(
                 "no gradient reaches this model's rotary cosines: use algorithm 'evolution'"
             )
@@ -192,31 +197,20 @@ def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False)
 
 
 @contextlib.contextmanager
-def position_override(model: nn.Module, places: Tensor | None) -> Iterator[None]:
+def position_override(model: nn.Module, position_ids: Tensor | None) -> Iterator[None]:
     """Rotate tokens as if they stood at ``position_ids``, (batch, tokens), within the block.
 
     Attention and its masks still count tokens, so a jump does not start another sequence. Requires
     a model inside :func:`rescaled`; None changes nothing.
     """
-    if places is None:
+    if position_ids is None:
         yield
         return
     site = find_rotary(model)
     rotary = site and getattr(site.owner, site.name)
     assert isinstance(rotary, RescaledRotary), "position_override requires a rescaled model"
-    rotary.places = places
-    try:
+    with rotary.positions_as(position_ids):
         yield
-    finally:
-        rotary.places = None
-
-
-def asked_of_original(stand_in: nn.Module, name: str) -> Any:
-    """An attribute of a module that stands in for one which it holds, or of that."""
-    try:
-        return nn.Module.__getattr__(stand_in, name)
-    except AttributeError:
-        return getattr(stand_in.__dict__["_held"][0], name)
 
 
 def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from longrope.compat import cache_name
 from longrope.rope.apply import (
     RescaledRotary,
-    asked_of_original,
     check_fits,
     one_axis,
     positions_of,
 )
 from longrope.rope.pair import RescalePair
 from longrope.rope.rotary import RotarySite, find_rotary
+from longrope.rope.stand_in import StandIn
 
 # Prefixes of multimodal inputs.
 _NO_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_")
@@ -66,22 +66,14 @@ def switched(model: nn.Module, pair: RescalePair) -> Iterator[None]:
             del model.generate
 
 
-class _SwitchedRotary(nn.Module):
+class _SwitchedRotary(StandIn):
     """Stand-in for a model's rotary module: both rescales, chosen by ``long_rows``."""
 
     def __init__(self, pair: RescalePair, site: RotarySite):
-        super().__init__()
+        super().__init__(site.module)
         self.config, self.rope_type = site.module.config, "longrope"
         self.short, self.long = (RescaledRotary(site, r) for r in (pair.short, pair.long))
-        self._held = (site.module,)
         self.long_rows = torch.zeros(1, dtype=torch.bool)
-
-    @property
-    def original(self) -> Any:
-        return self._held[0]
-
-    def __getattr__(self, name: str) -> Any:
-        return asked_of_original(self, name)
 
     def forward(self, x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
         rows = self.long_rows
@@ -112,7 +104,7 @@ class _Switch:
         self.announced: Tensor | None = None  # lengths of the prompts passed to generate()
         self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
         self._call: tuple[Tensor, int] | None = None  # all ids, and how many are new
-        self._told: dict[str, Any] = {}  # inputs of the model around the decoder
+        self._model_inputs: dict[str, Any] = {}  # inputs of the model around the decoder
 
     def note(self, model: Any, args: tuple, kwargs: dict) -> None:
         """Note the token ids and mask of a multimodal model, whose decoder gets embeddings.
@@ -126,7 +118,7 @@ class _Switch:
             empty = value is None or (isinstance(value, dict) and not value)
             if name.startswith(_NO_TEXT) and not empty:
                 raise ValueError(f"{name}: the short/long switch supports text only")
-        self._told = {name: given.get(name) for name in ("input_ids", "attention_mask")}
+        self._model_inputs = {name: given.get(name) for name in ("input_ids", "attention_mask")}
 
     def before(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Choose factors per row; refill the cache where a row crossed the boundary.
@@ -136,9 +128,9 @@ class _Switch:
         """
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
-        told, self._told = self._told, {}  # for this call only
-        if given.get("input_ids") is None and told.get("input_ids") is not None:
-            given |= told
+        inputs_of_model, self._model_inputs = self._model_inputs, {}  # for this call only
+        if given.get("input_ids") is None and inputs_of_model.get("input_ids") is not None:
+            given |= inputs_of_model
             for made in ("inputs_embeds", "per_layer_inputs"):
                 given.pop(made, None)
         ids, name = given.get("input_ids"), cache_name(decoder)
@@ -194,8 +186,8 @@ class _Switch:
         else:
             lengths = mask.long().sum(dim=1).cpu()
         if self.announced is not None and len(lengths) % len(self.announced) == 0:
-            told = self.announced.repeat_interleave(len(lengths) // len(self.announced))
-            lengths = torch.maximum(lengths, told)  # a prompt that is prefilled in chunks
+            prompts = self.announced.repeat_interleave(len(lengths) // len(self.announced))
+            lengths = torch.maximum(lengths, prompts)  # a prompt that is prefilled in chunks
         return lengths > self.recovery_length
 
     def generate(self, original: Any, inputs: Any = None, *args: Any, **options: Any) -> Any:
@@ -207,7 +199,7 @@ class _Switch:
         given = options.get("generation_config", args[0] if args else None)
         configs = (given, getattr(original.__self__, "generation_config", None))
 
-        def asked(name: str) -> Any:
+        def option(name: str) -> Any:
             """Resolve as transformers does: the argument, the given config, the model's own."""
             found = (getattr(config, name, None) for config in configs)
             return options.get(name, next((value for value in found if value is not None), None))
@@ -218,14 +210,14 @@ class _Switch:
             "assistant_early_exit": "assisted generation crops the cache",
         }
         for name, why in refused.items():
-            if asked(name):
+            if option(name):
                 raise ValueError(f"{name}: {why}, which the short/long switch does not support")
-        if (asked("num_beams") or 1) > 1:
+        if (option("num_beams") or 1) > 1:
             raise ValueError(
-                f"num_beams is {asked('num_beams')}: beam search reorders the cache, which the "
+                f"num_beams is {option('num_beams')}: beam search reorders the cache, which the "
                 "short/long switch does not support: use num_beams=1"
             )
-        kind = asked("cache_implementation")
+        kind = option("cache_implementation")
         cache = options.get("cache", options.get("past_key_values"))
         # Gemma's configs still say hybrid, which transformers 5 treats as dynamic.
         static = kind not in (None, "dynamic", "dynamic_full", "hybrid")

@@ -15,8 +15,9 @@ from longrope.attention.chunked import attention_implementation
 from longrope.attention.config import explicit_scores, sliding_layers
 from longrope.layerwise.decoder import find_layers
 from longrope.layerwise.losses import token_losses
-from longrope.rope.apply import asked_of_original, position_override, rescaled
+from longrope.rope.apply import position_override, rescaled
 from longrope.rope.rescale import Rescale
+from longrope.rope.stand_in import StandIn
 
 # Rows of logits in memory at a time; a row has vocabulary × 4 bytes, and so has its gradient.
 ROWS = 1024
@@ -175,15 +176,12 @@ def _owner_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
     raise ValueError(f"{type(model).__name__} is its own decoder: it has no language-model head")
 
 
-class _GivenOutput(nn.Module):
+class _GivenOutput(StandIn):
     """Stand-in for the decoder that returns a given output."""
 
     def __init__(self, decoder: nn.Module, output: Any):
-        super().__init__()
-        self._held = (decoder, output)
-
-    def __getattr__(self, name: str) -> Any:
-        return asked_of_original(self, name)
+        super().__init__(decoder)
+        self.output = output
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return self._held[1]
+        return self.output
