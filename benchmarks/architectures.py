@@ -176,7 +176,7 @@ def slope(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
     model, row = loaded.model, ids[:, :150]
     before = model.config._attn_implementation
     with rescaled(model, pair.long, always=True):
-        found = gradient(loaded.forward(chunk=40), row).by_factor
+        found = gradient(loaded.forward(chunk=40), row).grad
         model.config._attn_implementation = "dense64"
         try:
             _, exact = by_autograd(model, row)

@@ -69,7 +69,7 @@ def shared(args: argparse.Namespace) -> None:
     """One process of a team: seconds of one sequence, and of its slope."""
     torch.set_num_threads(1)
     with ranks(int(os.environ.get("WORLD_SIZE", "1"))) as these:
-        loaded = load_model("bundled", dtype="float32", device="cpu", team=these.team)
+        loaded = load_model("bundled", dtype="float32", device="cpu", group=these.group)
         ids = torch.randint(3, 1536, (1, 16_385), generator=torch.Generator().manual_seed(0))
         forward, found = loaded.forward(1024), {}
         with rescaled(loaded.model, loaded.info.rescale("yarn", 16_384), always=True):

@@ -9,7 +9,7 @@ import yaml
 from conftest import FAMILIES, micro_model
 from layerwise.test_forward import plain_losses, yarn
 from longrope.attention import cudnn
-from longrope.attention.chunked import _online_softmax, causal
+from longrope.attention.chunked import _online_softmax, causal_attention_with_lse
 from longrope.inference.generate import stream
 from longrope.inference.load import load_extended
 from longrope.layerwise.backward import gradient
@@ -45,27 +45,25 @@ def test_a_slope_s_hidden_states_may_wait_elsewhere(ids, tmp_path, monkeypatch, 
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 2, 64
     model, rough = micro_model(config).cuda(), micro_model(config).cuda().bfloat16()
     with rescaled(model, yarn(model), always=True), rescaled(rough, yarn(rough), always=True):
-        kept = gradient(LongForward(model, 1000), ids[:1]).by_factor
-        exact, unchunked = _slopes(model, 1000), _slopes(rough, 1000)
-        monkeypatch.setattr("longrope.layerwise.backward._KEPT", 0)
+        kept = gradient(LongForward(model, 1000), ids[:1]).grad
+        exact, unchunked = _gradients(model, 1000), _gradients(rough, 1000)
+        monkeypatch.setattr("longrope.layerwise.backward._MAX_GRAPH_BYTES", 0)
         monkeypatch.setattr("longrope.layerwise.split_attention.heads_at_once", lambda *_: heads)
         for where in (None, torch.device("cpu"), tmp_path):
-            found = gradient(LongForward(model, chunk, where), ids[:1]).by_factor
+            found = gradient(LongForward(model, chunk, where), ids[:1]).grad
             torch.testing.assert_close(found, kept, rtol=1e-3, atol=1e-6)
         halves = [gradient(LongForward(rough, chunk, w), ids[:1]) for w in (None, tmp_path)]
-        chunked = _slopes(rough, chunk)
-    torch.testing.assert_close(halves[0].by_factor, halves[1].by_factor)
+        chunked = _gradients(rough, chunk)
+    torch.testing.assert_close(halves[0].grad, halves[1].grad)
     # One text's error is chance: 0.8 to 1.6 times as large in chunks, on a CPU; of eight, 1.1.
     assert (chunked - exact).norm() <= 1.5 * (unchunked - exact).norm()
 
 
-def _slopes(model, chunk):
+def _gradients(model, chunk):
     """Of eight texts, shape (texts, d/2)."""
     some = torch.Generator().manual_seed(0)
     texts = torch.randint(3, 1536, (8, 300), generator=some)
-    return torch.stack(
-        [gradient(LongForward(model, chunk), text[None]).by_factor for text in texts]
-    )
+    return torch.stack([gradient(LongForward(model, chunk), text[None]).grad for text in texts])
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -85,9 +83,9 @@ def test_chunks_take_cudnn_s_kernel(dim, past):
         torch.randn(2, heads, tokens, dim, device="cuda", dtype=torch.bfloat16)
         for heads, tokens in ((4, chunk), (2, past + chunk), (2, past + chunk))
     )
-    assert cudnn.takes(query, value)
+    assert cudnn.supports(query, value)
     assert cudnn.attention(query, query, query, causal=True, scaling=0.1) is not None
-    output, lse = causal(query, key, value, 0.1)
+    output, lse = causal_attention_with_lse(query, key, value, 0.1)
     rows = torch.arange(past, past + chunk, device="cuda")
     exact, exact_lse = _online_softmax(
         query.double(), *(t.double().repeat_interleave(2, dim=1) for t in (key, value)), 0.1, rows
@@ -103,16 +101,16 @@ def test_losses_and_slopes_through_cudnn_s_kernel(monkeypatch):
     ids = torch.randint(3, 1536, (1, 4100))
     with rescaled(model, yarn(model), always=True):
         exact = plain_losses(model.double(), ids.cuda()).cpu()
-        slope = gradient(LongForward(model, 1500), ids).by_factor
+        grad = gradient(LongForward(model, 1500), ids).grad
         model.bfloat16()
 
         def errors():
             forward = LongForward(model, 1500)
             losses = (forward.losses(ids) - exact).abs().mean()
-            return losses, (gradient(forward, ids).by_factor - slope).norm() / slope.norm()
+            return losses, (gradient(forward, ids).grad - grad).norm() / grad.norm()
 
         ours = errors()
-        monkeypatch.setattr(cudnn, "takes", lambda *_: False)
+        monkeypatch.setattr(cudnn, "supports", lambda *_: False)
         assert all(a <= 1.5 * b for a, b in zip(ours, errors(), strict=True))
 
 

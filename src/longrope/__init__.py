@@ -5,7 +5,7 @@ The public names, imported when first used::
     from longrope import Rescale, installed, load_model
 
     loaded = load_model("bundled")
-    with installed(loaded.model, Rescale.load("out/rescale.json")):
+    with rescaled(loaded.model, Rescale.load("out/rescale.json")):
         loaded.model(**inputs)
 """
 

@@ -13,20 +13,22 @@ from transformers import (
 
 
 def cache_name(module: nn.Module) -> str:
-    """What a model's forward calls its cache, and its output too.
+    """Return the name of the cache argument of a model's forward: ``cache`` or the older name.
 
-    ``cache`` since transformers 5.24, ``past_key_values`` before and in models of other
-    people's code.
+    ``cache`` since transformers 5.24; ``past_key_values`` before, and in custom model code.
     """
     known = inspect.signature(module.forward).parameters
     return "cache" if "cache" in known else "past_key_values"
 
 
 def auto_class(config: Any) -> Any:
-    """What transformers loads a model of this kind with; many for pictures are no causal ones."""
-    # A look brings the kind's code in, which the meta device must not be around.
+    """Return the transformers auto class that loads a model of this config.
+
+    Many multimodal models are not registered as causal language models.
+    """
+    # The lookup imports the model's code, which must not happen under the meta device.
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None:
         return AutoModelForCausalLM
     if MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None) is not None:
         return AutoModelForMultimodalLM
-    return AutoModelForCausalLM  # other people's code, or an error that names the kind
+    return AutoModelForCausalLM  # custom code, or its error names the model type

@@ -1,4 +1,4 @@
-"""Several processes on one search: the only file that imports torch.distributed."""
+"""Ranks and process groups; the only module that imports torch.distributed."""
 
 import contextlib
 import datetime
@@ -14,143 +14,151 @@ import torch.distributed as dist
 from torch import Tensor
 
 _LOST = (
-    "another process of this run died; what was saved stands, and the same command goes on "
-    "from there"
+    "another process of this run died; saved results are kept, run the same command again to resume"
 )
 
 
-# A process that dies is noticed at once; one that works for days on its share is waited for.
-_PATIENCE = datetime.timedelta(days=7)
+# A dead process closes its connections and is detected at once. The timeout only limits waiting for
+# a slow one, which may compute its share for days.
+_TIMEOUT = datetime.timedelta(days=7)
 
 
 def sharded() -> bool:
-    """Whether accelerate was told to shard the model that is trained over the processes (FSDP)."""
+    """Whether accelerate shards the trained model over the processes (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def local_processes() -> int:
-    """How many processes of this run are on this machine."""
+    """Number of processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def require_one_process(verb: str) -> None:
-    """Refuse what several processes would do over each other.
+    """Refuse to run a command under torchrun with several processes.
 
     Raises:
-        ValueError: a launcher started several.
+        ValueError: a launcher started several processes.
     """
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"{verb} is work for one process, not {size}: start it without torchrun")
+        raise ValueError(f"{verb} supports one process, not {size}: start it without torchrun")
 
 
 class RankLost(RuntimeError):
     """Another process of the run died."""
 
 
-class Team:
-    """The processes that share each sequence, some chunks of it each; one alone shares nothing.
+class SequenceParallelGroup:
+    """Sequence-parallel group: the processes that share each sequence, by chunks.
 
-    Exchanges tensors on whatever device they are: gloo on CPUs, nccl on GPUs.
+    A group of one process shares nothing. Tensors are exchanged on their own device, with gloo on
+    CPUs and NCCL on GPUs.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None):
+    def __init__(self, rank: int = 0, size: int = 1, process_group: Any = None):
         self.rank = rank
         self.size = size
-        self._group = group
+        self._process_group = process_group
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor of every process, in order; all of one shape.
+        """Gather the tensor of every process, in rank order; all must have one shape.
 
         Raises:
-            RankLost: a process is gone.
+            RankLost: another process died.
         """
-        raw = tensor.contiguous().view(torch.uint8)  # gloo does not know every dtype
+        raw = tensor.contiguous().view(torch.uint8)  # gloo does not support every dtype
         found = [torch.empty_like(raw) for _ in range(self.size)]
-        with _losses_named():
-            dist.all_gather(found, raw, group=self._group)
+        with _collective():
+            dist.all_gather(found, raw, group=self._process_group)
         return [one.view(tensor.dtype) for one in found]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every process's tensor, in their order: the same bits for all.
+        """Sum the tensors of all processes in rank order, bit-identical on every process.
 
         Raises:
-            RankLost: a process is gone.
+            RankLost: another process died.
         """
         return torch.stack(self.gather(tensor)).sum(dim=0) if self.size > 1 else tensor
 
     def exchange(self, tensor: Tensor) -> Tensor:
-        """From what is for each process, shape (size, …), to what each of them had for this one.
+        """Exchange one tensor with every process (all-to-all).
+
+        Args:
+            tensor: shape (size, …); row i is sent to process i.
+
+        Returns:
+            Shape (size, …); row i is what process i sent to this one.
 
         Raises:
-            RankLost: a process is gone.
+            RankLost: another process died.
         """
         sent = tensor.view(torch.uint8)
         found = torch.empty_like(sent)
-        with _losses_named():
-            dist.all_to_all_single(found, sent, group=self._group)
+        with _collective():
+            dist.all_to_all_single(found, sent, group=self._process_group)
         return found.view(tensor.dtype)
 
 
 class Ranks:
-    """This process among those that torchrun started; alone, every call is trivial.
+    """This process among those that torchrun started; with one process every call is trivial.
 
-    Exchanges numbers and JSON over gloo, on the CPU, whatever the model runs on. The processes of a
-    team do the same work together; by default each is a team of its own.
+    Numbers and JSON are exchanged over gloo on the CPU, whatever device the model is on. The
+    processes of a sequence-parallel group do the same work together; by default each process is a
+    group of its own.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, team: Team | None = None):
+    def __init__(self, rank: int = 0, size: int = 1, group: SequenceParallelGroup | None = None):
         self.rank = rank
         self.size = size
-        self.team = team or Team()
+        self.group = group or SequenceParallelGroup()
 
     @property
-    def teams(self) -> int:
-        """How many teams there are: so many things are computed at a time."""
-        return self.size // self.team.size
+    def group_count(self) -> int:
+        """Number of sequence-parallel groups, which compute independently."""
+        return self.size // self.group.size
 
     @property
-    def own_team(self) -> int:
-        """The number of this process's team."""
-        return self.rank // self.team.size
+    def group_index(self) -> int:
+        """Index of this process's group."""
+        return self.rank // self.group.size
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: float) -> list[float]:
-        """The value of every rank, in rank order, on every rank.
+        """Gather the value of every rank, in rank order, on every rank.
 
         Raises:
-            RankLost: a process is gone.
+            RankLost: another process died.
         """
         return [row[0] for row in self.gather_rows([value])]
 
     def gather_rows(self, row: Sequence[float]) -> list[list[float]]:
-        """The same for as many numbers of each rank, the same count on all.
+        """Gather a row of numbers from every rank; all rows must have one length.
 
         Raises:
-            RankLost: a process is gone.
+            RankLost: another process died.
         """
         if self.size == 1:
             return [list(row)]
         mine = torch.tensor(row, dtype=torch.float64)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        with _losses_named():
+        with _collective():
             dist.all_gather(rows, mine)
         return [found.tolist() for found in rows]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's JSON value, on every rank.
+        """Send rank 0's JSON value to every rank.
 
         Raises:
-            RankLost: a process is gone.
+            RankLost: another process died.
         """
         if self.size == 1:
             return value
         content = json.dumps(value).encode() if self.first else b""
         size = torch.tensor([len(content)])
-        with _losses_named():
+        with _collective():
             dist.broadcast(size, src=0)
             data = torch.zeros(int(size.item()), dtype=torch.uint8)
             if self.first:
@@ -161,43 +169,43 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks(sequence_parallel: int = 1) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or the one process that there is.
+    """Join the process group that torchrun started, or yield a single rank.
 
     Args:
-        sequence_parallel: how many of them make a team.
+        sequence_parallel: number of processes that share a sequence.
 
     Raises:
-        ValueError: there are not so many, or not a multiple of it.
+        ValueError: ``sequence_parallel`` does not divide the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if sequence_parallel < 1 or size % sequence_parallel:
         raise ValueError(
-            f"--sequence-parallel is {sequence_parallel}, of {size} processes; it must divide "
-            "them: torchrun --nproc-per-node N starts N"
+            f"sequence_parallel is {sequence_parallel}; it must divide the number of processes, "
+            f"{size}: start N processes with torchrun --nproc-per-node N"
         )
     if size == 1:
         yield Ranks()
         return
     # Losses and JSON travel over gloo; gradients, where there are GPUs, over nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with _gloo_quiet():
-        dist.init_process_group(backend, timeout=_PATIENCE)
-        team = _own_team(sequence_parallel)
-    # torchrun ends the others when one dies: say the same, whichever word comes first.
+    with _stdout_to_stderr():
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        group = _join_group(sequence_parallel)
+    # torchrun terminates the others when one process dies; report it as RankLost too.
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        yield Ranks(dist.get_rank(), size, team)
+        yield Ranks(dist.get_rank(), size, group)
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _gloo_quiet() -> Iterator[None]:
-    """torch 2.8's gloo says on standard output whom it met, where ``--json`` has the result."""
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect standard output: gloo in torch 2.8 prints its peers, where ``--json`` prints."""
     try:
         kept = os.dup(1)
-    except OSError:  # it is closed
+    except OSError:  # standard output is closed
         yield
         return
     if sys.stdout:
@@ -210,48 +218,47 @@ def _gloo_quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def _own_team(members: int) -> Team:
-    """Neighbours are a team: torchrun numbers the processes of a node one after the other."""
+def _join_group(members: int) -> SequenceParallelGroup:
+    """Create all groups of neighbouring ranks, which share a node, and return this rank's."""
     rank, own = dist.get_rank(), None
     if members == 1:
-        return Team()
-    for first in range(0, dist.get_world_size(), members):  # every process makes every group
-        group = dist.new_group(list(range(first, first + members)), timeout=_PATIENCE)
+        return SequenceParallelGroup()
+    for first in range(0, dist.get_world_size(), members):  # every process must create every group
+        created = dist.new_group(list(range(first, first + members)), timeout=_TIMEOUT)
         if first <= rank < first + members:
-            own = group
-    return Team(rank % members, members, own)
+            own = created
+    return SequenceParallelGroup(rank % members, members, own)
 
 
 def local_device(name: str | None) -> str | None:
-    """The device of this rank: one GPU each where a run of several names none in particular.
+    """Return this rank's device: a GPU of its own where several ranks share a machine.
 
     Raises:
-        ValueError: several ranks of this machine would share a GPU: the name is of one, or there
-            are fewer.
+        ValueError: several ranks would share one GPU.
     """
     local, here = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if here > 1 and name is not None and ":" in name and not name.startswith("cpu"):
         raise ValueError(
-            f"--device {name} is one device, and {here} processes would share it: leave --device "
-            "out, and each takes its own"
+            f"device {name} would be shared by {here} processes: leave the device unset to give "
+            "each process its own"
         )
     if local is None or name not in (None, "cuda") or not torch.cuda.is_available():
         return name
     gpus = torch.cuda.device_count()
-    # torchrun gives all of a machine one environment. Another launcher may let each process see a
-    # GPU of its own, all of them number 0.
+    # torchrun shows every process all GPUs. Other launchers may show each process one GPU only,
+    # numbered 0 in all of them.
     if here > gpus and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError(
-            f"--nproc-per-node is {here}, and this machine shows {gpus} GPU{'s' * (gpus > 1)}: "
-            "start one process for each, or give --device cpu"
+            f"{here} processes for {gpus} GPU{'s' * (gpus > 1)} on this machine: start one process "
+            "per GPU, or set the device to cpu"
         )
     return f"cuda:{int(local) % gpus}"
 
 
 def is_lost_rank_error(error: Exception) -> bool:
-    """Whether another process's end is what an error, of anything that computes, tells of.
+    """Whether an error of any library was caused by another process's death.
 
-    gloo has no type for it, only the file that a connection broke in; NCCL a sentence.
+    gloo has no error type for it, only the name of the failing source file; NCCL has a sentence.
     """
     signs = ("gloo/transport", "remote process exited")
     told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
@@ -259,11 +266,11 @@ def is_lost_rank_error(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def lost_ranks_named() -> Iterator[None]:
-    """Around what talks to the other processes on its own, as a training does.
+def detect_lost_ranks() -> Iterator[None]:
+    """Raise :class:`RankLost` where a library's own communication fails, as in training.
 
     Raises:
-        RankLost: a process is gone.
+        RankLost: another process died.
     """
     try:
         yield
@@ -274,7 +281,7 @@ def lost_ranks_named() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _losses_named() -> Iterator[None]:
+def _collective() -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -284,4 +291,4 @@ def _losses_named() -> Iterator[None]:
 
 
 def _terminated(*_: Any) -> None:
-    raise RankLost(f"{_LOST} (ended by the launcher)")
+    raise RankLost(f"{_LOST} (terminated by the launcher)")

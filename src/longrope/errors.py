@@ -2,6 +2,6 @@
 
 
 def first_line(error: BaseException) -> str:
-    """Of what a library says at length; with the next where it ends in a colon."""
+    """Return the first line of an error, and the second where the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])

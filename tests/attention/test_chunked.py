@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from longrope.attention import cudnn
-from longrope.attention.chunked import _online_softmax, causal, chunk_attention
+from longrope.attention.chunked import _online_softmax, causal_attention_with_lse, chunk_attention
 
 
 def dense(query, key, value, scaling, window=None, softcap=None, sinks=None):
-    """Brute force in float64: every score at once."""
+    """Attention by brute force in float64, with all scores."""
     query, key, value = (t.double() for t in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -69,8 +69,8 @@ def test_equals_brute_force(
 
 @settings(max_examples=60)
 @given(past=st.integers(0, 3_000_000))
-def test_a_past_in_few_lengths(past):
-    spans = cudnn.stretches(past)
+def test_power_of_two_spans_cover_the_past(past):
+    spans = cudnn.power_of_two_spans(past)
     assert [s.start for s in spans] == [0, *(s.stop for s in spans)][: len(spans)]
     assert sum(s.stop - s.start for s in spans) == past
     sizes = [s.stop - s.start for s in spans]
@@ -80,34 +80,34 @@ def test_a_past_in_few_lengths(past):
 
 
 @pytest.mark.parametrize("past", [70, 40, 13, 0])
-def test_parts_of_the_past_join(monkeypatch, past):
+def test_spans_of_the_past_are_merged(monkeypatch, past):
     query, key, value = (
         torch.randn(2, heads, n, 8) for heads, n in ((4, 10), (2, 10 + past), (2, 10 + past))
     )
-    whole = causal(query, key, value, 0.3)
+    whole = causal_attention_with_lse(query, key, value, 0.3)
     taken = []
-    monkeypatch.setattr(cudnn, "takes", lambda *_: True)
+    monkeypatch.setattr(cudnn, "supports", lambda *_: True)
     monkeypatch.setattr(cudnn, "_LEAST", 10)
-    # The kernel has no plan; torch's flash takes over, stretch by stretch.
+    # cuDNN has no plan, so torch's flash kernel runs on each span.
     monkeypatch.setattr(cudnn, "attention", lambda q, k, v, **_: taken.append(k.shape[2]))
-    output, lse = causal(query, key, value, 0.3)
-    assert taken == [10, *(s.stop - s.start for s in cudnn.stretches(past))]
+    output, lse = causal_attention_with_lse(query, key, value, 0.3)
+    assert taken == [10, *(s.stop - s.start for s in cudnn.power_of_two_spans(past))]
     assert_close(
         output.transpose(1, 2).double(), dense(query, key, value, 0.3), rtol=1e-5, atol=1e-5
     )
     assert_close(lse, whole[1])
 
 
-def test_no_plan_is_said_once(caplog, monkeypatch):
-    """The operator is there, and there is no GPU."""
-    monkeypatch.setattr(cudnn, "_say_once", cudnn._say_once.__wrapped__)
+def test_a_missing_plan_is_warned_of_once(caplog, monkeypatch):
+    """The operator exists, but there is no GPU."""
+    monkeypatch.setattr(cudnn, "_say_once", cudnn._warn_once.__wrapped__)
     query = torch.randn(1, 2, 8, 64, dtype=torch.bfloat16)
-    assert not cudnn.takes(query, query)
+    assert not cudnn.supports(query, query)
     assert cudnn.attention(query, query, query, causal=True, scaling=0.3) is None
-    assert "flash kernel takes over" in caplog.text
+    assert "cuDNN" in caplog.text
 
 
-def test_a_long_chunk_under_a_window_goes_in_parts(monkeypatch):
+def test_a_long_chunk_under_a_window_is_split(monkeypatch):
     query, key, value = (torch.randn(1, 2, n, 8) for n in (30, 41, 41))
     whole, _ = chunk_attention(None, query, key, value, None, scaling=0.3, sliding_window=5)
     monkeypatch.setattr("longrope.attention.chunked.QUERIES", 7)
@@ -115,7 +115,7 @@ def test_a_long_chunk_under_a_window_goes_in_parts(monkeypatch):
     assert_close(parts, whole)
 
 
-def test_blocks_of_keys_join(monkeypatch):
+def test_blocks_of_keys_are_merged(monkeypatch):
     monkeypatch.setattr("longrope.attention.chunked._BLOCK", 7)
     query, key, value = (torch.randn(1, 2, n, 8) for n in (5, 40, 40))
     output, lse = _online_softmax(query, key, value, 0.3, rows=torch.arange(35, 40))
@@ -128,7 +128,7 @@ def test_blocks_of_keys_join(monkeypatch):
     assert_close(lse, scores.logsumexp(-1))
 
 
-def test_the_unknown_is_refused_by_name():
+def test_unsupported_arguments_are_refused_by_name():
     q = torch.zeros(1, 1, 2, 8)
     with pytest.raises(ValueError, match="'position_bias'"):
         chunk_attention(None, q, q, q, None, scaling=1.0, position_bias=torch.zeros(1))

@@ -133,8 +133,8 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
         assert "give another --out" in line
     another = [*compare, *both, "--methods", "none,pi", "--attention-factor", 1.2]
     assert "(of attention_factor None)" in refused(*another)
-    team = os.environ | {"WORLD_SIZE": "2"}
-    assert "compare is work for one process" in refused(*another, env=team)
+    group = os.environ | {"WORLD_SIZE": "2"}
+    assert "compare supports one process" in refused(*another, env=group)
     assert (compared / "compare.json").read_bytes() == before
     succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
     evaluate = ["evaluate", "--data", texts, "--tokens-per-document", 512, "--lengths", "512"]

@@ -97,7 +97,7 @@ def test_a_killed_one_asks_only_what_is_left(bundled, tmp_path, monkeypatch):
         return passkey_prompt(bundled.tokenizer, length, depth, rng)
 
     forward, file = LongForward(bundled.model), tmp_path / "parts.jsonl"
-    answers, batches = forward.answers, []
+    answers, batches = forward.score, []
 
     def counted(ids, asked):
         if len(batches) == most:
@@ -105,7 +105,7 @@ def test_a_killed_one_asks_only_what_is_left(bundled, tmp_path, monkeypatch):
         batches.append(len(ids))
         return answers(ids, asked)
 
-    monkeypatch.setattr(forward, "answers", counted)
+    monkeypatch.setattr(forward, "score", counted)
     monkeypatch.setattr("longrope.evaluate.retrieval.BATCH_TOKENS", 900)
     most = 3
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The long gradient, against autograd through transformers' own forward and dense attention."""
+"""The layer-by-layer gradient, against autograd through transformers' own forward pass."""
 
 import functools
 import math
@@ -9,17 +9,16 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention.test_chunked import dense
 from conftest import FAMILIES, micro_model
 from layerwise.test_forward import dense_attention, plain_losses, yarn
-from longrope.attention import backward as attention_backward
+from longrope.attention import backward as kernels
 from longrope.attention.autograd import differentiable_attention
-from longrope.attention.chunked import Options, attend
-from longrope.distributed import Team
+from longrope.attention.chunked import Options, attention_with_lse
+from longrope.distributed import SequenceParallelGroup
 from longrope.layerwise import backward as module
 from longrope.layerwise import split_attention
 from longrope.layerwise.backward import check_gradient_support, gradient
@@ -27,26 +26,24 @@ from longrope.layerwise.chunks import Chunks
 from longrope.layerwise.forward import LongForward
 from longrope.layerwise.split_attention import SplitAttention
 from longrope.models.load import load_model
-from longrope.rope.apply import asked_of_original, one_axis, rescaled
+from longrope.rope.apply import one_axis, rescaled
 from longrope.rope.rotary import find_rotary
+from longrope.rope.stand_in import StandIn
 from longrope.search.cost import forwards
 
 assert dense_attention is not None  # registered under "dense64"
 CACHES = ("cache", "past_key_values")
 
 
-class Differentiable(nn.Module):
-    """The installed rotary module with a multiplier e^x per frequency's factor."""
+class Differentiable(StandIn):
+    """Stand-in for the rescaled rotary module, differentiable in a factor e^x per frequency."""
 
     def __init__(self, rotary, x):
-        super().__init__()
-        self.config, self._held, self.x = rotary.config, (rotary,), x
-
-    def __getattr__(self, name):
-        return asked_of_original(self, name)
+        super().__init__(rotary)
+        self.config, self.x = rotary.config, x
 
     def forward(self, hidden, position_ids, layer_type=None):
-        rotary = self._held[0]
+        rotary = self.original
         if layer_type != rotary.layer_type:
             return rotary.original(hidden, position_ids, layer_type)
         positions = one_axis(position_ids)[..., None].double()
@@ -71,52 +68,52 @@ def by_autograd(model, ids, answer_tokens=0):
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         losses = F.cross_entropy(logits, ids[0, 1:], reduction="none")
         loss = losses[-answer_tokens:].mean()
-        (slope,) = torch.autograd.grad(loss, x)
+        (grad,) = torch.autograd.grad(loss, x)
     finally:
         setattr(site.owner, site.name, rotary)
-    return loss.item(), slope
+    return loss.item(), grad
 
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_autograd(ids, family, kept, monkeypatch):
     if not kept:
-        monkeypatch.setattr(module, "_KEPT", 0)
+        monkeypatch.setattr(module, "_MAX_GRAPH_BYTES", 0)
     model, row = micro_model(FAMILIES[family]()).double(), ids[:1]
     model.config._attn_implementation = "dense64"
     with rescaled(model, yarn(model, start_tokens=4), always=True):
-        loss, slope = by_autograd(model, row)
+        loss, grad = by_autograd(model, row)
         for chunk in (13, 50, 4096):
             found = gradient(LongForward(model, chunk), row)
             # Norms and softmax of some families compute in float32 even in a float64 model, and
             # so do the states of this one.
             most = 1e-4 if family == "qwen3_5" else 1e-5
             assert found.loss == pytest.approx(loss, rel=1e-6)
-            atol = most * slope.abs().max().item()
-            assert_close(found.by_factor, slope, rtol=10 * most, atol=atol)
-    assert slope.abs().max() > 1e-3  # it is a slope of something
+            atol = most * grad.abs().max().item()
+            assert_close(found.grad, grad, rtol=10 * most, atol=atol)
+    assert grad.abs().max() > 1e-3  # the check is not trivial
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_in_bfloat16(ids, kept, monkeypatch):
-    """As near to float32 as bfloat16 is, in one chunk and in several."""
+    """As close to float32 as bfloat16 allows, in one chunk and in several."""
     if not kept:
-        monkeypatch.setattr(module, "_KEPT", 0)
-    for family in ("llama", "gemma2"):  # by the kernel, and block by block
+        monkeypatch.setattr(module, "_MAX_GRAPH_BYTES", 0)
+    for family in ("llama", "gemma2"):  # by the fused kernel, and by products
         model = micro_model(FAMILIES[family]())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.5)
-        slopes = []
+        gradients = []
         for dtype in (torch.float32, torch.bfloat16):
             model.to(dtype)
             with rescaled(model, yarn(model), always=True):
-                slopes.append(gradient(LongForward(model, 40), ids[:1]).by_factor)
-        assert F.cosine_similarity(*slopes, dim=0) > 0.98
+                gradients.append(gradient(LongForward(model, 40), ids[:1]).grad)
+        assert F.cosine_similarity(*gradients, dim=0) > 0.98
 
 
-def test_the_loss_is_the_forward_s(ids):
+def test_the_loss_equals_the_forward_pass(ids):
     model = micro_model(FAMILIES["llama"]()).double()
     with rescaled(model, yarn(model), always=True):
         forward = LongForward(model, 40)
@@ -139,17 +136,17 @@ def test_out_of_memory_halves_the_chunk(micro_models, ids, monkeypatch):
         monkeypatch.setattr(LongForward, "embed", embed)
         found = gradient(forward, ids[:1])
     assert forward.chunk == 16
-    assert_close(found.by_factor, expected.by_factor)
+    assert_close(found.grad, expected.grad)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_of_the_answer_alone(micro_models, ids):
+def test_gradient_of_the_answer_tokens_only(micro_models, ids):
     model, row = micro_models("llama"), ids[:1]
     with rescaled(model, yarn(model), always=True):
-        loss, slope = by_autograd(model, row, 5)
+        loss, grad = by_autograd(model, row, 5)
         found = gradient(LongForward(model, 40), row, 5)
     assert found.loss == pytest.approx(loss, rel=1e-5)
-    assert_close(found.by_factor, slope, rtol=1e-3, atol=1e-5)
+    assert_close(found.grad, grad, rtol=1e-3, atol=1e-5)
 
 
 @settings(max_examples=80)
@@ -164,12 +161,12 @@ def test_of_the_answer_alone(micro_models, ids):
     value_dim=st.sampled_from([8, 5]),
     block=st.sampled_from([7, 1024]),
     heads=st.sampled_from([1, 2, 100]),
-    how=st.sampled_from(["kernel", "kernel in stretches", "products"]),
+    how=st.sampled_from(["kernel", "kernel in blocks", "products"]),
 )
 def test_attention_equals_brute_force(
     tokens, chunk, kv_heads, groups, window, softcap, with_sinks, value_dim, block, heads, how
 ):
-    """By autograd through the whole, and apart from what is before and after it, by chunks."""
+    """By autograd through the whole sequence, and by split attention, chunk by chunk."""
     generator = torch.Generator().manual_seed(tokens * 100 + chunk)
 
     def normal(heads, dim=8):
@@ -191,16 +188,16 @@ def test_attention_equals_brute_force(
         return differentiable_attention(None, query, key, value, None, 0.3, **options)[0]
 
     cpu = torch.device("cpu")
-    chunks = Chunks(tokens, chunk, Team())
-    apart = SplitAttention(chunks, chunk, cpu, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    chunks = Chunks(tokens, chunk, SequenceParallelGroup())
+    split = SplitAttention(chunks, chunk, cpu, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_backward, "KEYS", block)
+        patch.setattr(kernels, "KEYS", block)
         patch.setattr("longrope.attention.chunked.QUERIES", block)
         patch.setattr(split_attention, "heads_at_once", lambda *_: heads)
-        if how == "kernel in stretches":
-            patch.setattr(attention_backward, "_sums_roughly", lambda query: True)
-        if how == "products":  # as where there is no kernel of the CPU's
-            patch.setattr(attention_backward, "_kernel", lambda query, value: None)
+        if how == "kernel in blocks":
+            patch.setattr(kernels, "_accumulates_in_half", lambda query: True)
+        if how == "products":  # as on a device without a fused kernel
+            patch.setattr(kernels, "_kernel", lambda query, value: None)
         output = attention(*inputs)
         assert_close(output, expected_output, rtol=1e-6, atol=1e-8)
         found = torch.autograd.grad((output * weight).sum(), trained)
@@ -213,39 +210,41 @@ def test_attention_equals_brute_force(
 
         with torch.no_grad():
             for span in chunks.spans:
-                part = apart.attend(span, functools.partial(layer, span, 0))
+                part = split.forward(span, functools.partial(layer, span, 0))
                 assert_close(part, expected_output[:, span], rtol=1e-6, atol=1e-8)
             for span in chunks.spans:
-                apart.after(span, functools.partial(layer, span), weight[:, span])
-            apart.backward()
+                split.backward_after_attention(
+                    span, functools.partial(layer, span), weight[:, span]
+                )
+            split.backward_attention()
             for span in chunks.spans:
-                apart.before(span, functools.partial(layer, span))
+                split.backward_before_attention(span, functools.partial(layer, span))
     assert_close([tensor.grad for tensor in inputs], list(expected[:3]), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(("tokens", "groups"), [(8192, 1), (4096, 8)])
-def test_bfloat16_sums_no_worse_where_there_is_much_to_sum(tokens, groups):
-    """So many queries ask the same of the first keys."""
+def test_key_gradients_in_bfloat16_are_summed_in_float32(tokens, groups):
+    """The first keys sum over thousands of queries."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads):
         return torch.randn(1, heads, tokens, 32, generator=generator)
 
-    query, slope, key, value = normal(groups), normal(groups), normal(1), normal(1)
+    query, grad, key, value = normal(groups), normal(groups), normal(1), normal(1)
     options = Options(32**-0.5)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [tensor.to(torch.bfloat16).to(dtype) for tensor in (query, key, value)]
-        saved = *inputs, *attend(*inputs, options)
-        found[dtype] = attention_backward.slopes((slope + 1).to(dtype), saved, options)
+        saved = *inputs, *attention_with_lse(*inputs, options)
+        found[dtype] = kernels.attention_backward((grad + 1).to(dtype), saved, options)
     for rough, exact in zip(found[torch.bfloat16], found[torch.float32], strict=True):
         for part in (slice(0, 64), slice(64, None)):
             error = (rough[:, :, part] - exact[:, :, part]).norm() / exact[:, :, part].norm()
             assert error < 2**-8 * 1.5
 
 
-def test_what_has_no_slope_is_refused_before_a_long_sequence(micro_models, ids):
-    """Gemma 4's small ones, whose last layers look at keys of layers before."""
+def test_unsupported_gradients_are_refused_before_a_long_sequence(micro_models, ids):
+    """Small Gemma 4 models, whose last layers reuse keys of earlier layers."""
     shared = FAMILIES["gemma4"]().to_diff_dict() | {"num_kv_shared_layers": 2}
     shared |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 1536}
     model = micro_model(transformers.Gemma4TextConfig(**shared))
@@ -253,19 +252,17 @@ def test_what_has_no_slope_is_refused_before_a_long_sequence(micro_models, ids):
     with rescaled(model, yarn(model)):
         assert_close(forward.losses(ids), plain_losses(model, ids), rtol=1e-4, atol=1e-4)
     for tokens in (30, 1000):  # by autograd, and by layers
-        with pytest.raises(
-            ValueError, match=r"makes something of its cosines.*--algorithm evolution"
-        ):
+        with pytest.raises(ValueError, match=r"rotary cosines.*evolution"):
             check_gradient_support(forward, yarn(model), tokens)
     other = micro_models("qwen3_5")
     check_gradient_support(LongForward(other, 40), yarn(other), 1000)
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_model_whose_cosines_have_no_slope_is_refused(ids, monkeypatch, kept):
-    """As one that rotates by code of its own, without gradients."""
+def test_a_model_whose_cosines_get_no_gradient_is_refused(ids, monkeypatch, kept):
+    """As a model with a rotation that is not differentiable."""
     if not kept:
-        monkeypatch.setattr(module, "_KEPT", 0)
+        monkeypatch.setattr(module, "_MAX_GRAPH_BYTES", 0)
     model = micro_model(FAMILIES["llama"]())
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
@@ -277,16 +274,14 @@ def test_a_model_whose_cosines_have_no_slope_is_refused(ids, monkeypatch, kept):
         )
     with (
         rescaled(model, yarn(model), always=True),
-        pytest.raises(ValueError, match="no gradient reaches this model's cosines"),
+        pytest.raises(ValueError, match="no gradient"),
     ):
         gradient(LongForward(model, 40 if not kept else 500), ids[:1])
 
 
-@pytest.mark.parametrize(
-    ("times", "says"), [(0, "an attention of its own kind"), (2, "calls its attention 2 times")]
-)
+@pytest.mark.parametrize(("times", "says"), [(0, "attention interface"), (2, "2 times")])
 def test_a_layer_that_does_not_call_its_attention_once_is_refused(ids, monkeypatch, times, says):
-    monkeypatch.setattr(module, "_KEPT", 0)
+    monkeypatch.setattr(module, "_MAX_GRAPH_BYTES", 0)
     model = micro_model(FAMILIES["llama"]())
     own = model.model.layers[1].self_attn.forward
 
@@ -301,15 +296,15 @@ def test_a_layer_that_does_not_call_its_attention_once_is_refused(ids, monkeypat
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", several)
     with (
         rescaled(model, yarn(model), always=True),
-        pytest.raises(ValueError, match=f"{says}.*--algorithm evolution"),
+        pytest.raises(ValueError, match=f"{says}.*evolution"),
     ):
         gradient(LongForward(model, 40), ids[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [16, 64, 100])
-def test_a_kernel_is_proved_before_it_is_used(dtype, dim):
-    own, here = attention_backward._cpu_kernel, torch.device("cpu")
+def test_a_kernel_is_checked_before_use(dtype, dim):
+    own, here = kernels._cpu_kernel, torch.device("cpu")
 
     def past_forgotten(*args):
         return own(*args) if args[0] else [torch.zeros_like(tensor) for tensor in args[3:6]]
@@ -317,29 +312,29 @@ def test_a_kernel_is_proved_before_it_is_used(dtype, dim):
     def missing(*args):
         raise RuntimeError("no kernel image is available for execution on the device")
 
-    assert attention_backward.agrees(own, here, dtype, dim)
-    assert not attention_backward.agrees(past_forgotten, here, dtype, dim)
-    assert not attention_backward.agrees(missing, here, dtype, dim)
+    assert kernels.matches_products(own, here, dtype, dim)
+    assert not kernels.matches_products(past_forgotten, here, dtype, dim)
+    assert not kernels.matches_products(missing, here, dtype, dim)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_gpu_s_kernel_is_called_as_this_torch_declares_it(causal):
-    """Shapes and arguments alone: what it computes is proved on the GPU itself."""
+def test_the_gpu_kernel_is_called_with_this_torch_s_signature(causal):
+    """Only shapes and arguments; its results are checked on the GPU itself."""
     query = torch.empty(1, 4, 100, 64, device="meta", dtype=torch.bfloat16)
     key = torch.empty(1, 4, 100 if causal else 300, 64, device="meta", dtype=torch.bfloat16)
     lse = torch.empty(1, 4, 100, device="meta")
-    found = attention_backward._cuda_kernel(causal, 64**-0.5, query, query, key, key, query, lse)
+    found = kernels._cuda_kernel(causal, 64**-0.5, query, query, key, key, query, lse)
     assert [tensor.shape for tensor in found] == [query.shape, key.shape, key.shape]
 
 
-def test_what_it_costs(monkeypatch):
-    """By torch's own count of the products with weights."""
+def test_the_estimated_cost_matches_the_flops(monkeypatch):
+    """By torch's count of matrix products."""
     loaded = load_model("bundled", dtype="float32")
     row = torch.randint(3, 1500, (1, 513), generator=torch.Generator().manual_seed(0))
     info = loaded.info
     linear, attention = info.forward_flops(512)
     for kept, chunk in ((4e9, 512), (0, 512), (0, 256), (0, 64)):
-        monkeypatch.setattr(module, "_KEPT", kept)
+        monkeypatch.setattr(module, "_MAX_GRAPH_BYTES", kept)
         forward = LongForward(loaded.model, chunk)
         with (
             rescaled(loaded.model, info.rescale("yarn", 2048), always=True),
@@ -349,8 +344,8 @@ def test_what_it_costs(monkeypatch):
         counts = counter.get_flop_counts()["Global"]
         products = sum(n for op, n in counts.items() if "mm" in str(op))
         priced = forwards(info, 512, chunk) * (linear + attention) - 3.5 * attention
-        # The head does not run again, and the first layer's input has no slope in a kept graph.
+        # The head is not recomputed, and in a kept graph the first layer's input has no gradient.
         assert 0.85 * priced < products <= 1.01 * priced
-    monkeypatch.setattr(module, "_KEPT", 4e9)
+    monkeypatch.setattr(module, "_MAX_GRAPH_BYTES", 4e9)
     long = forwards(info, 2**20, 2048)
-    assert math.isclose(long, 3.5, rel_tol=0.05)  # nearly all attention: once, and 2.5 going back
+    assert math.isclose(long, 3.5, rel_tol=0.05)  # nearly all attention: 1 forward, 2.5 backward

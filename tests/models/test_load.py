@@ -7,9 +7,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from conftest import FAMILIES, FOR_PICTURES, ORIGINAL, ROTARY_DIM, THETA, micro_model
-from longrope.distributed import Team
+from longrope.distributed import SequenceParallelGroup
 from longrope.models.bundled import BUNDLED
-from longrope.models.compatibility import incompatibility, reach, warn_if_out_of_reach
+from longrope.models.compatibility import effective_window, incompatibility, warn_if_out_of_reach
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.rope.rescale import Rescale
@@ -55,7 +55,7 @@ def test_every_family_loads_and_is_probed(checkpoints, family):
 
 def test_processes_cannot_share_a_sequence_where_layers_have_a_state(checkpoints):
     with pytest.raises(ValueError, match=r"--sequence-parallel 2: layers of Lfm2ForCausalLM"):
-        load_model(str(checkpoints("lfm2")), team=Team(0, 2))
+        load_model(str(checkpoints("lfm2")), group=SequenceParallelGroup(0, 2))
 
 
 def test_models_differ_by_fingerprint(checkpoints, tmp_path):
@@ -242,7 +242,7 @@ def test_without_positions_in_the_layers_that_see_all_factors_reach_no_further()
     model = micro_model(config)
     rescale = Rescale((1.0,) * 8, 5e5, 64, 512)
     assert incompatibility(model, rescale) is None
-    assert reach(model, rescale) == 24
+    assert effective_window(model, rescale) == 24
 
 
 @pytest.mark.parametrize(("option", "value"), [("device", "cuda:7"), ("dtype", "int8")])

@@ -144,10 +144,14 @@ def test_what_helps_is_what_is_not_done_yet(info):
 
 def test_a_team_shares_hidden_states(info):
     recipe = make_recipe({"target": "8x", "search": {"algorithm": "evolution"}})
-    one, four = (Costs(info, recipe, True, team).search("search", 2048) for team in (1, 4))
+    one, four = (
+        Costs(info, recipe, True, group_size).search("search", 2048) for group_size in (1, 4)
+    )
     assert one.memory - four.memory == 2048 * info.hidden_size * 4 * 3 // 4
     recipe = make_recipe({"target": "8x", "chunk": 512, "offload_activations": "cpu"})
-    one, four = (Costs(info, recipe, False, team).search("search", 2048) for team in (1, 4))
+    one, four = (
+        Costs(info, recipe, False, group_size).search("search", 2048) for group_size in (1, 4)
+    )
     assert four.host == one.host / 4
     assert four.memory <= one.memory
 

@@ -78,12 +78,12 @@ def test_every_training_is_under_the_factors_and_on_the_pieces_for_it(finished, 
         _finetune(opened, opened.plan[name])
     rescale, pieces = given["finetune"]
     assert rescale == Rescale.load(out / "search" / "rescale.json")
-    assert "places" not in pieces[0]
+    assert "rotary_positions" not in pieces[0]
     settled, jumping = given["settle"]
     assert settled == Rescale.load(out / "second-search" / "rescale.json")
     assert settled.max_position_embeddings == 1024
     assert jumping.reach == 1280  # so that the target is not the edge of what is seen
-    assert max(int(jumping[i]["places"].max()) for i in range(8)) > 300
+    assert max(int(jumping[i]["rotary_positions"].max()) for i in range(8)) > 300
     assert not torch.equal(pieces[0]["input_ids"], jumping[0]["input_ids"])
 
 

@@ -106,9 +106,9 @@ def test_a_team_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_
     for name in ("evaluate", "report"):
         shutil.rmtree(out / name)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    team = ["--sequence-parallel", "2", "--out", out]
+    group = ["--sequence-parallel", "2", "--out", out]
     done = subprocess.run(
-        [sys.executable, *launcher, *command(*arguments, *team)[1:]],
+        [sys.executable, *launcher, *command(*arguments, *group)[1:]],
         capture_output=True,
         text=True,
         timeout=300,

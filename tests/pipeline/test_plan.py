@@ -222,7 +222,7 @@ def test_training_on_another_gpu_than_the_first_is_refused(info, tmp_path):
 
 
 def test_float16_is_refused_where_a_search_takes_slopes(info):
-    with pytest.raises(ValueError, match="dtype is float16.*search"):
+    with pytest.raises(ValueError, match=r"dtype is float16.*search"):
         plan(info, target="8x", dtype="float16")
     paper = {"algorithm": "evolution"}
     plan(info, target="8x", dtype="float16", search=paper, recovery=paper)

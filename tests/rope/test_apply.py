@@ -58,9 +58,9 @@ def test_inv_freq_is_the_float64_formula(micro_models, family):
     model = micro_models(family)
     theta, d = THETA.get(family, 1e4), ROTARY_DIM.get(family, 16)
     rescale = a_rescale(model)
-    turning = 4 if family == "gemma4" else d // 2
-    expected = [theta ** (-2 * i / d) / rescale.factors[i] for i in range(turning)]
-    expected += [0.0] * (d // 2 - turning)
+    rotated = 4 if family == "gemma4" else d // 2
+    expected = [theta ** (-2 * i / d) / rescale.factors[i] for i in range(rotated)]
+    expected += [0.0] * (d // 2 - rotated)
     with rescaled(model, rescale):
         rotary = live(model)
         assert isinstance(rotary, RescaledRotary)
@@ -110,7 +110,7 @@ def test_axes_of_an_image_are_refused(micro_models):
         text = rotary(x, row[None].expand(3, -1, -1))
         torch.testing.assert_close(text, rotary(x, row))
         torch.testing.assert_close(text, rotary(x, torch.stack([row] * 3)))
-        with pytest.raises(ValueError, match="for text"):
+        with pytest.raises(ValueError, match="text only"):
             rotary(x, torch.stack([row, row, row + 1]))
 
 

@@ -44,10 +44,10 @@ def test_a_model_for_pictures_too(micro_models, ids):
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     with switched(model, both):
         found = model.generate(prompt, attention_mask=mask, **options)
-        with pytest.raises(ValueError, match="pixel_values: the short/long switch is for text"):
+        with pytest.raises(ValueError, match="pixel_values"):
             model(input_ids=prompt, pixel_values=torch.zeros(1, 3, 28, 28))
         model(input_ids=prompt)
-        with pytest.raises(ValueError, match="inputs_embeds: the short/long switch needs"):
+        with pytest.raises(ValueError, match="inputs_embeds"):
             find_rotary(model).owner(inputs_embeds=torch.zeros(2, 5, 64))
     for number, start in ((0, 9), (1, 0)):
         sequence = found[number : number + 1, start:]

@@ -65,14 +65,14 @@ def test_positions_jump_as_far_as_the_reach(tokenizer):
     pieces = LongContextDataset(documents(5000), tokenizer, 256, 300, **options)
     between, sizes = 0, []
     for piece in (pieces[i] for i in range(300)):
-        places = piece["places"]
-        steps = places.diff()
+        rotary_positions = piece["rotary_positions"]
+        steps = rotary_positions.diff()
         jump = steps > 1
-        assert places[0] == 0
-        assert places[-1] < 2000
+        assert rotary_positions[0] == 0
+        assert rotary_positions[-1] < 2000
         assert (steps[~jump] == 1).all()
         assert jump.sum() <= 1
-        sizes.append(int(places[-1]) - 255)
+        sizes.append(int(rotary_positions[-1]) - 255)
         if (heavy := piece["weights"] > 1).any() and jump.any():
             at = int(jump.nonzero()[0]) + 1
             assert at < int(heavy.nonzero()[0])  # never after the question
@@ -83,7 +83,10 @@ def test_positions_jump_as_far_as_the_reach(tokenizer):
     assert min(sizes) < 100
     assert max(sizes) > 1600
     assert 40 < between < 110  # about half of the keys stand before the jump
-    assert "places" not in LongContextDataset(documents(5000), tokenizer, 256, 3, reach=256)[0]
+    assert (
+        "rotary_positions"
+        not in LongContextDataset(documents(5000), tokenizer, 256, 3, reach=256)[0]
+    )
 
 
 def test_a_share_of_passkey_prompts_with_the_answer_weighted(tokenizer):
@@ -119,5 +122,5 @@ def test_short_windows_in_a_share_of_the_steps(tokenizer, share):
 
 
 def test_too_little_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"too few tokens to train on: 42, and one piece needs 64"):
+    with pytest.raises(ValueError, match=r"42 tokens; one sequence needs 64"):
         LongContextDataset(documents(40), tokenizer, 64, 1)

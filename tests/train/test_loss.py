@@ -113,14 +113,17 @@ def test_short_windows_count_under_a_rescale_of_their_own(micro_models, ids):
 def test_places_are_for_the_long_piece_alone(micro_models, ids):
     model = micro_models("llama")
     long, short = yarn(10_000.0, 16, 64, 256), identity(10_000.0, 16, 64, 64)
-    windows, places = ids[:, :60].reshape(2, 3, 20), torch.arange(ids.shape[1]).repeat(2, 1)
-    places[:, 40:] += 150
-    with rescaled(model, long), position_override(model, places):
+    windows, rotary_positions = (
+        ids[:, :60].reshape(2, 3, 20),
+        torch.arange(ids.shape[1]).repeat(2, 1),
+    )
+    rotary_positions[:, 40:] += 150
+    with rescaled(model, long), position_override(model, rotary_positions):
         one = losses(model, ids)
     with rescaled(model, short):
         other = losses(model, windows.flatten(0, 1))
     with rescaled(model, long), chunked_loss(model, short):
-        found = model(input_ids=ids, short_ids=windows, places=places)["loss"]
+        found = model(input_ids=ids, short_ids=windows, rotary_positions=rotary_positions)["loss"]
         plain = model(input_ids=ids, short_ids=windows)["loss"]
     torch.testing.assert_close(found, torch.cat([one, other]).mean())
     assert abs(found - plain) > 1e-4

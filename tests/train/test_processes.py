@@ -17,7 +17,7 @@ TESTS = str(Path(__file__).parents[1])
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from longrope.parallel import ranks
+from longrope.distributed import ranks
 from longrope.train.settings import FinetuneSettings
 from small_training import train
 model, data, out, changes = sys.argv[1:]

@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stands(
         return saved(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(ValueError, match=r"No space left on device.*last whole checkpoint"):
+    with pytest.raises(ValueError, match=r"No space left on device.*last checkpoint"):
         train(checkpoints("llama"), texts, tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()
     monkeypatch.undo()

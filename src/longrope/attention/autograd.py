@@ -1,7 +1,9 @@
-"""Attention that gradients go through, for the long gradient.
+"""Attention with a memory-efficient backward pass, registered with transformers.
 
-Where a layer runs chunk by chunk, its attention is taken out of it (:class:`Apart`): forward a
-chunk at a time as in ``attention.py``, backward over the whole sequence, some heads at a time.
+The backward pass recomputes the scores from the saved log-sum-exp, so it stores no attention
+matrix. While a layer runs split from its attention
+(:class:`longrope.layerwise.split_attention.SplitAttention`), a replacement set by
+:func:`replaced_attention` is called in its place.
 """
 
 import contextlib
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from longrope.attention.backward import sink_gradients, slopes
-from longrope.attention.chunked import Options, attend, chunk_attention, refuse_others
+from longrope.attention.backward import attention_backward, sink_gradients
+from longrope.attention.chunked import Options, attention_with_lse, check_arguments, chunk_attention
 
 NAME, TRAINED = "longrope_differentiable", "longrope_trained"
 
@@ -33,21 +35,25 @@ def differentiable_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """:func:`longrope.attention.chunked.chunk_attention` with a backward pass, of a whole sequence.
+    """Compute causal attention over a whole sequence, with a backward pass.
 
-    Where the attention is :class:`Apart`, as that has it.
+    Arguments and shapes as in :func:`longrope.attention.chunked.chunk_attention`. Inside
+    :func:`replaced_attention` the replacement is called instead.
+
+    Raises:
+        ValueError: the model passes an attention mask or an unsupported argument.
     """
-    refuse_others(attention_mask, others)
+    check_arguments(attention_mask, others)
     options = Options(scaling, softcap or None, sliding_window, s_aux)
     apart = _REPLACEMENT.get()
     if apart is not None:
         return apart(query, key, value, options).transpose(1, 2).contiguous(), None
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # as torch has its own kernels take them
+    if torch.is_autocast_enabled(kind):  # the dtype that torch's own kernels would get
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     with torch.no_grad(), torch.autocast(kind, enabled=False):
-        output, lse = attend(query, key, value, options)
+        output, lse = attention_with_lse(query, key, value, options)
     output = _Attention.apply(query, key, value, s_aux, output, lse, options)
     return output.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
@@ -55,21 +61,28 @@ def differentiable_attention(
 def trained_attention(
     module: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """What weights are trained through: torch's own attention where it needs no mask, or ours."""
+    """Compute attention for training: torch's kernel where it needs no mask, else our own.
+
+    Our own is used for a sliding window shorter than the sequence, soft-caps and sinks, where
+    torch would need a dense mask or materialise all scores.
+    """
     near = (options.get("sliding_window") or math.inf) < key.shape[2]
-    by_us = near or options.get("softcap") or options.get("s_aux") is not None
-    attention = differentiable_attention if by_us else chunk_attention
+    ours = near or options.get("softcap") or options.get("s_aux") is not None
+    attention = differentiable_attention if ours else chunk_attention
     return attention(module, query, key, *rest, **options)
 
 
 AttentionInterface.register(NAME, differentiable_attention)
 AttentionInterface.register(TRAINED, trained_attention)
-# What stands in for attention while it is apart.
+# The replacement that replaced_attention sets. transformers finds attention by name and passes
+# it nothing but the layer's own arguments, so a replacement cannot be passed as an argument; a
+# ContextVar keeps it local to the thread and to the `with` block.
 _REPLACEMENT: ContextVar[Callable[..., Tensor] | None] = ContextVar("attention", default=None)
 
 
 @contextlib.contextmanager
 def replaced_attention(attention: Callable[..., Tensor]) -> Iterator[None]:
+    """Call ``attention(query, key, value, options)`` for every attention of the model."""
     token = _REPLACEMENT.set(attention)
     try:
         yield
@@ -78,7 +91,10 @@ def replaced_attention(attention: Callable[..., Tensor]) -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that is computed already; the scores are made again going back."""
+    """Autograd function for attention whose output is already computed.
+
+    Its backward pass recomputes the scores from the log-sum-exp.
+    """
 
     @staticmethod
     def forward(
@@ -96,8 +112,17 @@ class _Attention(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *by_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved, by_sinks = ctx.saved_tensors, None  # asked for once: a checkpoint has no more
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, sink_grad = (
+            ctx.saved_tensors,
+            None,
+        )  # once: under checkpointing they unpack once only
         if ctx.needs_input_grad[3]:
-            by_sinks = sink_gradients(by_output[0], saved, ctx.options.sinks)
-        return (*slopes(by_output[0], saved, ctx.options), by_sinks, None, None, None)
+            sink_grad = sink_gradients(output_grads[0], saved, ctx.options.sinks)
+        return (
+            *attention_backward(output_grads[0], saved, ctx.options),
+            sink_grad,
+            None,
+            None,
+            None,
+        )

@@ -1,7 +1,8 @@
-"""The backward pass of causal attention over a whole sequence.
+"""Backward pass of causal attention over a whole sequence.
 
-From the log-sum-exp over all keys, so that it needs no score that the forward pass made; by the
-device's own kernel where it has one, else by plain products, a block of queries and keys at a time.
+The weights are recomputed from the log-sum-exp over all keys, so the forward pass stores no
+scores. Uses the device's fused kernel where one exists, else plain matrix products over blocks
+of queries and keys.
 """
 
 import functools
@@ -12,101 +13,112 @@ import torch
 from torch import Tensor
 
 from longrope.attention import chunked as attention
-from longrope.attention.chunked import Options, causal, repeat_kv, slices
+from longrope.attention.chunked import Options, causal_attention_with_lse, repeat_kv, slices
 
 log = logging.getLogger(__name__)
 
-# Keys at a time, where no kernel fits.
+# Block size in keys where no kernel fits.
 KEYS = 1024
-# The slopes of query, key and value: given whether attention was causal, its scaling, and the
-# output's slope, query, key, value, output and log-sum-exp, all of as many heads.
+# Returns the gradients of query, key and value. Called with: whether attention is causal, the
+# scaling, and output gradient, query, key, value, output, log-sum-exp with equal numbers of heads.
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def slopes(
-    slope: Tensor, saved: tuple[Tensor, ...], options: Options
+def attention_backward(
+    output_grad: Tensor, saved: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through :func:`longrope.attention.chunked.attend`, of as many queries as keys.
+    """Compute the gradients of query, key and value in causal attention.
 
-    Sinks are in the log-sum-exp already, and have no value: nothing else of them is needed.
+    Differentiates :func:`longrope.attention.chunked.attention_with_lse` with as many queries as
+    keys. Sinks need no term here: they are part of the log-sum-exp and have no value.
 
     Args:
-        slope: of the output, shape (B, H, T, D).
-        saved: query (B, H, T, D), key and value (B, K, T, D), K dividing H, output, log-sum-exp.
+        output_grad: gradient of the output, shape (B, H, T, D).
+        saved: query (B, H, T, D), key and value (B, K, T, D) with K dividing H, output
+            (B, H, T, D) and log-sum-exp (B, H, T).
+        options: scaling, soft-cap and window of the forward pass.
 
     Returns:
-        The slopes of query, key and value.
+        The gradients of query, key and value, in their shapes.
     """
-    (query, key, value, output, lse), slope = saved, slope.contiguous()
+    (query, key, value, output, lse), output_grad = saved, output_grad.contiguous()
     scaling, softcap, window, _ = options
     tokens = query.shape[2]
-    assert key.shape[2] == tokens, "keys that have no queries"
+    assert key.shape[2] == tokens, "as many queries as keys are required"
     if window is not None and window >= tokens:
         window = None
     kernel = None if softcap or window else _kernel(query, value)
-    if kernel is not None and not _sums_roughly(query):
-        return _kernel_backward(slope, saved, scaling, kernel)
-    by_query, some = torch.empty_like(query), attention.at_once(window)
-    if kernel is not None:  # for which the heads that share keys stand in one row
+    if kernel is not None and not _accumulates_in_half(query):
+        return _kernel_backward(output_grad, saved, scaling, kernel)
+    query_grad, some = torch.empty_like(query), attention.query_block_size(window)
+    if kernel is not None:  # it folds the query heads that share a key head into rows
         some = max(1, attention.QUERIES * key.shape[1] // query.shape[1])
     exact = torch.promote_types(query.dtype, torch.float32)
-    by_key, by_value = (torch.zeros_like(tensor, dtype=exact) for tensor in (key, value))
+    key_grad, value_grad = (torch.zeros_like(tensor, dtype=exact) for tensor in (key, value))
     for rows in slices(0, tokens, some):
         seen = slice(0 if window is None else max(0, rows.start - window + 1), rows.stop)
         part = query[:, :, rows], key[:, :, seen], value[:, :, seen], output[:, :, rows]
         part = *part, lse[:, :, rows]
         if kernel is not None:
-            found = _kernel_backward(slope[:, :, rows], part, scaling, kernel)
+            found = _kernel_backward(output_grad[:, :, rows], part, scaling, kernel)
         else:
-            found = _block_backward(slope[:, :, rows], part, scaling, softcap, window)
-        by_query[:, :, rows] = found[0]
-        by_key[:, :, seen] += found[1]
-        by_value[:, :, seen] += found[2]
-    return by_query, by_key.to(key.dtype), by_value.to(key.dtype)
+            found = _block_backward(output_grad[:, :, rows], part, scaling, softcap, window)
+        query_grad[:, :, rows] = found[0]
+        key_grad[:, :, seen] += found[1]
+        value_grad[:, :, seen] += found[2]
+    return query_grad, key_grad.to(key.dtype), value_grad.to(key.dtype)
 
 
-def sink_gradients(slope: Tensor, saved: tuple[Tensor, ...], sinks: Tensor) -> Tensor:
-    """The slopes of sinks, shape (H,); arguments as above.
+def sink_gradients(output_grad: Tensor, saved: tuple[Tensor, ...], sinks: Tensor) -> Tensor:
+    """Compute the gradient of the attention sinks, shape (H,).
 
-    A sink has a share P of the weights and no value, so dS = −P · rowsum(dO ∘ O).
+    A sink takes a share P of the weights and has no value, so dS = −P · rowsum(dO ∘ O).
+
+    Args:
+        output_grad: gradient of the output, shape (B, H, T, D).
+        saved: as in :func:`attention_backward`.
+        sinks: one score per head, shape (H,).
     """
     *_, output, lse = saved
     exact = torch.promote_types(output.dtype, torch.float32)
     shares = torch.exp(sinks.to(exact)[:, None] - lse.to(exact))
-    shared = (slope.to(exact) * output.to(exact)).sum(dim=-1)
-    return -(shares * shared).sum(dim=(0, 2)).to(sinks.dtype)
+    delta = (output_grad.to(exact) * output.to(exact)).sum(dim=-1)
+    return -(shares * delta).sum(dim=(0, 2)).to(sinks.dtype)
 
 
-def _sums_roughly(query: Tensor) -> bool:
-    """A CPU's kernel adds up the slopes of keys in half precision, of whatever queries it gets."""
+def _accumulates_in_half(query: Tensor) -> bool:
+    """Whether the kernel sums key gradients in half precision (torch's CPU kernel does)."""
     return query.device.type == "cpu" and query.dtype.itemsize < 4
 
 
 def _block_backward(
-    slope: Tensor,
+    output_grad: Tensor,
     saved: tuple[Tensor, ...],
     scaling: float,
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P the weights and O the output: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O))."""
+    """Compute attention gradients with matrix products, one block of keys at a time.
+
+    With weights P and output O: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O)).
+    """
     query, key, value, output, lse = saved
     groups, dtype = query.shape[1] // key.shape[1], query.dtype
     exact = torch.promote_types(dtype, torch.float32)
-    shared = (slope.to(exact) * output.to(exact)).sum(dim=-1, keepdim=True)
-    by_query = torch.zeros_like(query, dtype=exact)
-    by_key, by_value = torch.zeros_like(key), torch.zeros_like(value)
+    delta = (output_grad.to(exact) * output.to(exact)).sum(dim=-1, keepdim=True)
+    query_grad = torch.zeros_like(query, dtype=exact)
+    key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
     first, chunk = key.shape[2] - query.shape[2], query.shape[2]
     for start in range(0, key.shape[2], KEYS):
         block = slice(start, min(start + KEYS, key.shape[2]))
-        # Of the queries, those that see any key of the block.
+        # The queries that see any key of the block.
         low = max(0, block.start - first)
         high = chunk if window is None else min(chunk, block.stop - 1 + window - first)
         if low >= high:
             continue
-        q, dy, rows = query[:, :, low:high], slope[:, :, low:high], slice(low, high)
+        q, dy, rows = query[:, :, low:high], output_grad[:, :, low:high], slice(low, high)
         k, v = repeat_kv(key[:, :, block], groups), repeat_kv(value[:, :, block], groups)
-        # As exact as the kernel's that gave the log-sum-exp, or the weights do not add up to 1.
+        # At the precision of the forward kernel, else the weights do not add up to 1.
         scores, capped = (q.to(exact) @ k.to(exact).transpose(2, 3)) * scaling, None
         if softcap:
             capped = torch.tanh(scores / softcap)
@@ -119,45 +131,51 @@ def _block_backward(
             if window is not None:
                 hidden |= column <= row - window
             weights = weights.masked_fill(hidden, 0.0)
-        by_scores = (dy @ v.transpose(2, 3)).to(exact) - shared[:, :, rows]
-        by_scores = by_scores * weights * scaling
+        score_grad = (dy @ v.transpose(2, 3)).to(exact) - delta[:, :, rows]
+        score_grad = score_grad * weights * scaling
         if capped is not None:
-            by_scores = by_scores * (1 - capped * capped)
-        by_scores = by_scores.to(dtype)
-        by_query[:, :, rows] += (by_scores @ k).to(exact)
-        by_key[:, :, block] = _summed(by_scores.transpose(2, 3) @ q, groups)
-        by_value[:, :, block] = _summed(weights.to(dtype).transpose(2, 3) @ dy, groups)
-    return by_query.to(dtype), by_key, by_value
+            score_grad = score_grad * (1 - capped * capped)
+        score_grad = score_grad.to(dtype)
+        query_grad[:, :, rows] += (score_grad @ k).to(exact)
+        key_grad[:, :, block] = _summed(score_grad.transpose(2, 3) @ q, groups)
+        value_grad[:, :, block] = _summed(weights.to(dtype).transpose(2, 3) @ dy, groups)
+    return query_grad.to(dtype), key_grad, value_grad
 
 
 def _kernel_backward(
-    slope: Tensor, saved: tuple[Tensor, ...], scaling: float, kernel: Kernel
+    output_grad: Tensor, saved: tuple[Tensor, ...], scaling: float, kernel: Kernel
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by a kernel: of keys before the queries, and of their own, which add up."""
+    """Compute attention gradients with a fused kernel.
+
+    The kernel runs twice: on the keys before the queries without a mask, and on the queries' own
+    keys with a causal mask. The query gradients of both runs are added.
+    """
     query, key, value, output, lse = saved
     groups, past = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     own = (repeat_kv(t[:, :, past:], groups) for t in (key, value))
-    by_query, by_key, by_value = kernel(True, scaling, slope, query, *own, output, lse)
-    by_own = (_summed(by_key, groups), _summed(by_value, groups))
+    query_grad, key_grad, value_grad = kernel(True, scaling, output_grad, query, *own, output, lse)
+    own_grads = (_summed(key_grad, groups), _summed(value_grad, groups))
     if past == 0:
-        return by_query, *by_own
+        return query_grad, *own_grads
 
     def folded(heads: Tensor) -> Tensor:
         return heads.unflatten(1, (-1, groups)).flatten(2, 3)
 
-    by_folded, *by_past = kernel(
+    folded_grad, *past_grads = kernel(
         False,
         scaling,
-        *(folded(t) for t in (slope, query)),
+        *(folded(t) for t in (output_grad, query)),
         *(t[:, :, :past] for t in (key, value)),
         *(folded(t) for t in (output, lse)),
     )
-    by_key, by_value = (torch.cat(both, dim=2) for both in zip(by_past, by_own, strict=True))
-    return by_query + by_folded.reshape(by_query.shape), by_key, by_value
+    key_grad, value_grad = (
+        torch.cat(both, dim=2) for both in zip(past_grads, own_grads, strict=True)
+    )
+    return query_grad + folded_grad.reshape(query_grad.shape), key_grad, value_grad
 
 
 def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
-    """The device's own kernel for a backward pass, where it has one for such rows."""
+    """Return the device's fused backward kernel for these head dimensions, or None."""
     dim = query.shape[-1]
     if dim != value.shape[-1]:
         return None
@@ -178,7 +196,7 @@ def _cpu_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, T
 def _cuda_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, query, key, *_, lse = parts
     ops, one = torch.ops.aten, query[:, :, :1]
-    # What a forward hands to its backward beside results, which differs between versions.
+    # The forward kernel's extra outputs, which its backward requires; they differ by version.
     *_, starts, key_starts, _, _, state, unused, _ = ops._scaled_dot_product_flash_attention(
         one, one, one, 0.0, False, False, scale=scaling
     )
@@ -191,19 +209,32 @@ def _cuda_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, 
 
 @functools.cache
 def _cuda_kernel_agrees(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    found = agrees(_cuda_kernel, device, dtype, dim, past=0)  # it gets whole sequences
+    found = matches_products(
+        _cuda_kernel, device, dtype, dim, past=0
+    )  # it only sees whole sequences
     if not found:
-        log.warning("slopes take plain products: no kernel for %s, %d numbers a row", dtype, dim)
+        log.warning(
+            "no fused attention backward kernel for %s, head dimension %d: using slower products",
+            dtype,
+            dim,
+        )
     return found
 
 
-def agrees(
+def matches_products(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, dim: int, past: int = 200
 ) -> bool:
-    """Whether a kernel gives what plain products give, on a small case, with a past if asked.
+    """Whether a backward kernel agrees with plain matrix products on a small case.
 
-    Not all GPUs have the kernel for all rows, and it is not documented: so it is proved where it
-    is used.
+    Not every GPU supports every head dimension, and the kernels are undocumented, so each is
+    checked once before use.
+
+    Args:
+        kernel: the kernel to check.
+        device: where to run it.
+        dtype: of the inputs.
+        dim: head dimension.
+        past: number of keys before the queries.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -211,20 +242,20 @@ def agrees(
         shape = (1, heads, tokens, dim)
         return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
-    query, slope = draw(4, 100), draw(4, 100)
+    query, output_grad = draw(4, 100), draw(4, 100)
     key, value = draw(2, past + 100), draw(2, past + 100)
     scaling = dim**-0.5
     try:
-        saved = (query, key, value, *causal(query, key, value, scaling))
-        found = _kernel_backward(slope, saved, scaling, kernel)
-    except torch.OutOfMemoryError:  # fewer heads or tokens may leave room
+        saved = (query, key, value, *causal_attention_with_lse(query, key, value, scaling))
+        found = _kernel_backward(output_grad, saved, scaling, kernel)
+    except torch.OutOfMemoryError:  # says nothing about the kernel; the caller retries smaller
         raise
     except RuntimeError:
         return False
     exact = _block_backward(
-        slope.double(), tuple(tensor.double() for tensor in saved), scaling, None, None
+        output_grad.double(), tuple(tensor.double() for tensor in saved), scaling, None, None
     )
-    plain = _block_backward(slope, saved, scaling, None, None)
+    plain = _block_backward(output_grad, saved, scaling, None, None)
     return all(
         (ours - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
         for ours, theirs, true in zip(found, plain, exact, strict=True)
@@ -232,5 +263,5 @@ def agrees(
 
 
 def _summed(heads: Tensor, groups: int) -> Tensor:
-    """The sum over the query heads that share a key, shape (B, K, T, D)."""
+    """Sum over the query heads that share a key head, shape (B, K, T, D)."""
     return heads.unflatten(1, (-1, groups)).sum(dim=2) if groups > 1 else heads

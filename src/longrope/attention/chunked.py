@@ -1,11 +1,11 @@
-"""Attention of a chunk of a sequence over everything up to it, without a dense mask.
+"""Causal attention of a chunk of queries over all keys so far, without a dense mask.
 
-transformers hands every model's attention to one function, found by name. Ours
-gets the queries of a chunk and the keys of all tokens so far, aligned at the end
-(bottom-right; SDPA's ``is_causal`` aligns at the start, which is wrong here), and
-makes two calls of a flash kernel: the past without a mask, the chunk with a causal
-one, merged by their log-sum-exp. On a Hopper GPU the kernel is cuDNN's, and takes the
-past in several stretches.
+transformers dispatches every model's attention to one function, found by name. This one gets
+the queries of a chunk and the keys of all tokens so far, aligned at the end (bottom-right;
+SDPA's ``is_causal`` aligns at the start, which would be wrong). It calls a flash kernel twice,
+without a mask on the past and with a causal mask on the chunk, and merges both results by their
+log-sum-exp. On a Hopper GPU cuDNN's kernel is used, and the past is split into power-of-two
+spans.
 """
 
 import contextlib
@@ -21,20 +21,20 @@ from longrope.attention import cudnn
 
 NAME = "longrope_chunked"
 
-# Keys at a time where no kernel fits and the scores are made explicitly.
+# Block size in keys where no kernel fits and scores are materialised.
 _BLOCK = 1024
-# Queries at a time where scores are made explicitly, or under the band of a sliding window: there
-# no more than it has keys, since what they see is a band, but not too few for a machine to be busy.
+# Block size in queries where scores are materialised. Under a sliding window it is at most the
+# window, as more would compute mostly masked scores, and at least _FEWEST to keep the device busy.
 QUERIES, _FEWEST = 2048, 512
-# Attention arguments that change nothing in a plain causal forward.
+# Attention arguments that do not change a plain causal forward pass.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "position_embeddings", "is_causal"}
 
 
 class Options(NamedTuple):
-    """What attention does beside the scores of queries and keys, of which it scales those.
+    """Attention options: score scaling, soft-cap, sliding window and sinks.
 
-    ``sinks``: a score for each head, shape (H,), that takes its share of the weights and has no
-    value (GPT-OSS).
+    ``sinks`` holds one score per head, shape (H,), which takes a share of the softmax weights and
+    has no value (GPT-OSS).
     """
 
     scaling: float
@@ -56,18 +56,30 @@ def chunk_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls as attention; ``s_aux`` are its sinks.
+    """Compute causal attention of the last C of T tokens; transformers calls this.
 
-    Shapes: query (B, H, C, D); key and value (B, K, T, D) with T ≥ C, K dividing H.
-    Returns (B, C, H, D).
+    Args:
+        module: the attention layer (unused).
+        query: shape (B, H, C, D).
+        key: shape (B, K, T, D), T ≥ C, K dividing H.
+        value: shape (B, K, T, D).
+        attention_mask: must be None.
+        scaling: factor of the scores.
+        dropout: ignored.
+        sliding_window: number of last tokens that a query sees; None for all.
+        softcap: bound c of the scores, c · tanh(score / c); None for no bound.
+        s_aux: attention sinks, shape (H,).
+
+    Returns:
+        The output, shape (B, C, H, D), and None for the attention weights.
 
     Raises:
-        ValueError: the model asks for something this attention does not compute.
+        ValueError: the model passes an attention mask or an unsupported argument.
     """
-    refuse_others(attention_mask, others)
+    check_arguments(attention_mask, others)
     if softcap or s_aux is not None:
         options = Options(scaling, softcap or None, sliding_window, s_aux)
-        output, _ = attend(query, key, value, options)
+        output, _ = attention_with_lse(query, key, value, options)
     elif sliding_window is not None and sliding_window < key.shape[2]:
         output = _windowed(query, key, value, scaling, sliding_window)
     elif key.shape[2] == query.shape[2]:
@@ -76,43 +88,55 @@ def chunk_attention(
             query, repeat_kv(key, groups), repeat_kv(value, groups), is_causal=True, scale=scaling
         )
     else:
-        output, _ = causal(query, key, value, scaling)
-    # Most models make it so themselves, and some must have it.
+        output, _ = causal_attention_with_lse(query, key, value, scaling)
+    # Most models call contiguous() themselves; some require it.
     return output.transpose(1, 2).contiguous(), None
 
 
-def at_once(window: int | None) -> int:
-    """Queries whose scores are made together."""
+def query_block_size(window: int | None) -> int:
+    """Number of queries whose scores are computed together."""
     return QUERIES if window is None else min(QUERIES, max(_FEWEST, window))
 
 
-def refuse_others(attention_mask: Tensor | None, others: dict[str, Any]) -> None:
-    """Refuse what the attention of a chunk does not compute.
+def check_arguments(attention_mask: Tensor | None, others: dict[str, Any]) -> None:
+    """Refuse attention arguments that chunked attention does not support.
 
     Raises:
-        ValueError: a mask, or an argument that changes more than a plain causal forward.
+        ValueError: an attention mask, or an argument beyond plain causal attention.
     """
     for name, given in others.items():
         if given is not None and name not in _HARMLESS and not name.startswith("output_"):
-            raise ValueError(f"the long forward does not support the attention argument {name!r}")
+            raise ValueError(f"chunked attention does not support the attention argument {name!r}")
     if attention_mask is not None:
-        raise ValueError("the long forward takes unpadded sequences; it got an attention mask")
+        raise ValueError("chunked attention requires unpadded sequences; it got an attention mask")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Output (B, H, C, D) and log-sum-exp of the scores (B, H, C) of the last C of T tokens."""
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Compute causal attention of the last C of T tokens, with the log-sum-exp.
+
+    Args:
+        query: shape (B, H, C, D).
+        key: shape (B, K, T, D), K dividing H.
+        value: shape (B, K, T, D).
+        options: scaling, soft-cap, window and sinks.
+
+    Returns:
+        The output (B, H, C, D) and the log-sum-exp of the scores (B, H, C), sinks included.
+    """
     scaling, softcap, window, sinks = options
     if window is not None and window >= key.shape[2]:
         window = None
     if softcap or window:
         past, parts = key.shape[2] - query.shape[2], []
-        for rows in slices(0, query.shape[2], at_once(window)):
+        for rows in slices(0, query.shape[2], query_block_size(window)):
             seen = slice(0, past + rows.stop)
             q, k, v = query[:, :, rows], key[:, :, seen], value[:, :, seen]
             parts.append(blockwise(q, k, v, scaling, softcap, window))
         output, lse = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
     else:
-        output, lse = causal(query, key, value, scaling)
+        output, lse = causal_attention_with_lse(query, key, value, scaling)
     if sinks is None:
         return output, lse
     exact = torch.promote_types(output.dtype, torch.float32)
@@ -121,8 +145,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple
 
 
 @contextlib.contextmanager
-def through(config: Any, name: str) -> Iterator[None]:
-    """A model of this config attends through what transformers knows by that name, unmasked."""
+def attention_implementation(config: Any, name: str) -> Iterator[None]:
+    """Use the attention registered with transformers as ``name``, without a mask.
+
+    Args:
+        config: config of the decoder; restored afterwards.
+        name: a key of ``AttentionInterface``.
+    """
     before = config._attn_implementation
     config._attn_implementation = name
     try:
@@ -132,31 +161,36 @@ def through(config: Any, name: str) -> Iterator[None]:
 
 
 def slices(first: int, last: int, size: int) -> list[slice]:
-    """What lies between two numbers, in slices of at most a size."""
+    """Split the range from ``first`` to ``last`` into slices of at most ``size``."""
     return [slice(i, min(i + size, last)) for i in range(first, last, size)]
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Output (B, H, C, D) and log-sum-exp of the scores (B, H, C); shapes as above."""
+def causal_attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute plain causal attention with a flash kernel, with the log-sum-exp.
+
+    Shapes as in :func:`attention_with_lse`; no window, soft-cap or sinks.
+    """
     batch, heads, chunk, dim = query.shape
     kv_heads, past = key.shape[1], key.shape[2] - chunk
     groups = heads // kv_heads
     own_key, own_value = key[:, :, past:], value[:, :, past:]
     own_key, own_value = repeat_kv(own_key, groups), repeat_kv(own_value, groups)
-    fast = cudnn.takes(query, value)
+    fast = cudnn.supports(query, value)
     output, lse = _flash(query, own_key, own_value, causal=True, scaling=scaling, fast=fast)
-    # Without a mask the queries of the heads that share a key may stand in one row:
-    # keys and values need no copy per head.
+    # Without a mask, query heads that share a key head can be folded into rows, so keys and
+    # values need no copy per query head.
     folded = query.reshape(batch, kv_heads, groups * chunk, dim)
     exact = torch.promote_types(query.dtype, torch.float32)
-    for span in cudnn.stretches(past) if fast else [slice(0, past)] if past else []:
+    for span in cudnn.power_of_two_spans(past) if fast else [slice(0, past)] if past else []:
         there, there_lse = _flash(
             folded, key[:, :, span], value[:, :, span], causal=False, scaling=scaling, fast=fast
         )
         there = there.reshape(batch, heads, chunk, value.shape[-1]).to(exact)
         there_lse = there_lse.reshape(batch, heads, chunk).to(exact)
         lse = lse.to(exact)
-        # exp(lse) / (exp(lse) + exp(there_lse)), the share of what is in output already
+        # exp(lse) / (exp(lse) + exp(there_lse)), the weight of the output so far
         output = torch.lerp(there, output.to(exact), torch.sigmoid(lse - there_lse)[..., None])
         lse = torch.logaddexp(lse, there_lse)
     return output.to(query.dtype), lse
@@ -165,9 +199,9 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float, fast: bool
 ) -> tuple[Tensor, Tensor]:
-    """One kernel call that also gives the log-sum-exp of the scores, shape (B, H, C).
+    """Call one flash kernel that also returns the log-sum-exp of the scores, (B, H, C).
 
-    ``fast``: cuDNN's, if it can.
+    ``fast`` tries cuDNN's kernel first.
     """
     if fast and (found := cudnn.attention(query, key, value, causal=causal, scaling=scaling)):
         return found
@@ -175,7 +209,7 @@ def _flash(
     kind, dtype, dim = query.device.type, query.dtype, query.shape[-1]
     half = dtype in (torch.bfloat16, torch.float16)
     if dim != value.shape[-1] or (kind == "cuda" and dim % (8 if half else 4)):
-        pass  # no kernel takes keys and values of different sizes, a GPU's no rows off 16 bytes
+        pass  # kernels require equal key and value sizes; on a GPU rows of whole 16 bytes
     elif kind == "cpu":
         return ops._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scaling
@@ -194,9 +228,9 @@ def _flash(
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
-    """Sliding-window attention: only the keys in reach, under a band no larger than they."""
-    chunk, total, most = query.shape[2], key.shape[2], at_once(window)
-    if chunk > most:  # the band of a long chunk would be mostly empty
+    """Compute sliding-window attention over the keys in the window, with a band mask."""
+    chunk, total, most = query.shape[2], key.shape[2], query_block_size(window)
+    if chunk > most:  # the mask of a long chunk would be mostly False
         parts, past = [], total - chunk
         for rows in slices(0, chunk, most):
             seen = slice(0, past + rows.stop)
@@ -222,7 +256,11 @@ def blockwise(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with soft-capped scores, which no kernel of torch has; and their log-sum-exp."""
+    """Compute attention with soft-capped scores or a window, a block of keys at a time.
+
+    torch has no kernel for these that returns the log-sum-exp. Shapes as in
+    :func:`attention_with_lse`.
+    """
     batch, heads, chunk, dim = query.shape
     groups = heads // key.shape[1]
     first = key.shape[2] - chunk
@@ -242,7 +280,7 @@ def blockwise(
 
 
 def repeat_kv(heads: Tensor, groups: int) -> Tensor:
-    """Keys or values once for every query head, shape (B, H, T, D)."""
+    """Repeat key or value heads once per query head, giving shape (B, H, T, D)."""
     return heads.repeat_interleave(groups, dim=1) if groups > 1 else heads
 
 
@@ -255,10 +293,19 @@ def _online_softmax(
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over blocks of keys in one pass; scores in float32 or better.
+    """Compute attention with an online softmax over blocks of keys, in float32 or better.
 
-    ``rows`` are the positions of the queries among the keys, shape (C,); None: no causal mask.
-    Returns the output and the log-sum-exp of the scores.
+    Args:
+        query: shape (B, H, C, D).
+        key: shape (B, H, T, D).
+        value: shape (B, H, T, D).
+        scaling: factor of the scores.
+        rows: positions of the queries among the keys, shape (C,); None for no causal mask.
+        softcap: bound of the scores.
+        window: number of last tokens that a query sees.
+
+    Returns:
+        The output (B, H, C, D) and the log-sum-exp of the scores (B, H, C).
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     shape = query.shape[:3]

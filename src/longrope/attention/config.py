@@ -1,4 +1,4 @@
-"""What a model's config says of its shape, whatever names its family has for it."""
+"""Read head counts, sliding windows and cache sizes from a model's config."""
 
 from typing import Any, NamedTuple
 
@@ -7,11 +7,18 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 
 class AttentionShape(NamedTuple):
-    """Of the layers that see all tokens, where they differ.
+    """Attention dimensions of a model's config.
 
-    ``head_dim`` is the mean of a key's and a value's; ``layers`` are those that have keys;
-    ``kv_numbers`` are a token's in one layer of each of their shapes; ``sliding_layers`` see the
-    last ``sliding_window`` tokens alone.
+    Where layers differ, the values describe the full-attention layers.
+
+    Attributes:
+        heads: number of query heads.
+        kv_heads: number of key heads.
+        head_dim: mean of the key and value dimensions of a head.
+        layers: number of layers with keys and values.
+        kv_numbers: keys and values per token in one layer, summed over the distinct layer shapes.
+        sliding_layers: number of layers with a sliding window.
+        sliding_window: tokens that these layers see, or None.
     """
 
     heads: int
@@ -24,7 +31,7 @@ class AttentionShape(NamedTuple):
 
 
 def attention_shape(config: Any) -> AttentionShape:
-    """Of a text model's config; state-space models have no heads."""
+    """Read the attention dimensions from a text config; state-space models have no heads."""
     each = getattr(config, "per_layer_config", None)
     kinds = set(getattr(config, "layer_types", None) or ()) if each is not None else set()
     full = _heads(each["full_attention"] if "full_attention" in kinds else config)  # type: ignore[index]
@@ -34,21 +41,21 @@ def attention_shape(config: Any) -> AttentionShape:
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
-    """Heads of queries, of keys, and the mean of the numbers in a key and a value."""
+    """Return the numbers of query heads and key heads, and the mean head dimension."""
     heads = getattr(config, "num_attention_heads", None) or 0
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    if getattr(config, "kv_lora_rank", None):  # RoPE turns a part of each key
+    if getattr(config, "kv_lora_rank", None):  # RoPE rotates a part of each key
         key = config.qk_nope_head_dim + config.qk_rope_head_dim
         head_dim = (key + config.v_head_dim) // 2
     return heads, kv_heads, head_dim
 
 
 def _layers_with_keys(config: Any) -> int:
-    """The others go on from a state of all tokens before (Qwen3-Next, LFM2)."""
+    """Count the layers with a key-value cache; others keep a recurrent state (Qwen3-Next)."""
     try:
         kinds = DynamicCache(config=config).layers
-    except Exception:  # a config that transformers' own cache does not know
+    except Exception:  # transformers' cache does not support this config
         kinds = []
     without = [kind for kind in kinds if isinstance(kind, LinearAttentionLayer)]
     with_both = [kind for kind in without if isinstance(kind, DynamicLayer)]
@@ -56,7 +63,7 @@ def _layers_with_keys(config: Any) -> int:
 
 
 def sliding_layers(config: Any) -> tuple[int, int | None]:
-    """How many layers of a text model's config see only the last tokens, and how many tokens."""
+    """Return the number of sliding-window layers and their window in tokens, or None."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return 0, None
@@ -68,5 +75,5 @@ def sliding_layers(config: Any) -> tuple[int, int | None]:
 
 
 def explicit_scores(config: Any) -> bool:
-    """Whether transformers has no fused attention for a model of this config."""
+    """Whether transformers only has eager attention for this config, not a fused kernel."""
     return config._attn_implementation == "eager"

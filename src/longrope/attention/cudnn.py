@@ -1,7 +1,7 @@
-"""cuDNN's attention: on a Hopper GPU 1.5 to 2 times as fast as torch's flash kernel.
+"""cuDNN attention kernel, 1.5 to 2 times as fast as torch's flash kernel on Hopper GPUs.
 
-It makes a plan for every new shape, a twentieth of a second each, and the past of every chunk has
-a length of its own: so the past is taken in stretches whose lengths come again.
+cuDNN builds a plan for each new shape, which takes about 50 ms, and each chunk of a sequence
+has a past of another length. So the past is split into power-of-two spans, and few shapes occur.
 """
 
 import functools
@@ -13,22 +13,22 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# The shortest stretch; fewer queries are not worth a plan.
+# Shortest span in tokens, and fewest queries for which a plan pays off.
 _LEAST = 1024
 
 
-def takes(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernel is for such queries and values, shapes (B, H, C, D) and (B, K, T, D)."""
+def supports(query: Tensor, value: Tensor) -> bool:
+    """Whether cuDNN attention supports these queries (B, H, C, D) and values (B, K, T, D)."""
     device, dtype, dim = query.device, query.dtype, query.shape[-1]
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     if query.shape[2] < _LEAST or dim not in (64, 128) or value.shape[-1] != dim:
         return False
-    return _agrees(device, dtype, dim, query.shape[2] % 64 == 0)
+    return _verified(device, dtype, dim, query.shape[2] % 64 == 0)
 
 
-def stretches(past: int) -> list[slice]:
-    """The past in lengths of 1024 times a power of two, the longest first; and a rest."""
+def power_of_two_spans(past: int) -> list[slice]:
+    """Split ``past`` tokens into spans of 1024 · 2ⁿ, longest first, and a remainder."""
     whole, spans, start = past // _LEAST, [], 0
     for bit in reversed(range(whole.bit_length())):
         if whole >> bit & 1:
@@ -40,31 +40,41 @@ def stretches(past: int) -> list[slice]:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Output (B, H, C, D) and log-sum-exp of the scores (B, H, C); None: no plan for the shape.
+    """Call cuDNN's attention kernel; None where cuDNN has no plan for the shape.
 
-    As many heads of keys as of queries.
+    Args:
+        query: shape (B, H, C, D).
+        key: shape (B, H, T, D), as many heads as the query.
+        value: shape (B, H, T, D).
+        causal: whether to apply a causal mask.
+        scaling: factor of the scores.
+
+    Returns:
+        The output (B, H, C, D) and the log-sum-exp of the scores (B, H, C), or None.
     """
     try:
         output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, causal, scale=scaling
         )
-    except torch.OutOfMemoryError:  # a smaller chunk may leave room
+    except torch.OutOfMemoryError:  # the caller retries with a smaller chunk
         raise
     except RuntimeError as error:
-        _say_once(str(error).splitlines()[0])
+        _warn_once(str(error).splitlines()[0])
         return None
     return output, lse.reshape(query.shape[:3])
 
 
 @functools.cache
-def _say_once(why: str) -> None:
-    log.warning("torch's flash kernel takes over where cuDNN's attention has none: %s", why)
+def _warn_once(why: str) -> None:
+    log.warning("cuDNN attention is unavailable (%s): using torch's flash kernel", why)
 
 
 @functools.cache
-def _agrees(device: torch.device, dtype: torch.dtype, dim: int, even: bool) -> bool:
-    """Whether the GPU has the kernel, for an even number of queries or an odd one, and it gives
-    what float64 gives: with a causal mask, and without one of keys that a larger buffer holds.
+def _verified(device: torch.device, dtype: torch.dtype, dim: int, even: bool) -> bool:
+    """Whether the GPU has the kernel and it agrees with float64 on a small case.
+
+    Checked with a causal mask, and without one on a slice of a larger key buffer, for an even or
+    an odd number of queries.
     """
     if torch.cuda.get_device_capability(device) < (9, 0):
         return False
@@ -75,6 +85,7 @@ def _agrees(device: torch.device, dtype: torch.dtype, dim: int, even: bool) -> b
 def _exact(
     device: torch.device, dtype: torch.dtype, dim: int, rows: int, keys: int, causal: bool
 ) -> bool:
+    """Whether the kernel's output and log-sum-exp agree with float64 attention."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, 2, tokens, dim, generator=generator, device="cpu").to(device, dtype)
@@ -91,5 +102,5 @@ def _exact(
     near = (found[0] - output).norm() < 2 * torch.finfo(dtype).eps * output.norm()
     agrees = bool(near) and torch.allclose(found[1].double(), lse, atol=1e-4)
     if not agrees:
-        _say_once(f"it is wrong for {dtype}, {dim} numbers a row")
+        _warn_once(f"wrong results for {dtype}, head dimension {dim}")
     return agrees

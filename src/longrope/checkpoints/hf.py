@@ -17,7 +17,7 @@ from longrope.models.load import LoadedModel
 from longrope.models.sources import read_pretrained, weight_files
 from longrope.progress import quiet
 from longrope.rope.pair import RescalePair
-from longrope.rope.rescale import UNTURNED
+from longrope.rope.rescale import UNROTATED
 from longrope.rope.rotary import find_rotary, kept_parameters, unscaled_parameters
 
 # What belongs to a checkpoint beside its weights; pickled weights and other forms stay behind.
@@ -90,7 +90,7 @@ def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:
     if plain["rope_type"] != "proportional":
         return list(factors)
     count = int(plain["partial_rotary_factor"] * len(factors))
-    return [*factors[:count], *[UNTURNED] * (len(factors) - count)]
+    return [*factors[:count], *[UNROTATED] * (len(factors) - count)]
 
 
 def export_model(loaded: LoadedModel, manifest: Manifest, path: Path) -> None:

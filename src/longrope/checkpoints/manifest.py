@@ -9,7 +9,7 @@ import numpy as np
 
 from longrope.files import write_atomically
 from longrope.rope.pair import RescalePair
-from longrope.rope.rescale import UNTURNED, Rescale
+from longrope.rope.rescale import UNROTATED, Rescale
 
 Format = Literal["hf", "hf-static", "gguf", "gguf-static"]
 FORMATS: tuple[Format, ...] = ("hf", "hf-static", "gguf", "gguf-static")
@@ -55,7 +55,7 @@ class Manifest:
         return all(
             a.max_position_embeddings == b.max_position_embeddings
             and len(a.factors) == len(b.factors)
-            and np.allclose(*np.minimum([a.factors, b.factors], UNTURNED), rtol=_ROUNDING)
+            and np.allclose(*np.minimum([a.factors, b.factors], UNROTATED), rtol=_ROUNDING)
             and np.isclose(a.attention_factor, b.attention_factor, rtol=_ROUNDING)
             for a, b in ((self.written.short, found.short), (self.written.long, found.long))
         )

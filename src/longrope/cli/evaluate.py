@@ -185,12 +185,12 @@ def evaluate(
         "check": check,
     }
     with ranks(sequence_parallel) as these:
-        if these.teams > 1:
+        if these.group_count > 1:
             raise ValueError(
                 f"--sequence-parallel is {sequence_parallel}, of {these.size} processes; evaluate "
                 "has one thing to do at a time: make it all of them"
             )
-        loading |= {"device": local_device(device), "team": these.team}
+        loading |= {"device": local_device(device), "group": these.group}
         pair = None
         if rescale is None and existing_scaling is None:
             if find_pair(model, trust_remote_code):
@@ -200,7 +200,7 @@ def evaluate(
             scaling = existing_choice(existing_scaling)
             loaded = load_weights(model, existing_scaling=scaling, **loading)
         entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.info)[0]
-        with measurement_cache(out, these.team.size) as unfinished:
+        with measurement_cache(out, these.group.size) as unfinished:
             if kind == "benchmarks":
                 long = pair.long if pair else entry.rescale(options.resolve(loaded.info)[1])
                 before = _original(model, original, loading)

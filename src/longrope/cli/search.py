@@ -164,7 +164,7 @@ def search(
             device=local_device(device),
             dtype=dtype,
             offload=offload,
-            team=these.team,
+            group=these.group,
             existing_scaling=existing_choice(existing_scaling),
             original_length=original_length,
             trust_remote_code=trust_remote_code,

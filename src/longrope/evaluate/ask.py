@@ -79,7 +79,7 @@ def ask(
 
     forward = loaded.forward(options.chunk, options.offload_activations)
     rows: list[Row] = []
-    with progress(options.kind, len(lengths), show=loaded.team.rank == 0) as advance:
+    with progress(options.kind, len(lengths), show=loaded.group.rank == 0) as advance:
         for number, length in enumerate(lengths, 1):
             rescale = choose(length)
             same = {name: getattr(options, name) for name in ("kind", "trials", "digits", "seed")}

@@ -64,7 +64,7 @@ class MeasurementCache:
 
 
 @contextlib.contextmanager
-def measurement_cache(directory: Path | None, team: int = 1) -> Iterator[MeasurementCache]:
+def measurement_cache(directory: Path | None, group_size: int = 1) -> Iterator[MeasurementCache]:
     """What is measured within is kept in ``directory / "unfinished"`` until the end of it.
 
     Not with a team, whose processes would have to see the same files.
@@ -72,7 +72,7 @@ def measurement_cache(directory: Path | None, team: int = 1) -> Iterator[Measure
     Raises:
         ValueError: another process is measuring there.
     """
-    if directory is None or team > 1:
+    if directory is None or group_size > 1:
         yield MeasurementCache()
         return
     directory = directory / "unfinished"

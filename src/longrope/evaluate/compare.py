@@ -165,7 +165,7 @@ def _score_all(
     asked = {"lengths": lengths, "stride": options.stride, "bos": bos}
     forward = loaded.forward(options.chunk, options.offload_activations)
     scores: dict[tuple[str, int], Scores] = {}
-    with progress("evaluate", len(entries) * len(lengths), show=loaded.team.rank == 0) as advance:
+    with progress("evaluate", len(entries) * len(lengths), show=loaded.group.rank == 0) as advance:
         for entry in entries:
             for length in lengths:
                 rescale = entry.rescale(length)

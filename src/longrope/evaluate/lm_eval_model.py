@@ -16,7 +16,7 @@ from longrope.data.windows import bos_token
 from longrope.evaluate.lm_eval_tasks import generation_settings
 from longrope.inference.generate import stream
 from longrope.layerwise.forward import BATCH_TOKENS, Continuation
-from longrope.layerwise.losses import ContinuationScore, answer_of
+from longrope.layerwise.losses import ContinuationScore, score_continuation
 from longrope.models.load import LoadedModel
 from longrope.progress import progress
 from longrope.rope.apply import rescaled
@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):
         ]
         found: dict[int, ContinuationScore] = {}
         with progress(
-            self.title, len(requests), show=bool(self.title) and self.loaded.team.rank == 0
+            self.title, len(requests), show=bool(self.title) and self.loaded.group.rank == 0
         ) as advance:
             for rescale, batch in self._batches(sequences):
                 with rescaled(self.loaded.model, rescale):
@@ -92,7 +92,7 @@ class HarnessModel(TemplateLM):
         # A team goes through rows together, and offloaded weights would come anew for each answer;
         # a state does not go back to what it was before an answer.
         info = self.loaded.info
-        alone = self.loaded.team.size == 1 and not self.forward.offloaded
+        alone = self.loaded.group.size == 1 and not self.forward.offloaded
         alone = alone and info.attention_layers == info.layers
         if alone and len(rows) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
             text = list(_text(*sequences[0]))
@@ -103,7 +103,7 @@ class HarnessModel(TemplateLM):
         ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for ids, row in rows.items():
             ids_BT[row, : len(ids)] = torch.tensor(ids)
-        return self.forward.answers(ids_BT, asked)
+        return self.forward.score(ids_BT, asked)
 
     @torch.inference_mode()
     def _after(self, text: list[int], answers: Sequence[list[int]]) -> list[ContinuationScore]:
@@ -122,7 +122,7 @@ class HarnessModel(TemplateLM):
                 )
                 logits_TV = torch.cat([first_1V, later.logits[0]])
                 cache.crop(-before)
-            found.append(answer_of(logits_TV, answer))
+            found.append(score_continuation(logits_TV, answer))
         return found
 
     def _batches(
@@ -154,7 +154,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         found: list[str] = []
         with progress(
-            self.title, len(requests), show=bool(self.title) and self.loaded.team.rank == 0
+            self.title, len(requests), show=bool(self.title) and self.loaded.group.rank == 0
         ) as advance:
             for request in requests:
                 found.append(self._generated(*request.args))

@@ -91,4 +91,4 @@ def _right(forward: LongForward, prompts: Sequence[Prompt]) -> list[bool]:
     ids = torch.from_numpy(np.stack([prompt.ids for prompt in prompts]))
     first = ids.shape[1] - prompts[0].answer_tokens
     asked = [Continuation(row, first, tokens[first:]) for row, tokens in enumerate(ids.tolist())]
-    return [answer.greedy for answer in forward.answers(ids[:, :-1], asked)]
+    return [answer.greedy for answer in forward.score(ids[:, :-1], asked)]

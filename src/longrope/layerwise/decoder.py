@@ -1,4 +1,4 @@
-"""Find a model's decoder layers."""
+"""Find a model's decoder and its list of layers."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from longrope.rope.rotary import find_rotary
 
 
 def find_layers(model: nn.Module) -> tuple[Any, str]:
-    """The decoder of a model and the name under which it keeps its layers.
+    """Return a model's decoder and the attribute name of its layer list.
 
     Raises:
-        ValueError: there is no list of as many layers as the config says.
+        ValueError: the decoder has no module list of ``num_hidden_layers`` layers.
     """
     site = find_rotary(model)
     if site is not None:

@@ -1,14 +1,14 @@
-"""The long forward: the loss of every token of a sequence of any length, in bounded memory.
+"""Layer-by-layer forward pass: token losses of sequences of any length in bounded memory.
 
-Layer-major: each layer runs over the whole sequence, chunk by chunk, before the
-next one starts; then its keys and values are dropped. So memory holds the hidden
-states of the sequence (on the host if asked), one layer's keys and values, one
-chunk, and the weights; never a mask of the sequence, never all logits.
+Each layer runs over the whole sequence, chunk by chunk, before the next one starts; then its
+keys and values are dropped. Memory holds the sequence's hidden states (offloaded on request),
+one layer's keys and values, one chunk, and the weights. It never holds an attention mask or the
+logits of the whole sequence.
 
-There is no code per architecture. The model's own forward is run on each chunk
-twice with its layers exchanged: once with recorders, to learn what it feeds its
-layers (scaled embeddings, rotary angles), and once with a layer that returns the
-final hidden states, to let it apply its own norm, head and soft-cap.
+There is no code per architecture. The model's own forward runs twice on each chunk with its
+layers replaced: once by recorders, which record the layers' inputs (scaled embeddings, rotary
+embeddings), and once by a layer that returns the final hidden states, so that the model applies
+its own norm, head and soft-cap.
 """
 
 import contextlib
@@ -25,34 +25,34 @@ from transformers import AttentionInterface, DynamicCache
 from longrope.attention import chunked as attention
 from longrope.attention.config import attention_shape
 from longrope.compat import cache_name
-from longrope.distributed import Team
+from longrope.distributed import SequenceParallelGroup
 from longrope.layerwise.chunks import Chunk, Chunks
 from longrope.layerwise.decoder import find_layers
-from longrope.layerwise.losses import ContinuationScore, answer_of, token_losses
-from longrope.layerwise.stand_ins import Injector, LayerCache, Passing, Recorder, Recording
+from longrope.layerwise.losses import ContinuationScore, score_continuation, token_losses
+from longrope.layerwise.stand_ins import Injector, LayerCache, PassThrough, Recorder, Recording
 from longrope.layerwise.storage import allocate
 from longrope.rope.rotary import column_layout, find_rotary
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
 log = logging.getLogger(__name__)
 
-# Short windows go through a model together, up to this many tokens.
+# Most tokens in a batch of short windows.
 BATCH_TOKENS = 4096
 _T = TypeVar("_T")
 
 
 def default_chunk(device_type: str) -> int:
-    """Tokens that go through a layer at a time: a GPU waits for its next kernel with fewer."""
+    """Default chunk size in tokens: 8,192 on a GPU, which fewer do not keep busy, else 2,048."""
     return 8192 if device_type == "cuda" else 2048
 
 
 def head_rows(vocabulary: int, device_type: str) -> int:
-    """Rows of logits in memory at a time; on a GPU a gigabyte of them in float32."""
+    """Number of logit rows computed at a time; on a GPU about 1 GB of float32."""
     return max(1024, 2**28 // vocabulary) if device_type == "cuda" else 1024
 
 
 class Continuation(NamedTuple):
-    """Tokens that stand, or might stand, in a row from the position ``first`` on."""
+    """Tokens to score at positions ``first`` onwards of row ``row``, present there or not."""
 
     row: int
     first: int
@@ -60,22 +60,22 @@ class Continuation(NamedTuple):
 
 
 class LongForward:
-    """Per-token losses of sequences of any length.
+    """Forward pass of a model over sequences of any length.
 
     Args:
-        model: a transformers causal language model in evaluation mode. The rescale
-            that is installed in it when called applies to the whole sequence.
-        chunk: tokens that go through a layer at a time; None: as fits the device
-            (:func:`default_chunk`). Halved when a GPU runs out of memory, and left there.
-        offload_activations: where the hidden states of the sequence wait; the model's
-            device by default, the CPU to save GPU memory, a folder to save both (``waiting.py``).
-        attention_name: what all attention goes through; ours by default.
-        offloaded: the layers' weights come and go, so no graph may wait for them.
-        team: the processes that share every sequence: at any time each has a chunk of it at work,
-            all the same layer, and they give each other its keys and values.
+        model: a transformers causal language model in evaluation mode. The rescale in place when
+            a method is called applies to the whole sequence.
+        chunk: chunk size in tokens; default :func:`default_chunk`. Halved, and kept so, when a
+            GPU runs out of memory.
+        offload_activations: a device or directory for the sequence's hidden states; default the
+            model's device.
+        attention_name: name of the attention implementation, registered with transformers.
+        offloaded: the layers' weights are offloaded, so no autograd graph may keep them.
+        group: the sequence-parallel group. Each process works on a chunk of its own, all on the
+            same layer, and they exchange keys and values.
 
     Raises:
-        ValueError: the model's layers are not where a decoder keeps them.
+        ValueError: the chunk size is below 1, or the model's layers are not found.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class LongForward:
         offload_activations: torch.device | Path | None = None,
         attention_name: str = attention.NAME,
         offloaded: bool = False,
-        team: Team | None = None,
+        group: SequenceParallelGroup | None = None,
     ):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
@@ -98,10 +98,10 @@ class LongForward:
         self.offload_activations = offload_activations or self.device
         self.attention_name = attention_name
         self.offloaded = offloaded
-        self.team = team or Team()
+        self.group = group or SequenceParallelGroup()
 
     def batches(self, windows: np.ndarray) -> Iterator[Tensor]:
-        """Losses of windows of one length, shape (windows, tokens): short ones go together."""
+        """Yield the losses of windows (windows, tokens); short windows run as one batch."""
         ids = torch.from_numpy(windows.astype(np.int64))
         for batch in ids.split(max(1, BATCH_TOKENS // (ids.shape[1] - 1))):
             yield self.losses(batch)
@@ -111,7 +111,7 @@ class LongForward:
         return getattr(self.decoder, self._layers_name)
 
     def losses(self, input_ids: Tensor) -> Tensor:
-        """Negative log-likelihood in nats of each token but the first.
+        """Compute the negative log-likelihood in nats of each token but the first.
 
         Args:
             input_ids: shape (batch, tokens), unpadded, tokens ≥ 2.
@@ -120,60 +120,69 @@ class LongForward:
             Shape (batch, tokens − 1), float32 (float64 in a float64 model), on the CPU.
 
         Raises:
-            ValueError: a token id that the model has no embedding for.
+            ValueError: a token id is outside the model's vocabulary.
         """
         if (largest := int(input_ids.max())) >= self.vocabulary:
             raise ValueError(
-                f"the tokenizer gave the token id {largest:,}, and the model has "
-                f"{self.vocabulary:,} embeddings: it is another model's"
+                f"token id {largest:,} exceeds the model's vocabulary of {self.vocabulary:,}: the "
+                "tokenizer belongs to another model"
             )
         ids_BT = input_ids.to(self.device)
-        # A copy made out here is an ordinary tensor, that callers may change.
+        # Outside inference mode the copy is an ordinary tensor, which callers may modify.
         return self.within_memory(lambda: self._losses(ids_BT)).clone()
 
-    def answers(self, input_ids: Tensor, asked: Sequence[Continuation]) -> list[ContinuationScore]:
-        """How likely some tokens are, each after all that stands before it in its row.
+    def score(
+        self, input_ids: Tensor, continuations: Sequence[Continuation]
+    ) -> list[ContinuationScore]:
+        """Score continuations, each given the tokens before it in its row.
 
         Args:
-            input_ids: shape (batch, tokens). Rows may be padded on the right, since no token
-                sees what follows it. The tokens asked for need not be in it.
-            asked: any number for each row.
+            input_ids: shape (batch, tokens); may be padded on the right, as no token attends to
+                later ones. It need not contain the continuations' tokens.
+            continuations: any number per row.
+
+        Returns:
+            A score per continuation, in order.
         """
         ids_BT = input_ids.to(self.device)
-        return self.within_memory(lambda: self._answers(ids_BT, asked))
+        return self.within_memory(lambda: self._score(ids_BT, continuations))
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, DynamicCache]:
-        """The logits after the last token, shape (batch, vocabulary), and the cache to go on with.
+        """Run a prompt, and return the last token's logits and the cache for decoding.
 
-        The cache holds the keys and values of every layer, as the model's own forward
-        would have left it.
+        Args:
+            input_ids: shape (batch, tokens).
+
+        Returns:
+            The logits, shape (batch, vocabulary), and a cache with the keys and values of every
+            layer, as the model's own forward leaves it.
         """
         ids_BT = input_ids.to(self.device)
         tokens = ids_BT.shape[1]
         chunks, last = self.chunks(tokens), slice(tokens - 1, tokens)
-        cache = LayerCache(tokens, self.team, self.decoder.config)
+        cache = LayerCache(tokens, self.group, self.decoder.config)
         with self.attention():
-            hidden_BTD = chunks.part(self._hidden(ids_BT, chunks, cache, keep=True), last)
-            return self.logits(ids_BT, hidden_BTD, last)[:, -1], cache.whole
+            hidden_BTD = chunks.gather(self._hidden(ids_BT, chunks, cache, keep=True), last)
+            return self.logits(ids_BT, hidden_BTD, last)[:, -1], cache.model_cache
 
     def within_memory(self, compute: Callable[[], _T]) -> _T:
-        """What ``compute`` gives, with a smaller chunk where a GPU runs out of memory."""
+        """Call ``compute``, and retry with half the chunk size when a GPU runs out of memory."""
         while True:
             try:
                 return compute()
             except torch.cuda.OutOfMemoryError:
-                if self.chunk == 1 or self.team.size > 1:  # all of a team have the same chunks
+                if self.chunk == 1 or self.group.size > 1:  # the group shares one chunk size
                     raise
                 self.chunk //= 2
-                log.warning("out of memory: going on with --chunk %d", self.chunk)
+                log.warning("out of memory: retrying with chunk size %d", self.chunk)
             torch.cuda.empty_cache()
 
     def bytes_per_token(self) -> int:
-        """By how much peak memory grows with each token, beside a constant.
+        """Estimate the growth of peak memory per token, in bytes.
 
-        Hidden states, one layer's keys and values, cosines and sines (one set for each
-        kind of layer), token ids and positions going in and losses coming out.
+        Counts hidden states, one layer's keys and values, cosines and sines (per kind of layer),
+        token ids, positions and losses.
         """
         model, site = self.model, find_rotary(self.model)
         assert site is not None
@@ -183,7 +192,7 @@ class LongForward:
         ids, positions, losses = 8, 8, 2 * max(size, 4)
         kv = attention_shape(config).kv_numbers
         if self.device.type == "cpu" and size == 2:
-            kv *= 2  # torch's flash kernel repacks keys and values for the bf16 matrix units
+            kv *= 2  # torch's CPU flash kernel repacks keys and values in half precision
         numbers = config.hidden_size + kv + angles
         return numbers * size + ids + positions + losses
 
@@ -197,46 +206,50 @@ class LongForward:
             for span, place in chunks.own(self.head_rows):
                 logits = self.logits(inputs_BT, hidden_BTD[:, place], span)
                 found.append(token_losses(logits, targets_BT[:, span]))
-        return chunks.part(torch.cat(found, dim=1).cpu(), slice(0, chunks.tokens))
+        return chunks.gather(torch.cat(found, dim=1).cpu(), slice(0, chunks.tokens))
 
     @torch.inference_mode()
-    def _answers(self, ids_BT: Tensor, asked: Sequence[Continuation]) -> list[ContinuationScore]:
+    def _score(
+        self, ids_BT: Tensor, continuations: Sequence[Continuation]
+    ) -> list[ContinuationScore]:
         chunks = self.chunks(ids_BT.shape[1])
         with self.attention():
             hidden_BTD = self._hidden(ids_BT, chunks)
             answers = []
-            for row, first, tokens in asked:
+            for row, first, tokens in continuations:
                 before, rows = slice(first - 1, first - 1 + len(tokens)), slice(row, row + 1)
-                hidden = chunks.part(hidden_BTD[rows], before)
-                answers.append(answer_of(self.logits(ids_BT[rows], hidden, before)[0], tokens))
+                hidden = chunks.gather(hidden_BTD[rows], before)
+                answers.append(
+                    score_continuation(self.logits(ids_BT[rows], hidden, before)[0], tokens)
+                )
             return answers
 
     def _hidden(
         self, ids_BT: Tensor, chunks: Chunks, cache: LayerCache | None = None, keep: bool = False
     ) -> Tensor:
-        """The last layer's output for this process's chunks.
+        """Compute the last layer's output for this process's chunks.
 
-        ``keep``: the keys and values of every layer, not only of the one at work.
+        ``keep`` stores the keys and values of every layer in the cache, not only the current one's.
         """
         own = chunks.own()
-        cache = cache or LayerCache(ids_BT.shape[1], self.team, self.decoder.config)
+        cache = cache or LayerCache(ids_BT.shape[1], self.group, self.decoder.config)
         hidden_BTD, recordings = self.embed(ids_BT, own, cache)
         for index, layer in enumerate(self.layers):
-            cache.begin()
-            # One layer's keys and values at a time: the next layer writes over them.
+            cache.begin_layer()
+            # The next layer overwrites this layer's keys and values.
             for number, (span, place) in enumerate(own):
-                cache.start, cache.together = span.start, chunks.together(number)
+                cache.begin_chunk(span.start, chunks.concurrent(number))
                 given, named = recordings[number].arguments[index]
                 output = layer(hidden_BTD[:, place].to(self.device), *given, **named)
                 hidden_BTD[:, place] = output if isinstance(output, Tensor) else output[0]
             if keep:
-                cache.keep(index)
+                cache.keep_layer(index)
         return hidden_BTD
 
     def embed(
         self, ids_BT: Tensor, own: list[Chunk], cache: LayerCache
     ) -> tuple[Tensor, list[Recording]]:
-        """The input of the first layer, and what else every layer gets, chunk by chunk."""
+        """Compute the first layer's input, and record every layer's other arguments by chunk."""
         hidden, recordings = None, []
         for span, place in own:
             recording = Recording(cache)
@@ -260,23 +273,24 @@ class LongForward:
         return hidden, recordings
 
     def logits(self, ids_BT: Tensor, hidden_BTD: Tensor, span: slice) -> Tensor:
-        """Logits of a span from its part of the last layer's output, by the model's own head."""
+        """Apply the model's own head to a span of the last layer's output."""
         final = Injector(hidden_BTD.to(self.device))
-        with self._exchanged([final, *[Passing() for _ in self.layers[1:]]]):
+        with self._exchanged([final, *[PassThrough() for _ in self.layers[1:]]]):
             return self.model(
                 input_ids=ids_BT[:, span], position_ids=_positions(ids_BT, span), use_cache=False
             ).logits
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Room for what waits, where hidden states do."""
+        """Allocate an uninitialised tensor where hidden states are offloaded to."""
         return allocate(self.offload_activations, shape, dtype)
 
     def chunks(self, tokens: int) -> Chunks:
-        """The chunks of a sequence, and which of them are this process's."""
-        return Chunks(tokens, self.chunk, self.team)
+        """Split a sequence into chunks, distributed over the group."""
+        return Chunks(tokens, self.chunk, self.group)
 
     @contextlib.contextmanager
     def _exchanged(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+        """Replace the model's layers by stand-ins."""
         layers = self.layers
         setattr(self.decoder, self._layers_name, nn.ModuleList(stand_ins))
         try:
@@ -285,8 +299,8 @@ class LongForward:
             setattr(self.decoder, self._layers_name, layers)
 
     def attention(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
-        """All of the model's attention through ours; without a mask, which ours implies."""
-        return attention.through(self.decoder.config, name or self.attention_name)
+        """Use our attention in the model, which is causal without a mask."""
+        return attention.attention_implementation(self.decoder.config, name or self.attention_name)
 
 
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:

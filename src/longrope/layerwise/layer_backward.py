@@ -1,4 +1,4 @@
-"""One layer of the long gradient: forward over a whole sequence, and back."""
+"""Forward and backward pass of one layer over a whole sequence."""
 
 import functools
 from typing import Any
@@ -12,15 +12,15 @@ from longrope.layerwise.forward import LongForward
 from longrope.layerwise.split_attention import SplitAttention
 from longrope.layerwise.stand_ins import Recording
 
-# What a layer goes on from, by kind and number.
+# Recurrent states of a layer, by kind and index.
 _States = dict[tuple[str, int], Tensor]
 
 
 class LayerGradient:
-    """One layer over a whole sequence, forward and then backward.
+    """Forward and then backward pass of one layer over a whole sequence.
 
-    One without attention goes back chunk by chunk, from the last to the first, with the slope of
-    the state that each hands to the next.
+    A layer without attention runs backward chunk by chunk, from last to first, and passes the
+    gradient of its recurrent state to the chunk before.
     """
 
     def __init__(
@@ -34,64 +34,74 @@ class LayerGradient:
         self.forward, self.layer = forward, forward.layers[index]
         self.recordings, self.chunks, self.hidden_BTD = recordings, chunks, hidden_BTD
         self.arguments = [recording.arguments[index] for recording in recordings]
-        self.apart = SplitAttention(chunks, forward.chunk, forward.device, forward.empty)
+        self.split = SplitAttention(chunks, forward.chunk, forward.device, forward.empty)
 
     def output(self) -> Tensor:
-        """The layer's output, shape as its input."""
+        """Run the layer forward; the output has the shape of its input.
+
+        Raises:
+            ValueError: the layer's attention does not support gradients.
+        """
         result_BTD = self.forward.empty(self.hidden_BTD.shape, self.hidden_BTD.dtype)
         cache = self.recordings[0].cache
-        cache.begin()
+        cache.begin_layer()
         for number, (span, place) in enumerate(self.chunks.own()):
-            cache.start, cache.together = span.start, self.chunks.together(number)
+            cache.begin_chunk(span.start, self.chunks.concurrent(number))
             run = functools.partial(self._run, number, self._input(place), cache)
-            result_BTD[:, place] = self.apart.attend(place, run)
-        if cache.has_keys != bool(self.apart.calls) or (cache.has_keys and cache.stateful):
+            result_BTD[:, place] = self.split.forward(place, run)
+        if cache.has_keys != bool(self.split.calls) or (cache.has_keys and cache.stateful):
             raise ValueError(
-                "a layer of this model has an attention of its own kind, of which no slope is "
-                "known; use --algorithm evolution"
+                "a layer of this model does not use transformers' attention interface, so "
+                "gradients are not supported: use algorithm 'evolution'"
             )
         return result_BTD
 
-    def _through_states(self, slope_BTD: Tensor) -> None:
+    def _through_states(self, grad_BTD: Tensor) -> None:
+        """Run the backward pass of a layer with recurrent states, from last chunk to first."""
         own = list(enumerate(self.chunks.own()))
         states: list[_States] = [{}]
         for number, (span, place) in own[:-1]:
-            cache = OwnKeys(span.start, states[-1])
+            cache = ChunkCache(span.start, states[-1])
             self._run(number, self._input(place), cache)
             states.append(cache.after)
-        slopes: _States = {}
+        grads: _States = {}
         for number, (span, place) in reversed(own):
             hidden = self._input(place).requires_grad_()
             before = {key: state.requires_grad_() for key, state in states.pop().items()}
-            cache = OwnKeys(span.start, before)
+            cache = ChunkCache(span.start, before)
             with torch.enable_grad():
                 output = self._run(number, hidden, cache)
-            after = [cache.after[key] for key in slopes]
-            slope = slope_BTD[:, place].to(self.forward.device)
-            torch.autograd.backward([output, *after], [slope, *slopes.values()])
+            after = [cache.after[key] for key in grads]
+            grad = grad_BTD[:, place].to(self.forward.device)
+            torch.autograd.backward([output, *after], [grad, *grads.values()])
             assert hidden.grad is not None
-            slope_BTD[:, place] = hidden.grad
-            slopes = {key: state.grad for key, state in before.items() if state.grad is not None}
+            grad_BTD[:, place] = hidden.grad
+            grads = {key: state.grad for key, state in before.items() if state.grad is not None}
 
-    def backward(self, slope_BTD: Tensor) -> None:
-        """From d loss / d output to d loss / d input, in its place; the cosines gather theirs."""
-        if not self.apart.calls:
-            self._through_states(slope_BTD)
+    def backward(self, grad_BTD: Tensor) -> None:
+        """Replace the gradient of the output by that of the input, in place.
+
+        The gradients of the rotary embeddings accumulate in their own tensors.
+        """
+        if not self.split.calls:
+            self._through_states(grad_BTD)
             return
         own = list(enumerate(self.chunks.own()))
         for number, (span, place) in own:
             hidden = self._input(place).requires_grad_()
-            run = functools.partial(self._run, number, hidden, OwnKeys(span.start))
-            self.apart.after(place, run, slope_BTD[:, place].to(self.forward.device))
+            run = functools.partial(self._run, number, hidden, ChunkCache(span.start))
+            self.split.backward_after_attention(
+                place, run, grad_BTD[:, place].to(self.forward.device)
+            )
             assert hidden.grad is not None
-            slope_BTD[:, place] = hidden.grad
-        self.apart.backward()
+            grad_BTD[:, place] = hidden.grad
+        self.split.backward_attention()
         for number, (span, place) in own:
             hidden = self._input(place).requires_grad_()
-            run = functools.partial(self._run, number, hidden, OwnKeys(span.start))
-            self.apart.before(place, run)
+            run = functools.partial(self._run, number, hidden, ChunkCache(span.start))
+            self.split.backward_before_attention(place, run)
             assert hidden.grad is not None
-            slope_BTD[:, place] += hidden.grad.to(slope_BTD.device)
+            grad_BTD[:, place] += hidden.grad.to(grad_BTD.device)
 
     def _input(self, place: slice) -> Tensor:
         return self.hidden_BTD[:, place].to(self.forward.device).detach()
@@ -107,7 +117,7 @@ def run_layer(
     recording: Recording,
     cache: Any,
 ) -> Tensor:
-    """A layer on a chunk, as the model calls it but for its cache."""
+    """Call a layer on a chunk with its recorded arguments, but another cache."""
     held, (given, named) = recording.cache, arguments
     given = [cache if value is held else value for value in given]
     named = {name: cache if value is held else value for name, value in named.items()}
@@ -115,13 +125,12 @@ def run_layer(
     return output if isinstance(output, Tensor) else output[0]
 
 
-class OwnKeys:
-    """What a layer takes for its cache where its attention looks at no other chunk.
+class ChunkCache:
+    """Cache of one chunk for a layer that runs split from its attention, or has none.
 
     Args:
-        start: of the chunk.
-        before: of a layer that goes on from a state, that after the chunk before; ``after`` is
-            the state after this one.
+        start: position of the chunk's first token.
+        before: recurrent states after the previous chunk. ``after`` gets those after this one.
     """
 
     def __init__(self, start: int, before: _States | None = None):
@@ -135,7 +144,7 @@ class OwnKeys:
         return self.start
 
     def is_recording_past(self, *_: Any) -> bool:
-        return True  # or a single token would change the state in its place
+        return True  # else a single token would modify the state in place
 
     def has_previous_state(self, *_: Any) -> bool:
         return bool(self.before)
@@ -151,7 +160,7 @@ class OwnKeys:
         conv_kernel_size: int | None = None,
         **_: Any,
     ) -> Tensor:
-        """The columns of the chunk behind those of the state, of which the last ones stay."""
+        """Append the chunk's columns to the state, and keep the last ones as the new state."""
         before = self.get_conv_state(layer, state_idx)
         size = conv_kernel_size or states.shape[-1]
         whole = states if before is None else torch.cat([before, states], dim=-1)

@@ -1,9 +1,9 @@
-"""Weights that wait on the host: layers pass through the device two at a time.
+"""Weight offloading: stream layer weights from the host to the device, two layers at a time.
 
-A long forward takes the layers one after the other, each over the whole sequence, so every weight
-is needed once a sequence (twice for a slope), and while one layer works the next one's weights
-can travel. transformers maps safetensors rather than reading them, so "the host" is the files
-themselves, as far as the machine's memory does not hold them.
+A layer-by-layer forward pass needs each layer's weights once per sequence (twice for a
+gradient), so the next layer's weights are copied while the current layer computes. transformers
+memory-maps safetensors, so the host copy is the checkpoint file as far as memory does not
+cache it.
 """
 
 import functools
@@ -17,9 +17,10 @@ from longrope.layerwise.decoder import find_layers
 
 
 def offload(model: Any, device: torch.device) -> "Stream":
-    """Move all of a model to a device but its layers, which follow whenever they are called.
+    """Move a model to a device, except its layers, whose weights are copied when called.
 
-    Right for any forward, and fast for one that is layer-major. The weights must not be trained.
+    Correct for any forward pass, and fast for a layer-by-layer one. The weights must not be
+    trained.
     """
     decoder, name = find_layers(model)
     layers = getattr(decoder, name)
@@ -45,7 +46,7 @@ class _Place(NamedTuple):
 
 
 class Stream:
-    """Layers on their way: one at work on the device, the next one coming."""
+    """Stream of layer weights: the current layer's on the device, the next one's in transfer."""
 
     def __init__(self, layers: list[nn.Module], device: torch.device):
         self.device = device
@@ -59,13 +60,13 @@ class Stream:
             layer.register_forward_pre_hook(functools.partial(self._enter, index))
 
     def _enter(self, index: int, *_: Any) -> None:
-        """A layer is about to work: have its weights here, and send for the next one's."""
+        """Put the weights of the layer about to run on the device, and start copying the next."""
         if index == self._here:
             return
         step = -1 if self._here is not None and index == self._here - 1 else 1
         self._put(self._here, None)
         self._here = None
-        # Without this the next would come while kernels that wait in line still need the last.
+        # Else the next layer would be copied while queued kernels still use the last one's weights.
         left = self._side and torch.cuda.current_stream(self.device).record_event()
         arrived = self._arrived(index, left)
         self._put(index, arrived)
@@ -75,21 +76,22 @@ class Stream:
             self._coming = following, self._porter.submit(self._fetch, following, left)
 
     def _arrived(self, index: int, left: Any) -> list[Tensor]:
+        """Return a layer's copied weights, waiting for the transfer if needed."""
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] == index:
             arrived = coming[1].result()
         else:
             if coming is not None:
-                coming[1].result()  # let it come and go: never more than two are here
+                coming[1].result()  # finish and drop it: at most two layers are on the device
             del coming
             arrived = self._porter.submit(self._fetch, index, left).result()
         if self._side is not None:
-            for tensor in arrived:  # their memory was taken on the other stream
+            for tensor in arrived:  # allocated on the side stream
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return arrived
 
     def _fetch(self, index: int, left: Any = None) -> list[Tensor]:
-        """Copies of a layer's tensors on the device, once another left; complete on return."""
+        """Copy a layer's tensors to the device after event ``left``; complete on return."""
         if left is not None:
             left.synchronize()
         with torch.cuda.stream(self._side):
@@ -99,6 +101,7 @@ class Stream:
         return arrived
 
     def _put(self, index: int | None, tensors: list[Tensor] | None) -> None:
+        """Assign a layer's tensors; None restores the host's."""
         if index is None:
             return
         held = self.host[index]
@@ -107,7 +110,7 @@ class Stream:
 
 
 def _tensors(layer: nn.Module) -> dict[_Place, Tensor]:
-    """A layer's tensors by where they are kept."""
+    """Return a layer's tensors by where they are kept."""
     found = {}
     for module in layer.modules():
         for kept in (module._parameters, module._buffers):

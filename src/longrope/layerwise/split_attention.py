@@ -1,4 +1,4 @@
-"""One layer's attention over a whole sequence, run apart from the rest of the layer."""
+"""Run a layer's attention over the whole sequence, split from the rest of the layer."""
 
 import itertools
 from collections.abc import Callable
@@ -8,45 +8,53 @@ import torch
 from torch import Tensor
 
 from longrope.attention.autograd import replaced_attention
-from longrope.attention.backward import slopes
-from longrope.attention.chunked import Options, attend, slices
+from longrope.attention.backward import attention_backward
+from longrope.attention.chunked import Options, attention_with_lse, slices
 from longrope.layerwise.chunks import Chunks
 
-# Bytes that heads at work may take going back, for each token of a chunk: fewer, as that is halved,
-# where memory runs out. One head takes what it takes.
-_HEADS = 5e5
+# Bytes that attention's backward pass may take per token of a chunk, if more than one head fits.
+# Running out of memory halves the chunk size, and with it this budget.
+_BYTES_PER_TOKEN = 5e5
 
 
 class SplitAttention:
-    """One layer's attention over a whole sequence, taken out of the layer that calls it.
+    """One layer's attention over a whole sequence, split from the rest of the layer.
 
-    Forward (:meth:`attend`) it keeps outputs and log-sum-exps. Backward the layer runs on each
-    chunk from its attention's output to its own (:meth:`after`), then attention itself is gone
-    back through, the whole sequence at once (:meth:`backward`), then the layer on each chunk from
-    its input to its attention (:meth:`before`). Of a team each process has its chunks, but for
-    the second of these, when it has some heads of all tokens.
+    :meth:`forward` keeps attention outputs and log-sum-exps. The backward pass has three steps:
+    :meth:`backward_after_attention` runs the layer on each chunk from its attention's output to its
+    own output, :meth:`backward_attention` differentiates attention over the whole sequence, and
+    :meth:`backward_before_attention` runs the layer on each chunk up to its attention. In a
+    sequence-parallel group each process has its chunks, and in the second step some heads of all
+    tokens.
 
     Args:
         chunks: of the sequence.
-        size: of one, at most.
+        size: chunk size in tokens.
         device: where to compute.
-        empty: makes what waits between chunks, of a shape and a dtype.
+        empty: allocates storage of a shape and dtype for tensors of the whole sequence.
     """
 
-    calls: int  # of attention by the layer, at most one
+    calls: int  # times the layer called its attention
     options: Options
     output: Tensor
     lse: Tensor
     inputs: list[Tensor]
-    slope: Tensor
+    output_grad: Tensor
 
     def __init__(
         self, chunks: Chunks, size: int, device: torch.device, empty: Callable[..., Tensor]
     ):
         self.chunks, self.size, self.device, self.empty = chunks, size, device, empty
 
-    def attend(self, place: slice, run: Callable[[], Tensor]) -> Tensor:
-        """What ``run`` gives, the layer on a chunk without gradients.
+    def forward(self, place: slice, run: Callable[[], Tensor]) -> Tensor:
+        """Run the layer on a chunk without gradients, and keep its attention's output.
+
+        Args:
+            place: of the chunk among this process's tokens.
+            run: calls the layer.
+
+        Returns:
+            The layer's output.
 
         Raises:
             ValueError: the layer calls its attention more than once.
@@ -55,7 +63,7 @@ class SplitAttention:
 
         def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
             self.calls += 1
-            output, lse = attend(query, key, value, options)
+            output, lse = attention_with_lse(query, key, value, options)
             if self.calls > 1:
                 return output
             if place.start == 0:
@@ -68,48 +76,60 @@ class SplitAttention:
             result = run()
         if self.calls > 1:
             raise ValueError(
-                f"a layer of this model calls its attention {self.calls} times, and no slope is "
-                "known of that; use --algorithm evolution"
+                f"a layer of this model calls its attention {self.calls} times, so gradients are "
+                "not supported: use algorithm 'evolution'"
             )
         return result
 
-    def after(self, place: slice, run: Callable[[], Tensor], slope: Tensor) -> None:
-        """From the slope of a chunk's output, by what ``run`` gives, to that of its attention's."""
+    def backward_after_attention(
+        self, place: slice, run: Callable[[], Tensor], output_grad: Tensor
+    ) -> None:
+        """Compute the gradient of a chunk's attention output from the layer's output.
+
+        Args:
+            place: of the chunk among this process's tokens.
+            run: calls the layer.
+            output_grad: gradient of the layer's output on the chunk.
+        """
         leaf = self.output[:, :, place].to(self.device).detach().requires_grad_()
 
         def attention(*given: Any) -> Tensor:
             *inputs, _ = given
             if place.start == 0:
                 self.inputs = [self._whole(tensor) for tensor in inputs]
-                self.slope = self._whole(leaf)
+                self.output_grad = self._whole(leaf)
             for whole, own in zip(self.inputs, inputs, strict=True):
                 whole[:, :, place] = own.detach()
             return leaf
 
         with torch.enable_grad(), replaced_attention(attention):
             output = run()
-        output.backward(slope)
+        output.backward(output_grad)
         assert leaf.grad is not None
-        self.slope[:, :, place] = leaf.grad
+        self.output_grad[:, :, place] = leaf.grad
 
-    def backward(self) -> None:
-        """To the slopes of queries, keys and values, which are put in the place of these."""
+    def backward_attention(self) -> None:
+        """Replace queries, keys and values by their gradients."""
         query, key, _ = self.inputs
-        heads, groups, team = query.shape[1], query.shape[1] // key.shape[1], self.chunks.team.size
+        heads, groups, group = (
+            query.shape[1],
+            query.shape[1] // key.shape[1],
+            self.chunks.group.size,
+        )
         shape = query.shape[3], self.chunks.tokens, self.size, query.dtype.itemsize
         most = heads_at_once(heads, *shape)
-        # As few rounds as there may be, and in each as much for every process.
-        rounds = -(-key.shape[1] // (max(1, most // groups) * team))
-        step = -(-key.shape[1] // (rounds * team))
-        for first in range(0, key.shape[1], step * team):
-            last = min(first + step * team, key.shape[1])
+        # As few rounds as possible, each with equal shares of heads.
+        rounds = -(-key.shape[1] // (max(1, most // groups) * group))
+        step = -(-key.shape[1] // (rounds * group))
+        for first in range(0, key.shape[1], step * group):
+            last = min(first + step * group, key.shape[1])
             shares = slices(first, last, step)
-            shares += [slice(last, last)] * (team - len(shares))
+            shares += [slice(last, last)] * (group - len(shares))
             self._backward(shares, groups, most)
-        del self.output, self.lse, self.slope
+        del self.output, self.lse, self.output_grad
 
     def _backward(self, shares: list[slice], groups: int, most: int) -> None:
-        """Of some heads of keys for each process, with those of queries part by part."""
+        """Differentiate some key heads per process, with their query heads in parts."""
 
         def mine(tensor: Tensor, heads: list[slice]) -> Tensor:
             return self.chunks.to_heads([tensor[:, some].to(self.device) for some in heads])
@@ -122,12 +142,12 @@ class SplitAttention:
         def part(heads: list[slice]) -> list[Tensor]:
             kept = (mine(tensor, heads) for tensor in (self.output, self.lse))
             saved = (mine(query, heads), *both, *kept)
-            slope = mine(self.slope, heads)
-            if slope.shape[1]:
-                by_query, *found = slopes(slope, saved, self.options)
-            else:  # nothing to do but to hand out what the others ask for
-                by_query, *found = (torch.zeros_like(tensor) for tensor in saved[:3])
-            put(query, heads, by_query)
+            output_grad = mine(self.output_grad, heads)
+            if output_grad.shape[1]:
+                query_grad, *found = attention_backward(output_grad, saved, self.options)
+            else:  # no heads left for this process, which still takes part in the exchanges
+                query_grad, *found = (torch.zeros_like(tensor) for tensor in saved[:3])
+            put(query, heads, query_grad)
             return found
 
         query, key, value = self.inputs
@@ -144,46 +164,52 @@ class SplitAttention:
         for tensor, total in zip((key, value), sums, strict=True):
             put(tensor, shares, total.to(tensor.dtype))
 
-    def before(self, place: slice, run: Callable[[], Tensor]) -> None:
-        """From the slopes of a chunk's queries, keys and values back to where ``run`` begins."""
+    def backward_before_attention(self, place: slice, run: Callable[[], Tensor]) -> None:
+        """Continue the backward pass from a chunk's queries, keys and values to its input."""
 
         def attention(*given: Any) -> Tensor:
-            raise _Reached(given[:3])
+            raise _AttentionReached(given[:3])
 
         with torch.enable_grad(), replaced_attention(attention):
             try:
                 run()
-            except _Reached as reached:
+            except _AttentionReached as reached:
                 (inputs,) = reached.args
             else:
-                raise AssertionError("a layer without attention")
-        by_inputs = [whole[:, :, place].to(self.device) for whole in self.inputs]
-        torch.autograd.backward(inputs, by_inputs)
+                raise AssertionError("the layer did not call its attention")
+        input_grads = [whole[:, :, place].to(self.device) for whole in self.inputs]
+        torch.autograd.backward(inputs, input_grads)
 
     def _whole(self, part: Tensor) -> Tensor:
-        """Room for all of this process's tokens, of which a part has shape (B, H, C, …)."""
+        """Allocate storage for all of this process's tokens, like a chunk (B, H, C, …)."""
         own = self.chunks.own()[-1].place.stop
         return self.empty((*part.shape[:2], own, *part.shape[3:]), part.dtype)
 
 
-class _Reached(Exception):
-    """A layer has come as far as its attention, with these inputs."""
+class _AttentionReached(Exception):
+    """Stops a layer at its attention, with the attention's inputs.
+
+    A layer cannot be asked to stop midway, and running it to its end would double the cost.
+    """
 
 
 def heads_at_once(heads: int, head_dim: int, tokens: int, chunk: int, size: int) -> int:
-    """How many heads, of numbers of ``size`` bytes, are gone back through at a time."""
-    return max(1, min(heads, int(_HEADS * chunk / _head_bytes(head_dim, tokens, size))))
+    """Number of heads to differentiate at a time; ``size`` is the bytes of a number."""
+    return max(1, min(heads, int(_BYTES_PER_TOKEN * chunk / _head_bytes(head_dim, tokens, size))))
 
 
 def backward_bytes(
     heads: int, head_dim: int, tokens: int, chunk: int, size: int, here: bool
 ) -> float:
-    """Bytes that this takes; fewer where what waits is ``here``, on the device that computes."""
+    """Estimate the device memory of attention's backward pass, in bytes.
+
+    ``here``: the sequence's tensors are stored on the computing device, and counted elsewhere.
+    """
     there = 5 * size * tokens * head_dim if here else 0
     one = _head_bytes(head_dim, tokens, size) - there
     return one * heads_at_once(heads, head_dim, tokens, chunk, size)
 
 
 def _head_bytes(head_dim: int, tokens: int, size: int) -> float:
-    """Query, key, value, output and their slopes; of the first three sums in float32."""
+    """Bytes of one head: query, key, value, output, their gradients, and three float32 sums."""
     return float(tokens * head_dim * (8 * size + 3 * 4))

@@ -1,4 +1,4 @@
-"""A model's decoder layers, and what stands in for them while the long forward is at work."""
+"""Stand-ins for a model's decoder layers and cache during a layer-by-layer pass."""
 
 import functools
 from collections.abc import Sequence
@@ -9,105 +9,125 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from longrope.distributed import Team
+from longrope.distributed import SequenceParallelGroup
+from longrope.rope.stand_in import StandIn
 
-# What a layer without attention does with the cache of its model.
-_STATES = {
+# Cache methods that layers with a recurrent state call.
+_STATE_METHODS = {
     *("get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state"),
     *("has_previous_state", "is_recording_past"),
 }
 
 
 class LayerCache:
-    """Keys and values of the layer at work, for the whole sequence; allocated once.
+    """Keys and values of the current layer for the whole sequence, allocated once.
 
-    Passed to the model as its cache. Every layer writes the chunk at ``start`` and
-    reads all up to its end. Where a team shares the sequence, each process writes the chunks of all
-    of them: ``together``, in the order of the team. Layers without attention, which go on from a
-    state, keep that in ``whole``, the model's own cache, where keys and values come if asked for.
+    Passed to the model as its cache. Each layer writes its current chunk and reads everything up
+    to the chunk's end. In a sequence-parallel group each process writes the chunks of all
+    processes, in rank order. Layers with a recurrent state keep it in
+    :attr:`model_cache`, the model's own cache; keys and values are stored there on request.
+
+    Args:
+        tokens: length of the sequence.
+        group: the sequence-parallel group.
+        config: the decoder's config.
     """
 
-    def __init__(self, tokens: int, team: Team, config: Any):
+    def __init__(self, tokens: int, group: SequenceParallelGroup, config: Any):
         self.tokens = tokens
-        self.team = team
+        self.group = group
         self.config = config
-        self.start = 0
-        self.together: Sequence[slice] = ()
-        self.stateful = False  # whether the layer at work has come with a state
+        self._start = 0
+        self._concurrent: Sequence[slice] = ()
+        self.stateful = False  # whether the current layer uses a recurrent state
         self._buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._latest: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key: Tensor, value: Tensor, layer: int | None = None, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        end = self.start + key.shape[2]
+        """Store a chunk's keys and values (B, K, C, D); return all up to the chunk's end."""
+        end = self._start + key.shape[2]
         shapes = tuple((*t.shape[:2], self.tokens, t.shape[3]) for t in (key, value))
         modes = getattr(self.config, "kv_sharing_modes", None) or ()
-        # Layers of one shape share a pair, but for those at whose keys later layers look.
+        # Layers of one shape share buffers, except where later layers reuse a layer's keys.
         lasts = layer is not None and "reuse" in modes and modes[layer] == "store"
         which = shapes, layer if lasts else None
         if which not in self._buffers:
             self._buffers[which] = (key.new_empty(shapes[0]), value.new_empty(shapes[1]))
         self._latest = self._buffers[which]
         for buffer, own in zip(self._latest, (key, value), strict=True):
-            if not self.together:
-                buffer[:, :, self.start : end] = own
+            if not self._concurrent:
+                buffer[:, :, self._start : end] = own
                 continue
-            longest = max(span.stop - span.start for span in self.together)
+            longest = max(span.stop - span.start for span in self._concurrent)
             padded = F.pad(own, (0, 0, 0, longest - own.shape[2]))
-            for span, found in zip(self.together, self.team.gather(padded), strict=True):
+            for span, found in zip(self._concurrent, self.group.gather(padded), strict=True):
                 buffer[:, :, span] = found[:, :, : span.stop - span.start]
         keys, values = self._latest
         return keys[:, :, :end], values[:, :, :end]
 
     @functools.cached_property
-    def whole(self) -> DynamicCache:
-        """The model's own cache; where there are no states one that can be cropped."""
+    def model_cache(self) -> DynamicCache:
+        """The model's own cache if it has recurrent states, else a plain, croppable one."""
         try:
             own = DynamicCache(config=self.config)
-        except Exception:  # a config that transformers' own cache does not know
+        except Exception:  # transformers' cache does not support this config
             return DynamicCache()
         stateful = any(isinstance(layer, LinearAttentionLayer) for layer in own.layers)
         return own if stateful else DynamicCache()
 
-    def begin(self) -> None:
-        """Another layer."""
+    def begin_layer(self) -> None:
+        """Start the next layer."""
         self._latest, self.stateful = None, False
+
+    def begin_chunk(self, start: int, concurrent: Sequence[slice]) -> None:
+        """Start the next chunk of the current layer.
+
+        Args:
+            start: position of its first token.
+            concurrent: spans of the chunks that the group processes at the same time.
+        """
+        self._start, self._concurrent = start, concurrent
 
     @property
     def has_keys(self) -> bool:
-        """Whether the layer at work has come with keys."""
+        """Whether the current layer has stored keys."""
         return self._latest is not None
 
-    def keep(self, layer: int) -> None:
-        """The keys and values of the layer at work, if it has any, in :attr:`whole`."""
+    def keep_layer(self, layer: int) -> None:
+        """Copy the current layer's keys and values, if any, to :attr:`model_cache`."""
         if self._latest is not None:
             keys, values = self._latest
-            self.whole.update(keys.clone(), values.clone(), layer)
+            self.model_cache.update(keys.clone(), values.clone(), layer)
 
     def __getattr__(self, name: str) -> Any:
-        """What layers with a state ask for, and set."""
-        if name not in _STATES:
+        """Return the model cache's methods for recurrent states.
+
+        Raises:
+            ValueError: processes share the sequence, which recurrent states do not allow.
+        """
+        if name not in _STATE_METHODS:
             raise AttributeError(name)
-        if self.team.size > 1:
+        if self.group.size > 1:
             raise ValueError(
-                "a layer of this model goes on from a state of all tokens before it, so processes "
-                "cannot share a sequence; leave --sequence-parallel out"
+                "a layer of this model has a recurrent state, so processes cannot share a "
+                "sequence: set sequence_parallel to 1"
             )
         self.stateful = True
-        return getattr(self.whole, name)
+        return getattr(self.model_cache, name)
 
-    def forget(self) -> None:
-        """Give the memory back."""
+    def release(self) -> None:
+        """Free the memory."""
         self._buffers.clear()
-        self.begin()
+        self.begin_layer()
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.start
+        return self._start
 
 
 class Recording:
-    """What one chunk's forward gave its layers."""
+    """Recorded layer inputs of one chunk: hidden states and each layer's arguments."""
 
     def __init__(self, cache: LayerCache):
         self.cache = cache
@@ -115,31 +135,22 @@ class Recording:
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
 
-class Recorder(nn.Module):
-    """Stands in for a layer: notes its arguments and passes the hidden states on."""
+class Recorder(StandIn):
+    """Stand-in for a layer that records its arguments and returns the hidden states."""
 
     def __init__(self, layer: nn.Module, recording: Recording):
-        super().__init__()
-        self._held = (layer, recording)  # in a tuple: no submodule of ours
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_held":
-            return super().__getattr__(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._held[0], name)  # some models ask a layer for its kind
+        super().__init__(layer)
+        self.recording = recording
 
     def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> Tensor:
-        _, recording = self._held
-        if not recording.arguments:
-            recording.hidden = hidden_states
-        recording.arguments.append((given, named))
+        if not self.recording.arguments:
+            self.recording.hidden = hidden_states
+        self.recording.arguments.append((given, named))
         return hidden_states
 
 
 class Injector(nn.Module):
-    """Stands in for a layer: whatever comes in, the given hidden states go out."""
+    """Stand-in for a layer that returns the given hidden states, whatever its input."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
@@ -149,8 +160,8 @@ class Injector(nn.Module):
         return self.hidden
 
 
-class Passing(nn.Module):
-    """Stands in for a layer that does nothing."""
+class PassThrough(nn.Module):
+    """Stand-in for a layer that returns its input."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states

@@ -1,8 +1,8 @@
-"""Where hidden states wait while a layer is at work: on a device, or in files of a folder.
+"""Storage for offloaded activations: a device, or unnamed files in a directory.
 
-A slope of a long sequence keeps more than most machines have memory: of LLaMA2-7B's shape at two
-million tokens 1.2 TB, all of it written once and read a few times, a layer at a time. That is
-what disks are for, and the system's own cache keeps as much of it in memory as there is room.
+The gradient of a long sequence keeps more than most machines have memory: 1.2 TB for
+LLaMA2-7B's shape at two million tokens. All of it is written once and read a few times, a layer
+at a time, which suits disks. The operating system caches the files in free memory.
 """
 
 import errno
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def is_directory(name: str) -> bool:
-    """Whether a ``offload_activations`` is a folder's name: it is no device's."""
+    """Whether ``offload_activations`` names a directory rather than a device."""
     try:
         torch.device(name)
     except RuntimeError:
@@ -33,10 +33,17 @@ def is_directory(name: str) -> bool:
 
 
 def allocate(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor without content; in a folder a file without a name, which ends with it.
+    """Allocate an uninitialised tensor on a device, or in an unnamed file of a directory.
+
+    The file is deleted when the tensor is freed, or the process ends.
+
+    Args:
+        where: a device or a directory.
+        shape: of the tensor.
+        dtype: of the tensor.
 
     Raises:
-        ValueError: the folder's disk is full, or no such file can be made there.
+        ValueError: the directory's disk is full, or the file cannot be created there.
     """
     if isinstance(where, torch.device):
         return torch.empty(shape, dtype=dtype, device=where)
@@ -50,33 +57,32 @@ def allocate(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtyp
                 tensor = torch.from_file(name, shared=True, size=count, dtype=dtype)
             finally:
                 os.unlink(name)
-            # What is not reserved now would end the process when it is written.
+            # Without reserved space, writing to a full disk would kill the process (SIGBUS).
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, size)
         finally:
             os.close(descriptor)
-    except RankLost:  # a launcher's word, whatever is under way
+    except RankLost:  # a signal from the launcher can arrive at any point
         raise
     except (OSError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise ValueError(
-            f"offload_activations {where}: no file of {size / 1e9:,.1f} GB ({why}); give a folder "
-            "of "
-            f"a {'larger disk' if full else 'disk that files can be made and mapped on'}"
+            f"offload_activations {where}: cannot create a file of {size / 1e9:,.1f} GB ({why}): "
+            f"use a directory on a {'larger disk' if full else 'disk with memory-mapped files'}"
         ) from None
     return tensor.view(shape)
 
 
 @functools.cache
-def say_if_in_memory(folder: Path) -> None:
-    """Once, that what waits in a folder is not on a disk."""
+def warn_if_in_memory(folder: Path) -> None:
+    """Warn once if the files of an offload directory are kept in memory."""
     if in_memory(folder):
-        log.warning("offload_activations %s: files there are in memory, not on a disk", folder)
+        log.warning("offload_activations %s: its files are kept in memory, not on a disk", folder)
 
 
 def in_memory(folder: Path) -> bool:
-    """Whether a folder's files are memory (tmpfs), as those of /dev/shm are, and some /tmp's."""
+    """Whether a directory's files are kept in memory (tmpfs), as in /dev/shm."""
     device = os.stat(folder).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -88,7 +94,7 @@ def in_memory(folder: Path) -> bool:
 
 
 def free_on_disk(offload_activations: str | None) -> int | None:
-    """Bytes free for each of this machine's processes, if it is a folder that is here."""
+    """Free bytes per local process in an offload directory; None for devices."""
     if offload_activations is None or not is_directory(offload_activations):
         return None
     folder = Path(offload_activations).expanduser()

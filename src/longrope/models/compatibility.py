@@ -71,7 +71,7 @@ def incompatibility(model: Any, base: Rescale) -> str | None:
 
 
 @torch.inference_mode()
-def reach(model: Any, base: Rescale) -> int | None:
+def effective_window(model: Any, base: Rescale) -> int | None:
     """The tokens beyond which no rescale makes a model see further, or None.
 
     Some models turn only what has a sliding window: all of Mistral 7B v0.1's layers have one, and
@@ -121,8 +121,8 @@ def _windows_seen(model: Any, ids: Tensor) -> set[int | None]:
 
 
 def warn_if_out_of_reach(model: Any, info: ModelInfo, target: int) -> None:
-    """Say so of a model that no rescale makes more far-sighted: see :func:`reach`."""
-    window = reach(model, info.rescale("none", target))
+    """Say so of a model that no rescale makes more far-sighted: see :func:`effective_window`."""
+    window = effective_window(model, info.rescale("none", target))
     if window is not None and window < target:
         log.warning(
             "%s: its RoPE turns only in layers that see the last %s tokens; no factors make it see "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from longrope.layerwise.storage import is_directory, say_if_in_memory
+from longrope.layerwise.storage import is_directory, warn_if_in_memory
 
 
 def find_device(option: str, name: str | None) -> torch.device:
@@ -36,5 +36,5 @@ def find_offload_target(option: str, name: str) -> torch.device | Path:
     folder = Path(name).expanduser()
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{option} {name}: no device, and no folder that can be written")
-    say_if_in_memory(folder)
+    warn_if_in_memory(folder)
     return folder

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from longrope.compat import auto_class
-from longrope.distributed import Team
+from longrope.distributed import SequenceParallelGroup
 from longrope.layerwise.forward import LongForward
 from longrope.layerwise.offload import offload as offload_layers
 from longrope.models.compatibility import incompatibility
@@ -30,14 +30,14 @@ class LoadedModel:
     """A model in evaluation mode, its tokenizer, and its facts.
 
     ``offloaded``: its layers are on the device only while they work.
-    ``team``: the processes that share every sequence.
+    ``group``: the processes that share every sequence.
     """
 
     model: Any
     tokenizer: Any
     info: ModelInfo
     offloaded: bool = False
-    team: Team = dataclasses.field(default_factory=Team)
+    group: SequenceParallelGroup = dataclasses.field(default_factory=SequenceParallelGroup)
 
     def forward(
         self, chunk: int | None = None, offload_activations: str | None = None
@@ -52,7 +52,7 @@ class LoadedModel:
             if offload_activations
             else None
         )
-        return LongForward(self.model, chunk, hidden, offloaded=self.offloaded, team=self.team)
+        return LongForward(self.model, chunk, hidden, offloaded=self.offloaded, group=self.group)
 
     def fingerprint(self) -> str:
         """A hash of a sample of every weight: tells one model from another."""
@@ -70,7 +70,7 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     offload: str | None = None,
-    team: Team | None = None,
+    group: SequenceParallelGroup | None = None,
     existing_scaling: Existing | None = None,
     original_length: int | None = None,
     trust_remote_code: bool = False,
@@ -85,7 +85,7 @@ def load_model(
         dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         offload: ``"weights"`` leaves the layers' weights on the host, two layers at a time on
             the device; in the checkpoint's dtype the host does not hold them either.
-        team: the processes that share every sequence of a long forward.
+        group: the processes that share every sequence of a long forward.
         existing_scaling: what to do with scaling that the model already has.
         check: called with the facts before any weight is read; may refuse.
 
@@ -103,9 +103,9 @@ def load_model(
         trust_remote_code=trust_remote_code,
     )
     _refuse(info, info.reason)
-    if team and team.size > 1 and info.attention_layers < info.layers:
+    if group and group.size > 1 and info.attention_layers < info.layers:
         raise ValueError(
-            f"--sequence-parallel {team.size}: layers of {info.architecture} go on from a state "
+            f"--sequence-parallel {group.size}: layers of {info.architecture} go on from a state "
             "of all tokens before, so that processes cannot share a sequence; leave it out"
         )
     check(info)
@@ -126,7 +126,9 @@ def load_model(
     _refuse(
         info, incompatibility(model, info.rescale("none", info.original_max_position_embeddings))
     )
-    return LoadedModel(model, tokenizer, info, offload is not None, team or Team())
+    return LoadedModel(
+        model, tokenizer, info, offload is not None, group or SequenceParallelGroup()
+    )
 
 
 def _refuse(info: ModelInfo, reason: str | None) -> None:

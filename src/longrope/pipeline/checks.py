@@ -58,7 +58,7 @@ def check_search(info: ModelInfo, recipe: Recipe, ranks: Ranks) -> None:
         ValueError: a missing device or too little memory; names the option that helps.
     """
     device = _devices(recipe)
-    cost = Costs(info, recipe, device.type == "cpu", ranks.team.size)
+    cost = Costs(info, recipe, device.type == "cpu", ranks.group.size)
     stage = cost.search("search", parse_extension(recipe.target, info))
     check_memory(
         [stage], available(device, offload_activations=recipe.offload_activations), options=True
@@ -79,7 +79,7 @@ def check_measuring(info: ModelInfo, longest: int, how: dict[str, Any], ranks: R
     device = _devices(recipe)
     if info.quantized:  # its weights take fewer bytes than parameters × dtype
         return
-    cost = Costs(info, recipe, device.type == "cpu", ranks.team.size)
+    cost = Costs(info, recipe, device.type == "cpu", ranks.group.size)
     stage = cost.forwards("measuring", "evaluate", longest, 1)
     check_memory(
         [stage], available(device, offload_activations=recipe.offload_activations), options=True

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from longrope.attention.backward import KEYS
-from longrope.attention.chunked import at_once
+from longrope.attention.chunked import query_block_size
 from longrope.layerwise.backward import graph_bytes, is_kept
 from longrope.layerwise.forward import default_chunk, head_rows
 from longrope.layerwise.split_attention import backward_bytes
@@ -56,7 +56,7 @@ class Stage:
 class Costs:
     """FLOPs and memory of a model's forward passes and training steps under a recipe."""
 
-    def __init__(self, info: ModelInfo, recipe: Recipe, on_cpu: bool, team: int = 1):
+    def __init__(self, info: ModelInfo, recipe: Recipe, on_cpu: bool, group_size: int = 1):
         self.info, self.recipe, self.on_cpu = info, recipe, on_cpu
         kind = "cpu" if on_cpu else "cuda"
         self.chunk = recipe.chunk or default_chunk(kind)
@@ -65,7 +65,7 @@ class Costs:
         where = recipe.offload_activations
         self.on_disk = where is not None and is_directory(where)
         self.on_host = where == "cpu" and not on_cpu
-        self.team, self.hidden = team, info.hidden_size / team
+        self.group_size, self.hidden = group_size, info.hidden_size / group_size
         self.dtype = info.dtype if recipe.dtype == "auto" else recipe.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = info.parameters * self.size
@@ -223,17 +223,17 @@ class Costs:
         values and their gradients.
         """
         info, chunk = self.info, min(length, self.chunk)
-        groups, rows = info.heads // info.kv_heads, info.head_dim / self.team
-        forward, chunks = self._forward_memory(length), -(-length // chunk) * self.team
+        groups, rows = info.heads // info.kv_heads, info.head_dim / self.group_size
+        forward, chunks = self._forward_memory(length), -(-length // chunk) * self.group_size
         if not self.recipe.offload and is_kept(info.layers, info.hidden_size, length, chunks):
             graph = graph_bytes(info.layers, info.hidden_size, length)
             return forward + graph, 2 * length * self.hidden * self.size
         graph = graph_bytes(1, info.hidden_size, chunk)
-        here = self.team == 1 and (self.on_cpu or not (self.on_host or self.on_disk))
-        share = -(-info.kv_heads // self.team) * groups
+        here = self.group_size == 1 and (self.on_cpu or not (self.on_host or self.on_disk))
+        share = -(-info.kv_heads // self.group_size) * groups
         some_heads = backward_bytes(share, info.head_dim, length, self.chunk, self.size, here)
         work = self._held() + length * (24 + 2 * self._angles * self.size) + max(graph, some_heads)
-        each = (self.hidden + info.heads * rows) * self.size + 4 * info.heads / self.team
+        each = (self.hidden + info.heads * rows) * self.size + 4 * info.heads / self.group_size
         once = (self.hidden + 2 * (info.heads + info.kv_heads) * rows) * self.size
         return max(forward, work), length * (info.layers * each + once)
 
@@ -273,7 +273,7 @@ class Costs:
         window = None if info.explicit_scores else info.sliding_window
         if not info.explicit_scores and (window is None or window >= length):
             return 0
-        return min(length, at_once(window)) * min(length, KEYS)
+        return min(length, query_block_size(window)) * min(length, KEYS)
 
 
 def _head(info: ModelInfo, rows: int) -> int:

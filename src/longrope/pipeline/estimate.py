@@ -244,7 +244,8 @@ def dry_run(
     ranks = ranks or Ranks()
     memory = available(device, ranks.size, recipe.offload_activations)
     if memory_given is not None:
-        plan = make_plan(info, recipe, team=ranks.team.size)  # for GPUs, whatever this machine is
+        # for GPUs, whatever this machine has
+        plan = make_plan(info, recipe, group_size=ranks.group.size)
         count, _, size = memory_given.lower().rpartition("x")
         try:
             memory = Memory(int(float(size) * 1e9), int(count or 1))

@@ -49,15 +49,15 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     wanted = list(_wanted(run, lengths, shortest))
     missing = ranks.broadcast([i for i, cell in enumerate(wanted) if cell.key not in cells])
     # By model; then the longest first, so that processes end together, or alone the shortest.
-    order = -1 if ranks.teams > 1 else 1
+    order = -1 if ranks.group_count > 1 else 1
     missing.sort(key=lambda i: (wanted[i].method in _EXTENDED, order * wanted[i].length, i))
-    mine = [wanted[i] for i in missing[ranks.own_team :: ranks.teams]]
+    mine = [wanted[i] for i in missing[ranks.group_index :: ranks.group_count]]
     with progress("evaluate", len(mine), show=ranks.first) as advance:
         for number, cell in enumerate(mine, 1):
             loaded = run.trained() if cell.method in _EXTENDED else run.original()
             measure = _MEASURES[cell.kind]
             found = measure(run, loaded, _chosen(run, cell.method), cell)
-            if ranks.team.rank == 0:
+            if ranks.group.rank == 0:
                 cells[cell.key] = found
             del loaded  # one model in memory at a time
             advance(number, f"{cell.kind}, {cell.method} at {cell.length:,}")

@@ -104,7 +104,7 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
     if not info.extendable:
         raise ValueError(f"{recipe.model} cannot be extended: {info.reason}")
     device = find_device("--device", local_device(recipe.device))
-    plan = make_plan(info, recipe, on_cpu=device.type == "cpu", team=ranks.team.size)
+    plan = make_plan(info, recipe, on_cpu=device.type == "cpu", group_size=ranks.group.size)
     return Run(recipe, info, plan, out, ranks)
 
 
@@ -192,7 +192,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     # Short windows are trained as they will be used: with the exported attention factor.
     short = run.info.rescale("none", original)
     short = short.replace(attention_factor=run.attention_factor(run.plan.target))
-    teacher = run.teacher() if tuning.distill and pieces.bring_windows else None
+    teacher = run.teacher() if tuning.distill and pieces.has_short_windows else None
     lines = finetune(
         loaded,
         run.rescale(searched),

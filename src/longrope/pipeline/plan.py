@@ -48,7 +48,7 @@ class ContextPlan:
 
 
 def make_plan(
-    info: ModelInfo, recipe: Recipe, *, on_cpu: bool = False, team: int = 1
+    info: ModelInfo, recipe: Recipe, *, on_cpu: bool = False, group_size: int = 1
 ) -> ContextPlan:
     """Return the plan for a recipe, each stage with its cost for one process.
 
@@ -74,7 +74,7 @@ def make_plan(
             f"extension reaches {FURTHEST * STEP}x ({FURTHEST * STEP * original:,}): extend "
             "its result again"
         )
-    cost = Costs(info, recipe, on_cpu, team)
+    cost = Costs(info, recipe, on_cpu, group_size)
     if trained is None:
         stages = [cost.search("search", target)]
     else:

@@ -195,7 +195,7 @@ class Run:
             device=local_device(recipe.device),
             dtype=recipe.dtype,
             offload=offload,
-            team=self.ranks.team,
+            group=self.ranks.group,
             existing_scaling=existing_scaling,
             original_length=recipe.original_length,
             trust_remote_code=recipe.trust_remote_code,

@@ -33,7 +33,7 @@ def factors_figure(rescales: Mapping[str, Rescale]) -> Figure:
     """Factors against dimension (the LongRoPE paper's figure 2)."""
     figure, axes = _figure()
     for name, rescale in rescales.items():
-        axes.plot(range(rescale.turning), rescale.factors[: rescale.turning], **_style(name))
+        axes.plot(range(rescale.rotated), rescale.factors[: rescale.rotated], **_style(name))
     axes.set(xlabel="pair of rotary dimensions", ylabel="factor λ", yscale="log")
     axes.set_title("Rescale factors")
     return _finished(figure, axes)

@@ -1,16 +1,14 @@
-"""Put a :class:`Rescale` into a live model, and take it out again without a trace.
+"""Apply a :class:`Rescale` to a live model, and restore the model exactly.
 
-The rotary module of a transformers model turns positions into the cosines and
-sines that attention multiplies in. Installing swaps that module for one of ours
-that computes the same from other frequencies, with two things that no config can
-say: positions below ``start_tokens`` keep the original angles, and phases are
-exact at any position.
+A transformers model's rotary module turns positions into the cosines and sines that attention
+multiplies in. Applying a rescale replaces that module by one with rescaled frequencies. The
+replacement also does two things that no config can express: positions below ``start_tokens``
+keep the original angles, and phases are exact at any position.
 """
 
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,64 +23,75 @@ from longrope.rope.rotary import (
     find_rotary,
     is_complex,
 )
+from longrope.rope.stand_in import StandIn
 
-# Positions, and what was given for them.
-Handed = tuple[Tensor, tuple[Tensor, ...]]
+# Positions, and the cosines and sines (or complex numbers) computed for them.
+Rotation = tuple[Tensor, tuple[Tensor, ...]]
 
 
-class RescaledRotary(nn.Module):
-    """Cosines and sines of a rescaled RoPE; stands in for a model's rotary module.
+class RescaledRotary(StandIn):
+    """Stand-in for a model's rotary module: cosines and sines of a rescaled RoPE.
 
-    Phases are taken in float64 and reduced before the cosine: in float32 they are
-    off by up to 0.06 rad at position 2²¹. Frequencies stay float32, like engines'.
-    Nothing here is a buffer, so casting the model to bf16 cannot touch it.
+    Phases are computed in float64 and reduced before the cosine; in float32 they would be off by up
+    to 0.06 rad at position 2²¹. Frequencies stay float32, as in inference engines. Nothing here is
+    a buffer, so casting the model to bfloat16 does not affect it.
     """
 
     def __init__(self, site: RotarySite, rescale: Rescale):
-        super().__init__()
+        super().__init__(site.module)
         self.config = site.module.config
         self.rope_type = "longrope"
         self.layer_type = site.layer_type
         self.rescale = rescale
-        # What the model does not turn stays so under any factor.
-        turns = site.inv_freq.detach().cpu() > 0
-        self.inv_freq = torch.where(turns, torch.from_numpy(rescale.inv_freq).float(), 0.0)
+        # Dimensions that the model does not rotate stay unrotated under any factor.
+        rotates = site.inv_freq.detach().cpu() > 0
+        self.inv_freq = torch.where(rotates, torch.from_numpy(rescale.inv_freq).float(), 0.0)
         self.attention_scaling = rescale.attention_factor
-        # Where a list: all that was handed out, as leaves whose gradients are asked for.
-        self.tape: list[Handed] | None = None
-        # Where tokens are said to stand, (batch, tokens), by their number; see placed.
-        self.places: Tensor | None = None
-        # Held in a tuple so that the original is no submodule of ours.
-        self._held = (site.module,)
+        self._recorded: list[Rotation] | None = None
+        self._positions: Tensor | None = None
         self._original_inv_freq = site.inv_freq.detach().float().cpu()
         self._original_attention_scaling = site.attention_factor
         self._layout = column_layout(site)
         self._complex = is_complex(site)
 
-    @property
-    def original(self) -> Any:
-        """The model's own rotary module."""
-        return self._held[0]
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Rotation]]:
+        """Record the rotations computed in the block, as leaves for :meth:`gradient`."""
+        self._recorded = recorded = []
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
 
-    def __getattr__(self, name: str) -> Any:
-        """What else a model asks its rotary module for, as that has it."""
-        return asked_of_original(self, name)
+    @contextlib.contextmanager
+    def positions_as(self, position_ids: Tensor) -> Iterator[None]:
+        """Rotate token i as if it stood at ``position_ids[:, i]`` in the block, (batch, tokens)."""
+        self._positions = position_ids
+        try:
+            yield
+        finally:
+            self._positions = None
 
     @torch.no_grad()
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> tuple[Tensor, ...] | Tensor:
-        """Cosines and sines, shape (batch, tokens, columns), for position_ids (batch, tokens).
+        """Compute cosines and sines, shape (batch, tokens, columns).
 
-        Or complex numbers of both, where the model's own module gives those.
+        Returns complex numbers instead where the model's own module does.
+
+        Args:
+            x: determines dtype and device.
+            position_ids: shape (batch, tokens).
+            layer_type: the kind of layer, in models with one embedding per kind.
         """
         if layer_type != self.layer_type:
             return self.original(x, position_ids, layer_type)
         position_ids = one_axis(position_ids)
-        # Apple's GPUs have no float64: there the angles are made on the CPU.
+        # Apple's GPUs have no float64, so their angles are computed on the CPU.
         where = torch.device("cpu") if x.device.type == "mps" else x.device
-        if self.places is not None:
-            position_ids = torch.take_along_dim(self.places, position_ids, 1)
+        if self._positions is not None:
+            position_ids = torch.take_along_dim(self._positions, position_ids, 1)
         positions = position_ids.to(where)
         phases, scaling, _ = self._phases(positions)
         layout, dtype = self._layout.to(where), x.dtype
@@ -91,12 +100,15 @@ class RescaledRotary(nn.Module):
             given = (torch.complex(cos.float(), sin.float()).to(x.device),)
         else:
             given = tuple(part.to(dtype).to(x.device) for part in (cos, sin))
-        if self.tape is not None:
-            self.tape.append((positions, tuple(part.requires_grad_() for part in given)))
+        if self._recorded is not None:
+            self._recorded.append((positions, tuple(part.requires_grad_() for part in given)))
         return given[0] if self._complex else given
 
     def _phases(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Float64 phases (batch, tokens, d/2), attention factors, and where n̂ leaves them alone."""
+        """Return phases, attention factors, and a mask of positions below ``start_tokens``.
+
+        Phases are float64, shape (batch, tokens, d/2).
+        """
         column = positions[..., None]
         inv_freq = self.inv_freq.to(column.device).double()
         # As published, the first tokens keep angle *and* temperature (eq. 3 with I = 1).
@@ -109,46 +121,55 @@ class RescaledRotary(nn.Module):
         return column.double() * inv_freq, scaling, first
 
     @torch.no_grad()
-    def gradient(self, tape: Sequence[Handed]) -> Tensor:
-        """d loss / d ln λ, shape (d/2,), float64, after a backward pass over what was handed out.
+    def gradient(self, recorded: Sequence[Rotation]) -> Tensor:
+        """Compute d loss / d ln λ, shape (d/2,), float64, after a backward pass.
 
         A phase is p = n · θ^(−2i/d) / λ, so d p / d ln λ = −p.
 
+        Args:
+            recorded: the rotations that :meth:`recording` collected.
+
         Raises:
-            ValueError: nothing of it reached the loss.
+            ValueError: the loss does not depend on any recorded rotation.
         """
         total = torch.zeros(len(self.inv_freq), dtype=torch.float64)
-        reached = False
-        for positions, given in tape:
-            slopes = tuple(part.grad for part in given if part.grad is not None)
-            if len(slopes) < len(given):
+        found = False
+        for positions, given in recorded:
+            grads = tuple(part.grad for part in given if part.grad is not None)
+            if len(grads) < len(given):
                 continue
-            reached = True
+            found = True
             phases, scaling, first = self._phases(positions)
             layout = self._layout.to(positions.device)
-            # Of a complex number: by its real part and, times i, by its imaginary one.
-            by_cos, by_sin = cosines_and_sines(slopes[0] if self._complex else slopes)
-            by_cos, by_sin = (t.to(positions.device).double() for t in (by_cos, by_sin))
-            shown = phases[..., layout]
-            by_phase = (shown.cos() * by_sin - shown.sin() * by_cos) * scaling
-            by_factor = torch.where(first, 0.0, -shown * by_phase).flatten(0, -2).sum(dim=0)
-            total += torch.zeros_like(total).index_add(0, self._layout, by_factor.cpu())
-        if not reached:
-            raise ValueError("no gradient reaches this model's cosines; use --algorithm evolution")
+            # The gradient of a complex number holds those of its real and imaginary parts.
+            cos_grad, sin_grad = cosines_and_sines(grads[0] if self._complex else grads)
+            cos_grad, sin_grad = (t.to(positions.device).double() for t in (cos_grad, sin_grad))
+            phase = phases[..., layout]
+            phase_grad = (phase.cos() * sin_grad - phase.sin() * cos_grad) * scaling
+            factor_grad = torch.where(first, 0.0, -phase * phase_grad).flatten(0, -2).sum(dim=0)
+            total += torch.zeros_like(total).index_add(0, self._layout, factor_grad.cpu())
+        if not found:
+            raise ValueError(
+                "no gradient reaches this model's rotary cosines: use algorithm 'evolution'"
+            )
         return total
 
 
 @contextlib.contextmanager
 def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False) -> Iterator[None]:
-    """The model with ``rescale`` in place; leaving restores it bit for bit.
+    """Apply ``rescale`` within a ``with`` block; the model is restored bit for bit afterwards.
 
-    ``None``, and (unless ``always``) a rescale that is what the model does already, change nothing.
-    Position ids that the caller does not give come from the attention mask, so
-    that a left-padded row equals the unpadded one.
+    Position ids that the caller does not pass are computed from the attention mask, so that a
+    left-padded row equals the unpadded one.
+
+    Args:
+        model: a transformers model.
+        rescale: None changes nothing.
+        always: replace the rotary module even if the rescale equals the model's own scaling.
 
     Raises:
-        ValueError: the model has no rotary embedding that can be rescaled, or the
-            rescale has the wrong number of factors or another ``rope_theta``.
+        ValueError: the model has no rotary embedding that can be rescaled, or the rescale has the
+            wrong number of factors or another ``rope_theta``.
     """
     if rescale is None:
         yield
@@ -161,7 +182,7 @@ def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False)
     if not always and before is site.module and changes_nothing(site, rescale):
         yield
         return
-    # Of a model for pictures too the decoder does not see the mask.
+    # In multimodal models the decoder does not get the mask, so the model is hooked too.
     hooks = [
         module.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
         for module in dict.fromkeys((model, site.owner))
@@ -176,34 +197,29 @@ def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False)
 
 
 @contextlib.contextmanager
-def position_override(model: nn.Module, places: Tensor | None) -> Iterator[None]:
-    """Tokens rotated as if they stood at ``places``, (batch, tokens), under the installed rescale.
+def position_override(model: nn.Module, position_ids: Tensor | None) -> Iterator[None]:
+    """Rotate tokens as if they stood at ``position_ids``, (batch, tokens), within the block.
 
-    Attention and its masks go on counting tokens, so that no jump is taken for another sequence.
+    Attention and its masks still count tokens, so a jump does not start another sequence. Requires
+    a model inside :func:`rescaled`; None changes nothing.
     """
-    if places is None:
+    if position_ids is None:
         yield
         return
     site = find_rotary(model)
     rotary = site and getattr(site.owner, site.name)
-    assert isinstance(rotary, RescaledRotary), "places are for a model with a rescale installed"
-    rotary.places = places
-    try:
+    assert isinstance(rotary, RescaledRotary), "position_override requires a rescaled model"
+    with rotary.positions_as(position_ids):
         yield
-    finally:
-        rotary.places = None
-
-
-def asked_of_original(stand_in: nn.Module, name: str) -> Any:
-    """An attribute of a module that stands in for one which it holds, or of that."""
-    try:
-        return nn.Module.__getattr__(stand_in, name)
-    except AttributeError:
-        return getattr(stand_in.__dict__["_held"][0], name)
 
 
 def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:
-    """Refuse a rescale that was made for a model of another shape.
+    """Check that a rescale fits a model's rotary embedding.
+
+    Args:
+        rescale: to check.
+        factors: the number of factors that the model needs.
+        rope_theta: of the model.
 
     Raises:
         ValueError: another number of factors, or another ``rope_theta``.
@@ -218,7 +234,7 @@ def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:
 
 
 def _positions_from_mask(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Count positions over real tokens where a mask says which those are."""
+    """Forward pre-hook: compute position ids from the attention mask."""
     given = inspect.signature(owner.forward).bind_partial(*args, **kwargs).arguments
     given = given | given.get("kwargs", {})
     mask = given.get("attention_mask")
@@ -229,21 +245,23 @@ def _positions_from_mask(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[t
 
 
 def one_axis(position_ids: Tensor) -> Tensor:
-    """Positions (batch, tokens), also of models that have them for each axis of an image.
+    """Return position ids (batch, tokens), also from multimodal models with an id per axis.
 
     Raises:
-        ValueError: the axes differ.
+        ValueError: the axes differ, as for an image.
     """
     if position_ids.dim() == 2:
         return position_ids
-    # of text they are one row in another view, and no GPU has to be asked
+    # For text all axes are views of one row, so the GPU need not be synchronised.
     if position_ids.stride(0) and not (position_ids == position_ids[:1]).all():
-        raise ValueError("a rescale is for text: the axes of these positions differ (an image)")
+        raise ValueError(
+            "position ids of different axes differ, as for images: a rescale supports text only"
+        )
     return position_ids[0]
 
 
 def positions_of(tokens: Tensor, mask: Tensor | None, cached: int = 0) -> Tensor:
-    """Position of each token (batch, tokens, …), counted over real ones where a mask says which."""
+    """Return each token's position (batch, tokens), counted over unmasked tokens."""
     if mask is None:
         row = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)
         return row[None].expand(tokens.shape[0], -1)

@@ -1,8 +1,8 @@
-"""The known ways to extend RoPE, each as a function that returns a :class:`Rescale`.
+"""Known RoPE extension methods (PI, NTK, YaRN, ...), as functions that return a ``Rescale``.
 
-All take the model's ``rope_theta``, its rotary dimension, its original length and
-the target length, and give the attention factor that their authors gave. With
-``transformers``' own type the result is the same ``inv_freq``; the tests hold it so.
+All take the model's ``rope_theta``, its rotary dimension, its original length and the target
+length, and set the attention factor that their authors use. Where transformers implements the
+method, ``inv_freq`` is the same; tests check it.
 """
 
 import math
@@ -27,12 +27,12 @@ def _rescale(method: str, theta: float, original: int, target: int, factors: np.
 
 
 def identity(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
-    """The model as it is: every factor 1."""
+    """No extension: every factor is 1."""
     return _rescale("none", rope_theta, original, target, np.ones(rotary_dim // 2))
 
 
 def pi(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
-    """Position interpolation (Chen et al. 2023): every dimension by s."""
+    """Position interpolation (Chen et al. 2023): every dimension is scaled by s."""
     factors = np.full(rotary_dim // 2, target / original)
     return _rescale("pi", rope_theta, original, target, factors)
 
@@ -40,7 +40,7 @@ def pi(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescal
 def base_change(
     rope_theta: float, rotary_dim: int, original: int, target: int, *, new_theta: float = 1e6
 ) -> Rescale:
-    """Another base (Code Llama, section 2.3: θ = 10⁶), written as factors on the old one."""
+    """Another RoPE base (Code Llama, section 2.3: θ = 10⁶), as factors on the old one."""
     factors = (new_theta / rope_theta) ** (np.arange(0, rotary_dim, 2) / rotary_dim)
     return _rescale("base-change", rope_theta, original, target, factors)
 
@@ -50,7 +50,7 @@ def _ntk_theta(rope_theta: float, rotary_dim: int, scale: float) -> float:
 
 
 def ntk(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
-    """NTK-aware (bloc97 2023): θ · s^(d/(d−2)), so the last dimension is stretched by s."""
+    """NTK-aware scaling (bloc97 2023): θ · s^(d/(d−2)), so the last dimension is scaled by s."""
     theta = _ntk_theta(rope_theta, rotary_dim, target / original)
     rescale = base_change(rope_theta, rotary_dim, original, target, new_theta=theta)
     return rescale.replace(provenance={"method": "ntk"})
@@ -59,10 +59,17 @@ def ntk(rope_theta: float, rotary_dim: int, original: int, target: int) -> Resca
 def dynamic_ntk(
     rope_theta: float, rotary_dim: int, original: int, target: int, *, length: int | None = None
 ) -> Rescale:
-    """Dynamic NTK as transformers has it, with ``factor`` s, at a sequence of ``length``.
+    """Dynamic NTK scaling as in transformers, at a sequence length.
 
-    The scale is s · length / L − (s − 1): s² − s + 1 at the target itself, 1 (no
-    change) up to the original length. ``length`` defaults to the target.
+    The scale is s · length / L − (s − 1): s² − s + 1 at the target, and 1 (no change) up to the
+    original length.
+
+    Args:
+        rope_theta: θ of the model.
+        rotary_dim: number of rotated dimensions of a head.
+        original: original length L in tokens.
+        target: target length in tokens.
+        length: sequence length in tokens; default the target.
     """
     s = target / original
     scale = s * max(target if length is None else length, original) / original - (s - 1)
@@ -80,11 +87,11 @@ def yarn(
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
 ) -> Rescale:
-    """YaRN (Peng et al. 2023): inverse frequencies blended by a ramp; temperature 0.1 ln s + 1.
+    """YaRN (Peng et al. 2023): a ramp between unscaled and interpolated, temperature 0.1 ln s + 1.
 
-    Dimensions that turn more than ``beta_fast`` times within the original length
-    stay, those that turn less than ``beta_slow`` times are interpolated. The ramp's
-    ends are rounded outwards, as every implementation does.
+    Dimensions with more than ``beta_fast`` rotations within the original length are unscaled; those
+    with fewer than ``beta_slow`` are interpolated. The ramp's ends are rounded outwards, as in
+    every implementation.
     """
     s = target / original
 
@@ -112,11 +119,11 @@ def llama3(
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
 ) -> Rescale:
-    """Llama 3.1's scaling: a ramp over the number of turns within the original length."""
+    """Llama 3.1 scaling: a ramp over the number of rotations within the original length."""
     s = target / original
     inv_freq = default_inv_freq(rope_theta, rotary_dim)
-    turns = original * inv_freq / (2 * math.pi)
-    ramp = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    rotations = original * inv_freq / (2 * math.pi)
+    ramp = np.clip((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
     factors = 1 / ((1 - ramp) / s + ramp)
     return _rescale("llama3", rope_theta, original, target, factors)
 

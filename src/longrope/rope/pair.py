@@ -1,4 +1,4 @@
-"""The two rescales of an extended model: one for short sequences, one for long ones."""
+"""The pair of rescales of an extended model: one for short sequences, one for long ones."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,23 +8,23 @@ from longrope.rope.rescale import Rescale, default_attention_factor
 
 @dataclass(frozen=True)
 class RescalePair:
-    """The two rescales of an extended model: ``short`` up to its length, ``long`` beyond."""
+    """The pair of rescales of an extended model: ``short`` up to its length, ``long`` beyond."""
 
     short: Rescale
     long: Rescale
 
     @property
     def recovery_length(self) -> int:
-        """The longest sequence in tokens, generated ones included, that ``short`` is for."""
+        """Longest sequence in tokens, generated ones included, that uses ``short``."""
         return self.short.max_position_embeddings
 
     def choose(self, tokens: int) -> Rescale:
-        """The rescale for a sequence of so many tokens."""
+        """Return the rescale for a sequence of ``tokens`` tokens."""
         return self.short if tokens <= self.recovery_length else self.long
 
     @classmethod
     def from_config(cls, config: Any) -> "RescalePair | None":
-        """The pair that a ``longrope`` checkpoint's config holds; None for any other config."""
+        """Read the pair from the config of a ``longrope`` checkpoint; None for other configs."""
         text = config.get_text_config()
         scaling = getattr(text, "rope_parameters", None) or {}
         scaling = scaling.get("full_attention", scaling)

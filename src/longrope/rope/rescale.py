@@ -1,4 +1,4 @@
-"""The value that everything in longrope produces or consumes: one rescaled RoPE."""
+"""The :class:`Rescale` value: factors of a non-uniformly rescaled RoPE, as JSON or CSV."""
 
 import csv
 import dataclasses
@@ -13,9 +13,9 @@ import numpy as np
 from longrope.files import write_atomically
 
 SCHEMA = 1
-# Some models turn a part of the dimensions that they have frequencies for, the others' being 0
-# (Gemma 4). Factors can say that only by one under which nothing turns.
-UNTURNED = 1e30
+# Some models rotate only some of their dimensions; the others have frequency 0 (Gemma 4). As a
+# factor, that is one so large that nothing rotates.
+UNROTATED = 1e30
 
 
 def default_inv_freq(rope_theta: float, rotary_dim: int) -> np.ndarray:
@@ -24,10 +24,14 @@ def default_inv_freq(rope_theta: float, rotary_dim: int) -> np.ndarray:
 
 
 def default_attention_factor(original: int, target: int) -> float:
-    """√(1 + ln s / ln L), the temperature that inference engines compute by themselves.
+    """Attention factor √(1 + ln s / ln L), which inference engines compute by default.
 
-    It multiplies cos and sin, so logits of attention grow by its square. From the
-    Phi-3 models; not in the LongRoPE paper. ``original`` is L and s = target / L.
+    It multiplies cosines and sines, so attention scores grow by its square. It comes from the Phi-3
+    models and is not in the LongRoPE paper.
+
+    Args:
+        original: original length L in tokens.
+        target: target length in tokens; s = target / L.
     """
     scale = target / original
     return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
@@ -37,17 +41,17 @@ def default_attention_factor(original: int, target: int) -> float:
 class Rescale:
     """A non-uniform rescale of RoPE (LongRoPE eq. 3).
 
-    Pair i of a rotary dimension d turns by ``position · θ^(−2i/d) / factors[i]``
-    from position ``start_tokens`` on, and by the original angle before it.
+    Pair i of a rotary dimension d is rotated by ``position · θ^(−2i/d) / factors[i]`` from position
+    ``start_tokens`` on, and by the original angle before it.
 
     Args:
-        factors: λ, d/2 positive numbers; 1 leaves a dimension as it was.
+        factors: λ, d/2 positive numbers; 1 leaves a dimension unscaled.
         rope_theta: θ, the base of the unscaled frequencies.
-        original_max_position_embeddings: tokens the model handles unscaled (L).
-        max_position_embeddings: tokens the rescale is made for.
-        attention_factor: what cos and sin are multiplied by, from ``start_tokens`` on.
-        start_tokens: n̂, the number of first positions that stay as they were.
-        provenance: how it came about; any JSON object.
+        original_max_position_embeddings: L, the length in tokens that the model supports unscaled.
+        max_position_embeddings: the length in tokens that the rescale is made for.
+        attention_factor: multiplies cosines and sines, from ``start_tokens`` on.
+        start_tokens: n̂, the number of first positions that keep their original angles.
+        provenance: where the factors come from; any JSON object.
 
     Raises:
         ValueError: a field is out of range; the message names it and its value.
@@ -64,7 +68,7 @@ class Rescale:
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(float(f) for f in self.factors))
         if not self.factors:
-            raise ValueError("factors is empty; give one number per pair of rotary dimensions")
+            raise ValueError("factors is empty: pass one number per pair of rotary dimensions")
         for i, factor in enumerate(self.factors):
             if not (math.isfinite(factor) and factor > 0):
                 raise ValueError(f"factors[{i}] is {factor}; a factor is a positive finite number")
@@ -85,22 +89,22 @@ class Rescale:
 
     @property
     def rotary_dim(self) -> int:
-        """d: the number of rotated dimensions of a head."""
+        """d: number of rotated dimensions of a head."""
         return 2 * len(self.factors)
 
     @property
-    def turning(self) -> int:
-        """How many factors, from the first on, are of dimensions that the model turns."""
-        return sum(factor < UNTURNED / 10 for factor in self.factors)
+    def rotated(self) -> int:
+        """Number of leading factors whose dimensions the model rotates."""
+        return sum(factor < UNROTATED / 10 for factor in self.factors)
 
     @property
     def scale(self) -> float:
-        """s: how many times the original length."""
+        """s: target length over original length."""
         return self.max_position_embeddings / self.original_max_position_embeddings
 
     @property
     def portable(self) -> bool:
-        """Whether engines can load it: no format has a field for ``start_tokens``."""
+        """Whether inference engines can load it: no format supports ``start_tokens``."""
         return self.start_tokens == 0
 
     @property
@@ -109,24 +113,24 @@ class Rescale:
         return default_inv_freq(self.rope_theta, self.rotary_dim) / np.asarray(self.factors)
 
     def replace(self, **changes: Any) -> "Rescale":
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object that :meth:`save` writes; field names are transformers' own."""
+        """Return the JSON object that :meth:`save` writes; field names are transformers' own."""
         return {"schema": SCHEMA} | {
             field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
         }
 
     @classmethod
     def from_json(cls, data: Any) -> "Rescale":
-        """Read what :meth:`to_json` gave.
+        """Read the JSON object that :meth:`to_json` returns.
 
         Raises:
             ValueError: not a JSON object, another schema, or a key unknown or missing.
         """
         if not isinstance(data, dict):
-            raise ValueError("a rescale is a JSON object; this is something else")
+            raise ValueError("a rescale must be a JSON object")
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in ("schema", *names) if name not in data]
         if missing:
@@ -143,21 +147,21 @@ class Rescale:
         return cls(**{name: data[name] for name in names})
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON file, atomically."""
+        """Write the rescale to a JSON file, atomically."""
         write_atomically(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Rescale":
-        """Read a JSON file.
+        """Read a rescale from a JSON file.
 
         Raises:
-            ValueError: no such file, not JSON, or not a rescale.
+            ValueError: the file is missing, not JSON, or not a rescale.
         """
         path = Path(path)
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; give the path of a rescale file") from None
+            raise ValueError(f"{path}: {error.strerror}: pass the path of a rescale file") from None
         except UnicodeDecodeError:
             raise ValueError(f"{path}: not a JSON text file") from None
         except json.JSONDecodeError as error:
@@ -175,12 +179,17 @@ class Rescale:
         max_position_embeddings: int,
         attention_factor: float | None = None,
     ) -> "Rescale":
-        """Read factors in the form of the authors' repository: one row, or one per layer.
+        """Read factors from the LongRoPE authors' CSV format: one row, or one row per layer.
 
-        ``attention_factor`` defaults to :func:`default_attention_factor`.
+        Args:
+            path: of the CSV file.
+            rope_theta: of the model.
+            original_max_position_embeddings: original length in tokens.
+            max_position_embeddings: target length in tokens.
+            attention_factor: default :func:`default_attention_factor`.
 
         Raises:
-            ValueError: not numbers, ragged, or rows that differ between layers.
+            ValueError: the file is missing, not numeric, or its rows differ.
         """
         path = Path(path)
         try:
@@ -192,7 +201,7 @@ class Rescale:
             raise ValueError(f"{path}: not a table of numbers ({error})") from None
         rows = [row for row in rows if row]
         if not rows:
-            raise ValueError(f"{path}: no numbers in it")
+            raise ValueError(f"{path}: contains no numbers")
         for layer, row in enumerate(rows):
             if row != rows[0]:
                 raise ValueError(
@@ -229,11 +238,12 @@ def load_rescale(name: str, unscaled: Rescale) -> Rescale:
     """Load a rescale from its JSON file, or from the LongRoPE authors' CSV.
 
     Args:
-        unscaled: the rescale that is no extension, with the target as its length. A CSV file
-            holds factors alone; ``rope_theta`` and the lengths come from here.
+        name: path of the file.
+        unscaled: the identity rescale, with the target as its length. A CSV file holds factors
+            only; ``rope_theta`` and the lengths are taken from here.
 
     Raises:
-        ValueError: no such file, or not a rescale.
+        ValueError: the file is missing, or not a rescale.
     """
     if not Path(name).is_file():
         raise ValueError(f"{name!r} is neither a rescale file nor a known method, such as yarn")

@@ -1,4 +1,4 @@
-"""Where a model keeps its rotary embedding, and what that does as it came."""
+"""Find a model's rotary embedding, and read its frequencies and scaling."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longrope.rope.rescale import UNTURNED, Rescale, default_inv_freq
+from longrope.rope.rescale import UNROTATED, Rescale, default_inv_freq
 
-# The layer type whose rotary embedding is scaled where a model has several:
-# a sliding window never sees positions further apart than it was trained on.
+# The layer type whose rotary embedding is scaled where a model has several. Sliding-window layers
+# never see positions further apart than in training.
 _SCALED_LAYER_TYPE = "full_attention"
 UNSCALED = ("default", "proportional")
-# Kinds whose frequencies do not depend on the sequence: what they are is what they do.
+# Types whose frequencies do not depend on the sequence length.
 _STATIC = ("default", "proportional", "linear", "yarn", "llama3")
 _LENGTH = "original_max_position_embeddings"
-# A scale of the scores that grows with the position (Ministral 3), in units of that length.
+# Scales scores with the position (Ministral 3), in units of the length above.
 _BY_POSITION = "llama_4_scaling_beta"
 _SCALING = {
     *("rope_type", "type", "factor", "attention_factor", _LENGTH, "truncate", "finetuned"),
@@ -28,7 +28,7 @@ _SCALING = {
 
 @dataclass(frozen=True)
 class RotarySite:
-    """Where a model keeps the rotary embedding that a rescale replaces."""
+    """Location of the rotary embedding that a rescale replaces in a model."""
 
     owner: nn.Module  # the decoder: it calls the rotary module and owns the layers
     name: str
@@ -37,27 +37,28 @@ class RotarySite:
 
     @property
     def inv_freq(self) -> Tensor:
-        """Frequencies as the model has them now, shape (d/2,), float32."""
+        """Current frequencies in radians per token, shape (d/2,), float32."""
         prefix = "" if self.layer_type is None else f"{self.layer_type}_"
-        if self.rope_type == "longrope":  # the module keeps the short set until a long input comes
+        if self.rope_type == "longrope":  # the module holds the short set until a long input
             config = self.module.config
             return _longrope_frequencies(config, self.layer_type)
         return getattr(self.module, f"{prefix}original_inv_freq")
 
     @property
     def attention_factor(self) -> float:
-        """What the model multiplies cosines and sines by now."""
+        """Current factor of cosines and sines."""
         prefix = "" if self.layer_type is None else f"{self.layer_type}_"
         return float(getattr(self.module, f"{prefix}attention_scaling"))
 
     @property
     def rope_type(self) -> str:
+        """The ``rope_type`` of the model's own scaling."""
         kind = self.module.rope_type
         return kind if self.layer_type is None else kind[self.layer_type]
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The ``rope_parameters`` of the config that apply here."""
+        """The ``rope_parameters`` of the config for this embedding."""
         parameters = self.module.config.rope_parameters
         return dict(parameters if self.layer_type is None else parameters[self.layer_type])
 
@@ -73,10 +74,10 @@ def _longrope_frequencies(config: Any, layer_type: str | None) -> Tensor:
 
 
 def find_rotary(model: nn.Module) -> RotarySite | None:
-    """The one rotary site of a model, or None if it has none that longrope knows.
+    """Find a model's rotary embedding; None if there is none of a supported structure.
 
-    Works by structure (a child module with an ``inv_freq`` buffer and a config),
-    not by architecture; of a model for pictures too it is the text's.
+    Matches by structure (a child module with an ``inv_freq`` buffer and a config), not by
+    architecture. In multimodal models it is the text part's.
     """
     config: Any = getattr(model, "config", None)
     text = type(config.get_text_config()) if hasattr(config, "get_text_config") else object
@@ -89,7 +90,7 @@ def _rotary_sites(model: nn.Module) -> Iterator[RotarySite]:
         for name, module in owner.named_children():
             if not hasattr(module, "config") or not hasattr(module, "rope_type"):
                 continue
-            # the model's own is what counts
+            # under a rescale, the model's own module
             module = getattr(module, "original", module)
             if hasattr(module, "inv_freq"):
                 yield RotarySite(owner, name, module, None)
@@ -98,14 +99,13 @@ def _rotary_sites(model: nn.Module) -> Iterator[RotarySite]:
 
 
 def column_layout(site: RotarySite) -> Tensor:
-    """For each column of the module's cosines, the index of the frequency behind it.
+    """Map each column of the module's cosines to the index of its frequency.
 
-    Found by calling the module at position 1, so that any layout (halves repeated,
-    interleaved, not repeated) is handled without a list of architectures.
+    Calls the module at position 1, so any layout (repeated halves, interleaved, not repeated) is
+    supported without a list of architectures.
 
     Raises:
-        ValueError: the module computes something else than cosines and sines of
-            position · frequency.
+        ValueError: the module does not compute cosines and sines of position · frequency.
     """
     kind = type(site.module).__name__
     try:
@@ -113,7 +113,7 @@ def column_layout(site: RotarySite) -> Tensor:
         cos, sin = cosines_and_sines(output)
     except Exception as error:
         raise ValueError(
-            f"{kind} cannot be rescaled: it does not give cosines and sines ({error})"
+            f"{kind} cannot be rescaled: it does not return cosines and sines ({error})"
         ) from None
     here = RotarySite(site.owner, site.name, module, site.layer_type)
     prefix = "" if site.layer_type is None else f"{site.layer_type}_"
@@ -133,19 +133,19 @@ def column_layout(site: RotarySite) -> Tensor:
 
 
 def _at_one(site: RotarySite) -> tuple[Any, Any]:
-    """A module of its kind with real frequencies, and what that gives for position 1."""
+    """Build a module of the same class with real frequencies, and call it at position 1."""
     module = type(site.module)(config=site.module.config)
     extra = () if site.layer_type is None else (site.layer_type,)
     return module, module(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), *extra)
 
 
 def is_complex(site: RotarySite) -> bool:
-    """Whether the module gives complex numbers in place of cosines and sines."""
+    """Whether the rotary module returns complex numbers instead of cosines and sines."""
     return isinstance(_at_one(site)[1], Tensor)
 
 
 def cosines_and_sines(output: Any) -> tuple[Tensor, Tensor]:
-    """Both, out of a pair or of complex numbers."""
+    """Split a rotary module's output, a pair or complex numbers, into cosines and sines."""
     if isinstance(output, Tensor):
         return output.real, output.imag
     cos, sin = output
@@ -153,44 +153,50 @@ def cosines_and_sines(output: Any) -> tuple[Tensor, Tensor]:
 
 
 def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    """What a model's ``rope_parameters`` say beside its scaling, ``rope_theta`` among it.
+    """Return a model's ``rope_parameters`` without its scaling, for a ``longrope`` config.
 
-    Beside ``longrope``, that is: there each dimension that does not turn has its factor.
+    ``partial_rotary_factor`` is dropped where ``longrope`` factors express it.
     """
     kept = {key: value for key, value in parameters.items() if key not in _SCALING}
     if parameters["rope_type"] == "proportional":
         kept.pop("partial_rotary_factor", None)
-    if _BY_POSITION in parameters:  # which counts in it
+    if _BY_POSITION in parameters:  # which is in units of it
         kept[_LENGTH] = parameters[_LENGTH]
     return kept
 
 
 def unscaled_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A model's ``rope_parameters`` without its scaling."""
+    """Return a model's ``rope_parameters`` without its scaling."""
     if parameters["rope_type"] in UNSCALED:
         return dict(parameters)
     kept = kept_parameters(parameters)
     factors = np.array(parameters.get("long_factor") or (1.0,))
-    if (turned := float((factors < UNTURNED / 10).mean())) < 1:  # as it was exported
-        return kept | {"rope_type": "proportional", "partial_rotary_factor": turned}
+    if (rotated := float((factors < UNROTATED / 10).mean())) < 1:  # as longrope exports it
+        return kept | {"rope_type": "proportional", "partial_rotary_factor": rotated}
     return kept | {"rope_type": "default"}
 
 
 def boundary_of(site: RotarySite) -> int | None:
-    """The length that the model's own scores count positions in, if they do."""
+    """Return the length in which the model scales scores by position, or None."""
     parameters = site.parameters
     return parameters[_LENGTH] if _BY_POSITION in parameters else None
 
 
 def scaled_length(parameters: dict[str, Any], longest: int) -> int:
-    """Tokens that a model's own scaling is for.
+    """Return the length in tokens that a model's own scaling supports.
 
-    Some configs raise ``max_position_embeddings``, here ``longest``, to it, others leave it at the
-    length before. Where nothing tells which (``linear``) it is taken as it stands, and where it was
-    raised beside a factor that is no ratio of lengths (``llama3``: 32 of 8,192 for 131,072).
+    Some configs raise ``max_position_embeddings`` to it; others keep the length before scaling. It
+    is taken as it stands where nothing tells which (``linear``), and where it was raised and the
+    factor is no ratio of lengths (``llama3``: factor 32 on 8,192 for 131,072).
+
+    Args:
+        parameters: the ``rope_parameters``.
+        longest: ``max_position_embeddings``.
     """
     before = parameters.get("original_max_position_embeddings")
-    if parameters["rope_type"] == "dynamic":  # transformers' formula has the length before there
+    if (
+        parameters["rope_type"] == "dynamic"
+    ):  # transformers' formula starts from max_position_embeddings
         before = longest
     if before is None or (parameters["rope_type"] == "llama3" and longest > before):
         return longest
@@ -198,31 +204,31 @@ def scaled_length(parameters: dict[str, Any], longest: int) -> int:
 
 
 def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
-    """Whether a rescale is what the model does already."""
+    """Whether a rescale equals the model's own scaling."""
     return (
         site.rope_type in _STATIC
         and rescale.attention_factor == site.attention_factor
-        # transformers computes its frequencies in float32: equal to rounding is equal
+        # transformers computes frequencies in float32, so compare up to rounding
         and np.allclose(
             rescale.inv_freq,
             site.inv_freq.double().cpu().numpy(),
             rtol=1e-6,
-            atol=2 / UNTURNED,
+            atol=2 / UNROTATED,
         )
     )
 
 
 def unscaled_factors(site: RotarySite) -> np.ndarray:
-    """The factors of a model without scaling, shape (d/2,): 1 but where it does not turn."""
+    """Return the factors of the model without scaling, (d/2,): 1 where it rotates."""
     if site.rope_type == "proportional":
         return existing_factors(site)
     return np.ones(len(site.inv_freq))
 
 
 def existing_factors(site: RotarySite) -> np.ndarray:
-    """The factors that a model already applies, shape (d/2,): 1 where it is unscaled."""
+    """Return the factors that a model already applies, (d/2,): 1 where unscaled."""
     theta = float(site.parameters["rope_theta"])
     inv_freq = site.inv_freq.double().cpu().numpy()
     default = default_inv_freq(theta, 2 * len(inv_freq))
-    factors = np.divide(default, inv_freq, out=np.full_like(default, UNTURNED), where=inv_freq > 0)
+    factors = np.divide(default, inv_freq, out=np.full_like(default, UNROTATED), where=inv_freq > 0)
     return np.where(np.abs(factors - 1) < 1e-6, 1.0, factors)

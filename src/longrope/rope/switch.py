@@ -1,9 +1,9 @@
-"""Short factors for short sequences and long ones beyond, row by row, also while generating.
+"""Switch between short and long factors per row, also while generating.
 
-transformers' own ``longrope`` picks one set for a whole batch at each call and keeps
-cached keys as they were, so a generation that crosses the boundary goes wrong. Here
-each row is judged by its own length, and a cache that a crossing makes wrong is filled
-once again from the token ids that went into it: exact, and paid for once a row.
+transformers' own ``longrope`` picks one set of factors for a whole batch at each call and keeps
+cached keys, so a generation that crosses the boundary is wrong. Here each row is judged by its
+own length. When a row crosses the boundary, the cache is refilled from its token ids: exact, at
+the cost of one more prefill per row.
 """
 
 import contextlib
@@ -19,26 +19,25 @@ from torch import Tensor, nn
 from longrope.compat import cache_name
 from longrope.rope.apply import (
     RescaledRotary,
-    asked_of_original,
     check_fits,
     one_axis,
     positions_of,
 )
 from longrope.rope.pair import RescalePair
 from longrope.rope.rotary import RotarySite, find_rotary
+from longrope.rope.stand_in import StandIn
 
-# What models for more than text are given beside it.
+# Prefixes of multimodal inputs.
 _NO_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_")
 
 
 @contextlib.contextmanager
 def switched(model: nn.Module, pair: RescalePair) -> Iterator[None]:
-    """The model with both rescales in place, chosen per row; leaving restores it.
+    """Apply both rescales of a pair within a ``with`` block, chosen per row by its length.
 
     Raises:
-        ValueError: the model has no rotary embedding that can be rescaled, or a rescale
-            is of another shape; later, from ``generate``, for ways of generating that
-            cannot be made exact.
+        ValueError: the model has no rotary embedding that can be rescaled, or a rescale does not
+            fit. Later, ``generate`` raises for generation modes that cannot be exact.
     """
     site = find_rotary(model)
     if site is None:
@@ -67,22 +66,14 @@ def switched(model: nn.Module, pair: RescalePair) -> Iterator[None]:
             del model.generate
 
 
-class _SwitchedRotary(nn.Module):
-    """Cosines and sines of either rescale, as ``long_rows`` says; stands in for the model's."""
+class _SwitchedRotary(StandIn):
+    """Stand-in for a model's rotary module: both rescales, chosen by ``long_rows``."""
 
     def __init__(self, pair: RescalePair, site: RotarySite):
-        super().__init__()
+        super().__init__(site.module)
         self.config, self.rope_type = site.module.config, "longrope"
         self.short, self.long = (RescaledRotary(site, r) for r in (pair.short, pair.long))
-        self._held = (site.module,)
         self.long_rows = torch.zeros(1, dtype=torch.bool)
-
-    @property
-    def original(self) -> Any:
-        return self._held[0]
-
-    def __getattr__(self, name: str) -> Any:
-        return asked_of_original(self, name)
 
     def forward(self, x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
         rows = self.long_rows
@@ -98,58 +89,62 @@ class _SwitchedRotary(nn.Module):
 
 @dataclass
 class _Filled:
-    """What a cache was filled from: token ids (batch, tokens), and each row's choice."""
+    """Contents of a cache: token ids (batch, tokens), and which rows used long factors."""
 
     ids: Tensor
     long_rows: Tensor
 
 
 class _Switch:
-    """The hooks around a decoder that judge every row and refill a cache at a crossing."""
+    """Hooks around a decoder that judge every row and refill the cache at a crossing."""
 
     def __init__(self, pair: RescalePair, site: RotarySite):
         self.recovery_length = pair.recovery_length
         self.rotary = _SwitchedRotary(pair, site)
-        self.announced: Tensor | None = None  # lengths of the prompts that generate() is given
+        self.announced: Tensor | None = None  # lengths of the prompts passed to generate()
         self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
         self._call: tuple[Tensor, int] | None = None  # all ids, and how many are new
-        self._told: dict[str, Any] = {}  # what the model around the decoder was given
+        self._model_inputs: dict[str, Any] = {}  # inputs of the model around the decoder
 
     def note(self, model: Any, args: tuple, kwargs: dict) -> None:
-        """Of a model for pictures too, whose decoder gets embeddings and masks: what they are of.
+        """Note the token ids and mask of a multimodal model, whose decoder gets embeddings.
 
         Raises:
-            ValueError: there is a picture, a film or sound.
+            ValueError: the input contains an image, a video or audio.
         """
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
         for name, value in given.items():
             empty = value is None or (isinstance(value, dict) and not value)
             if name.startswith(_NO_TEXT) and not empty:
-                raise ValueError(f"{name}: the short/long switch is for text")
-        self._told = {name: given.get(name) for name in ("input_ids", "attention_mask")}
+                raise ValueError(f"{name}: the short/long switch supports text only")
+        self._model_inputs = {name: given.get(name) for name in ("input_ids", "attention_mask")}
 
     def before(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Judge the rows; where one crosses with keys of the other set cached, start over."""
+        """Choose factors per row; refill the cache where a row crossed the boundary.
+
+        Raises:
+            ValueError: no token ids or row lengths, or a cache that was filled elsewhere.
+        """
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
-        told, self._told = self._told, {}  # of this call alone
-        if given.get("input_ids") is None and told.get("input_ids") is not None:
-            given |= told
+        inputs_of_model, self._model_inputs = self._model_inputs, {}  # for this call only
+        if given.get("input_ids") is None and inputs_of_model.get("input_ids") is not None:
+            given |= inputs_of_model
             for made in ("inputs_embeds", "per_layer_inputs"):
                 given.pop(made, None)
         ids, name = given.get("input_ids"), cache_name(decoder)
-        cache = given.get(name, given.get("past_key_values"))  # the old name is still taken
+        cache = given.get(name, given.get("past_key_values"))  # the old name is still accepted
         if ids is None:
             raise ValueError(
-                "inputs_embeds: the short/long switch needs token ids, to fill a cache again when "
-                "a sequence crosses the boundary; give input_ids"
+                "inputs_embeds: the short/long switch requires token ids to refill the cache when "
+                "a sequence crosses the boundary: pass input_ids"
             )
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise ValueError(
                 "attention_mask: the short/long switch reads each row's length from a mask of "
-                "shape (batch, tokens); static caches and masks of other shapes hide it"
+                "shape (batch, tokens): pass such a mask, and no static cache"
             )
         cached = cache.get_seq_length() if cache is not None else 0
         new = ids.shape[1]
@@ -158,7 +153,7 @@ class _Switch:
             filled = self._filled.get(cache)
             if filled is None or filled.ids.shape[1] != cached:
                 raise ValueError(
-                    f"{name}: its {cached} tokens were not all cached under this switch; "
+                    f"{name}: its {cached} tokens were not all cached under this switch: "
                     "start from an empty cache"
                 )
             ids = torch.cat([filled.ids, ids], dim=1)
@@ -174,7 +169,7 @@ class _Switch:
         return (), given
 
     def after(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Note what the cache holds now; give only the states of the tokens that are new."""
+        """Note the cache's contents, and return the new tokens' hidden states only."""
         assert self._call is not None
         ids, new = self._call
         self._call = None
@@ -185,23 +180,27 @@ class _Switch:
         return output
 
     def _judge(self, ids: Tensor, mask: Tensor | None, cached: int) -> Tensor:
-        """Which rows are longer than the recovery length, padding not counted, shape (batch,)."""
+        """Return which rows exceed the recovery length without padding, shape (batch,)."""
         if mask is None:
             lengths = torch.full((ids.shape[0],), cached + ids.shape[1])
         else:
             lengths = mask.long().sum(dim=1).cpu()
         if self.announced is not None and len(lengths) % len(self.announced) == 0:
-            told = self.announced.repeat_interleave(len(lengths) // len(self.announced))
-            lengths = torch.maximum(lengths, told)  # a prompt that comes in chunks
+            prompts = self.announced.repeat_interleave(len(lengths) // len(self.announced))
+            lengths = torch.maximum(lengths, prompts)  # a prompt that is prefilled in chunks
         return lengths > self.recovery_length
 
     def generate(self, original: Any, inputs: Any = None, *args: Any, **options: Any) -> Any:
-        """The model's own ``generate``, without the ways of it that cannot be exact."""
+        """Call the model's own ``generate``, refusing modes that cannot be exact.
+
+        Raises:
+            ValueError: assisted generation, beam search or a static cache.
+        """
         given = options.get("generation_config", args[0] if args else None)
         configs = (given, getattr(original.__self__, "generation_config", None))
 
-        def asked(name: str) -> Any:
-            """As transformers settles it: the option, what was given, the model's own."""
+        def option(name: str) -> Any:
+            """Resolve as transformers does: the argument, the given config, the model's own."""
             found = (getattr(config, name, None) for config in configs)
             return options.get(name, next((value for value in found if value is not None), None))
 
@@ -211,21 +210,21 @@ class _Switch:
             "assistant_early_exit": "assisted generation crops the cache",
         }
         for name, why in refused.items():
-            if asked(name):
-                raise ValueError(f"{name}: {why}, which the short/long switch cannot follow")
-        if (asked("num_beams") or 1) > 1:
+            if option(name):
+                raise ValueError(f"{name}: {why}, which the short/long switch does not support")
+        if (option("num_beams") or 1) > 1:
             raise ValueError(
-                f"num_beams is {asked('num_beams')}: beam search reorders the cache, which the "
-                "short/long switch cannot follow; use num_beams=1"
+                f"num_beams is {option('num_beams')}: beam search reorders the cache, which the "
+                "short/long switch does not support: use num_beams=1"
             )
-        kind = asked("cache_implementation")
+        kind = option("cache_implementation")
         cache = options.get("cache", options.get("past_key_values"))
-        # Gemma's files still say hybrid, for which transformers 5 takes a dynamic one.
+        # Gemma's configs still say hybrid, which transformers 5 treats as dynamic.
         static = kind not in (None, "dynamic", "dynamic_full", "hybrid")
         if static or getattr(cache, "is_compileable", False):
             raise ValueError(
                 f"cache_implementation is {kind or type(cache).__name__!r}: only dynamic caches "
-                "can be filled again at the boundary; give cache_implementation='dynamic'"
+                "can be refilled at the boundary: use cache_implementation='dynamic'"
             )
         ids = inputs if inputs is not None else options.get("input_ids")
         mask = options.get("attention_mask")

@@ -107,8 +107,8 @@ class Evaluations:
         fresh = [trial for trial in asked if trial not in self.outcomes]
         while fresh and len(self.outcomes) < len(self.history):
             self._replay(fresh.pop(0), generation)
-        for first in range(0, len(fresh), self.ranks.teams):
-            share = fresh[first : first + self.ranks.teams]
+        for first in range(0, len(fresh), self.ranks.group_count):
+            share = fresh[first : first + self.ranks.group_count]
             started = time.monotonic()
             for trial, outcome in zip(share, self._compute(share), strict=True):
                 seconds = (time.monotonic() - started) / len(share)
@@ -119,12 +119,12 @@ class Evaluations:
     def _compute(self, share: Sequence[Trial]) -> list[Outcome]:
         """One trial a team; the numbers of all of them, on every rank."""
         outcome = Outcome(math.nan)
-        if self.ranks.own_team < len(share):
-            mine = share[self.ranks.own_team]
+        if self.ranks.group_index < len(share):
+            mine = share[self.ranks.group_index]
             outcome = self.loss(self.space.rescale(mine.candidate), mine.part, mine.slope)
         numbers = self.space.dimensions if any(trial.slope for trial in share) else 0
         slope = outcome.slope or (math.nan,) * numbers
-        rows = self.ranks.gather_rows([outcome.loss, *slope])[:: self.ranks.team.size]
+        rows = self.ranks.gather_rows([outcome.loss, *slope])[:: self.ranks.group.size]
         return [
             Outcome(row[0], tuple(row[1:]) if trial.slope else ())
             for trial, row in zip(share, rows, strict=False)

@@ -71,9 +71,9 @@ class Objective:
                 row = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
                 found = gradient(self.forward, row, counted)
                 loss += weight * found.loss
-                by_factor += weight * found.by_factor
-        turning = by_factor[: rescale.turning].tolist()
-        return Outcome(loss if math.isfinite(loss) else math.nan, tuple(turning))
+                by_factor += weight * found.grad
+        rotated = by_factor[: rescale.rotated].tolist()
+        return Outcome(loss if math.isfinite(loss) else math.nan, tuple(rotated))
 
 
 def passkey_questions(tokenizer: Any, length: int, count: int, seed: int) -> list[Prompt]:

@@ -80,7 +80,7 @@ class Space:
 
     @property
     def dimensions(self) -> int:
-        return self.start.turning
+        return self.start.rotated
 
     @property
     def top(self) -> int:

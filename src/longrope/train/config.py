@@ -1,4 +1,4 @@
-"""How to train: what a recipe's ``finetune`` section and the trainer both go by."""
+"""Fine-tuning settings, as in a recipe's ``finetune`` section."""
 
 from typing import Annotated, Literal
 
@@ -10,19 +10,32 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class FinetuneSettings(BaseModel):
-    """The defaults are the paper's for LLaMA2 (section 4.1 and its code).
+    """Fine-tuning settings; the defaults are the paper's for LLaMA2 (section 4.1, its code).
 
-    ``batch`` counts pieces a step over all processes; ``micro_batch`` of them go through
-    a device at a time. ``precision``: bf16 is float32 weights under bf16 autocast,
-    pure-bf16 keeps the weights in bf16 too. ``lora`` is a rank. ``passkey_share``,
-    ``answer_share`` and ``short_share`` (tokens of short windows per token of a long piece)
-    are not the paper's; see :class:`~longrope.train.dataset.LongContextDataset`.
-    Nor is ``distill``: short
-    windows learn the predictions of the model as it came, in place of the text (after LongReD,
-    arXiv 2502.07365, which distils hidden states).
+    ``passkey_share``, ``answer_share``, ``short_share`` and ``distill`` are not in the paper.
+
+    Args:
+        steps: optimiser steps.
+        batch: sequences per step, over all processes.
+        micro_batch: sequences per forward pass on one device.
+        learning_rate: peak learning rate.
+        schedule: learning rate schedule after the warm-up.
+        warmup: warm-up steps.
+        clip: gradient norm limit.
+        beta2: Adam's β₂.
+        precision: ``bf16`` is float32 weights under bfloat16 autocast; ``pure-bf16`` also keeps
+            the weights in bfloat16.
+        gradient_checkpointing: recompute activations in the backward pass.
+        passkey_share: share of passkey prompts among the sequences.
+        answer_share: weight of a passkey prompt's answer in the loss, as a share of its tokens.
+        short_share: tokens of short windows per token of a long sequence.
+        distill: short windows learn the original model's predictions instead of the text (after
+            LongReD, arXiv 2502.07365, which distils hidden states).
+        save_every: steps between checkpoints.
+        lora: LoRA rank; None trains all weights.
 
     Raises:
-        ValueError: a field out of range, or none of these; names it and its value.
+        ValueError: a field is unknown or out of range; the message names it and its value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
@@ -45,10 +58,10 @@ class FinetuneSettings(BaseModel):
     lora: _Count | None = None
 
     def accumulation(self, processes: int) -> int:
-        """Micro-batches a step on each process.
+        """Return the number of gradient accumulation steps per process.
 
         Raises:
-            ValueError: the batch is not shared out evenly.
+            ValueError: the batch cannot be divided evenly.
         """
         together = self.micro_batch * processes
         if self.batch % together:

@@ -1,4 +1,4 @@
-"""What a model is fine-tuned on: pieces of one length, each a function of its number."""
+"""Training sequences of one length, each a function of the seed and its index."""
 
 import random
 from collections.abc import Sequence
@@ -14,29 +14,34 @@ from longrope.data.windows import TokenDocument, bos_token, pack
 
 
 class LongContextDataset(Dataset):
-    """Pieces of ``length`` tokens, cut from documents joined in an order by chance.
+    """Training sequences of ``length`` tokens, cut from shuffled and joined documents.
 
-    Each stands between BOS and EOS, as in the paper (section 4.1), where the tokenizer
-    has them. Number i is the same whoever asks and whenever, so that training resumes, and
-    is shared out over processes, without a state. When the text is used up it begins anew,
-    in another order.
+    Each stands between BOS and EOS where the tokenizer has them, as in the paper (section 4.1).
+    Item i depends only on the seed and i, so resuming and sharding need no sampler state. After the
+    last token the text is reused in another order.
 
-    A share of the pieces may be passkey prompts of a length by chance (ours: a model of a
-    few million parameters forgets what it is not shown), followed by text. The answer then
-    weighs as much in the loss as ``answer_share`` of the piece's tokens, so that it is not lost
-    among more of them. With ``short`` a piece brings
-    so many windows of ``short_length`` tokens, which are trained under the original RoPE
-    (LongRoPE2's mixed-context training, so that the short context is not lost). Of a fraction
-    its share of the steps, of ``batch`` pieces each, have one more; in a step that has none the
-    piece has the whole weight.
+    A share of the sequences can be passkey prompts of random length followed by text, as small
+    models forget what they are not shown. The answer then weighs as much as ``answer_share`` of the
+    tokens. With ``short``, sequences come with windows of ``short_length`` tokens, trained under
+    the original RoPE to keep short-context quality (LongRoPE2's mixed-context training). A
+    fractional ``short`` gives that share of the steps one window more per sequence.
 
     Args:
-        count: pieces in all: steps × batch.
-        reach: a length beyond the pieces' that their positions may span, by a jump at a place and
-            of a size by chance (PoSE, arXiv 2309.10400, with two chunks).
+        documents: the text.
+        tokenizer: of the model.
+        length: tokens per sequence.
+        count: number of sequences: steps × batch.
+        reach: span of position ids in tokens; beyond ``length``, a jump of random size at a random
+            place is inserted (PoSE, arXiv 2309.10400, with two chunks).
+        seed: random seed.
+        passkey_share: share of passkey prompts.
+        answer_share: weight of the passkey's answer, as a share of the sequence's tokens.
+        short: short windows per sequence; may be a fraction.
+        short_length: tokens per short window.
+        batch: sequences per step.
 
     Raises:
-        ValueError: the documents hold not even one piece.
+        ValueError: the documents have fewer tokens than one sequence.
     """
 
     def __init__(
@@ -71,70 +76,74 @@ class LongContextDataset(Dataset):
         self.distinct = len(self._stream) // self._room
         if not self.distinct:
             raise ValueError(
-                f"too few tokens to train on: {len(self._stream):,}, and one piece needs "
-                f"{length:,}; give more text with --data"
+                f"the training text has {len(self._stream):,} tokens; one sequence needs "
+                f"{length:,}: use more text"
             )
 
     @property
     def epochs(self) -> float:
-        """How many times the text is used."""
+        """Number of times the text is used."""
         return self.count * (1 - self.passkey_share) / self.distinct
 
     def __len__(self) -> int:
         return self.count
 
     @property
-    def bring_windows(self) -> bool:
-        """Whether any piece has short windows."""
+    def has_short_windows(self) -> bool:
+        """Whether any sequence comes with short windows."""
         return short_windows(self.count // self.batch, self.short) > 0
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """``input_ids`` and ``weights`` (of predicting each token), shape (length,).
+        """Return sequence ``number``.
 
-        With short windows also ``short_ids``, shape (windows, short_length); with a reach
-        ``places``, the positions of the tokens, shape (length,).
+        Returns:
+            ``input_ids`` and ``weights`` (of each token's loss), shape (length,). With short
+            windows also ``short_ids``, shape (windows, short_length); with a reach also
+            ``rotary_positions``, shape (length,).
         """
         rng = random.Random(f"{self.seed} {number}")
         text = self._text(number)
         weights = np.ones(self.length, dtype=np.float32)
-        end = self.length  # of where positions may jump
+        end = self.length  # of the tokens before which positions may jump
         if rng.random() < self.passkey_share:
             longest = rng.randint(self._shortest, self.length)
             prompt = passkey_prompt(self.tokenizer, longest, rng.random(), rng)
             answer = slice(len(prompt.ids) - prompt.answer_tokens, len(prompt.ids))
             weights[answer] = max(1.0, self.answer_share * self.length / prompt.answer_tokens)
-            end = answer.start  # in half of these pieces the jump parts the key from its question
+            end = answer.start  # in about half of these the jump separates key and question
             text = np.concatenate([prompt.ids, text[len(self._start) :]])[: self.length]
-        piece = {
+        sequence = {
             "input_ids": torch.from_numpy(text.astype(np.int64)),
             "weights": torch.from_numpy(weights),
         }
         if self.reach > self.length:
-            places = torch.arange(self.length)
-            places[rng.randrange(1, end) :] += rng.randint(0, self.reach - self.length)
-            piece["places"] = places
+            rotary_positions = torch.arange(self.length)
+            rotary_positions[rng.randrange(1, end) :] += rng.randint(0, self.reach - self.length)
+            sequence["rotary_positions"] = rotary_positions
         step = number // self.batch
         if short := short_windows(step + 1, self.short) - short_windows(step, self.short):
             windows = np.stack([self._window(rng) for _ in range(short)])
-            piece["short_ids"] = torch.from_numpy(windows.astype(np.int64))
-        return piece
+            sequence["short_ids"] = torch.from_numpy(windows.astype(np.int64))
+        return sequence
 
     def _window(self, rng: random.Random) -> np.ndarray:
+        """Draw a short window of text."""
         tokens = self.short_length - len(self._start)
         first = rng.randrange(len(self._stream) - tokens + 1)
         return np.concatenate([self._start, self._stream[first : first + tokens]])
 
     def _text(self, number: int) -> np.ndarray:
+        """Return the text of sequence ``number``, with BOS and EOS."""
         epoch, index = divmod(number, self.distinct)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.distinct)
-        # Another cut in every epoch, where the text leaves room for it.
+        # Each epoch cuts the text at another offset, if there are spare tokens.
         spare = len(self._stream) - self.distinct * self._room
         shift = random.Random(f"{self.seed} {epoch}").randint(0, spare)
         start = shift + int(order[index]) * self._room
-        piece = self._stream[start : start + self._room]
-        return np.concatenate([self._start, piece, self._end]).astype(np.int32)
+        sequence = self._stream[start : start + self._room]
+        return np.concatenate([self._start, sequence, self._end]).astype(np.int32)
 
 
 def short_windows(steps: int, beside: float) -> int:
-    """Windows in the first so many steps, of ``beside`` each, in whole ones."""
+    """Return the number of short windows in the first ``steps`` steps, ``beside`` per step."""
     return int(steps * beside + 0.5)

@@ -1,4 +1,4 @@
-"""The training loss without the logits of a whole sequence in memory."""
+"""Training loss in chunks of tokens, without the logits of a whole sequence in memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,14 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longrope.attention import autograd
-from longrope.attention.chunked import through
+from longrope.attention.chunked import attention_implementation
 from longrope.attention.config import explicit_scores, sliding_layers
 from longrope.layerwise.decoder import find_layers
 from longrope.layerwise.losses import token_losses
-from longrope.rope.apply import asked_of_original, position_override, rescaled
+from longrope.rope.apply import position_override, rescaled
 from longrope.rope.rescale import Rescale
+from longrope.rope.stand_in import StandIn
 
-# Rows of logits in memory at a time; a row is vocabulary × 4 bytes, and its gradient.
+# Rows of logits in memory at a time; a row has vocabulary × 4 bytes, and so has its gradient.
 ROWS = 1024
 
 
@@ -26,32 +27,37 @@ ROWS = 1024
 def chunked_loss(
     model: Any, short: Rescale | None = None, *, teacher: Any = None, rows: int = ROWS
 ) -> Iterator[None]:
-    """Within, ``model(input_ids=…, weights=…)`` gives ``{"loss": …}`` and no logits.
+    """Make ``model(input_ids=…, weights=…)`` return ``{"loss": …}`` within a ``with`` block.
 
-    The loss is the mean over tokens of weight × negative log-likelihood in nats, the tokens
-    standing at ``places``, shape (batch, tokens), where these are given. With ``short_ids``,
-    shape (batch, windows, tokens), their losses under the rescale ``short`` count too: each window
-    on its own, whatever is installed for the rest. With a ``teacher``, a model of the same
-    vocabulary, these are cross-entropies with its predictions in place of the text's next tokens.
+    The loss is the mean over tokens of weight × negative log-likelihood in nats. The model's own
+    head computes the logits of ``rows`` tokens at a time, and again in the backward pass, so memory
+    does not grow with vocabulary × tokens, and the model's logit scaling and soft-cap apply.
 
-    The model's own head makes the logits of ``rows`` tokens at a time (of one token of each
-    window at least), and again in the backward pass, from the decoder's output; so scalings and
-    soft-caps of the logits are the model's, and memory does not grow with vocabulary × tokens.
+    The forward also accepts ``rotary_positions``, shape (batch, tokens), at which tokens are
+    rotated, and ``short_ids``, shape (batch, windows, tokens): windows whose losses under the
+    rescale ``short`` are added.
+
+    Args:
+        model: a transformers causal language model.
+        short: rescale for the short windows; None for the original RoPE.
+        teacher: a model of the same vocabulary. The loss of short windows is then the
+            cross-entropy with its predictions, instead of the text's next tokens.
+        rows: tokens whose logits are in memory at a time, at least one per window.
     """
-    student = _Head(model)
-    taught_by = None if teacher is None else _Head(teacher)
+    student = _SplitModel(model)
+    taught_by = None if teacher is None else _SplitModel(teacher)
     heads = [head for head in (student, taught_by) if head is not None]
 
     def forward(
         input_ids: Tensor,
         weights: Tensor | None = None,
         short_ids: Tensor | None = None,
-        places: Tensor | None = None,
+        rotary_positions: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Tensor]:
         if weights is None:
             weights = torch.ones_like(input_ids, dtype=torch.float32)
-        with position_override(model, places):
+        with position_override(model, rotary_positions):
             total = _total_loss(student, input_ids, weights, rows)
         tokens = input_ids[:, 1:].numel()
         if short_ids is not None:
@@ -73,9 +79,13 @@ def chunked_loss(
 
 
 def _total_loss(
-    student: "_Head", ids: Tensor, weights: Tensor, rows: int, teacher: "_Head | None" = None
+    student: "_SplitModel",
+    ids: Tensor,
+    weights: Tensor,
+    rows: int,
+    teacher: "_SplitModel | None" = None,
 ) -> Tensor:
-    """The sum of weight × loss over tokens, ``rows`` of them at a time."""
+    """Sum weight × loss over tokens, ``rows`` of them at a time."""
     taught = None
     if teacher is not None:
         with torch.no_grad():
@@ -114,34 +124,38 @@ def _total_loss(
     return total
 
 
-class _Head:
-    """A model taken apart: its decoder's hidden states, and what its own head makes of them."""
+class _SplitModel:
+    """A model split into its decoder and its language-model head."""
 
     def __init__(self, model: Any):
         self._decoder, _ = find_layers(model)
-        self._owner, self._name = _place(model, self._decoder)
+        self._owner, self._name = _owner_of(model, self._decoder)
         self._forward = model.forward
         self._output: type[Any] = BaseModelOutputWithPast
 
     def hidden(self, ids: Tensor) -> Tensor:
+        """Run the decoder; hidden states have shape (batch, tokens, hidden size)."""
         output = self._decoder(input_ids=ids, use_cache=False)
-        self._output = type(output)  # that of experts has more fields, which the head passes on
+        self._output = type(
+            output
+        )  # mixture-of-experts outputs have more fields, which the head returns
         return output.last_hidden_state
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
-        """Ours where transformers makes all scores at once (GPT-OSS, Gemma 2) or masks a window.
+        """Use our attention where transformers needs a mask or materialises all scores.
 
-        The mask of a sliding window has a number for every pair of tokens.
+        That is, with sliding windows, sinks (GPT-OSS) or soft-caps (Gemma 2). A mask has an entry
+        per pair of tokens. Attention dropout is not supported by ours.
         """
         config: Any = self._decoder.config
         layers, _ = sliding_layers(config)
-        # Dropout is what ours does not do.
         if not (explicit_scores(config) or layers) or getattr(config, "attention_dropout", 0):
             return contextlib.nullcontext()
-        return through(config, autograd.TRAINED)
+        return attention_implementation(config, autograd.TRAINED)
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        given = _Given(self._decoder, self._output(last_hidden_state=hidden))
+        """Apply the model's own head to hidden states of the tokens ``ids``."""
+        given = _GivenOutput(self._decoder, self._output(last_hidden_state=hidden))
         setattr(self._owner, self._name, given)
         try:
             return self._forward(input_ids=ids, use_cache=False).logits
@@ -149,8 +163,12 @@ class _Head:
             setattr(self._owner, self._name, self._decoder)
 
 
-def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
-    """The module that owns another, and the name it has there."""
+def _owner_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
+    """Find the module that owns another, and its attribute name.
+
+    Raises:
+        ValueError: the model is the module itself.
+    """
     for owner in model.modules():
         for name, child in owner.named_children():
             if child is module:
@@ -158,15 +176,12 @@ def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
     raise ValueError(f"{type(model).__name__} is its own decoder: it has no language-model head")
 
 
-class _Given(nn.Module):
-    """Stands in for the decoder: gives what that would, and is there already."""
+class _GivenOutput(StandIn):
+    """Stand-in for the decoder that returns a given output."""
 
     def __init__(self, decoder: nn.Module, output: Any):
-        super().__init__()
-        self._held = (decoder, output)
-
-    def __getattr__(self, name: str) -> Any:
-        return asked_of_original(self, name)
+        super().__init__(decoder)
+        self.output = output
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return self._held[1]
+        return self.output

@@ -1,8 +1,8 @@
-"""Fine-tuning at the searched length, with transformers' Trainer under accelerate.
+"""Fine-tune at the searched length with transformers' Trainer under accelerate.
 
-One rescale for every length while training (short = long), so that processes cannot
-come to different ones. The Trainer's checkpoints carry a marker written last: one that a
-kill or a full disk cut short is not resumed from.
+One rescale is used for every length while training (short = long), so all processes use the
+same. Checkpoints are resumed from only if they have a marker, which is written last, so
+checkpoints cut short by a kill or a full disk are ignored.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from longrope.distributed import Ranks, is_lost_rank_error, lost_ranks_named, sharded
+from longrope.distributed import Ranks, detect_lost_ranks, is_lost_rank_error, sharded
 from longrope.files import append_line, read_lines, whole_directory, write_atomically
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
@@ -38,7 +38,7 @@ def finetune(
     loaded: LoadedModel,
     rescale: Rescale,
     short: Rescale | None,
-    pieces: LongContextDataset,
+    dataset: LongContextDataset,
     settings: FinetuneSettings,
     out: Path,
     ranks: Ranks,
@@ -46,45 +46,58 @@ def finetune(
     teacher: LoadedModel | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Train under a rescale, or go on from the last whole checkpoint.
+    """Fine-tune a model under a rescale, or resume from the last complete checkpoint.
 
-    ``short`` is for the short windows that pieces may bring, which learn a ``teacher``'s
-    predictions, where there is one.
+    Writes ``out/model``, a checkpoint in the original dtype with an unscaled config, and
+    ``out/loss.jsonl`` with a line per step.
 
-    Leaves ``out/model`` (a checkpoint in the dtype that the model came in, unscaled config),
-    and ``out/loss.jsonl``, a line per step, which is returned.
+    Args:
+        loaded: the model to train.
+        rescale: applied to the long sequences.
+        short: applied to the short windows; None for the original RoPE.
+        dataset: the training sequences.
+        settings: how to train.
+        out: output directory.
+        ranks: the processes that train together.
+        teacher: its predictions are the short windows' targets.
+        seed: random seed.
+
+    Returns:
+        The lines of ``out/loss.jsonl``.
 
     Raises:
-        ValueError: the loss is not finite, the disk is full, or a batch that does not divide.
-        RankLost: another process died; what was trained up to the last checkpoint stands.
+        ValueError: the loss is not finite, the disk is full, or the batch cannot be divided.
+        RankLost: another process died; checkpoints written so far are kept.
     """
     work = out / "checkpoints"
-    if (out / "model").exists():  # whole, since it is renamed into place: only tidying was left
+    if (out / "model").exists():  # complete, as it is renamed into place
         if ranks.first:
             shutil.rmtree(work, ignore_errors=True)
         return read_lines(out / "loss.jsonl")
-    resume, log = _last_whole(work), out / "loss.jsonl"
+    resume, log = _last_complete(work), out / "loss.jsonl"
     if ranks.first:
-        _forget_after(resume, log)
+        _drop_losses_after(resume, log)
     model = loaded.model
     model.to(torch.bfloat16 if settings.precision == "pure-bf16" else torch.float32)
     if settings.lora is not None:
-        torch.manual_seed(seed)  # adapters are drawn, before the Trainer would set it
+        torch.manual_seed(seed)  # adapters are initialised before the Trainer seeds
         model = _with_lora(model, settings.lora)
-    _freeze_unmet(loaded.model)
+    _freeze_unused(loaded.model)
     arguments = _arguments(settings, work, model.device, ranks, seed)
-    if teacher is not None:  # the Trainer chooses the device; autocast copies what may be trained
+    if (
+        teacher is not None
+    ):  # on the Trainer's device; autocast would cache copies of trainable weights
         teacher.model.to(arguments.device).requires_grad_(False)
     with (
-        rescaled(loaded.model, rescale, always=pieces.reach > 0),  # it is asked for places
+        rescaled(loaded.model, rescale, always=dataset.reach > 0),  # position_override requires it
         chunked_loss(model, short, teacher=teacher and teacher.model),
         progress("fine-tune", settings.steps, show=ranks.first) as advance,
-        lost_ranks_named(),
+        detect_lost_ranks(),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", module="(accelerate|torch)\\.")
-        keeper = _Keeper(log, settings.steps, advance, ranks.first)
-        trainer = _trained(model, arguments, pieces, keeper, resume)
+        callback = _StepCallback(log, settings.steps, advance, ranks.first)
+        trainer = _run_trainer(model, arguments, dataset, callback, resume)
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     model = _unwrapped(trainer)
     if settings.lora is not None:
@@ -95,15 +108,16 @@ def finetune(
     return read_lines(log)
 
 
-def _trained(
+def _run_trainer(
     model: Any,
     arguments: TrainingArguments,
-    pieces: LongContextDataset,
-    keeper: "_Keeper",
+    dataset: LongContextDataset,
+    callback: "_StepCallback",
     resume: Path | None,
 ) -> Trainer:
+    """Train, and return the Trainer."""
     with quiet():
-        trainer = _Trainer(model=model, args=arguments, train_dataset=pieces, callbacks=[keeper])
+        trainer = _Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[callback])
         trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = False
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -115,6 +129,7 @@ def _unwrapped(trainer: Trainer) -> Any:
 
 
 def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: Path) -> None:
+    """Write the trained model in its original dtype, with tokenizer."""
     dtype = getattr(torch, loaded.info.dtype)
     state = {
         name: tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu()
@@ -131,6 +146,7 @@ def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: P
 def _arguments(
     settings: FinetuneSettings, work: Path, device: torch.device, ranks: Ranks, seed: int
 ) -> TrainingArguments:
+    """Translate the settings into transformers' TrainingArguments."""
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
@@ -162,24 +178,25 @@ def _arguments(
         data_seed=seed,
         use_cpu=device.type == "cpu",
     )
-    # One device a process: the Trainer would split the batch over all it sees, by threads.
+    # One device per process: the Trainer would use DataParallel over all visible ones.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
 
 
 class _Trainer(Trainer):
+    """Trainer that reports full disks and non-finite losses as ``ValueError``."""
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
-        # A full disk is an OSError to Python, other things to torch and to safetensors.
+        # A full disk is an OSError in Python, but other errors in torch and safetensors.
         except (OSError, RuntimeError, SafetensorError) as error:
             if is_lost_rank_error(error):
                 raise
             raise ValueError(
-                f"{self.args.output_dir}: cannot be written ({str(error).splitlines()[0]}); free "
-                "space there, then run the same command again: it goes on from the last whole "
-                "checkpoint"
+                f"{self.args.output_dir}: cannot be written ({str(error).splitlines()[0]}): free "
+                "space there and run the same command again to resume from the last checkpoint"
             ) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -191,20 +208,21 @@ class _Trainer(Trainer):
 
 def _not_finite(what: str, value: float, step: int) -> ValueError:
     return ValueError(
-        f"the {what} is {value} at step {step}; the checkpoint before it stands: lower "
-        "finetune.learning_rate, or finetune.precision float32, and run again with another --out"
+        f"the {what} is {value} at step {step}; checkpoints before it are kept: lower "
+        "finetune.learning_rate or set finetune.precision to float32, with another "
+        "output directory"
     )
 
 
-class _Keeper(TrainerCallback):
-    """Notes the loss of every step, shows how it goes, and marks whole checkpoints."""
+class _StepCallback(TrainerCallback):
+    """Trainer callback: logs each step's loss, shows progress, marks complete checkpoints."""
 
     def __init__(self, log: Path, steps: int, advance: Advance, first: bool):
         self.log, self.steps, self.advance, self.first = log, steps, advance, first
-        self.started, self.begun_at = time.monotonic(), 0
+        self.started, self.first_step = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.begun_at = time.monotonic(), state.global_step
+        self.started, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
@@ -221,7 +239,7 @@ class _Keeper(TrainerCallback):
             "grad_norm": norm,
         }
         append_line(self.log, line)
-        done = state.global_step - self.begun_at
+        done = state.global_step - self.first_step
         left = (time.monotonic() - self.started) / done * (self.steps - state.global_step)
         self.advance(state.global_step, f"loss {line['loss']:.4f}, {duration(left)} left")
 
@@ -236,8 +254,8 @@ class _Keeper(TrainerCallback):
         write_atomically(checkpoint / _MARKER, json.dumps({"step": state.global_step}) + "\n")
 
 
-def _last_whole(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; what was not is deleted."""
+def _last_complete(work: Path) -> Path | None:
+    """Return the newest complete checkpoint; incomplete ones are deleted."""
     whole = []
     for directory in work.glob("checkpoint-*"):
         if (directory / _MARKER).exists():
@@ -251,37 +269,39 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _forget_after(checkpoint: Path | None, log: Path) -> None:
-    """Drop the losses of the steps after a checkpoint: they are computed again."""
+def _drop_losses_after(checkpoint: Path | None, log: Path) -> None:
+    """Drop the logged losses of the steps after a checkpoint, which are repeated."""
     last = _step(checkpoint) if checkpoint else 0
     lines = [line for line in read_lines(log) if line["step"] <= last]
     write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def require_lora(rank: int) -> None:
-    """Refuse LoRA where its library is missing, or the model is to be sharded.
+    """Check that LoRA can be used.
 
     Raises:
-        ValueError: names the extra that brings it, or what to train instead.
+        ValueError: peft is not installed, or the model is to be sharded.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"finetune.lora {rank} needs: pip install 'longrope[lora]'")
+        raise ValueError(
+            f"finetune.lora is {rank}, which requires peft: pip install 'longrope[lora]'"
+        )
     if sharded():
         raise ValueError(
-            f"finetune.lora is {rank} and ACCELERATE_USE_FSDP is true: adapters are not merged "
-            "into a sharded model; start the processes without FSDP, or make finetune.lora null"
+            f"finetune.lora is {rank} and ACCELERATE_USE_FSDP is true: adapters cannot be merged "
+            "into a sharded model: start the processes without FSDP or set finetune.lora to null"
         )
 
 
-def _freeze_unmet(model: Any) -> None:
-    """What no text meets (pictures, sound) is not trained, nor waited for by other processes."""
+def _freeze_unused(model: Any) -> None:
+    """Freeze parameters that text does not use (vision, audio), which get no gradients."""
     met = text_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in met)
 
 
 def _with_lora(model: Any, rank: int) -> Any:
-    """LoRA on every linear layer, and embeddings and norms in full, as LongLoRA found needed."""
+    """Add LoRA to every linear layer; embeddings and norms train in full (as in LongLoRA)."""
     require_lora(rank)
     from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
 
@@ -295,10 +315,12 @@ def _with_lora(model: Any, rank: int) -> Any:
         lora_alpha=2 * rank,
         target_modules="all-linear",
         modules_to_save=sorted(whole),
-        # Where the embeddings are the head too, they stay one.
+        # Embeddings that are tied to the head stay tied.
         ensure_weight_tying=is_tied(model),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft uses a deprecated name of transformers
         return get_peft_model(model, config)
