@@ -1,11 +1,11 @@
 """What a plan costs on this machine: its rates from a second of work, and its memory."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from rich.table import Table
@@ -64,17 +64,6 @@ def _rate(work, flops: float, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.monotonic() - before)
     return flops / sorted(times)[(len(times) - 1) // 2]
-
-
-def _machine_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +146,8 @@ def available(
 
     And where ``offload_activations`` is, if it is a folder that is there.
     """
-    host, disk = _machine_memory() // local_processes(), free_on_disk(offload_activations)
+    host = psutil.virtual_memory().available // local_processes()
+    disk = free_on_disk(offload_activations)
     if device.type != "cuda":
         return Memory(host, disk=disk)
     return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1, host, disk)
