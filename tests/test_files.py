@@ -1,8 +1,16 @@
+import errno
 import os
+import shutil
 
 import pytest
 
-from longrope.files import append_line, read_lines, write_atomically
+from longrope.files import (
+    append_line,
+    read_lines,
+    recover_directory,
+    whole_directory,
+    write_atomically,
+)
 
 
 def test_writes_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -27,3 +35,138 @@ def test_a_line_cut_short_is_left_out(tmp_path):
         file.write('{"a": 3')
     assert read_lines(path) == [{"a": 1}, {"a": 0.30000000000000004}]
     assert read_lines(tmp_path / "none") == []
+
+
+OLD = {"both": "old", "only-old": "old", "sub/file": "old"}
+NEW = {"both": "new", "only-new": "new", "sub/file": "new", "other/file": "new"}
+
+
+def fill(directory, files):
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(content)
+
+
+def contents(directory):
+    return {
+        str(file.relative_to(directory)): file.read_text()
+        for file in directory.rglob("*")
+        if file.is_file()
+    }
+
+
+def replace(path):
+    with whole_directory(path) as directory:
+        fill(directory, NEW)
+
+
+def cannot_be_renamed(path, code, monkeypatch):
+    """What the kernel says of a mount point: it stays where it is, and nothing crosses it."""
+    rename = os.rename
+
+    def refuse(source, target):
+        inside = [str(x).startswith(f"{path}/") for x in (source, target)]
+        if str(path) in (str(source), str(target)) or inside[0] != inside[1]:
+            raise OSError(code, os.strerror(code))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+
+
+def killed_at(step, work, monkeypatch):
+    """Do the work in a child that dies before its ``step``th change of a directory."""
+    child = os.fork()
+    if not child:
+        left = step
+
+        def deadly(change):
+            def counted(*args, **kwargs):
+                nonlocal left
+                if left == 0:
+                    os._exit(9)
+                left -= 1
+                return change(*args, **kwargs)
+
+            return counted
+
+        for name in ("rename", "unlink", "rmdir", "mkdir"):
+            monkeypatch.setattr(os, name, deadly(getattr(os, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_directory_survives_a_kill_at_any_step(tmp_path, monkeypatch, mounted):
+    place, steps, seen = tmp_path / "parent" / "out", 0, []
+    if mounted:
+        cannot_be_renamed(place, errno.EXDEV, monkeypatch)
+    while True:
+        shutil.rmtree(place.parent, ignore_errors=True)
+        fill(place, OLD)
+        if not killed_at(steps, lambda: replace(place), monkeypatch):
+            break
+        recover_directory(place)
+        seen.append(contents(place))
+        assert seen[-1] in (OLD, NEW)
+        assert os.listdir(place.parent) == ["out"]
+        steps += 1
+    assert steps > 10
+    assert seen == sorted(seen, key=lambda found: found == NEW)  # once new, it stays so
+    assert OLD in seen and NEW in seen
+    assert contents(place) == NEW
+    assert os.listdir(place.parent) == ["out"]
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_kill_in_recovery_loses_nothing(tmp_path, monkeypatch, mounted):
+    place, steps = tmp_path / "parent" / "out", 0
+    if mounted:
+        cannot_be_renamed(place, errno.EXDEV, monkeypatch)
+    while True:
+        shutil.rmtree(place.parent, ignore_errors=True)
+        fill(place, OLD)
+        if not killed_at(steps, lambda: replace(place), monkeypatch):
+            break
+        again = 0
+        while killed_at(again, lambda: recover_directory(place), monkeypatch):
+            again += 2
+        assert contents(place) in (OLD, NEW)
+        assert os.listdir(place.parent) == ["out"]
+        steps += 3
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV, errno.EACCES])
+def test_a_directory_that_cannot_be_renamed_is_replaced(tmp_path, monkeypatch, code):
+    place = tmp_path / "out"
+    fill(place, OLD)
+    same = place.stat().st_ino
+    cannot_be_renamed(place, code, monkeypatch)
+    replace(place)
+    assert contents(place) == NEW
+    assert place.stat().st_ino == same
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
+    fill(tmp_path / "disk" / "real", OLD)
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "disk" / "real")
+    replace(link)
+    assert link.is_symlink()
+    assert contents(tmp_path / "disk" / "real") == NEW
+    assert os.listdir(tmp_path / "disk") == ["real"]
+
+
+def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch):
+    fill(tmp_path / "out", OLD)
+    monkeypatch.setitem(NEW, "", "a directory has no such file")
+    with pytest.raises(ValueError, match="out"):
+        replace(tmp_path / "out")
+    assert contents(tmp_path / "out") == OLD
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file"):
+        replace(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

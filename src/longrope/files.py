@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes of files and directories, JSON-lines stores, and directory locks."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 try:
@@ -40,15 +41,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Give an empty directory to fill; it becomes ``path`` once it is whole and on the disk.
+    """Yield an empty directory to fill; it replaces ``path`` once it is complete and synced.
 
-    What stood at ``path`` before is replaced.
+    A directory at ``path`` survives a kill at any point: it is renamed aside before the new one
+    takes its name, and deleted last. A symbolic link stays, and its target is replaced. A mount
+    point cannot be renamed, so its files are exchanged one by one. The next call, or
+    :func:`recover_directory`, completes or undoes a replacement that a kill interrupted.
 
     Raises:
-        ValueError: something in it could not be written.
+        ValueError: a file could not be written; the old contents stand.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    target = path.resolve()
+    temporary = _temporary(target, within=False)
     try:
+        recover_directory(target)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        # Within an existing directory: the new files are then on the same disk for certain.
+        temporary = _temporary(target, within=target.is_dir())
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
@@ -56,16 +66,118 @@ def whole_directory(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    # A full disk is an OSError to Python, another thing to safetensors.
+        _replace(target, temporary)
+    # safetensors reports a full disk, and damaged files that it reads, by an error of its own.
     except (OSError, SafetensorError) as error:
-        if "deserializing" in str(error):  # of what was read, not written
+        if "deserializing" in str(error):
             raise
         raise _cannot_write(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_directory(path: Path) -> None:
+    """Complete or undo the replacement of a directory that a kill interrupted, and clean up.
+
+    ``path`` then holds all the old contents or all the new ones.
+    """
+    target = path.resolve()
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        os.rename(aside, target)
+    elif aside.exists():
+        _delete(aside, target, within=False)
+    for within in (False, True):
+        temporary = _temporary(target, within)
+        start = temporary.name.removesuffix(str(os.getpid()))
+        for leftover in temporary.parent.iterdir() if temporary.parent.is_dir() else ():
+            process = leftover.name.removeprefix(start)
+            ours = leftover.name == start + process and process.isdigit()
+            if ours and not psutil.pid_exists(int(process)):
+                shutil.rmtree(leftover, ignore_errors=True)
+    old, new, moving = (target / name for name in (_OLD, _NEW, _MOVING))
+    if moving.exists():  # some old files are in it, and no new file is in the directory yet
+        _move_contents(moving, target)
+        moving.rmdir()
+    elif old.exists():  # all old files are in it
+        if new.exists():
+            _move_contents(new, target)
+        _delete(old, target, within=True)
+    if new.exists():
+        _delete(new, target, within=True)
+
+
+# While the contents of a directory are exchanged: the old files until all are moved, all the old
+# files, and the new ones.
+_MOVING, _OLD, _NEW = ".longrope-moving", ".longrope-old", ".longrope-new"
+_OWN = (_MOVING, _OLD, _NEW, "lost+found")
+# Renaming fails so for a mount point, across mounts, and in a parent without write permission.
+_NOT_RENAMED = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _temporary(target: Path, within: bool) -> Path:
+    end = f"tmp-{os.getpid()}"
+    return target / f".longrope-{end}" if within else target.with_name(f".{target.name}.{end}")
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _replace(target: Path, new: Path) -> None:
+    """Put a complete directory in place of ``target``, which holds it where it exists."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    outside, aside = _temporary(target, within=False), _aside(target)
+    try:
+        os.rename(new, outside)
+        try:
+            os.rename(target, aside)
+        except OSError:
+            os.rename(outside, new)
+            raise
+    except OSError as error:
+        if error.errno not in _NOT_RENAMED:
+            raise
+        try:
+            _exchange_contents(target, new)
+        except OSError:
+            recover_directory(target)
+            raise
+        return
+    try:
+        os.rename(outside, target)
+    except OSError:
+        os.rename(aside, target)
+        shutil.rmtree(outside, ignore_errors=True)
+        raise
+    _delete(aside, target, within=False)
+
+
+def _exchange_contents(target: Path, new: Path) -> None:
+    """Replace the files in a directory that cannot be renamed; see :func:`recover_directory`."""
+    os.rename(new, target / _NEW)
+    (target / _MOVING).mkdir()
+    _move_contents(target, target / _MOVING)
+    os.rename(target / _MOVING, target / _OLD)
+    _move_contents(target / _NEW, target)
+    _delete(target / _OLD, target, within=True)
+    (target / _NEW).rmdir()
+
+
+def _move_contents(source: Path, target: Path) -> None:
+    for entry in sorted(source.iterdir()):
+        if entry.name not in _OWN and not entry.name.startswith(".longrope-tmp-"):
+            os.rename(entry, target / entry.name)
+
+
+def _delete(directory: Path, target: Path, within: bool) -> None:
+    """Delete a directory under a temporary name, so that no half of it passes for the whole."""
+    temporary = _temporary(target, within)
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.rename(directory, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from longrope.checkpoints.gguf import export_gguf
 from longrope.checkpoints.hf import export_directory
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_layout import is_run, original_of
-from longrope.files import write_atomically
+from longrope.files import recover_directory, write_atomically
 from longrope.models.info import Existing, inspect_model
 from longrope.models.load import load_model
 from longrope.models.sources import local_copy
@@ -110,6 +110,7 @@ def export(options: ExportOptions) -> Manifest:
 def _require_free(options: ExportOptions, model: str) -> None:
     """See that nothing is at ``out``, or with ``force`` a file, or a directory of an export's."""
     out, card_file = options.out.resolve(), _card_file(options.out)
+    recover_directory(out)
     for there in (options.out, card_file):
         if there.exists() and not options.force:
             raise ValueError(f"{there}: is there already; give another --out, or --force")

@@ -1,11 +1,11 @@
 """Estimate the time and memory of a plan on this machine, and refuse what does not fit."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from rich.table import Table
@@ -65,17 +65,6 @@ def _rate(work, flops: float, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.monotonic() - before)
     return flops / sorted(times)[(len(times) - 1) // 2]
-
-
-def _machine_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +147,8 @@ def available(
     device: torch.device, processes: int = 1, offload_activations: str | None = None
 ) -> Memory:
     """Return the free memory of this process's device, host and offload directory."""
-    host, disk = _machine_memory() // local_processes(), free_on_disk(offload_activations)
+    host = psutil.virtual_memory().available // local_processes()
+    disk = free_on_disk(offload_activations)
     if device.type != "cuda":
         return Memory(host, disk=disk)
     return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1, host, disk)
