@@ -30,7 +30,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import json
 from test_distributed import shared_forward
-from longrope.parallel import ranks
+from longrope.distributed import ranks
 
 with ranks({members}) as these:
     found = shared_forward(these.team, {families!r})
@@ -86,7 +86,7 @@ def shared_forward(team, families, chunk=9):
     return found
 
 
-@pytest.mark.parametrize("members", [2, 3])
+@pytest.mark.parametrize("members", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_team_computes_what_one_process_does(tmp_path, members):
     out, program = tmp_path / "found.json", tmp_path / "program.py"
     names = {"tests": os.path.dirname(__file__), "families": FAMILIES, "out": str(out)}
@@ -211,6 +211,7 @@ def small(texts):
     ]
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_user(small, tmp_path):
     """A search of four processes in two teams, and an evaluation of two in one."""
     options = ["--budget", 4, "--chunk", 50]
@@ -248,7 +249,9 @@ def test_a_team_goes_down_the_slope(small, tmp_path):
         assert found["factors"] == pytest.approx(expected["factors"], rel=1e-2)
 
 
-@pytest.mark.parametrize("asked", [["search", "bundled"], ["extend"]])
+@pytest.mark.parametrize(
+    "asked", [["search", "bundled"], pytest.param(["extend"], marks=pytest.mark.slow)]
+)
 def test_one_gpu_for_several_processes_is_refused(tmp_path, asked):
     launcher = [*torchrun(2), "-m", "longrope"]
     options = ["--target", "2x", "--device", "cuda:1", "--out", tmp_path / "out"]
