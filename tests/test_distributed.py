@@ -86,7 +86,7 @@ def shared_forward(group, families, chunk=9):
     return found
 
 
-@pytest.mark.parametrize("members", [2, 3])
+@pytest.mark.parametrize("members", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_group_computes_what_one_process_does(tmp_path, members):
     out, program = tmp_path / "found.json", tmp_path / "program.py"
     names = {"tests": os.path.dirname(__file__), "families": FAMILIES, "out": str(out)}
@@ -213,6 +213,7 @@ def small(texts):
     ]
 
 
+@pytest.mark.slow
 def test_search_and_evaluate_with_sequence_parallel(small, tmp_path):
     """A search of four processes in two groups, and an evaluation of two in one."""
     options = ["--budget", 4, "--chunk", 50]
@@ -250,7 +251,9 @@ def test_a_group_runs_the_gradient_search(small, tmp_path):
         assert found["factors"] == pytest.approx(expected["factors"], rel=1e-2)
 
 
-@pytest.mark.parametrize("asked", [["search", "bundled"], ["extend"]])
+@pytest.mark.parametrize(
+    "asked", [["search", "bundled"], pytest.param(["extend"], marks=pytest.mark.slow)]
+)
 def test_one_gpu_for_several_processes_is_refused(tmp_path, asked):
     launcher = [*torchrun(2), "-m", "longrope"]
     options = ["--target", "2x", "--device", "cuda:1", "--out", tmp_path / "out"]

@@ -18,6 +18,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.timeout(1200)  # minutes of searching, on a slow machine more than ten
+@pytest.mark.slow
 def test_commands_and_code_run(tmp_path):
     commands = [line for block in blocks("bash") for line in re.split(r"&&|\n", block)]
     commands = [line.strip().removesuffix("\\").strip() for line in commands]

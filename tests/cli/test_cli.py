@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import pytest
 import torch
 
 from longrope.rope.rescale import Rescale
@@ -107,6 +108,7 @@ def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):
     assert ours["perplexity"][0]["perplexity"] == theirs["perplexity"][0]["perplexity"]
 
 
+@pytest.mark.slow
 def test_documents_may_be_packed(texts, tmp_path):
     out = tmp_path / "packed"
     arguments = ["--target", "16x", "--data", texts, "--pack"]

@@ -73,6 +73,7 @@ def test_an_engine_that_drops_the_factors_is_found_out(exported, tmp_path):
     assert min(line["largest"] for line in verdict["lines"]) > 0.3
 
 
+@pytest.mark.slow
 def test_an_engine_that_computes_something_else_is_unclear(exported, tmp_path):
     """Neither set: half of the prompt is missing."""
     change = "q['prompts'] = [ids[len(ids) // 2:] for ids in q['prompts']]"
@@ -119,6 +120,7 @@ def test_import_writes_what_was_exported(exported, tmp_path):
     assert longrope("import", exported, "--out", tmp_path).returncode == 2
 
 
+@pytest.mark.slow
 def test_transformers_is_asked_with_a_class_that_knows_the_model(checkpoints, tmp_path):
     """Mistral's models for pictures are no causal ones to it."""
     asked = {"rescale": "yarn", "target": "512", "attention_factors": "field"}

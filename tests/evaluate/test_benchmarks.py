@@ -80,8 +80,15 @@ def likelihoods(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("long", [None, 16])
-@pytest.mark.parametrize("task", ["arc_challenge", "hellaswag"])
+@pytest.mark.parametrize(
+    ("task", "long"),
+    [
+        pytest.param("arc_challenge", None, marks=pytest.mark.slow),
+        ("arc_challenge", 16),
+        ("hellaswag", None),
+        pytest.param("hellaswag", 16, marks=pytest.mark.slow),
+    ],
+)
 def test_scores_as_lm_evals_own_model(
     bundled, benchmark_data, task, long, likelihoods, monkeypatch
 ):
@@ -186,6 +193,7 @@ def test_the_interval_is_that_of_paired_differences():
     assert row["high"] - row["difference"] == pytest.approx(1.959964 * 0.01)
 
 
+@pytest.mark.slow
 def test_ruler_makes_its_texts_at_the_lengths_asked(bundled, capsys):
     yarn = bundled.info.rescale("yarn", 4096)
     asked = BenchmarkOptions(("ruler_vt",), questions=1, shots=0, lengths=("8x", "3072"))
@@ -195,7 +203,7 @@ def test_ruler_makes_its_texts_at_the_lengths_asked(bundled, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("task", ["ruler_cwe", "ruler_vt"])
+@pytest.mark.parametrize("task", [pytest.param("ruler_cwe", marks=pytest.mark.slow), "ruler_vt"])
 def test_ruler_asks_every_model_the_same(bundled, task):
     texts = []
     for _ in range(2):
@@ -262,6 +270,7 @@ def test_a_task_read_in_several_ways_counts_by_the_first(bundled, tmp_path):
     assert list(found["gsm8k"].values()) == [0, 0]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(benchmark_data):
     """Against the same weights unscaled; what a method is made for must be said."""
     command = "evaluate bundled --benchmarks arc_challenge --questions 4 --shots 1 --json"
@@ -280,6 +289,7 @@ def test_from_the_command_line(benchmark_data):
     assert "--target is missing; say what yarn is to be made for" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_hub_one_line_says_what_to_do(tmp_path):
     command = "evaluate bundled --benchmarks arc_challenge --questions 2 --shots 0"
     done = subprocess.run(

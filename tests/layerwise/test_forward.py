@@ -108,7 +108,15 @@ def test_bf16_is_as_exact_as_the_plain_forward_in_bf16(ids, family):
     assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "gemma4"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        pytest.param("gemma3", marks=pytest.mark.slow),
+        pytest.param("gpt_neox", marks=pytest.mark.slow),
+        "gemma4",
+    ],
+)
 def test_bytes_per_token_matches_the_memory_in_use(micro_models, family):
     """Counts all tensors as long as the sequence while the last layer runs."""
     import gc

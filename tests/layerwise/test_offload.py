@@ -98,6 +98,7 @@ def test_a_checkpoint_on_disk(checkpoints, ids):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is held")
+@pytest.mark.slow
 def test_host_memory_does_not_hold_the_weights(tmp_path):
     """A forward pass of a 240 MB checkpoint uses less than half of that memory."""
     config = FAMILIES["llama"]()
@@ -129,7 +130,9 @@ def test_host_memory_does_not_hold_the_weights(tmp_path):
     assert int(done.stdout) < size / 2
 
 
-@pytest.mark.parametrize("algorithm", ["gradient", "evolution"])
+@pytest.mark.parametrize(
+    "algorithm", ["gradient", pytest.param("evolution", marks=pytest.mark.slow)]
+)
 def test_a_search_finds_the_same(texts, tmp_path, algorithm):
     search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
     search += ["--budget", 4, "--algorithm", algorithm, "--chunk", 200, "--dtype", "float32"]

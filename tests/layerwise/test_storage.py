@@ -107,6 +107,7 @@ def test_a_device_or_a_folder(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is held")
+@pytest.mark.slow
 def test_memory_does_not_hold_offloaded_activations(tmp_path):
     """Sixteen layers on 1,000 tokens keep 90 MB, in memory or in a directory."""
     program = (

@@ -22,19 +22,39 @@ def test_run_again_it_computes_nothing(finished, arguments):
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.json*")}
 
 
-def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
+# A file of a run, and how many lines it has when the run is killed.
+SEARCH, TRAINING = (
+    ("search/history.jsonl", 3),
+    ("finetune/checkpoints/checkpoint-2/complete.json", 1),
+)
+EVALUATION = ("evaluate/cells.jsonl", 5)
+EVERY_STAGE = [
+    SEARCH,
+    TRAINING,
+    ("finetune/done.json", 1),
+    ("second-search/history.jsonl", 4),
+    ("settle/checkpoints/checkpoint-2/complete.json", 1),
+    ("recovery-1/history.jsonl", 2),
+    ("recovery-2/done.json", 1),
+    ("model/config.json", 1),
+    EVALUATION,
+]
+
+
+@pytest.mark.parametrize(
+    ("signs", "surely"),
+    [
+        ([TRAINING, EVALUATION], {"finetune", "evaluate"}),
+        pytest.param(
+            EVERY_STAGE,
+            {"search", "finetune", "second-search", "settle", "evaluate"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["two-stages", "every-stage"],
+)
+def test_killed_it_ends_the_same(finished, arguments, tmp_path, signs, surely):
     out = tmp_path / "killed"
-    signs = [
-        ("search/history.jsonl", 3),
-        ("finetune/checkpoints/checkpoint-2/complete.json", 1),
-        ("finetune/done.json", 1),
-        ("second-search/history.jsonl", 4),
-        ("settle/checkpoints/checkpoint-2/complete.json", 1),
-        ("recovery-1/history.jsonl", 2),
-        ("recovery-2/done.json", 1),
-        ("model/config.json", 1),
-        ("evaluate/cells.jsonl", 5),
-    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     within = []  # the stages that had begun and were not done
     for name, lines in signs:
@@ -55,7 +75,7 @@ def test_killed_in_every_stage_it_ends_the_same(finished, arguments, tmp_path):
         process.wait()
         within += [s for s in STAGES if (out / s).exists() and not (out / s / "done.json").exists()]
     # The others may be over before the signal.
-    assert {"search", "finetune", "second-search", "settle", "evaluate"} <= set(within), within
+    assert surely <= set(within), within
     run(*arguments, "--out", out)
     whole, _ = finished
     assert results(out) == results(whole)
@@ -99,6 +119,7 @@ def test_processes_share_the_evaluation(finished, arguments, tmp_path):
     assert done.stdout.count("report.html") == 1
 
 
+@pytest.mark.slow
 def test_a_team_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_path):
     whole, _ = finished
     out = tmp_path / "out"
@@ -126,6 +147,7 @@ def test_a_team_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_
         assert found["tokens"] == expected["tokens"]
 
 
+@pytest.mark.slow
 def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, benchmark_data):
     """Pass keys, and what lm-eval asks of the model before, and after without and with recovery."""
     out = tmp_path / "run"

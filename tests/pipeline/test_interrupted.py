@@ -35,7 +35,15 @@ def test_ctrl_c_is_no_success(small_search, tmp_path):
     assert stderr.splitlines()[-1].startswith("longrope: error: stopped; it goes on")
 
 
-@pytest.mark.parametrize(("algorithm", "after"), [(PAPER, 1), (PAPER, 5), (FAST, 2), (FAST, 6)])
+@pytest.mark.parametrize(
+    ("algorithm", "after"),
+    [
+        pytest.param(PAPER, 1, marks=pytest.mark.slow),
+        pytest.param(PAPER, 5, marks=pytest.mark.slow),
+        pytest.param(FAST, 2, marks=pytest.mark.slow),
+        (FAST, 6),
+    ],
+)
 def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
     options = ["--budget", 9, *algorithm]
     succeeds(*small_search, *options, "--out", tmp_path / "whole")
@@ -62,7 +70,11 @@ def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
 @pytest.mark.parametrize(
     ("verb", "result"),
     [
-        (["compare", "--target", "2x", "--methods", "none,pi,ntk,yarn"], "compare.json"),
+        pytest.param(
+            ["compare", "--target", "2x", "--methods", "none,pi,ntk,yarn"],
+            "compare.json",
+            marks=pytest.mark.slow,
+        ),
         (["evaluate", "--lengths", "256,512", "--passkey", "--trials", 40], "passkey.json"),
     ],
 )
@@ -107,7 +119,12 @@ def measured(kept):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "processes"), [(PAPER, 2), (PAPER, 3), ([*FAST, "--step-windows", 2], 2)]
+    ("algorithm", "processes"),
+    [
+        pytest.param(PAPER, 2, marks=pytest.mark.slow),
+        pytest.param(PAPER, 3, marks=pytest.mark.slow),
+        ([*FAST, "--step-windows", 2], 2),
+    ],
 )
 def test_ranks_agree_candidate_for_candidate(small_search, tmp_path, algorithm, processes):
     options = ["--budget", 8, *algorithm]

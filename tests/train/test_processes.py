@@ -18,7 +18,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from longrope.distributed import ranks
-from longrope.train.settings import FinetuneSettings
+from longrope.train.config import FinetuneSettings
 from small_training import train
 model, data, out, changes = sys.argv[1:]
 with ranks() as these:
@@ -35,7 +35,7 @@ def begin(self, *given, fsdp_plugin=None, **named):
     if self.fsdp_plugin is not None:
         self.distributed_type = state.DistributedType.FSDP
 state.AcceleratorState.__init__ = begin
-import longrope.train.finetune as module
+import longrope.train.trainer as module
 from torch.distributed.tensor import DTensor
 unwrapped = module._unwrapped
 def shards(trainer):
@@ -46,13 +46,13 @@ module._unwrapped = shards
 
 DYING = """
 import os, signal
-from longrope.train.pieces import Pieces
-asked = Pieces.__getitem__
+from longrope.train.dataset import LongContextDataset
+asked = LongContextDataset.__getitem__
 def dying(self, number):
     if os.environ["RANK"] == "1" and number > 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return asked(self, number)
-Pieces.__getitem__ = dying
+LongContextDataset.__getitem__ = dying
 """
 
 
@@ -68,8 +68,15 @@ def launched(*command, code=0, **environment):
     return done
 
 
-@pytest.mark.parametrize("distill", [False, True], ids=["text", "teacher"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("sharded", "distill"),
+    [
+        pytest.param(False, False, id="ddp-text", marks=pytest.mark.slow),
+        pytest.param(False, True, id="ddp-teacher"),
+        pytest.param(True, False, id="fsdp2-text", marks=pytest.mark.slow),
+        pytest.param(True, True, id="fsdp2-teacher"),
+    ],
+)
 def test_two_processes_train_as_one(
     checkpoints, texts, tmp_path, trained, taught, sharded, distill
 ):
@@ -104,6 +111,7 @@ def test_two_processes_train_as_one(
         torch.testing.assert_close(weights(out)[name], weight, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_tower_that_no_text_meets_holds_nobody_up(checkpoints, texts, tmp_path):
     """Processes wait for the gradient of all that is trained."""
     program, out, before = tmp_path / "program.py", tmp_path / "out", checkpoints("mistral3")

@@ -52,7 +52,15 @@ def test_leaves_a_plain_checkpoint(trained, checkpoints):
     assert loaded.tokenizer("import os")["input_ids"][0] == 0
 
 
-@pytest.mark.parametrize(("fail_at", "lora"), [(0, None), (3, None), (8, None), (8, 2)])
+@pytest.mark.parametrize(
+    ("fail_at", "lora"),
+    [
+        pytest.param(0, None, marks=pytest.mark.slow),
+        (3, None),
+        pytest.param(8, None, marks=pytest.mark.slow),
+        (8, 2),
+    ],
+)
 def test_an_interrupted_training_ends_as_if_it_was_not(
     trained, checkpoints, texts, tmp_path, monkeypatch, fail_at, lora
 ):
