@@ -2,7 +2,7 @@
 
 The public names, imported when first used::
 
-    from longrope import Rescale, installed, load_model
+    from longrope import Rescale, load_model, rescaled
 
     loaded = load_model("bundled")
     with rescaled(loaded.model, Rescale.load("out/rescale.json")):

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longrope.errors import RankLost
+
 _LOST = (
     "another process of this run died; saved results are kept, run the same command again to resume"
 )
@@ -41,10 +43,6 @@ def require_one_process(verb: str) -> None:
     """
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"{verb} supports one process, not {size}: start it without torchrun")
-
-
-class RankLost(RuntimeError):
-    """Another process of the run died."""
 
 
 class SequenceParallelGroup:
@@ -261,8 +259,7 @@ def is_lost_rank_error(error: Exception) -> bool:
     gloo has no error type for it, only the name of the failing source file; NCCL has a sentence.
     """
     signs = ("gloo/transport", "remote process exited")
-    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    return told or isinstance(error, RankLost)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 @contextlib.contextmanager
@@ -275,7 +272,7 @@ def detect_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, RankLost) or not is_lost_rank_error(error):
+        if not is_lost_rank_error(error):
             raise
         raise RankLost(f"{_LOST} ({str(error).splitlines()[0]})") from None
 

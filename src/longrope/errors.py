@@ -1,4 +1,12 @@
-"""One-line messages from the errors of other libraries."""
+"""The error of a lost rank, and one-line messages from other libraries' errors."""
+
+
+class RankLost(BaseException):
+    """Another process of the run died.
+
+    Not an ``Exception``: the launcher's signal can arrive in any code, also within another
+    library, and no ``except Exception`` may take it for an error of that code.
+    """
 
 
 def first_line(error: BaseException) -> str:

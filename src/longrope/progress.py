@@ -1,11 +1,11 @@
-"""Long work shows itself: a bar on a terminal, plain lines in a log file."""
+"""Progress bars on a terminal and progress lines in a log; quiet libraries."""
 
 import contextlib
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -19,7 +19,13 @@ Advance = Callable[[int, str], None]
 
 @contextlib.contextmanager
 def progress(what: str, total: int, show: bool = True) -> Iterator[Advance]:
-    """Give ``advance(done, note)``: how much of ``total`` is done, and what to say of it."""
+    """Show progress within a ``with`` block, which yields ``advance(done, note)``.
+
+    Args:
+        what: label of the bar.
+        total: the value of ``done`` at the end.
+        show: False shows nothing.
+    """
     if not show:
         yield lambda done, note: None
     elif console.is_terminal:
@@ -40,29 +46,44 @@ def progress(what: str, total: int, show: bool = True) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' advice, and without bars but those of what is fetched."""
-    import tqdm
-    from huggingface_hub.utils import logging as hub
+    """Silence other libraries' warnings and progress bars, except those of downloads.
+
+    Uses the libraries' own switches. The hub shows its bars only on a terminal; those of
+    ``datasets`` are switched off without one, if the library is imported already.
+    """
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as theirs
 
-    verbosity, hub_verbosity = theirs.get_verbosity(), hub.get_verbosity()
-    begin = tqdm.tqdm.__init__
-
-    def hidden(self: Any, *args: Any, **options: Any) -> None:
-        if type(self).__module__.startswith(("huggingface_hub.", "datasets.")):
-            options.setdefault("disable", None)  # where there is no terminal
-        else:
-            options["disable"] = True
-        begin(self, *args, **options)
-
-    theirs.set_verbosity_error()
-    hub.set_verbosity_error()
-    tqdm.tqdm.__init__ = hidden
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    datasets = sys.modules.get("datasets")
+    verbosity, hub_verbosity = theirs.get_verbosity(), hub.logging.get_verbosity()
+    bars, download_bars = theirs.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    hide_datasets = (
+        datasets is not None
+        and not console.is_terminal
+        and not datasets.utils.are_progress_bars_disabled()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.set_verbosity_error()
+        hub.logging.set_verbosity_error()
+        theirs.disable_progress_bar()  # the hub's too
+        if download_bars:
+            hub.enable_progress_bars()
+        if datasets is not None and hide_datasets:
+            datasets.disable_progress_bars()
+        try:
             yield
-    finally:
-        theirs.set_verbosity(verbosity)
-        hub.set_verbosity(hub_verbosity)
-        tqdm.tqdm.__init__ = begin
+        finally:
+            theirs.set_verbosity(verbosity)
+            hub.logging.set_verbosity(hub_verbosity)
+            if bars:
+                theirs.enable_progress_bar()
+            if datasets is not None and hide_datasets:
+                datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def discard_stderr() -> Iterator[None]:
+    """Discard standard error, for libraries whose progress bars have no switch."""
+    with open(os.devnull, "w", encoding="utf-8") as null, contextlib.redirect_stderr(null):
+        yield

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from conftest import FAMILIES, micro_model
 from layerwise.test_forward import yarn
-from longrope.distributed import RankLost
+from longrope.errors import RankLost
 from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
 from longrope.layerwise.storage import allocate, is_directory, warn_if_in_memory

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from longrope.errors import RankLost
+
 app = typer.Typer(
     name="longrope",
     help="Extend the context window of any RoPE language model.",
@@ -40,8 +42,8 @@ def main() -> None:
             _fail(
                 "the GPU is out of memory; try --offload-activations cpu, or a smaller --chunk", 1
             )
-        if type(error).__name__ != "RankLost":
-            raise
+        raise
+    except RankLost as error:
         _fail(str(error), 1)
     if code == 130:  # typer's exit code for Ctrl-C
         _fail(_stopped(arguments), code)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from longrope.evaluate.local_data import local_datasets
-from longrope.progress import quiet
+from longrope.progress import discard_stderr, quiet
 
 REMEDY = "give one with --benchmark-data, or evaluate.benchmark_data in a recipe"
 
@@ -37,12 +37,14 @@ def task_parts(
     task: str, tokenizer: Any, lengths: Sequence[int], data: str | None
 ) -> Iterator[list[Any]]:
     """The parts of a task with their questions; RULER's are made at these lengths."""
+    source = manager()
     with _silent(), local_datasets(data), tempfile.TemporaryDirectory() as directory:
-        source = manager()
         if is_ruler(task):
             tokenizer.save_pretrained(directory)  # RULER's makers load it by name
             source = _maker(task, directory, lengths)
-        with _same_chance():
+        # RULER's bars have no switch.
+        hidden = discard_stderr() if is_ruler(task) else contextlib.nullcontext()
+        with _same_chance(), hidden:
             parts = _load(task, source)
         yield parts
 

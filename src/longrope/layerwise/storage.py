@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrope.distributed import RankLost, local_processes
+from longrope.distributed import local_processes
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,6 @@ def allocate(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtyp
                 os.posix_fallocate(descriptor, 0, size)
         finally:
             os.close(descriptor)
-    except RankLost:  # a signal from the launcher can arrive at any point
-        raise
     except (OSError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -9,7 +9,6 @@ from transformers import AttentionInterface
 
 from longrope.attention import chunked as attention
 from longrope.attention.config import sliding_layers
-from longrope.distributed import RankLost
 from longrope.errors import first_line
 from longrope.layerwise.forward import LongForward
 from longrope.models.info import ModelInfo
@@ -38,7 +37,7 @@ def incompatibility(model: Any, base: Rescale) -> str | None:
     try:
         with rescaled(model, base):
             before = model(input_ids=ids, use_cache=False).logits
-    except (RankLost, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that wants sound, or whose config its code cannot run
         said = f"{type(error).__name__}: {first_line(error)}"
@@ -54,7 +53,7 @@ def incompatibility(model: Any, base: Rescale) -> str | None:
         try:
             whole, chunked = (LongForward(model, chunk).losses(ids) for chunk in (_TOKENS, 10))
             windows = _windows_seen(model, ids)
-        except (RankLost, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a layer of another kind may raise
             return f"its layers do not run in the long forward ({type(error).__name__}: {error})"

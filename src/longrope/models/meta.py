@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from longrope.compat import auto_class
-from longrope.distributed import RankLost
 from longrope.layerwise.decoder import find_layers
 from longrope.rope.rotary import RotarySite, column_layout, find_rotary, unscaled_parameters
 
@@ -41,8 +40,6 @@ def build_meta_model(
         raise ValueError(
             f"{source}: a {config.model_type!r} model is not a causal language model"
         ) from None
-    except RankLost:
-        raise
     except Exception as error:  # configs of dozens of kinds fail in ways of their own
         raise ValueError(
             f"{source}: a {config.model_type!r} model cannot be made from its config "

@@ -1,5 +1,6 @@
 """Where a model comes from: a directory, a hub id, a GGUF file, or a package."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -8,9 +9,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from longrope.distributed import RankLost
 from longrope.errors import first_line
 from longrope.models.bundled import BUNDLED
+from longrope.progress import discard_stderr
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -43,9 +44,9 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
     try:
         if not reads_weights:
             return auto.from_pretrained(location, **options)
-        model, report = auto.from_pretrained(location, output_loading_info=True, **options)
-    except RankLost:  # a launcher's word, whatever is under way
-        raise
+        # transformers' bar for converting GGUF tensors has no switch.
+        with discard_stderr() if "gguf_file" in options else contextlib.nullcontext():
+            model, report = auto.from_pretrained(location, output_loading_info=True, **options)
     except ImportError as error:
         raise ValueError(f"{source}: reading it needs more: {first_line(error)}") from None
     except Exception as error:

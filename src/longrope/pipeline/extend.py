@@ -22,7 +22,8 @@ from typing import Any
 
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
-from longrope.distributed import RankLost, Ranks, local_device
+from longrope.distributed import Ranks, local_device
+from longrope.errors import RankLost
 from longrope.files import only_process, require_directory
 from longrope.models.devices import find_device
 from longrope.models.info import inspect_model
