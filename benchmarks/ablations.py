@@ -20,10 +20,11 @@ from typing import Any
 
 import record
 
+from longrope.data.windows import bos_token, load_documents, pack
 from longrope.distributed import Ranks
 from longrope.evaluate.cache import MeasurementCache
-from longrope.evaluate.compare import run_comparison
-from longrope.evaluate.options import CompareOptions
+from longrope.evaluate.compare import compare_perplexity, method_entries, resolve_lengths
+from longrope.evaluate.measure import PerplexityOptions
 from longrope.models.load import load_model
 from longrope.pipeline.extend import extend
 from longrope.pipeline.recipe import make_recipe
@@ -161,11 +162,18 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
         losses.append(result.best_loss)
         starts.append(min(result.starts.values()))
         files.append(str(directory / "rescale.json"))
-    options = CompareOptions(
-        ("yarn", *files), (target,), target, pack=args.pack, tokens_per_document=args.held_out
-    )
-    rows = run_comparison(
-        loaded, options, exclude_searched=False, unfinished=MeasurementCache()
+    lengths, tokens = resolve_lengths(loaded.info, (target,), target)
+    documents = load_documents(loaded.tokenizer, (), held_out=True)
+    if args.pack:
+        bos, eos = bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id
+        documents = [pack(documents, bos, eos)]
+    rows = compare_perplexity(
+        loaded,
+        method_entries(loaded.info, ("yarn", *files), tokens),
+        tokens,
+        documents,
+        PerplexityOptions(tuple(lengths), tokens_per_document=args.held_out),
+        MeasurementCache(),
     ).rows()
     held_out = [r["perplexity"] for r in rows]
     return {

@@ -1,12 +1,20 @@
 """What was measured is not measured again, unless it is of something else."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from longrope.evaluate.ask import AskOptions, ask
+from longrope.data.windows import load_documents
 from longrope.evaluate.cache import MeasurementCache, measurement_cache
-from longrope.evaluate.compare import run_comparison
-from longrope.evaluate.options import CompareOptions
+from longrope.evaluate.compare import compare_perplexity, method_entries
+from longrope.evaluate.measure import (
+    Measurement,
+    PerplexityOptions,
+    RetrievalOptions,
+    measure,
+    model_identity,
+)
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
 
@@ -29,13 +37,14 @@ def forwards(monkeypatch):
     return counted
 
 
-def compared(bundled, texts, directory, methods, **changes):
-    fields = {"lengths": ("256", "512"), "data": (str(texts),), "target": "512", **changes}
-    return run_comparison(
+def compared(bundled, texts, directory, methods, lengths=(256, 512), **options):
+    return compare_perplexity(
         bundled,
-        CompareOptions(methods, **fields),
-        exclude_searched=False,
-        unfinished=MeasurementCache(directory),
+        method_entries(bundled.info, methods, 512),
+        512,
+        load_documents(bundled.tokenizer, [str(texts)], held_out=True),
+        PerplexityOptions(lengths, **options),
+        MeasurementCache(directory),
     )
 
 
@@ -51,7 +60,7 @@ def test_losses(bundled, texts, tmp_path, forwards):
     compared(bundled, texts, tmp_path, ("none", "pi"), tokens_per_document=512)
     assert sum(forwards) > measured + measured // 2
     known = sum(forwards)
-    compared(bundled, texts, tmp_path, ("none", "pi"), stride=128, lengths=("512",))
+    compared(bundled, texts, tmp_path, ("none", "pi"), stride=128, lengths=(512,))
     assert sum(forwards) > known
 
 
@@ -65,10 +74,15 @@ def test_a_damaged_file_is_measured_again(bundled, texts, tmp_path, forwards):
 
 
 def test_answers(bundled, tmp_path, forwards):
+    model = model_identity(bundled)
+
     def asked(seed=0, method="yarn"):
-        options = AskOptions("passkey", ("256", "512"), trials=4, seed=seed)
-        rescale = bundled.info.rescale(method, 512)
-        return ask(bundled, options, lambda length: rescale, MeasurementCache(tmp_path))
+        rescale, options = bundled.info.rescale(method, 512), RetrievalOptions(4, seed=seed)
+        cache = MeasurementCache(tmp_path)
+        return [
+            measure(bundled, Measurement("passkey", model, lambda _: rescale, n, options), cache)
+            for n in (256, 512)
+        ]
 
     first, measured = asked(), len(forwards)
     assert asked() == first
@@ -77,6 +91,60 @@ def test_answers(bundled, tmp_path, forwards):
     assert len(forwards) == 2 * measured
     asked(method="pi")
     assert len(forwards) == 3 * measured
+
+
+def test_a_stopped_measurement_resumes_within(bundled, texts, tmp_path, monkeypatch):
+    """Per document and per question, in the cache that every verb uses."""
+    yarn, documents = (
+        bundled.info.rescale("yarn", 512),
+        load_documents(bundled.tokenizer, [str(texts)], held_out=True),
+    )
+    wanted = [
+        Measurement("perplexity", "m", lambda _: yarn, 256, PerplexityOptions((256,)), documents),
+        Measurement("passkey", "m", lambda _: yarn, 256, RetrievalOptions(6)),
+        Measurement("needle", "m", lambda _: yarn, 256, RetrievalOptions(6), documents),
+    ]
+    expected = [measure(bundled, one, MeasurementCache()) for one in wanted]
+    monkeypatch.setattr("longrope.evaluate.retrieval.BATCH_TOKENS", 256)
+    own, counted = LongForward._hidden, []
+
+    def hidden(self, ids_BT, *args):
+        if len(counted) == most:
+            raise KeyboardInterrupt
+        counted.append(len(ids_BT))
+        return own(self, ids_BT, *args)
+
+    monkeypatch.setattr(LongForward, "_hidden", hidden)
+    for one, plain in zip(wanted, expected, strict=True):
+        most = 10_000
+        counted.clear()
+        measure(bundled, one, MeasurementCache())
+        whole, most = sum(counted), len(counted) - 1
+        counted.clear()
+        with pytest.raises(KeyboardInterrupt):
+            measure(bundled, one, MeasurementCache(tmp_path))
+        begun, most = sum(counted), 10_000
+        counted.clear()
+        found = measure(bundled, one, MeasurementCache(tmp_path))
+        assert 0 < sum(counted) <= whole - begun + 1
+        if one.kind == "perplexity":
+            assert found.perplexity == plain.perplexity
+        else:
+            assert found == plain
+
+
+def test_the_key_is_of_the_content():
+    rescale = load_model("bundled").info.rescale("yarn", 512)
+    plain = Measurement("passkey", "a", lambda _: rescale, 256, RetrievalOptions(4))
+    same = Measurement("passkey", "a", lambda length: rescale, 256, RetrievalOptions(4)).key
+    others = [
+        dataclasses.replace(plain, options=RetrievalOptions(5)),
+        dataclasses.replace(plain, model="b"),
+        dataclasses.replace(plain, kind="needle"),
+        dataclasses.replace(plain, choose=lambda _: rescale.replace(attention_factor=2.0)),
+    ]
+    assert plain.key == same
+    assert len({same, *(other.key for other in others)}) == 5
 
 
 def test_other_weights_are_another_measurement(bundled, texts, tmp_path, forwards):
@@ -89,32 +157,29 @@ def test_other_weights_are_another_measurement(bundled, texts, tmp_path, forward
     assert sum(forwards) == 2 * measured
 
 
-def test_what_is_done_goes_and_what_others_left_stays(bundled, texts, tmp_path):
-    rescale = bundled.info.rescale("yarn", 512)
-
+def test_finished_measurements_go_and_those_of_others_stay(tmp_path):
     def stopped():
-        with measurement_cache(tmp_path) as unfinished:
-            unfinished.answers(bundled, [rescale], kind="passkey")["0"] = True
+        with measurement_cache(tmp_path) as cache:
+            cache.answers("passkey-1")["0"] = True
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
-    with measurement_cache(tmp_path) as unfinished:
-        unfinished.answers(bundled, [rescale], kind="needle")["0"] = True
-        unfinished.losses(bundled, rescale)["a"] = np.zeros((1, 2))
+    with measurement_cache(tmp_path) as cache:
+        cache.answers("needle-1")["0"] = True
+        cache.losses("perplexity-1")["a"] = np.zeros((1, 2))
         with pytest.raises(ValueError, match="another process"), measurement_cache(tmp_path):
             pass
-    with measurement_cache(tmp_path) as unfinished:
-        assert unfinished.answers(bundled, [rescale], kind="passkey") == {"0": True}
-        assert unfinished.answers(bundled, [rescale], kind="needle") == {}
-        assert unfinished.losses(bundled, rescale) == {}
+    with measurement_cache(tmp_path) as cache:
+        assert cache.answers("passkey-1") == {"0": True}
+        assert cache.answers("needle-1") == {}
+        assert cache.losses("perplexity-1") == {}
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_kept_without_a_directory_or_with_a_team(bundled, tmp_path):
-    rescale = bundled.info.rescale("yarn", 512)
-    for directory, group_size in ((None, 1), (tmp_path, 2)):
-        with measurement_cache(directory, group_size) as unfinished:
-            unfinished.losses(bundled, rescale)["a"] = np.zeros((1, 2))
-            unfinished.answers(bundled, [rescale])["a"] = True
+def test_nothing_is_stored_without_a_directory_or_with_a_group(tmp_path):
+    for directory, team in ((None, 1), (tmp_path, 2)):
+        with measurement_cache(directory, team) as cache:
+            cache.losses("perplexity-1")["a"] = np.zeros((1, 2))
+            cache.answers("passkey-1")["a"] = True
     assert not list(tmp_path.iterdir())

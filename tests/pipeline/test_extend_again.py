@@ -169,8 +169,7 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
         assert all(0 <= row["correct"] <= row["trials"] for row in found[kind])
         assert all(0 < row["depth"] < 1 for row in found[kind])
         assert (out / "images" / f"{kind}.png").exists()
-    parts = (out / "evaluate" / "parts.jsonl").read_text().splitlines()
-    assert sum("passkey" in json.loads(part)["of"] for part in parts) == 2  # kept one by one
+    assert not (out / "evaluate" / "unfinished").exists()
     (row,) = found["benchmarks"]
     assert (row["task"], row["questions"]) == ("arc_challenge", 4)
     assert row["difference"] == pytest.approx(row["with"] - row["original"])
@@ -187,7 +186,7 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     recipe["evaluate"]["benchmark_data"] = "nowhere"
     file.write_text(yaml.safe_dump(recipe))
     before = (out / "recipe.yaml").read_text()
-    assert "nowhere: no such folder" in run("--recipe", file, "--out", out, code=2).stderr
+    assert "nowhere: no such directory" in run("--recipe", file, "--out", out, code=2).stderr
     # What cannot be measured leaves what was.
     assert (out / "evaluate" / "done.json").exists()
     assert (out / "recipe.yaml").read_text() == before

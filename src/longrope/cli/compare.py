@@ -1,7 +1,7 @@
 """The verbs that compare methods and draw."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,39 +63,46 @@ def compare(
 
     Run again, it resumes.
     """
+    from longrope.data.documents import check_sources
+    from longrope.data.windows import bos_token, load_documents
+    from longrope.data.windows import pack as packed
     from longrope.distributed import Ranks, require_one_process
+    from longrope.evaluate import compare as comparing
     from longrope.evaluate.cache import measurement_cache
-    from longrope.evaluate.compare import run_comparison
-    from longrope.evaluate.options import CompareOptions
+    from longrope.evaluate.measure import PerplexityOptions
     from longrope.files import require_directory
     from longrope.models.info import ModelInfo
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_measuring
     from longrope.report.figures import report as write_report
+    from longrope.rope.methods import METHODS
 
-    options = CompareOptions(
-        methods=tuple(name.strip() for name in methods.split(",")),
-        lengths=tuple((lengths or target).split(",")),
-        target=target,
-        data=tuple(data or ()),
-        field=field,
-        pack=pack,
-        tokens_per_document=tokens_per_document,
-        attention_factor=attention_factor,
-        chunk=chunk,
-        offload_activations=offload_activations,
-        own_attention_factors=True,
-    )
-    directory = out or options.directory
+    names = [name.strip() for name in methods.split(",")]
+    files = [Path(name) for name in names if name not in METHODS]
+    directory = out or (files[0].parent if files else Path("compare"))
     require_one_process("compare")
 
+    def resolve(info: ModelInfo) -> tuple[PerplexityOptions, int, list[comparing.Entry]]:
+        tokens, made_for = comparing.resolve_lengths(info, (lengths or target).split(","), target)
+        options = PerplexityOptions(tuple(tokens), tokens_per_document=tokens_per_document)
+        factors = {"attention_factor": attention_factor, "own_attention_factors": True}
+        return options, made_for, comparing.method_entries(info, names, made_for, **factors)
+
+    def settings(info: ModelInfo) -> dict[str, Any]:
+        of = {"model": info.source, "data": data or [], "field": field, "pack": pack}
+        of |= {"stride": None, "tokens_per_document": tokens_per_document}
+        return of | {"attention_factor": attention_factor}
+
     def check(info: ModelInfo) -> None:
-        options.check(info)
-        options.require_all_of(directory / "compare.json", info)
+        options, made_for, entries = resolve(info)
+        comparing.check_entries(info, entries, options.lengths[-1])
+        check_sources(data or ())
+        file, of = directory / "compare.json", settings(info)
+        comparing.check_same_comparison(file, entries, options.lengths, made_for, of)
         require_directory(directory)
         how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
         how["offload_activations"] = offload_activations
-        check_measuring(info, options.resolve(info)[0][-1], how, Ranks())
+        check_measuring(info, options.lengths[-1], how, Ranks())
 
     loaded = load_model(
         model,
@@ -107,8 +114,24 @@ def compare(
         trust_remote_code=trust_remote_code,
         check=check,
     )
-    with measurement_cache(directory) as unfinished:
-        comparison = run_comparison(loaded, options, exclude_searched=True, unfinished=unfinished)
+    options, made_for, entries = resolve(loaded.info)
+    tokenizer = loaded.tokenizer
+    with measurement_cache(directory) as cache:
+        documents = load_documents(tokenizer, data or (), field=field, held_out=True)
+        documents = comparing.held_out(documents, names, exclude=True)
+        if pack:
+            documents = [packed(documents, bos_token(tokenizer), tokenizer.eos_token_id)]
+        comparison = comparing.compare_perplexity(
+            loaded,
+            entries,
+            made_for,
+            documents,
+            options,
+            cache,
+            settings(loaded.info),
+            chunk=chunk,
+            offload_activations=offload_activations,
+        )
         comparison.save(directory / "compare.json")
     figures = write_report(directory)
     if json_:

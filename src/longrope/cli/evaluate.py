@@ -105,70 +105,66 @@ def evaluate(
 ) -> None:
     """Measure perplexity, retrieval or benchmarks of a model under one rescale, or of a run."""
     from longrope.checkpoints.importer import find_pair
+    from longrope.data.documents import check_sources
     from longrope.distributed import local_device, ranks
-    from longrope.evaluate.ask import AskOptions, ask
+    from longrope.evaluate import compare
     from longrope.evaluate.benchmarks import BenchmarkOptions
     from longrope.evaluate.cache import measurement_cache, require_same
-    from longrope.evaluate.compare import run_comparison
-    from longrope.evaluate.options import CompareOptions, Entry
-    from longrope.evaluate.paired import compare_with_original
+    from longrope.evaluate.measure import (
+        Measurement,
+        PerplexityOptions,
+        RetrievalOptions,
+        measure_all,
+        model_identity,
+    )
     from longrope.files import require_directory, write_atomically
     from longrope.inference.load import load_extended, load_weights
     from longrope.pipeline.checks import check_measuring
 
     kind = _kind(passkey, needle, benchmarks)
-    measured_at = _made_for(rescale, target) if kind == "benchmarks" else lengths
+    measured_at = _target(rescale, target) if kind == "benchmarks" else lengths
     if measured_at is None:
         raise ValueError("--lengths is missing; give the tokens to measure at, such as 4k,8k")
-    options = CompareOptions(
-        methods=(rescale or "none",),
-        lengths=tuple(measured_at.split(",")),
-        target=target,
-        data=tuple(data or ()),
-        field=field,
-        pack=pack,
-        stride=stride,
-        tokens_per_document=tokens_per_document,
-        attention_factor=attention_factor,
-        chunk=chunk,
-        offload_activations=offload_activations,
-    )
-    asked = AskOptions(
-        kind=kind,
-        lengths=options.lengths,
-        trials=trials,
-        digits=digits,
-        seed=seed,
-        data=options.data,
-        field=field,
-        chunk=chunk,
-        offload_activations=offload_activations,
-    )
-    standard = BenchmarkOptions(
-        tuple((benchmarks or "").split(",")),
-        questions,
-        shots,
-        str(benchmark_data) if benchmark_data else None,
-        tuple(lengths.split(",")) if lengths else (),
-        chunk,
-        offload_activations,
-    )
+    method, sources, texts = rescale or "none", tuple(data or ()), tuple(measured_at.split(","))
+    tasks = tuple((benchmarks or "").split(","))
+    local = str(benchmark_data) if benchmark_data else None
+    ruler = tuple(lengths.split(",")) if lengths else ()
 
-    what = {"perplexity": options, "benchmarks": standard}.get(kind, asked)
-    of = {"model": model, "rescale": rescale} | dataclasses.asdict(what)  # type: ignore[call-overload]
-    of = json.loads(
-        json.dumps({k: v for k, v in of.items() if k not in ("chunk", "offload_activations")})
-    )
+    of: dict[str, Any] = {"model": model, "rescale": rescale}
+    if kind == "benchmarks":
+        of |= {"tasks": tasks, "questions": questions, "shots": shots}
+        of |= {"data": local, "lengths": ruler}
+    else:
+        of |= {"lengths": texts, "data": sources, "field": field}
+    if kind == "perplexity":
+        of |= {"target": target, "pack": pack, "stride": stride}
+        of |= {"tokens_per_document": tokens_per_document, "attention_factor": attention_factor}
+    elif kind != "benchmarks":
+        of |= {"kind": kind, "trials": trials, "digits": digits, "seed": seed}
+    of = json.loads(json.dumps(of))
+
+    def options_for(info: Any, tokens: list[int]) -> Any:
+        if kind == "perplexity":
+            return PerplexityOptions(tuple(tokens), stride, tokens_per_document)
+        if kind != "benchmarks":
+            return RetrievalOptions(trials, digits, seed)
+        own = compare.resolve_lengths(info, ruler, None)[0] if ruler else []
+        return BenchmarkOptions(tasks, questions, shots, local, tuple(own))
+
+    def entry_for(info: Any, made_for: int) -> compare.Entry:
+        entries = compare.method_entries(
+            info, [method], made_for, attention_factor=attention_factor
+        )
+        return entries[0]
 
     def check(info: Any) -> None:
-        if kind in ("passkey", "needle"):
-            asked.check(info)
-        else:
-            options.check(info)
-        measured = asked.resolve(info)
+        measured, made_for = compare.resolve_lengths(info, texts, target)
+        options = options_for(info, measured)
+        compare.check_entries(info, [entry_for(info, made_for)], measured[-1])
+        check_sources(sources)
         if kind == "benchmarks":
-            standard.check(info)
-            measured = standard.resolve(info)
+            options.check()
+            measured = list(options.lengths)
         if out:
             require_directory(out)
             require_same(out / f"{kind}.json", of)
@@ -199,22 +195,31 @@ def evaluate(
         else:
             scaling = existing_choice(existing_scaling)
             loaded = load_weights(model, existing_scaling=scaling, **loading)
-        entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.info)[0]
-        with measurement_cache(out, these.group.size) as unfinished:
+        measured, made_for = compare.resolve_lengths(loaded.info, texts, target)
+        options = options_for(loaded.info, measured)
+        entry = entry_for(loaded.info, made_for)
+        name, choose = ("longrope", pair.choose) if pair else (entry.name, entry.rescale)
+        how = {"chunk": chunk, "offload_activations": offload_activations}
+        with measurement_cache(out, these.group.size) as cache:
             if kind == "benchmarks":
-                long = pair.long if pair else entry.rescale(options.resolve(loaded.info)[1])
                 before = _original(model, original, loading)
-                longest = long.max_position_embeddings
-                rows = compare_with_original(
-                    loaded, entry.rescale, longest, before, standard, unfinished
+                longest = (pair.long if pair else choose(made_for)).max_position_embeddings
+                rows = compare.compare_benchmarks(
+                    loaded, choose, longest, before, options, cache, **how
                 )
-            elif kind == "perplexity":
-                rows = run_comparison(
-                    loaded, options, exclude_searched=False, unfinished=unfinished, entries=[entry]
-                ).rows()
             else:
-                found = ask(loaded, asked, entry.rescale, unfinished)
-                rows = [dataclasses.asdict(row) for row in found]
+                documents = _documents(loaded.tokenizer, kind, sources, field, pack, method)
+                identity = model_identity(loaded)
+                wanted = [
+                    Measurement(kind, identity, choose, length, options, documents)
+                    for length in measured
+                ]
+                found = measure_all(loaded, wanted, cache, **how)
+                if kind == "perplexity":
+                    window = loaded.info.original_max_position_embeddings or 0
+                    rows = [compare.perplexity_row(name, scores, window) for scores in found]
+                else:
+                    rows = [dataclasses.asdict(row) for some in found for row in some]
             figure = None
             if out and these.first:
                 content = json.dumps({"of": of, kind: rows}, indent=1) + "\n"
@@ -235,6 +240,23 @@ def evaluate(
         console.print(str(figure), soft_wrap=True)
 
 
+def _documents(
+    tokenizer: Any, kind: str, sources: tuple[str, ...], field: str, pack: bool, method: str
+) -> Any:
+    """Return the documents of a measurement; warn about those that were searched on."""
+    from longrope.data import windows
+    from longrope.evaluate.compare import held_out
+
+    if kind == "passkey":
+        return ()
+    documents = windows.load_documents(tokenizer, sources, field=field, held_out=True)
+    if kind == "perplexity":
+        documents = held_out(documents, [method], exclude=False)
+        if pack:
+            return [windows.pack(documents, windows.bos_token(tokenizer), tokenizer.eos_token_id)]
+    return documents
+
+
 def _refuse_for_a_pair(model: str, target: str | None, attention_factor: float | None) -> None:
     for name, value in (("--target", target), ("--attention-factor", attention_factor)):
         if value is not None:
@@ -244,8 +266,8 @@ def _refuse_for_a_pair(model: str, target: str | None, attention_factor: float |
             )
 
 
-def _made_for(rescale: str | None, target: str | None) -> str:
-    """The length that a benchmark's model is made for; a file says it itself."""
+def _target(rescale: str | None, target: str | None) -> str:
+    """Return the target length of a benchmark's model; a rescale file names its own."""
     from longrope.rope.methods import METHODS
 
     if target is None and rescale in METHODS and rescale != "none":

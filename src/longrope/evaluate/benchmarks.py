@@ -18,11 +18,9 @@ from longrope.evaluate.lm_eval_tasks import (
     require_harness,
     task_parts,
 )
-from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
-from longrope.units import parse_length
 
 # The paper's table 6; what is not named has its task's own.
 SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc1": 0}
@@ -38,37 +36,24 @@ Scores = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkOptions:
-    """What is asked.
+    """Options of benchmark measurements.
 
     Args:
-        tasks: lm-eval's names of tasks and groups.
-        questions: at most so many a task, the parts of a group together; None asks all.
+        tasks: names of lm-eval tasks and groups.
+        questions: questions per task at most, over all parts of a group; None asks all.
         shots: examples before each question; None takes the paper's.
-        data: folder with local copies of the hub's data sets.
-        lengths: such as 4k or 8x, for RULER's tasks.
-        chunk, offload_activations: as the long forward takes them.
+        data: directory with local copies of the hub's datasets; None reads from the hub.
+        lengths: tokens of RULER's texts.
     """
 
     tasks: tuple[str, ...]
     questions: int | None = None
     shots: int | None = None
     data: str | None = None
-    lengths: tuple[str, ...] = ()
-    chunk: int | None = None
-    offload_activations: str | None = None
+    lengths: tuple[int, ...] = ()
 
-    def resolve(self, info: ModelInfo) -> list[int]:
-        """The lengths in tokens, ascending."""
-        original = info.original_max_position_embeddings
-        return sorted({parse_length(text, original) for text in self.lengths})
-
-    def asked(self) -> dict[str, Any]:
-        """What is asked of a task: not how."""
-        how = ("tasks", "chunk", "offload_activations")
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in how}
-
-    def check(self, info: ModelInfo) -> None:
-        """Refuse what cannot be asked, before any weight is read.
+    def check(self) -> None:
+        """Check the options before any weight is read.
 
         Raises:
             ValueError: names the option, its value and the remedy.
@@ -78,11 +63,9 @@ class BenchmarkOptions:
             raise ValueError(f"--questions is {self.questions}; it must be at least 1")
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"--shots is {self.shots}; it must not be negative")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"--chunk is {self.chunk}; it must be at least 1")
         if self.data is not None and not Path(self.data).is_dir():
-            raise ValueError(f"benchmark data {self.data}: no such folder; {REMEDY}")
-        known, shortest = manager().task_index, min(self.resolve(info), default=0)
+            raise ValueError(f"benchmark data {self.data}: no such directory; {REMEDY}")
+        known, shortest = manager().task_index, min(self.lengths, default=0)
         for task in self.tasks:
             if task not in known:
                 near = ", ".join(name for name in known if name.startswith(task[:4]))[:200]
@@ -114,13 +97,16 @@ class BenchmarkOptions:
                     _check_part(task, part, _shots(task, part, self), window)
 
 
-def ask_benchmark(
+def score_benchmark(
     loaded: LoadedModel,
     choose: Callable[[int], Rescale],
     longest: int,
     task: str,
     options: BenchmarkOptions,
     kept: MutableMapping[str, dict[str, Scores]] | None = None,
+    *,
+    chunk: int | None = None,
+    offload_activations: str | None = None,
 ) -> dict[str, Scores]:
     """Ask one model the questions of a task, under the rescale for each one's length.
 
@@ -140,15 +126,12 @@ def ask_benchmark(
 
     kept = {} if kept is None else kept
     scores: dict[str, Scores] = {}
-    lengths = options.resolve(loaded.info)
     with (
-        task_parts(task, loaded.tokenizer, lengths, options.data) as parts,
+        task_parts(task, loaded.tokenizer, options.lengths, options.data) as parts,
         progress(task, len(parts), show=len(parts) > 1) as advance,
     ):
         title = task if len(parts) == 1 else ""
-        model = HarnessModel(
-            loaded, choose, longest, options.chunk, title, options.offload_activations
-        )
+        model = HarnessModel(loaded, choose, longest, chunk, title, offload_activations)
         for number, part in enumerate(parts):
             name, shots = part.task_name, _shots(task, part, options)
             if name not in kept:

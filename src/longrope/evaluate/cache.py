@@ -1,10 +1,9 @@
-"""What ``compare`` and ``evaluate`` have measured so far: on disk until they are done."""
+"""Cache of unfinished measurements, so that interrupted ones resume."""
 
 import contextlib
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +12,47 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from longrope.files import JsonlStore, only_process, write_atomically
-from longrope.models.load import LoadedModel
-from longrope.rope.rescale import Rescale
-from longrope.version import __version__
 
 
 class MeasurementCache:
-    """Measurements by what they are of: a model, its rescale, and what was asked.
+    """Parts of unfinished measurements on disk, by :attr:`Measurement.key`.
 
-    Without a directory nothing is kept.
+    Args:
+        directory: where the files are; None stores nothing.
+        rank: of the process; processes that share a disk write their own files and read all.
     """
 
-    def __init__(self, directory: Path | None = None):
-        self._directory = directory
+    def __init__(self, directory: Path | None = None, rank: int = 0):
+        self._directory, self._rank = directory, rank
         self._keys: list[str] = []
 
-    def losses(
-        self, loaded: LoadedModel, rescale: Rescale, **asked: Any
-    ) -> MutableMapping[str, np.ndarray]:
-        """Losses by document: what was measured of these is there, what is set is kept."""
-        if self._directory is None:
-            return {}
-        return _Losses(self._directory, self._key(loaded, [rescale], asked))
+    def losses(self, key: str) -> MutableMapping[str, np.ndarray]:
+        """Return the losses of a measurement by document; each assignment is stored."""
+        self._keys.append(key)
+        return {} if self._directory is None else _Losses(self._directory, key)
 
-    def answers(
-        self, loaded: LoadedModel, rescales: Sequence[Rescale | None], **asked: Any
-    ) -> MutableMapping[str, Any]:
-        """The same for what JSON holds, such as answers by question."""
+    def answers(self, key: str) -> MutableMapping[str, Any]:
+        """Return the answers of a measurement by question; each assignment is stored."""
+        self._keys.append(key)
         if self._directory is None:
             return {}
-        return JsonlStore(self._directory / f"{self._key(loaded, rescales, asked)}.jsonl")
+        return JsonlStore(self._directory / f"{key}.jsonl", rank=self._rank)
 
     def drop(self) -> None:
-        """Delete all that was asked for here; other commands' measurements stay."""
-        assert self._directory is not None
+        """Delete the measurements that were read or written through this cache, and no others."""
         for key in self._keys:
-            for file in self._directory.glob(f"{key}*"):
-                file.unlink()
-
-    def _key(
-        self, loaded: LoadedModel, rescales: Sequence[Rescale | None], asked: dict[str, Any]
-    ) -> str:
-        factors = [rescale and rescale.to_json() | {"provenance": {}} for rescale in rescales]
-        named = ("_name_or_path", "transformers_version")
-        config = {k: v for k, v in loaded.model.config.to_dict().items() if k not in named}
-        what = [__version__, loaded.fingerprint(), str(loaded.model.dtype), config]
-        content = json.dumps([*what, factors, asked], sort_keys=True, default=str)
-        self._keys.append(hashlib.sha256(content.encode()).hexdigest()[:16])
-        return self._keys[-1]
+            for file in self._directory.glob(f"{key}*") if self._directory else ():
+                file.unlink(missing_ok=True)
+        self._keys = []
 
 
 @contextlib.contextmanager
 def measurement_cache(directory: Path | None, group_size: int = 1) -> Iterator[MeasurementCache]:
-    """What is measured within is kept in ``directory / "unfinished"`` until the end of it.
+    """Open a cache in ``directory / "unfinished"`` that is deleted when the block succeeds.
 
-    Not with a team, whose processes would have to see the same files.
+    A sequence-parallel group (``group_size`` above 1) gets no cache: its processes would
+    have to see
+    the same files.
 
     Raises:
         ValueError: another process is measuring there.
@@ -77,20 +62,20 @@ def measurement_cache(directory: Path | None, group_size: int = 1) -> Iterator[M
         return
     directory = directory / "unfinished"
     with only_process(directory):
-        unfinished = MeasurementCache(directory)
+        cache = MeasurementCache(directory)
         try:
-            yield unfinished
-            unfinished.drop()
+            yield cache
+            cache.drop()
         finally:
             if [file.name for file in directory.iterdir()] == [".lock"]:
                 shutil.rmtree(directory)
 
 
 def require_same(file: Path, of: dict[str, Any]) -> None:
-    """See that measurements which are there already are of the same.
+    """Check that an existing file of measurements has the same settings.
 
     Raises:
-        ValueError: they are of something else, or no measurements.
+        ValueError: other settings, or no measurements in it.
     """
     if not file.exists():
         return
@@ -98,7 +83,7 @@ def require_same(file: Path, of: dict[str, Any]) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))["of"]
         other = [f"{key} {before[key]}" for key in before if before[key] != of.get(key)]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: does not say what it is of; give another --out") from None
+        raise ValueError(f"{file}: holds no measurement; give another --out") from None
     if other:
         raise ValueError(
             f"{file}: holds another measurement ({', '.join(other)}); give another --out, or "
@@ -107,7 +92,7 @@ def require_same(file: Path, of: dict[str, Any]) -> None:
 
 
 class _Losses(dict[str, np.ndarray]):
-    """A safetensors file for each item."""
+    """Losses by document, each in a safetensors file."""
 
     def __init__(self, directory: Path, key: str):
         super().__init__()
@@ -116,8 +101,8 @@ class _Losses(dict[str, np.ndarray]):
             try:
                 found = load_file(file)["losses"]
             except (SafetensorError, OSError, KeyError):
-                continue  # measured again
-            super().__setitem__(file.stem.partition("-")[2], found)
+                continue  # damaged: measure it again
+            super().__setitem__(file.stem.removeprefix(f"{key}-"), found)
 
     def __setitem__(self, name: str, losses: np.ndarray) -> None:
         content = save({"losses": np.ascontiguousarray(losses)})

@@ -1,23 +1,32 @@
-"""Methods and searched factors side by side, at several lengths, on the same tokens."""
+"""Comparison of rescaling methods and searched factors on the same tokens."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.data.windows import TokenDocument, bos_token, load_documents, pack, unseen
+from longrope.data.windows import TokenDocument, unseen
+from longrope.evaluate.benchmarks import BenchmarkOptions
 from longrope.evaluate.cache import MeasurementCache
-from longrope.evaluate.options import CompareOptions, Entry
-from longrope.evaluate.perplexity import Scores, paired_difference, score
-from longrope.evaluate.statistics import finite_or_none
+from longrope.evaluate.lm_eval_tasks import is_ruler
+from longrope.evaluate.measure import (
+    Measurement,
+    PerplexityOptions,
+    measure_all,
+    model_identity,
+)
+from longrope.evaluate.perplexity import Scores, paired_difference
+from longrope.evaluate.statistics import finite_or_none, paired
 from longrope.files import write_atomically
+from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
-from longrope.progress import progress
-from longrope.rope.apply import rescaled
+from longrope.models.target import starting_point
+from longrope.rope.apply import check_fits
 from longrope.rope.methods import METHODS
-from longrope.rope.rescale import Rescale
+from longrope.rope.rescale import Rescale, load_rescale
+from longrope.units import parse_length
 
 log = logging.getLogger(__name__)
 
@@ -25,40 +34,192 @@ SCHEMA = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Scores by (method, length); every length is scored on the same tokens.
+class Entry:
+    """One row of a comparison.
 
-    ``subject`` is the method that the others are compared with: the first rescale
-    file, or the last of the methods.
+    Args:
+        name: the method's name or the path of a rescale file.
+        rescale: returns the rescale for a sequence of so many tokens.
+        is_file: whether the factors come from a file.
+    """
+
+    name: str
+    rescale: Callable[[int], Rescale]
+    is_file: bool = False
+
+
+def resolve_lengths(
+    info: ModelInfo, lengths: Sequence[str], target: str | None
+) -> tuple[list[int], int]:
+    """Return the lengths in tokens, ascending, and the target length of the methods.
+
+    The default target is the longest length.
+
+    Raises:
+        ValueError: an invalid length, or a target below the model's original length.
+    """
+    original = info.original_max_position_embeddings
+    assert original is not None
+    tokens = sorted({parse_length(text, original) for text in lengths})
+    if target and parse_length(target, original) < original:
+        raise ValueError(
+            f"--target is {target}, and the model handles {original:,} tokens already: a "
+            "method for a shorter target would change nothing"
+        )
+    return tokens, parse_length(target, original) if target else max(tokens[-1], original)
+
+
+def method_entries(
+    info: ModelInfo,
+    methods: Sequence[str],
+    target: int,
+    *,
+    attention_factor: float | None = None,
+    own_attention_factors: bool = False,
+) -> list[Entry]:
+    """Return the rows of a comparison: one per method for ``target`` tokens, one per file.
+
+    Args:
+        attention_factor: attention factor for every method; None keeps each method's own.
+        own_attention_factors: give all methods one attention factor (that of the first file,
+            else the search's default), and add a row where a method's own differs.
+
+    Raises:
+        ValueError: neither a method nor a rescale file of this model's shape.
+    """
+    shared = attention_factor
+    named = [name for name in methods if name not in METHODS]
+    files = {name: load_rescale(name, info.rescale("none", target)) for name in named}
+    if shared is None and own_attention_factors:
+        shared = next((file.attention_factor for file in files.values()), None)
+        if shared is None:
+            shared = starting_point(info, target, None).attention_factor
+    entries = []
+    for name in methods:
+        if name in files:
+            entries.append(Entry(name, lambda length, file=files[name]: file, is_file=True))
+            continue
+        own = Entry(name, lambda length, name=name: info.rescale(name, target, length))
+        factor = own.rescale(target).attention_factor
+        if shared is None or name == "none" or factor == shared:
+            entries.append(own)
+            continue
+        entries.append(
+            Entry(
+                name, lambda length, own=own: own.rescale(length).replace(attention_factor=shared)
+            )
+        )
+        if own_attention_factors:
+            entries.append(Entry(f"{name} (attention factor {factor:.4g})", own.rescale))
+    return entries
+
+
+def check_entries(info: ModelInfo, entries: Sequence[Entry], longest: int) -> None:
+    """Check that every row's factors fit the model; warn about files for a shorter target.
+
+    Raises:
+        ValueError: a rescale of another shape.
+    """
+    assert info.rotary_dim and info.rope_theta
+    for entry in entries:
+        rescale = entry.rescale(longest)
+        check_fits(rescale, info.rotary_dim // 2, info.rope_theta)
+        made_for = rescale.max_position_embeddings
+        if entry.is_file and made_for < longest:
+            log.warning(
+                "%s is for %s tokens, and is measured at %s",
+                entry.name,
+                f"{made_for:,}",
+                f"{longest:,}",
+            )
+
+
+def check_same_comparison(
+    file: Path, entries: Sequence[Entry], lengths: Sequence[int], target: int, of: Mapping[str, Any]
+) -> None:
+    """Check that an existing ``compare.json`` is a part of this comparison.
+
+    Raises:
+        ValueError: it has another target, other settings, or rows that this one lacks.
+    """
+    if not file.exists():
+        return
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        rows = {(row["method"], row["length"]) for row in there["perplexity"]}
+        before, settings = there["target"], there.get("of")  # unknown in files of old versions
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file}: no comparison is in it; give another --out") from None
+    rows -= {(entry.name, length) for entry in entries for length in lengths}
+    other = [f"for {before:,} tokens"] if before != target else []
+    other += [f"with {name} at {length:,}" for name, length in sorted(rows)[:3]]
+    now = json.loads(json.dumps(of))
+    other += [
+        f"of {key} {settings.get(key)}" for key in now if settings and settings.get(key) != now[key]
+    ]
+    if other:
+        raise ValueError(
+            f"{file}: holds another comparison ({', '.join(other)}); give another --out, or "
+            "delete it"
+        )
+
+
+def held_out(
+    documents: list[TokenDocument], methods: Sequence[str], *, exclude: bool
+) -> list[TokenDocument]:
+    """Return the documents that none of the rescale files was searched on.
+
+    Without ``exclude`` such documents stay, with a warning.
+
+    Raises:
+        ValueError: every document was searched on.
+    """
+    searched = [
+        digest
+        for name in methods
+        if Path(name).suffix == ".json"
+        for digest in Rescale.load(name).provenance.get("documents", ())
+    ]
+    remaining = unseen(documents, searched)
+    number = len(documents) - len(remaining)
+    if not number:
+        return documents
+    if not exclude:
+        log.warning("%d documents were searched on", number)
+        return documents
+    if not remaining:
+        raise ValueError("every document given was searched on; give others with --data")
+    log.warning("%d documents are left out: they were searched on", number)
+    return remaining
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Perplexity scores by (method, length); every length is scored on the same tokens.
+
+    Args:
+        original_length: tokens that the model handled before it was extended.
+        target: tokens that the methods are for.
+        subject: the method that the others are compared with.
+        scores: losses of every token.
+        of: settings of the comparison beside methods and lengths.
     """
 
     original_length: int
     target: int
     subject: str
     scores: dict[tuple[str, int], Scores]
-    of: dict[str, Any] = dataclasses.field(default_factory=dict)
+    of: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The ``perplexity`` rows of the JSON output."""
-        rows = []
-        for (method, length), scores in self.scores.items():
-            row = {
-                "length": length,
-                "method": method,
-                "perplexity": finite_or_none(scores.perplexity),
-                "standard_error": scores.standard_error,
-                "tokens": scores.tokens,
-                "windows": scores.windows,
-                "documents": len(scores.documents),
-            }
-            if length > self.original_length:
-                tail = scores.tail(self.original_length)
-                row["tail_perplexity"] = finite_or_none(tail.perplexity)
-            rows.append(row)
-        return rows
+        """Return the ``perplexity`` rows of the JSON output."""
+        return [
+            perplexity_row(method, scores, self.original_length)
+            for (method, _), scores in self.scores.items()
+        ]
 
     def differences(self) -> list[dict[str, Any]]:
-        """The subject against every other at each length: paired, in nats per token."""
+        """Return paired differences of the subject and every other method, in nats per token."""
         rows = []
         for (other, length), scores in self.scores.items():
             if other == self.subject:
@@ -77,11 +238,12 @@ class Comparison:
         return rows
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of ``compare.json``."""
         return {
             "schema": SCHEMA,
             "original_length": self.original_length,
             "target": self.target,
-            "of": self.of,
+            "of": dict(self.of),
             "perplexity": self.rows(),
             "differences": self.differences(),
             "by_position": [
@@ -95,92 +257,103 @@ class Comparison:
         }
 
     def save(self, path: Path) -> None:
+        """Write ``compare.json`` atomically."""
         write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
-def run_comparison(
-    loaded: LoadedModel,
-    options: CompareOptions,
-    *,
-    exclude_searched: bool,
-    unfinished: MeasurementCache,
-    entries: Sequence[Entry] | None = None,
-) -> Comparison:
-    """Score methods and rescale files at several lengths.
+def perplexity_row(method: str, scores: Scores, original: int) -> dict[str, Any]:
+    """Return one ``perplexity`` row; beyond ``original`` tokens it has the tail's perplexity."""
+    row = {
+        "length": scores.length,
+        "method": method,
+        "perplexity": finite_or_none(scores.perplexity),
+        "standard_error": scores.standard_error,
+        "tokens": scores.tokens,
+        "windows": scores.windows,
+        "documents": len(scores.documents),
+    }
+    if scores.length > original:
+        row["tail_perplexity"] = finite_or_none(scores.tail(original).perplexity)
+    return row
 
-    Without ``data`` the documents are the library packages that the bundled model
-    never saw. ``exclude_searched`` leaves out documents that a rescale file was
-    searched on; otherwise their presence is only warned of. ``entries`` are scored instead
-    of the options' methods. What is ``unfinished`` goes on.
+
+def compare_perplexity(
+    loaded: LoadedModel,
+    entries: Sequence[Entry],
+    target: int,
+    documents: Sequence[TokenDocument],
+    options: PerplexityOptions,
+    cache: MeasurementCache,
+    of: Mapping[str, Any] | None = None,
+    **execution: Any,
+) -> Comparison:
+    """Score every entry at every length on the same tokens.
+
+    The subject is the first rescale file, else the last method.
+
+    Args:
+        execution: ``chunk`` and ``offload_activations``, as :func:`measure` takes them.
 
     Raises:
-        ValueError: an unknown method, a rescale of another shape, too few tokens.
+        ValueError: too few tokens.
     """
-    info = loaded.info
-    lengths, target = options.resolve(info)
-    entries = entries or options.entries(info)
-    documents = load_documents(loaded.tokenizer, options.data, field=options.field, held_out=True)
-    documents = _held_out(documents, options.methods, exclude_searched)
-    if options.pack:
-        documents = [pack(documents, bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id)]
-    scores = _score_all(loaded, options, entries, documents, lengths, unfinished)
-    named = [entry.name for entry in entries if entry.name in options.methods]
-    named = named or [entry.name for entry in entries]
-    subject = next((name for name in named if name not in METHODS), named[-1])
-    assert info.original_max_position_embeddings
-    original = info.original_max_position_embeddings
-    return Comparison(original, target, subject, scores, options.of(info))
+    model = model_identity(loaded)
+    wanted = {
+        (entry.name, length): Measurement(
+            "perplexity", model, entry.rescale, length, options, documents
+        )
+        for entry in entries
+        for length in options.lengths
+    }
+    found = measure_all(loaded, list(wanted.values()), cache, **execution)
+    files = [entry.name for entry in entries if entry.is_file]
+    subject = files[0] if files else [e.name for e in entries if e.name in METHODS][-1]
+    original = loaded.info.original_max_position_embeddings
+    assert original
+    scores = dict(zip(wanted, found, strict=True))
+    return Comparison(original, target, subject, scores, of or {})
 
 
-def _held_out(
-    documents: list[TokenDocument], methods: Sequence[str], exclude: bool
-) -> list[TokenDocument]:
-    searched = [
-        digest
-        for name in methods
-        if Path(name).suffix == ".json"
-        for digest in Rescale.load(name).provenance.get("documents", ())
-    ]
-    kept = unseen(documents, searched)
-    if len(kept) == len(documents):
-        return documents
-    if not exclude:
-        log.warning("%d documents were searched on", len(documents) - len(kept))
-        return documents
-    if not kept:
-        raise ValueError("every document given was searched on; give others with --data")
-    log.warning("%d documents left out: they were searched on", len(documents) - len(kept))
-    return kept
-
-
-def _score_all(
+def compare_benchmarks(
     loaded: LoadedModel,
-    options: CompareOptions,
-    entries: Sequence[Entry],
-    documents: Sequence[TokenDocument],
-    lengths: Sequence[int],
-    unfinished: MeasurementCache,
-) -> dict[tuple[str, int], Scores]:
-    bos = bos_token(loaded.tokenizer)
-    asked = {"lengths": lengths, "stride": options.stride, "bos": bos}
-    forward = loaded.forward(options.chunk, options.offload_activations)
-    scores: dict[tuple[str, int], Scores] = {}
-    with progress("evaluate", len(entries) * len(lengths), show=loaded.group.rank == 0) as advance:
-        for entry in entries:
-            for length in lengths:
-                rescale = entry.rescale(length)
-                known = unfinished.losses(loaded, rescale, length=length, **asked)
-                with rescaled(loaded.model, rescale):
-                    found = score(
-                        forward,
-                        documents,
-                        length,
-                        bos=bos,
-                        lengths=lengths,
-                        stride=options.stride,
-                        tokens_per_document=options.tokens_per_document,
-                        known=known,
-                    )
-                scores[entry.name, length] = found
-                advance(len(scores), f"{entry.name} at {length:,}: {found.perplexity:.2f}")
-    return scores
+    choose: Callable[[int], Rescale],
+    longest: int,
+    original: LoadedModel | None,
+    options: BenchmarkOptions,
+    cache: MeasurementCache,
+    **execution: Any,
+) -> list[dict[str, Any]]:
+    """Return one :func:`paired` row per task: the extended model against the original one.
+
+    Args:
+        choose: the extended model's rescale for a sequence of so many tokens.
+        longest: tokens that the extended model is for.
+        original: the model to compare with; None takes the same weights, unscaled.
+        execution: ``chunk`` and ``offload_activations``, as :func:`measure` takes them.
+
+    Raises:
+        ValueError: as :meth:`BenchmarkOptions.require_data`; or two tokenizers for RULER. Both
+            are raised before any question.
+    """
+    before = original or loaded
+    window = before.info.original_max_position_embeddings
+    assert window is not None
+    same = before.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+    if not same and any(is_ruler(task) for task in options.tasks):
+        raise ValueError("RULER makes its texts by the tokenizer: --original needs the same one")
+    options.require_data(before.tokenizer, min(window, longest))
+    unscaled = before.info.rescale("none", window)
+    single = [dataclasses.replace(options, tasks=(task,)) for task in options.tasks]
+
+    def scores(model: LoadedModel, chosen: Callable[[int], Rescale], tokens: int) -> list[Any]:
+        identity = model_identity(model)
+        wanted = [Measurement("benchmark", identity, chosen, tokens, task) for task in single]
+        return measure_all(model, wanted, cache, **execution)
+
+    base = scores(before, lambda tokens: unscaled, window)
+    extended = scores(loaded, choose, longest)
+    return [
+        paired(row, answers.get(row, {}), found[row])
+        for answers, found in zip(base, extended, strict=True)
+        for row in found
+    ]

@@ -89,8 +89,8 @@ class HarnessModel(TemplateLM):
         for ids, answer in sequences:
             row = rows.setdefault(tuple(ids[:-1]), len(rows))
             asked.append(Continuation(row, len(ids) - len(answer), answer))
-        # A team goes through rows together, and offloaded weights would come anew for each answer;
-        # a state does not go back to what it was before an answer.
+        # Sequence-parallel processes advance together, offloaded weights would be loaded for
+        # each answer, and a recurrent state cannot be rewound to before an answer.
         info = self.loaded.info
         alone = self.loaded.group.size == 1 and not self.forward.offloaded
         alone = alone and info.attention_layers == info.layers

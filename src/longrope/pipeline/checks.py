@@ -75,7 +75,8 @@ def check_measuring(info: ModelInfo, longest: int, how: dict[str, Any], ranks: R
         ValueError: a missing device or too little memory; names the option that helps.
     """
     # On a GPU a default chunk is halved when memory runs out, so assume a small one.
-    recipe = make_recipe(how | {"target": str(longest), "chunk": how["chunk"] or 2048})
+    chunk = 2048 if how["chunk"] is None else how["chunk"]
+    recipe = make_recipe(how | {"target": str(longest), "chunk": chunk})
     device = _devices(recipe)
     if info.quantized:  # its weights take fewer bytes than parameters × dtype
         return
@@ -117,7 +118,7 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
         if recipe.finetune.lora is not None:
             require_lora(recipe.finetune.lora)
     if recipe.evaluate.benchmarks:
-        benchmark_options(run).check(run.info)
+        benchmark_options(run).check()
 
 
 def check_text(run: Run, stages: Sequence[Stage]) -> Splits:

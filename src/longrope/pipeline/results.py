@@ -1,6 +1,5 @@
-"""``results.json``: what a run gave, in rows that other programs read."""
+"""The content of ``results.json``: a run's results in rows that other programs read."""
 
-import json
 import platform
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from longrope.evaluate.measure import Measurement
 from longrope.evaluate.statistics import paired
 from longrope.labels import RESULT, WITHOUT
 from longrope.pipeline.run_state import Run
@@ -17,32 +17,22 @@ SCHEMA = 1
 
 
 class Cell(NamedTuple):
-    """One thing to measure: a model under a method's factors, at a length.
+    """One measurement of a run, and the name of the factors that it is under."""
 
-    Of benchmarks the length is the longest that the model is made for.
-    """
-
-    kind: str
     method: str
-    length: int
-    options: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """What it is known by on disk."""
-        return json.dumps(self, sort_keys=True)
+    measurement: Measurement
 
 
 Measured = Sequence[tuple[Cell, dict[str, Any]]]
 
 
 def run_results(run: Run, measured: Measured) -> dict[str, Any]:
-    """The whole of ``results.json``."""
+    """Return the content of ``results.json``."""
     plan, pair = run.plan, run.pair
     perplexity = [
-        {"length": cell.length, "method": cell.method} | found
+        {"length": cell.measurement.length, "method": cell.method} | found
         for cell, found in measured
-        if cell.kind == "perplexity"
+        if cell.measurement.kind == "perplexity"
     ]
     return {
         "schema": SCHEMA,
@@ -81,10 +71,10 @@ def run_results(run: Run, measured: Measured) -> dict[str, Any]:
 
 def _answers(measured: Measured, kind: str) -> list[dict[str, Any]]:
     return [
-        {"length": cell.length, "method": cell.method}
+        {"length": cell.measurement.length, "method": cell.method}
         | {"depth": depth, "correct": correct, "trials": trials}
         for cell, found in measured
-        if cell.kind == kind
+        if cell.measurement.kind == kind
         for depth, correct, trials in found["rows"]
     ]
 
@@ -104,16 +94,17 @@ def _recovery(perplexity: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _benchmarks(measured: Measured) -> list[dict[str, Any]]:
-    """Shares of right answers; the difference is with recovery less original, and its interval."""
+    """Return each task's share of correct answers, and the difference from the original model."""
     scores: dict[str, dict[str, Any]] = {}
     for cell, found in measured:
-        if cell.kind == "benchmark":
+        if cell.measurement.kind == "benchmark":
             for task, questions in found["scores"].items():
                 scores.setdefault(task, {})[cell.method] = questions
     rows = []
     for task, found in scores.items():
         row = paired(task, found["none"], found[RESULT])
-        without = list(found.get(WITHOUT, found[RESULT]).values())  # the same, if none was made
+        # Where no recovery was searched, both are the same.
+        without = list(found.get(WITHOUT, found[RESULT]).values())
         row |= {"with": row.pop("extended"), "without": sum(without) / len(without)}
         rows.append(row)
     return rows

@@ -1,0 +1,210 @@
+"""Measurements of perplexity, retrieval and benchmarks: one path for every verb.
+
+``extend``, ``compare`` and ``evaluate`` are lists of :class:`Measurement`. Each runs through
+:func:`measure`, and resumes from the parts that a :class:`MeasurementCache` holds.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from longrope.data.prompts import Prompt, haystack_lines, needle_prompt, passkey_prompt
+from longrope.data.windows import TokenDocument, bos_token
+from longrope.evaluate.benchmarks import BenchmarkOptions, score_benchmark
+from longrope.evaluate.cache import MeasurementCache
+from longrope.evaluate.perplexity import score
+from longrope.evaluate.retrieval import retrieve
+from longrope.models.load import LoadedModel
+from longrope.progress import progress
+from longrope.rope.apply import rescaled
+from longrope.rope.rescale import Rescale
+from longrope.units import check_lengths
+from longrope.version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityOptions:
+    """Options of a perplexity measurement.
+
+    Args:
+        lengths: all window lengths, in tokens, that are compared on the same tokens.
+        stride: tokens between the starts of overlapping windows; None does not overlap them.
+        tokens_per_document: tokens scored of each document; None scores all.
+
+    Raises:
+        ValueError: lengths that cannot be scored together, or a count below 1.
+    """
+
+    lengths: tuple[int, ...]
+    stride: int | None = None
+    tokens_per_document: int | None = None
+
+    def __post_init__(self) -> None:
+        check_lengths(self.lengths, self.stride)
+        _check_counts(self, "tokens_per_document")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalOptions:
+    """Options of a passkey or needle measurement.
+
+    Args:
+        trials: prompts per length, their depths stratified.
+        digits: digits of the hidden number.
+        seed: random seed of numbers and depths.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    trials: int = 20
+    digits: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "trials", "digits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One measurement of one model under one choice of factors.
+
+    Args:
+        kind: "perplexity", "passkey", "needle" or "benchmark".
+        model: identity of the weights and of everything else that the outputs depend on.
+        choose: returns the rescale for a sequence of so many tokens.
+        length: tokens of each window or prompt; of a benchmark, the longest prompt.
+        options: options of this kind; a benchmark's name one task.
+        documents: text to score or to hide the needle in; empty for other kinds.
+    """
+
+    kind: str
+    model: str
+    choose: Callable[[int], Rescale]
+    length: int
+    options: PerplexityOptions | RetrievalOptions | BenchmarkOptions
+    documents: Sequence[TokenDocument] = ()
+
+    @property
+    def key(self) -> str:
+        """Content hash of everything that decides the result; also a file name."""
+        # The prompts of a benchmark have many lengths: its factors are known by both ends.
+        lengths = (1, self.length) if self.kind == "benchmark" else (self.length,)
+        rescales = [self.choose(length) for length in lengths]
+        content = {
+            "model": self.model,
+            "rescales": [rescale.to_json() | {"provenance": {}} for rescale in rescales],
+            "options": dataclasses.asdict(self.options),
+            "documents": [digest for document in self.documents for digest in document.sha256],
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"{self.kind}-{self.length}-{digest[:16]}"
+
+
+def model_identity(loaded: LoadedModel) -> str:
+    """Return a hash of the weights, dtype and config of a model, and of longrope's version."""
+    ignored = ("_name_or_path", "transformers_version")
+    config = {k: v for k, v in loaded.model.config.to_dict().items() if k not in ignored}
+    content = [__version__, loaded.fingerprint(), str(loaded.model.dtype), config]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def measure(
+    loaded: LoadedModel,
+    measurement: Measurement,
+    cache: MeasurementCache,
+    *,
+    chunk: int | None = None,
+    offload_activations: str | None = None,
+) -> Any:
+    """Run one measurement, and skip the parts that the cache already holds.
+
+    Returns:
+        For perplexity :class:`~longrope.evaluate.perplexity.Scores`, for retrieval a list of
+        :class:`~longrope.evaluate.retrieval.Row`, for a benchmark the scores of each table row
+        by question.
+
+    Raises:
+        ValueError: documents or a haystack that are too short, a length that does not hold the
+            question, or benchmark data that cannot be read.
+    """
+    options, choose, length = measurement.options, measurement.choose, measurement.length
+    if isinstance(options, BenchmarkOptions):
+        (task,) = options.tasks
+        return score_benchmark(
+            loaded,
+            choose,
+            length,
+            task,
+            options,
+            cache.answers(measurement.key),
+            chunk=chunk,
+            offload_activations=offload_activations,
+        )
+    forward = loaded.forward(chunk, offload_activations)
+    if isinstance(options, PerplexityOptions):
+        with rescaled(loaded.model, choose(length)):
+            return score(
+                forward,
+                measurement.documents,
+                length,
+                bos=bos_token(loaded.tokenizer),
+                lengths=options.lengths,
+                stride=options.stride,
+                tokens_per_document=options.tokens_per_document,
+                known=cache.losses(measurement.key),
+            )
+    return retrieve(
+        forward,
+        _prompt_maker(loaded.tokenizer, measurement, options.digits),
+        length,
+        choose(length),
+        trials=options.trials,
+        seed=options.seed,
+        answered=cache.answers(measurement.key),
+    )
+
+
+def measure_all(
+    loaded: LoadedModel,
+    measurements: Sequence[Measurement],
+    cache: MeasurementCache,
+    *,
+    chunk: int | None = None,
+    offload_activations: str | None = None,
+) -> list[Any]:
+    """Run several measurements of one model in order, with a progress bar."""
+    found = []
+    show = loaded.group.rank == 0
+    with progress("evaluate", len(measurements), show=show) as advance:
+        for number, one in enumerate(measurements, 1):
+            how = {"chunk": chunk, "offload_activations": offload_activations}
+            found.append(measure(loaded, one, cache, **how))
+            advance(number, f"{one.kind} at {one.length:,}: {_summary(one.kind, found[-1])}")
+    return found
+
+
+def _prompt_maker(
+    tokenizer: Any, measurement: Measurement, digits: int
+) -> Callable[[int, float, Any], Prompt]:
+    if measurement.kind == "passkey":
+        return lambda length, depth, rng: passkey_prompt(tokenizer, length, depth, rng, digits)
+    lines = haystack_lines(measurement.documents, tokenizer)
+    return lambda length, depth, rng: needle_prompt(tokenizer, lines, length, depth, rng, digits)
+
+
+def _summary(kind: str, found: Any) -> str:
+    if kind == "perplexity":
+        return f"{found.perplexity:.2f}"
+    if kind == "benchmark":
+        return f"{sum(map(len, found.values())):,} questions"
+    return f"{sum(row.correct for row in found)} of {sum(row.trials for row in found)} correct"
+
+
+def _check_counts(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
