@@ -22,7 +22,7 @@ def documents(*lengths):
     ]
 
 
-def test_every_piece_stands_between_bos_and_eos(tokenizer):
+def test_every_sequence_has_bos_and_eos(tokenizer):
     pieces = LongContextDataset(documents(300, 200), tokenizer, 64, 20, seed=3)
     assert len(pieces) == 20
     for i in range(20):
@@ -49,7 +49,7 @@ def test_an_epoch_uses_the_text_once(tokenizer):
     assert first != second
 
 
-def test_a_piece_is_a_function_of_its_number(tokenizer):
+def test_an_item_depends_only_on_seed_and_index(tokenizer):
     options = {"seed": 5, "passkey_share": 0.5, "answer_share": 0.2}
     docs = documents(3000, 2000)
     one = LongContextDataset(docs, tokenizer, 256, 10, **options)
@@ -82,7 +82,7 @@ def test_positions_jump_as_far_as_the_reach(tokenizer):
             )
     assert min(sizes) < 100
     assert max(sizes) > 1600
-    assert 40 < between < 110  # about half of the keys stand before the jump
+    assert 40 < between < 110  # about half of the keys are before the jump
     assert (
         "rotary_positions"
         not in LongContextDataset(documents(5000), tokenizer, 256, 3, reach=256)[0]
@@ -108,7 +108,7 @@ def test_a_share_of_passkey_prompts_with_the_answer_weighted(tokenizer):
 
 @pytest.mark.parametrize("share", [2, 0.25, 1.6])
 def test_short_windows_in_a_share_of_the_steps(tokenizer, share):
-    """As many in every piece of a step, so that a batch of them stacks."""
+    """Equally many in every sequence of a step, so that a batch can be stacked."""
     pieces = LongContextDataset(
         documents(5000), tokenizer, 64, 60, short=share, short_length=32, batch=3
     )

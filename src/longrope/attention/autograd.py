@@ -113,10 +113,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, sink_grad = (
-            ctx.saved_tensors,
-            None,
-        )  # once: under checkpointing they unpack once only
+        # Read once: under checkpointing saved tensors can be unpacked only once.
+        saved, sink_grad = ctx.saved_tensors, None
         if ctx.needs_input_grad[3]:
             sink_grad = sink_gradients(output_grads[0], saved, ctx.options.sinks)
         return (

@@ -209,9 +209,8 @@ def _cuda_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, 
 
 @functools.cache
 def _cuda_kernel_agrees(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    found = matches_products(
-        _cuda_kernel, device, dtype, dim, past=0
-    )  # it only sees whole sequences
+    # Without a past, as this kernel only sees whole sequences.
+    found = matches_products(_cuda_kernel, device, dtype, dim, past=0)
     if not found:
         log.warning(
             "no fused attention backward kernel for %s, head dimension %d: using slower products",

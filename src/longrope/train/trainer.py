@@ -84,12 +84,12 @@ def finetune(
         model = _with_lora(model, settings.lora)
     _freeze_unused(loaded.model)
     arguments = _arguments(settings, work, model.device, ranks, seed)
-    if (
-        teacher is not None
-    ):  # on the Trainer's device; autocast would cache copies of trainable weights
+    # On the Trainer's device, and frozen, as autocast caches copies of trainable weights.
+    if teacher is not None:
         teacher.model.to(arguments.device).requires_grad_(False)
     with (
-        rescaled(loaded.model, rescale, always=dataset.reach > 0),  # position_override requires it
+        # position_override requires the rescale to be in place.
+        rescaled(loaded.model, rescale, always=dataset.reach > 0),
         chunked_loss(model, short, teacher=teacher and teacher.model),
         progress("fine-tune", settings.steps, show=ranks.first) as advance,
         detect_lost_ranks(),
@@ -320,7 +320,6 @@ def _with_lora(model: Any, rank: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # peft uses a deprecated name of transformers
+        # peft uses a deprecated name of transformers.
+        warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
