@@ -111,7 +111,7 @@ def test_what_is_done_goes_and_what_others_left_stays(bundled, texts, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_kept_without_a_directory_or_with_a_team(bundled, tmp_path):
+def test_nothing_is_kept_without_a_directory_or_with_a_group(bundled, tmp_path):
     rescale = bundled.info.rescale("yarn", 512)
     for directory, group_size in ((None, 1), (tmp_path, 2)):
         with measurement_cache(directory, group_size) as unfinished:

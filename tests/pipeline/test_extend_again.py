@@ -99,7 +99,7 @@ def test_processes_share_the_evaluation(finished, arguments, tmp_path):
     assert done.stdout.count("report.html") == 1
 
 
-def test_a_team_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_path):
+def test_a_group_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_path):
     whole, _ = finished
     out = tmp_path / "out"
     shutil.copytree(whole, out)

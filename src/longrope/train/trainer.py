@@ -125,6 +125,7 @@ def _run_trainer(
 
 
 def _unwrapped(trainer: Trainer) -> Any:
+    """Return the model without accelerate's wrappers."""
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
 
 
@@ -207,6 +208,7 @@ class _Trainer(Trainer):
 
 
 def _not_finite(what: str, value: float, step: int) -> ValueError:
+    """Build the error for a loss or gradient that is not finite."""
     return ValueError(
         f"the {what} is {value} at step {step}; checkpoints before it are kept: lower "
         "finetune.learning_rate or set finetune.precision to float32, with another "
@@ -266,6 +268,7 @@ def _last_complete(work: Path) -> Path | None:
 
 
 def _step(checkpoint: Path) -> int:
+    """Return a checkpoint's step number."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
