@@ -46,7 +46,7 @@ module._unwrapped = shards
 
 DYING = """
 import os, signal
-from longrope.train.pieces import Pieces
+from longrope.train.sequences import Pieces
 asked = Pieces.__getitem__
 def dying(self, number):
     if os.environ["RANK"] == "1" and number > 7:

@@ -18,7 +18,7 @@ from small_training import FAST, TAUGHT, train, weights
 
 def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
     """Adam, clipping and warm-up written out, on the same sequences and rescale."""
-    _, lines, pieces = trained
+    _, lines, sequences = trained
     loaded = load_model(str(checkpoints("llama")), dtype="float32")
     model = loaded.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8, weight_decay=0.0)
@@ -28,7 +28,7 @@ def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
             rate = 1e-3 * (step / 2 if step < 2 else (6 - step) / 4)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            ids = torch.stack([pieces[2 * step + i]["input_ids"] for i in range(2)])
+            ids = torch.stack([sequences[2 * step + i]["input_ids"] for i in range(2)])
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             optimizer.zero_grad()
@@ -106,8 +106,8 @@ def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stands(
     asked = LongContextDataset.__getitem__
 
     def poisoned(self, number):
-        piece = asked(self, number)
-        return piece | {"weights": piece["weights"] * math.nan} if number == 7 else piece
+        sequence = asked(self, number)
+        return sequence | {"weights": sequence["weights"] * math.nan} if number == 7 else sequence
 
     monkeypatch.setattr(LongContextDataset, "__getitem__", poisoned)
     with pytest.raises(ValueError, match=r"the loss is nan at step 4.*learning_rate"):
