@@ -66,7 +66,7 @@ def _search(how: SearchSettings, these: Ranks, out: Path) -> float:
 
 
 def shared(args: argparse.Namespace) -> None:
-    """One process of a team: seconds of one sequence, and of its slope."""
+    """One process of a group: seconds of a forward pass of one sequence, and of its gradient."""
     torch.set_num_threads(1)
     with ranks(int(os.environ.get("WORLD_SIZE", "1"))) as these:
         loaded = load_model("bundled", dtype="float32", device="cpu", group=these.group)

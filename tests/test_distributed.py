@@ -192,9 +192,9 @@ def test_every_token_is_in_one_chunk(tokens, size, members):
             place = own.place.stop
             if members > 1 and not alone:
                 assert chunks.concurrent(number)[chunks.group.rank] == own.span
-        pieces = chunks.own(7)
-        assert sum(p.span.stop - p.span.start for p in pieces) == place
-        assert all(p.span.stop - p.span.start <= 7 for p in pieces)
+        parts = chunks.own(7)
+        assert sum(p.span.stop - p.span.start for p in parts) == place
+        assert all(p.span.stop - p.span.start <= 7 for p in parts)
 
 
 @pytest.fixture

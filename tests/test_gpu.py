@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: pytest -m gpu."""
+"""Tests that require a CUDA device: pytest -m gpu."""
 
 import json
 
@@ -34,13 +34,13 @@ def test_as_exact_as_the_plain_forward(ids, family, dtype):
         for hidden in (None, torch.device("cpu")):
             ours = LongForward(model, 40, hidden).losses(ids)
             error, expected = (ours - exact).abs().mean(), (plain - exact).abs().mean()
-            # Qwen 3.5's states are float32 whatever the model is; on a CPU they are 3e-6 off too.
+            # Qwen 3.5's states are always float32; on a CPU their error is 3e-6 too.
             assert error <= 2 * expected + (1e-5 if family == "qwen3_5" else 1e-6)
 
 
 @pytest.mark.parametrize("chunk", [40, 1000])
 @pytest.mark.parametrize("heads", [1, 3, 100])
-def test_a_slope_s_hidden_states_may_wait_elsewhere(ids, tmp_path, monkeypatch, chunk, heads):
+def test_gradients_with_offloaded_activations(ids, tmp_path, monkeypatch, chunk, heads):
     config = FAMILIES["llama"]()
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 2, 64
     model, rough = micro_model(config).cuda(), micro_model(config).cuda().bfloat16()
@@ -55,19 +55,19 @@ def test_a_slope_s_hidden_states_may_wait_elsewhere(ids, tmp_path, monkeypatch, 
         halves = [gradient(LongForward(rough, chunk, w), ids[:1]) for w in (None, tmp_path)]
         chunked = _gradients(rough, chunk)
     torch.testing.assert_close(halves[0].grad, halves[1].grad)
-    # One text's error is chance: 0.8 to 1.6 times as large in chunks, on a CPU; of eight, 1.1.
+    # Over eight texts: the error ratio of a single text varies from 0.8 to 1.6, of eight it is 1.1.
     assert (chunked - exact).norm() <= 1.5 * (unchunked - exact).norm()
 
 
 def _gradients(model, chunk):
-    """Of eight texts, shape (texts, d/2)."""
+    """Gradients of eight texts, shape (texts, d/2)."""
     some = torch.Generator().manual_seed(0)
     texts = torch.randint(3, 1536, (8, 300), generator=some)
     return torch.stack([gradient(LongForward(model, chunk), text[None]).grad for text in texts])
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_slopes_take_the_gpu_s_kernel(dim):
+def test_the_gpu_backward_kernel_is_used(dim):
     from longrope.attention.backward import _cuda_kernel_agrees
 
     assert _cuda_kernel_agrees(torch.device("cuda", 0), torch.bfloat16, dim)
@@ -75,7 +75,7 @@ def test_slopes_take_the_gpu_s_kernel(dim):
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("past", [3072, 3172, 0])
-def test_chunks_take_cudnn_s_kernel(dim, past):
+def test_the_cudnn_kernel_is_used_for_chunks(dim, past):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("for Hopper and later")
     chunk = 1024 + past % 1024  # 1,124 of 3,172
@@ -94,7 +94,7 @@ def test_chunks_take_cudnn_s_kernel(dim, past):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
 
 
-def test_losses_and_slopes_through_cudnn_s_kernel(monkeypatch):
+def test_losses_and_gradients_with_the_cudnn_kernel(monkeypatch):
     config = FAMILIES["llama"]()
     config.hidden_size, config.head_dim = 256, 64
     model = micro_model(config).cuda()
@@ -114,7 +114,7 @@ def test_losses_and_slopes_through_cudnn_s_kernel(monkeypatch):
         assert all(a <= 1.5 * b for a, b in zip(ours, errors(), strict=True))
 
 
-def test_the_chunk_halves_until_it_fits():
+def test_the_chunk_size_is_halved_until_it_fits():
     model = micro_model(FAMILIES["llama"]()).cuda()
     ids = torch.randint(3, 1536, (1, 65_537))
     needed = []
@@ -135,8 +135,8 @@ def test_the_chunk_halves_until_it_fits():
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_weights_that_do_not_fit_pass_through():
-    """A model of 24 layers on a device that has room for ten, and its slope."""
+def test_offloaded_weights_bound_device_memory():
+    """A forward and backward pass of 24 layers uses the memory of less than ten."""
     config = FAMILIES["llama"]()
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 24, 1024, 4096
     model = micro_model(config)
@@ -145,7 +145,7 @@ def test_weights_that_do_not_fit_pass_through():
     size = sum(p.nbytes for p in model.parameters())
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    # What waits for kernels to be freed counts too, so not max_memory_allocated.
+    # active_bytes includes memory that queued kernels still use; max_memory_allocated does not.
     offload(model, torch.device("cuda"))
     forward = LongForward(model, 64, offloaded=True)
     losses = forward.losses(ids)
@@ -157,7 +157,7 @@ def test_weights_that_do_not_fit_pass_through():
 
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 def test_a_whole_extension(checkpoints, texts, tmp_path, precision):
-    """Every stage; what it leaves measures and generates the same on both devices."""
+    """Run every stage; the result measures and generates the same on both devices."""
     tuned = RECIPE["finetune"] | {"precision": precision}
     content = RECIPE | {"model": str(checkpoints("llama")), "data": [str(texts)]}
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"

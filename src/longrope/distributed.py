@@ -279,6 +279,7 @@ def detect_lost_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collective() -> Iterator[None]:
+    """Raise :class:`RankLost` where a collective fails."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -288,4 +289,5 @@ def _collective() -> Iterator[None]:
 
 
 def _terminated(*_: Any) -> None:
+    """Signal handler: the launcher terminates this process because another one died."""
     raise RankLost(f"{_LOST} (terminated by the launcher)")

@@ -100,7 +100,7 @@ def test_spans_of_the_past_are_merged(monkeypatch, past):
 
 def test_a_missing_plan_is_warned_of_once(caplog, monkeypatch):
     """The operator exists, but there is no GPU."""
-    monkeypatch.setattr(cudnn, "_say_once", cudnn._warn_once.__wrapped__)
+    monkeypatch.setattr(cudnn, "_warn_once", cudnn._warn_once.__wrapped__)
     query = torch.randn(1, 2, 8, 64, dtype=torch.bfloat16)
     assert not cudnn.supports(query, query)
     assert cudnn.attention(query, query, query, causal=True, scaling=0.3) is None

@@ -178,8 +178,8 @@ def test_finished_measurements_go_and_those_of_others_stay(tmp_path):
 
 
 def test_nothing_is_stored_without_a_directory_or_with_a_group(tmp_path):
-    for directory, team in ((None, 1), (tmp_path, 2)):
-        with measurement_cache(directory, team) as cache:
+    for directory, group_size in ((None, 1), (tmp_path, 2)):
+        with measurement_cache(directory, group_size) as cache:
             cache.losses("perplexity-1")["a"] = np.zeros((1, 2))
             cache.answers("passkey-1")["a"] = True
     assert not list(tmp_path.iterdir())

@@ -142,7 +142,7 @@ def test_what_helps_is_what_is_not_done_yet(info):
     assert helps(False, **done) == ()
 
 
-def test_a_team_shares_hidden_states(info):
+def test_a_group_shares_hidden_states(info):
     recipe = make_recipe({"target": "8x", "search": {"algorithm": "evolution"}})
     one, four = (
         Costs(info, recipe, True, group_size).search("search", 2048) for group_size in (1, 4)

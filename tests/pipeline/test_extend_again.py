@@ -120,7 +120,7 @@ def test_processes_share_the_evaluation(finished, arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_team_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_path):
+def test_a_group_shares_each_sequence_of_the_evaluation(finished, arguments, tmp_path):
     whole, _ = finished
     out = tmp_path / "out"
     shutil.copytree(whole, out)

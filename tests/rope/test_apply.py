@@ -71,7 +71,7 @@ def test_inv_freq_is_the_float64_formula(micro_models, family):
 # Gemma 4: an export completes its factors.
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma4"])
 def test_equals_transformers_own_longrope(micro_models, ids, family):
-    """What a search scores is what an exported config computes."""
+    """A rescaled model equals transformers with the exported config."""
     model = micro_models(family)
     rescale = a_rescale(model, attention_factor=1.1)
     config = copy.deepcopy(model.config)
@@ -102,7 +102,7 @@ def test_equals_transformers_own_longrope(micro_models, ids, family):
 
 
 def test_axes_of_an_image_are_refused(micro_models):
-    """A model for pictures too has its positions three times; of text they are the same."""
+    """Multimodal models have position ids per axis, which are equal for text."""
     model = micro_models("qwen3_5")
     with rescaled(model, a_rescale(model)):
         rotary, x = live(model), torch.zeros(1, 5, 1)
@@ -114,8 +114,8 @@ def test_axes_of_an_image_are_refused(micro_models):
             rotary(x, torch.stack([row, row, row + 1]))
 
 
-def test_the_rotary_of_a_model_for_pictures_is_its_text_s():
-    """Gemma 4's vision tower has one of its own, and comes first."""
+def test_the_text_rotary_of_a_multimodal_model_is_found():
+    """Gemma 4's vision tower has its own rotary module, and comes first."""
     picture = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     picture |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
     text = FAMILIES["gemma4"]().to_dict()
@@ -201,7 +201,7 @@ def test_angles_are_equation_3(micro_models, start_tokens, positions):
             assert sin[0, row, column] == pytest.approx(scaling * math.sin(n * frequency), abs=1e-7)
 
 
-def test_float32_phases_would_be_off_where_ours_are_not(micro_models):
+def test_phases_are_exact_where_float32_phases_are_not(micro_models):
     positions = torch.arange(2**21 - 4096, 2**21)[None]
     model = micro_models("llama")
     rescale = methods.pi(1e4, 16, ORIGINAL, 83)
@@ -237,7 +237,7 @@ def test_left_padding_does_not_matter(micro_models, ids, family, start_tokens):
     assert_close(inner[1:, pad:], inner_alone, rtol=1e-4, atol=1e-4)
 
 
-def test_position_ids_of_the_caller_count(micro_models, ids):
+def test_position_ids_of_the_caller_are_used(micro_models, ids):
     model = micro_models("llama")
     with rescaled(model, a_rescale(model, start_tokens=8)):
         positions = torch.arange(97)[None].expand(2, -1)
@@ -251,8 +251,8 @@ def test_position_ids_of_the_caller_count(micro_models, ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_rotated_as_if_they_stood_elsewhere(micro_models, ids, family):
-    """Against the caller's own position ids, with a mask so that no jump begins a new sequence."""
+def test_position_override_equals_given_position_ids(micro_models, ids, family):
+    """Position ids are passed with a mask, so that a jump does not start a new sequence."""
     model = micro_models(family)
     places = torch.arange(ids.shape[1])[None].repeat(2, 1)
     places[0, 30:] += 100
@@ -309,7 +309,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids):
     assert gradients[0].abs().max() > 0
 
 
-def test_wrong_shapes_are_refused_by_name(micro_models):
+def test_wrong_fields_are_refused_by_name(micro_models):
     model = micro_models("llama")
     with (
         pytest.raises(ValueError, match="factors has 3 numbers; this model needs 8"),

@@ -34,8 +34,8 @@ def test_one_set_up_to_the_recovery_length_and_the_other_beyond(micro_models, id
     assert torch.equal(logits(model, None, ids), plain)
 
 
-def test_a_model_for_pictures_too(micro_models, ids):
-    """Its decoder gets embeddings and masks; rows are judged by the ids and mask they are of."""
+def test_a_multimodal_model(micro_models, ids):
+    """Its decoder gets embeddings; rows are judged by the model's token ids and mask."""
     model, row = micro_models("gemma3_whole"), ids[:1, : RECOVERY - 5]
     both, padding = pair(model), torch.full((1, 9), 2)
     prompt = torch.cat([torch.cat([padding, row], dim=1), ids[1:, : RECOVERY + 4]])
@@ -58,7 +58,7 @@ def test_a_model_for_pictures_too(micro_models, ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crossing_with_a_cache_equals_no_cache(micro_models, ids, family):
-    """Tokens and logits of a generation over the boundary, cached and not."""
+    """Tokens and logits of a generation over the boundary, with and without a cache."""
     model, prompt = micro_models(family), ids[:1, : RECOVERY - 5]
     options = {
         "max_new_tokens": 12,
@@ -77,7 +77,7 @@ def test_crossing_with_a_cache_equals_no_cache(micro_models, ids, family):
     torch.testing.assert_close(
         torch.stack(cached.logits), torch.stack(plain.logits), atol=2e-4, rtol=1e-4
     )
-    # The long set's own logits after the crossing, and not those of a cache of short keys.
+    # After the crossing, the long factors' logits, not those of a cache of short keys.
     expected = logits(model, pair(model).long, cached.sequences[:, :-1])[:, -1]
     torch.testing.assert_close(cached.logits[-1], expected, atol=2e-4, rtol=1e-4)
 
@@ -122,9 +122,8 @@ def test_prefill_in_chunks_chooses_by_the_whole_prompt(micro_models, ids):
         whole = model.generate(prompt, **options)
         chunked = model.generate(prompt, prefill_chunk_size=30, **options)
         cache = DynamicCache(config=model.config)
-        with (
-            torch.no_grad()
-        ):  # by hand, where nothing tells the total: filled again at the boundary
+        # By hand the total length is unknown, so the cache is refilled at the boundary.
+        with torch.no_grad():
             for start in range(0, 97, 25):
                 chunk = prompt[:, start : start + 25]
                 part = model(input_ids=chunk, **{cache_name(model): cache}).logits
@@ -143,7 +142,7 @@ def test_prefill_in_chunks_chooses_by_the_whole_prompt(micro_models, ids):
         ({"cache": "static"}, "'StaticCache'"),
     ],
 )
-def test_ways_of_generating_that_cannot_be_exact_are_refused(micro_models, ids, options, named):
+def test_inexact_generation_modes_are_refused(micro_models, ids, options, named):
     model = micro_models("llama")
     if options.get("assistant_model"):
         options = {"assistant_model": model}
@@ -154,7 +153,7 @@ def test_ways_of_generating_that_cannot_be_exact_are_refused(micro_models, ids, 
 
 
 @pytest.mark.parametrize("place", ["the model's", "positional", "by name"])
-def test_beams_are_refused_wherever_they_are_asked_for(micro_models, ids, place, monkeypatch):
+def test_beam_search_is_refused_however_it_is_set(micro_models, ids, place, monkeypatch):
     model = micro_models("llama")
     config = GenerationConfig(num_beams=3, max_new_tokens=2, pad_token_id=2, eos_token_id=None)
     given, options = (), {}
@@ -171,7 +170,7 @@ def test_beams_are_refused_wherever_they_are_asked_for(micro_models, ids, place,
     assert alone.shape[1] > ids.shape[1]
 
 
-def test_what_hides_the_tokens_is_refused(micro_models, ids):
+def test_inputs_without_token_ids_or_lengths_are_refused(micro_models, ids):
     model = micro_models("llama")
     with torch.no_grad(), switched(model, pair(model)):
         with pytest.raises(ValueError, match="inputs_embeds"):

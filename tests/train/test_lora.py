@@ -1,4 +1,4 @@
-"""LoRA: what it trains, and what it leaves."""
+"""LoRA fine-tuning."""
 
 import warnings
 
@@ -30,14 +30,14 @@ def test_lora_trains_embeddings_and_norms_too_and_leaves_a_plain_checkpoint(
 
 def test_the_same_seed_draws_the_same_adapters(checkpoints, texts, tmp_path):
     settings = FAST.model_copy(update={"lora": 2, "steps": 3})
-    torch.manual_seed(1)  # whatever was drawn before
+    torch.manual_seed(1)  # another state of the global generator
     one = train(checkpoints("llama"), texts, tmp_path / "one", settings)[0]
     torch.manual_seed(2)
     assert train(checkpoints("llama"), texts, tmp_path / "two", settings)[0] == one
 
 
-def test_lora_on_a_tied_model_leaves_what_was_trained(texts, tmp_path, monkeypatch):
-    """The bundled model's embeddings are its head too: trained apart, one would be lost."""
+def test_lora_keeps_tied_embeddings_tied(texts, tmp_path, monkeypatch):
+    """The bundled model's embeddings are tied to its head; untied, one would be lost."""
     trained = {}
 
     def keep(model, state, loaded, path):

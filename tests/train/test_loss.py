@@ -13,7 +13,7 @@ from longrope.train.loss import chunked_loss
 
 FAMILIES = ["llama", "gemma2", "granite", "cohere", "phi3", "gpt_neox"]  # soft-caps and scalings
 FAMILIES += ["mixtral", "qwen3_5"]
-# All scores at once in transformers, or a mask for a sliding window.
+# transformers materialises all scores for these, or a sliding-window mask.
 OURS = ["gemma2", "gpt_oss", "gemma3", "gemma4", "mistral", "qwen2"]
 FAMILIES += OURS[1:]
 
@@ -42,8 +42,8 @@ def test_loss_and_gradients_equal_those_of_full_logits(micro_models, ids, family
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "gemma3"])
-def test_without_a_fused_attention_of_transformers_ours_trains(ids, family):
-    """As with all scores at once, under checkpoints and autocast, which the Trainer has too."""
+def test_our_attention_trains_models_without_a_fused_one(ids, family):
+    """Equals eager attention, under checkpointing and autocast as in the Trainer."""
     model = conftest.micro_model(conftest.FAMILIES[family]())
     its_own = model.config._attn_implementation
     model.train().activation_checkpointing_enable({"use_reentrant": False})
@@ -79,7 +79,7 @@ def test_without_a_fused_attention_of_transformers_ours_trains(ids, family):
 
 
 def test_the_logits_of_the_whole_sequence_are_never_made(micro_models, ids):
-    """Of a batch's sequences, or of all short windows, no more rows together than asked for."""
+    """At most ``rows`` rows of logits at a time, over the batch or all short windows."""
     model, rows = micro_models("llama"), []
     hook = model.lm_head.register_forward_hook(
         lambda m, a, out: rows.append(out.shape[0] * out.shape[1])
@@ -87,7 +87,7 @@ def test_the_logits_of_the_whole_sequence_are_never_made(micro_models, ids):
     with chunked_loss(model, identity(10_000.0, 16, 64, 64), rows=10):
         model(input_ids=ids)["loss"].backward()
         assert max(rows) == 10
-        assert len(rows) == 2 * 20  # once forward, once again in the backward pass
+        assert len(rows) == 2 * 20  # in the forward pass, and recomputed in the backward pass
         model(input_ids=ids[:1], short_ids=ids[:, :80].reshape(1, 5, 32))["loss"].backward()
     hook.remove()
     model.zero_grad()
@@ -110,7 +110,7 @@ def test_short_windows_count_under_a_rescale_of_their_own(micro_models, ids):
     torch.testing.assert_close(without, one.mean())
 
 
-def test_places_are_for_the_long_piece_alone(micro_models, ids):
+def test_rotary_positions_apply_to_the_long_sequence_only(micro_models, ids):
     model = micro_models("llama")
     long, short = yarn(10_000.0, 16, 64, 256), identity(10_000.0, 16, 64, 64)
     windows, rotary_positions = (
@@ -131,7 +131,7 @@ def test_places_are_for_the_long_piece_alone(micro_models, ids):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_short_windows_learn_the_predictions_of_a_teacher(micro_models, ids, family):
-    """Against cross-entropy with the teacher's whole distribution, both models' logits in full."""
+    """Equals the cross-entropy of both models' full logits."""
     model = micro_models(family)
     teacher = copy.deepcopy(model)
     with torch.no_grad():

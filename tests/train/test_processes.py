@@ -1,4 +1,4 @@
-"""Fine-tuning by two processes: as one trains, whole or sharded, and one of them dead."""
+"""Fine-tuning by two processes: equal to one, with and without FSDP, and after a death."""
 
 import json
 import os
@@ -25,7 +25,7 @@ with ranks() as these:
     train(model, data, Path(out), FinetuneSettings(**json.loads(changes)), these)
 """
 
-# accelerate leaves its FSDP configuration aside on CPUs, without a word: made to shard here too.
+# accelerate silently ignores FSDP on CPUs, so it is forced here.
 SHARDED = """
 import accelerate.state as state
 began = state.AcceleratorState.__init__
@@ -112,8 +112,8 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.slow
-def test_a_tower_that_no_text_meets_holds_nobody_up(checkpoints, texts, tmp_path):
-    """Processes wait for the gradient of all that is trained."""
+def test_parameters_that_text_does_not_use_are_frozen(checkpoints, texts, tmp_path):
+    """DDP waits for the gradients of all trained parameters."""
     program, out, before = tmp_path / "program.py", tmp_path / "out", checkpoints("mistral3")
     program.write_text(PROGRAM)
     command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program)
@@ -124,9 +124,7 @@ def test_a_tower_that_no_text_meets_holds_nobody_up(checkpoints, texts, tmp_path
     assert all("vision" in name or "projector" in name for name in stayed)
 
 
-def test_a_process_that_dies_ends_the_training_and_one_goes_on(
-    checkpoints, texts, tmp_path, trained
-):
+def test_training_resumes_after_a_process_died(checkpoints, texts, tmp_path, trained):
     program, out = tmp_path / "program.py", tmp_path / "out"
     program.write_text(DYING + PROGRAM)
     command = (

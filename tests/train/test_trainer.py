@@ -1,4 +1,4 @@
-"""Fine-tuning by one process: the loss it minimises, resume, and what must not be lost."""
+"""Fine-tuning by one process: steps, resuming, full disks and non-finite losses."""
 
 import math
 import os
@@ -17,8 +17,8 @@ from small_training import FAST, TAUGHT, train, weights
 
 
 def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
-    """Adam, clip and warm-up written out, on the same pieces, under the same rescale."""
-    _, lines, pieces = trained
+    """Adam, clipping and warm-up written out, on the same sequences and rescale."""
+    _, lines, sequences = trained
     loaded = load_model(str(checkpoints("llama")), dtype="float32")
     model = loaded.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8, weight_decay=0.0)
@@ -28,7 +28,7 @@ def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
             rate = 1e-3 * (step / 2 if step < 2 else (6 - step) / 4)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            ids = torch.stack([pieces[2 * step + i]["input_ids"] for i in range(2)])
+            ids = torch.stack([sequences[2 * step + i]["input_ids"] for i in range(2)])
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             optimizer.zero_grad()
@@ -61,7 +61,7 @@ def test_leaves_a_plain_checkpoint(trained, checkpoints):
         (8, 2),
     ],
 )
-def test_an_interrupted_training_ends_as_if_it_was_not(
+def test_interrupted_training_resumes_exactly(
     trained, checkpoints, texts, tmp_path, monkeypatch, fail_at, lora
 ):
     settings = FAST.model_copy(update={"lora": lora})
@@ -86,7 +86,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
         assert torch.equal(weight, weights(out)[name]), name
 
 
-def test_killed_after_the_model_was_written_it_is_not_trained_again(
+def test_training_is_not_repeated_after_the_model_was_written(
     checkpoints, texts, tmp_path, trained
 ):
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
@@ -114,8 +114,8 @@ def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stands(
     asked = LongContextDataset.__getitem__
 
     def poisoned(self, number):
-        piece = asked(self, number)
-        return piece | {"weights": piece["weights"] * math.nan} if number == 7 else piece
+        sequence = asked(self, number)
+        return sequence | {"weights": sequence["weights"] * math.nan} if number == 7 else sequence
 
     monkeypatch.setattr(LongContextDataset, "__getitem__", poisoned)
     with pytest.raises(ValueError, match=r"the loss is nan at step 4.*learning_rate"):
@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stands(
     assert lines == trained[1]
 
 
-def test_a_disk_that_is_full_at_the_end_costs_the_last_steps_at_most(
+def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
     checkpoints, texts, tmp_path, monkeypatch, trained
 ):
     from transformers import PreTrainedModel
@@ -207,7 +207,7 @@ def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monk
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"lora": 2}], ids=["bf16", "lora"])
-def test_a_teacher_is_there_in_every_way_of_training(checkpoints, texts, tmp_path, taught, changes):
+def test_distillation_works_with_every_setting(checkpoints, texts, tmp_path, taught, changes):
     settings = TAUGHT.model_copy(update=changes)
     lines, *_ = train(checkpoints("llama"), texts, tmp_path, settings)
     assert lines[0]["loss"] == pytest.approx(taught[1][0]["loss"], abs=0.02)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from longrope.attention.backward import attention_backward, sink_gradients
 from longrope.attention.chunked import Options, attention_with_lse, check_arguments, chunk_attention
 
+# Names under which the functions below are registered with transformers.
 NAME, TRAINED = "longrope_differentiable", "longrope_trained"
 
 
@@ -45,9 +46,9 @@ def differentiable_attention(
     """
     check_arguments(attention_mask, others)
     options = Options(scaling, softcap or None, sliding_window, s_aux)
-    apart = _REPLACEMENT.get()
-    if apart is not None:
-        return apart(query, key, value, options).transpose(1, 2).contiguous(), None
+    replacement = _REPLACEMENT.get()
+    if replacement is not None:
+        return replacement(query, key, value, options).transpose(1, 2).contiguous(), None
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # the dtype that torch's own kernels would get
         dtype = torch.get_autocast_dtype(kind)
@@ -113,10 +114,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, sink_grad = (
-            ctx.saved_tensors,
-            None,
-        )  # once: under checkpointing they unpack once only
+        # Read once: under checkpointing saved tensors can be unpacked only once.
+        saved, sink_grad = ctx.saved_tensors, None
         if ctx.needs_input_grad[3]:
             sink_grad = sink_gradients(output_grads[0], saved, ctx.options.sinks)
         return (

@@ -188,12 +188,14 @@ def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
 
 
 def _cpu_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Call torch's CPU flash attention backward kernel."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *parts, 0.0, causal, scale=scaling
     )
 
 
 def _cuda_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Call torch's CUDA flash attention backward kernel."""
     _, query, key, *_, lse = parts
     ops, one = torch.ops.aten, query[:, :, :1]
     # The forward kernel's extra outputs, which its backward requires; they differ by version.
@@ -209,9 +211,9 @@ def _cuda_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, 
 
 @functools.cache
 def _cuda_kernel_agrees(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    found = matches_products(
-        _cuda_kernel, device, dtype, dim, past=0
-    )  # it only sees whole sequences
+    # Without a past, as this kernel only sees whole sequences.
+    """Whether the CUDA kernel agrees with plain products; warns once if not."""
+    found = matches_products(_cuda_kernel, device, dtype, dim, past=0)
     if not found:
         log.warning(
             "no fused attention backward kernel for %s, head dimension %d: using slower products",

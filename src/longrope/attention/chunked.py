@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longrope.attention import cudnn
 
+# Name under which chunk_attention is registered with transformers.
 NAME = "longrope_chunked"
 
 # Block size in keys where no kernel fits and scores are materialised.

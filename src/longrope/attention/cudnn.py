@@ -66,6 +66,7 @@ def attention(
 
 @functools.cache
 def _warn_once(why: str) -> None:
+    """Warn once per reason that torch's kernel is used instead."""
     log.warning("cuDNN attention is unavailable (%s): using torch's flash kernel", why)
 
 

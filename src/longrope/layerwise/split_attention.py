@@ -111,20 +111,17 @@ class SplitAttention:
     def backward_attention(self) -> None:
         """Replace queries, keys and values by their gradients."""
         query, key, _ = self.inputs
-        heads, groups, group = (
-            query.shape[1],
-            query.shape[1] // key.shape[1],
-            self.chunks.group.size,
-        )
+        heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+        members = self.chunks.group.size
         shape = query.shape[3], self.chunks.tokens, self.size, query.dtype.itemsize
         most = heads_at_once(heads, *shape)
         # As few rounds as possible, each with equal shares of heads.
-        rounds = -(-key.shape[1] // (max(1, most // groups) * group))
-        step = -(-key.shape[1] // (rounds * group))
-        for first in range(0, key.shape[1], step * group):
-            last = min(first + step * group, key.shape[1])
+        rounds = -(-key.shape[1] // (max(1, most // groups) * members))
+        step = -(-key.shape[1] // (rounds * members))
+        for first in range(0, key.shape[1], step * members):
+            last = min(first + step * members, key.shape[1])
             shares = slices(first, last, step)
-            shares += [slice(last, last)] * (group - len(shares))
+            shares += [slice(last, last)] * (members - len(shares))
             self._backward(shares, groups, most)
         del self.output, self.lse, self.output_grad
 

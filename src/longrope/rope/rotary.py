@@ -194,9 +194,8 @@ def scaled_length(parameters: dict[str, Any], longest: int) -> int:
         longest: ``max_position_embeddings``.
     """
     before = parameters.get("original_max_position_embeddings")
-    if (
-        parameters["rope_type"] == "dynamic"
-    ):  # transformers' formula starts from max_position_embeddings
+    # transformers' dynamic formula starts from max_position_embeddings.
+    if parameters["rope_type"] == "dynamic":
         before = longest
     if before is None or (parameters["rope_type"] == "llama3" and longest > before):
         return longest

@@ -136,9 +136,8 @@ class _SplitModel:
     def hidden(self, ids: Tensor) -> Tensor:
         """Run the decoder; hidden states have shape (batch, tokens, hidden size)."""
         output = self._decoder(input_ids=ids, use_cache=False)
-        self._output = type(
-            output
-        )  # mixture-of-experts outputs have more fields, which the head returns
+        # Mixture-of-experts outputs have more fields, which the head returns.
+        self._output = type(output)
         return output.last_hidden_state
 
     def attention(self) -> contextlib.AbstractContextManager[None]:

@@ -84,12 +84,12 @@ def finetune(
         model = _with_lora(model, settings.lora)
     _freeze_unused(loaded.model)
     arguments = _arguments(settings, work, model.device, ranks, seed)
-    if (
-        teacher is not None
-    ):  # on the Trainer's device; autocast would cache copies of trainable weights
+    # On the Trainer's device, and frozen, as autocast caches copies of trainable weights.
+    if teacher is not None:
         teacher.model.to(arguments.device).requires_grad_(False)
     with (
-        rescaled(loaded.model, rescale, always=dataset.reach > 0),  # position_override requires it
+        # position_override requires the rescale to be in place.
+        rescaled(loaded.model, rescale, always=dataset.reach > 0),
         chunked_loss(model, short, teacher=teacher and teacher.model),
         progress("fine-tune", settings.steps, show=ranks.first) as advance,
         detect_lost_ranks(),
@@ -125,6 +125,7 @@ def _run_trainer(
 
 
 def _unwrapped(trainer: Trainer) -> Any:
+    """Return the model without accelerate's wrappers."""
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
 
 
@@ -207,6 +208,7 @@ class _Trainer(Trainer):
 
 
 def _not_finite(what: str, value: float, step: int) -> ValueError:
+    """Build the error for a loss or gradient that is not finite."""
     return ValueError(
         f"the {what} is {value} at step {step}; checkpoints before it are kept: lower "
         "finetune.learning_rate or set finetune.precision to float32, with another "
@@ -266,6 +268,7 @@ def _last_complete(work: Path) -> Path | None:
 
 
 def _step(checkpoint: Path) -> int:
+    """Return a checkpoint's step number."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -320,7 +323,6 @@ def _with_lora(model: Any, rank: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # peft uses a deprecated name of transformers
+        # peft uses a deprecated name of transformers.
+        warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
