@@ -30,7 +30,7 @@ _METRICS = ("acc_norm", "acc", "exact_match")
 RULER_TOKENS = 2048
 
 # Score of each question, 0 to 1.
-Scores = dict[str, float]
+QuestionScores = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,11 @@ def score_benchmark(
     longest: int,
     task: str,
     options: BenchmarkOptions,
-    kept: MutableMapping[str, dict[str, Scores]] | None = None,
+    kept: MutableMapping[str, dict[str, QuestionScores]] | None = None,
     *,
     chunk: int | None = None,
     offload_activations: str | None = None,
-) -> dict[str, Scores]:
+) -> dict[str, QuestionScores]:
     """Score one model on a task, each prompt under the rescale for its length.
 
     Args:
@@ -127,7 +127,7 @@ def score_benchmark(
     from longrope.evaluate.lm_eval_model import HarnessModel
 
     kept = {} if kept is None else kept
-    scores: dict[str, Scores] = {}
+    scores: dict[str, QuestionScores] = {}
     with (
         task_parts(task, loaded.tokenizer, options.lengths, options.data) as parts,
         progress(task, len(parts), show=len(parts) > 1) as advance,
@@ -167,12 +167,14 @@ def _questions(part: Any, limit: int | None) -> list[int]:
     return chosen
 
 
-def _scored(task: str, part: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, Scores]:
+def _scored(
+    task: str, part: str, samples: Sequence[Mapping[str, Any]]
+) -> dict[str, QuestionScores]:
     """Return scores by row and question, under the first filter of the task.
 
     A question's name includes a hash of its text, so that different questions never match.
     """
-    scores: dict[str, Scores] = {}
+    scores: dict[str, QuestionScores] = {}
     for sample in samples:
         if sample["filter"] != samples[0]["filter"]:
             continue

@@ -46,7 +46,6 @@ def retrieve(
     trials: int,
     bins: int = 10,
     seed: int = 0,
-    report: Callable[[int], None] = lambda done: None,
     answered: MutableMapping[str, bool] | None = None,
 ) -> list[Row]:
     """Run retrieval trials at one length, with stratified depths.
@@ -57,7 +56,6 @@ def retrieve(
         rescale: factors to run under; None leaves the model as it is.
         bins: ranges of depths that trials are counted in.
         seed: random seed; the same seed gives every rescale the same prompts.
-        report: called with the number of trials that are done.
         answered: whether the answer was correct, by trial number; trials in it are skipped, new
             ones are added.
     """
@@ -69,7 +67,6 @@ def retrieve(
         for batch in _batches([prompts[number] for number in left]):
             for correct in _correct(forward, batch):
                 answered[str(left.pop(0))] = correct
-            report(trials - len(left))
     rows = []
     edges = np.linspace(0, 1, min(bins, trials) + 1)
     for low, high in pairwise(edges.tolist()):

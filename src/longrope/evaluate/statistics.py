@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope.evaluate.benchmarks import Scores
+from longrope.evaluate.benchmarks import QuestionScores
 
 
 def finite_or_none(value: float) -> float | None:
@@ -14,7 +14,7 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def paired(task: str, original: Scores, extended: Scores) -> dict[str, Any]:
+def paired(task: str, original: QuestionScores, extended: QuestionScores) -> dict[str, Any]:
     """Compare two models on the same questions.
 
     Returns:
