@@ -166,7 +166,7 @@ def test_full_disk(small_search, tmp_path):
 def test_retrieval_and_generation(tmp_path):
     base = ["evaluate", "bundled", "--lengths", "512"]
     messages = {
-        (*base, "--passkey", "--needle"): "ask for one at a time",
+        (*base, "--passkey", "--needle"): "choose one",
         (*base, "--passkey", "--trials", 0): "--trials is 0",
         (*base[:-1], "40", "--passkey"): "too few for the question",
         ("generate", "bundled", "--max-new-tokens", 0): "--max-new-tokens is 0",

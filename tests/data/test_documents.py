@@ -82,7 +82,7 @@ def test_json_as_others_write_it(tmp_path, content):
 
 
 def test_missing_data_is_named(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no such file or folder"):
+    with pytest.raises(ValueError, match="no such file or directory"):
         read_documents([str(tmp_path / "nowhere.txt")])
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where the extra is not installed
     with pytest.raises(ValueError, match=r"longrope\[datasets\]"):

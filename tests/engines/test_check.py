@@ -87,12 +87,12 @@ def test_mistakes_are_one_line(exported, tmp_path):
     legacy = ["verify", exported, "--engine", "transformers-legacy"]
     mistakes = (
         (["verify", exported, "--engine", "ollama"], "--engine ollama: choose transformers,"),
-        (["verify", exported, "--engine", "vllm"], "make one (python -m venv ENGINE"),
+        (["verify", exported, "--engine", "vllm"], "create one (python -m venv ENGINE"),
         (["verify", exported, "--engine", "llamacpp"], "--engine llamacpp reads a GGUF file"),
-        (["verify", tmp_path / "no"], "there is no such export"),
+        (["verify", tmp_path / "no"], "no such file or directory"),
         (["verify", BUNDLED], "its RoPE is not scaled"),
         (["verify", exported, "--python", "/no/python"], "--python /no/python: No such file"),
-        ([*legacy, "--python", sys.executable, "--lengths", "64"], "legacy wants a 4.x"),
+        ([*legacy, "--python", sys.executable, "--lengths", "64"], "legacy requires a 4.x"),
         (["export", "bundled", "--out", tmp_path / "x"], "--rescale is missing"),
         (
             ["export", "bundled", "--out", tmp_path / "x", "--rescale", "yarn"],

@@ -154,7 +154,7 @@ def test_a_run_takes_no_factors_of_a_method(finished):
     out, _ = finished
     for name, value in (("--target", "8x"), ("--attention-factor", 0.0)):
         line = refused("evaluate", out, "--lengths", "64", name, value)
-        assert f"{name} is {value}, for a method, and {out} has factors of its own" in line
+        assert f"{name} is {value}, which needs a method, and {out} has its own factors" in line
 
 
 def test_the_readme_goes_on_from_a_run(finished, tmp_path):

@@ -91,12 +91,12 @@ def test_headline_says_the_worst(run):
     lines = headline(results())
     assert len(lines) == 5
     assert "perplexity at 2,048 tokens: 9.60 (unscaled ∞" in lines[0]
-    assert "at most 10.10, at 256: +1.0%" in lines[1]
-    assert "34 of 40; the lowest at 2,048, 8 of 10" in lines[2]
+    assert all(figure in lines[1] for figure in ("10.10", "256", "+1.0%"))
+    assert all(figure in lines[2] for figure in ("34 of 40", "2,048", "8 of 10"))
 
 
 def test_a_directory_without_results_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no results.json; run 'longrope extend'"):
+    with pytest.raises(ValueError, match=r"no results.json; finish 'longrope extend'"):
         write_page(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The verbs that compare methods and draw."""
+"""The verbs ``compare`` and ``report``."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,18 +30,23 @@ from longrope.cli.tables import console, print_differences, print_json, print_ro
 @app.command()
 def compare(
     model: Model = "bundled",
-    target: Annotated[str, typer.Option(help="Tokens the methods are made for.")] = ...,  # type: ignore[assignment]
+    target: Annotated[
+        str, typer.Option(help="Target length of the methods, in tokens or such as 8x.")
+    ] = ...,  # type: ignore[assignment]
     methods: Annotated[
-        str, typer.Option(help="Methods and rescale files, with commas between.")
+        str, typer.Option(help="Comma-separated methods and rescale files.")
     ] = "none,pi,ntk,dynamic-ntk,yarn",
     lengths: Annotated[
-        str | None, typer.Option(help="Such as 512,1024; by default the target alone.")
+        str | None,
+        typer.Option(
+            help="Comma-separated lengths in tokens, such as 512,1024; by default the target."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for compare.json and the plots; by default the rescale file's, or "
-            "compare/."
+            help="Directory for compare.json and the plots; by default that of the first rescale "
+            "file, else compare/."
         ),
     ] = None,
     data: Data = None,
@@ -59,9 +64,9 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Compare methods and searched factors on documents that no search has seen.
+    """Compare methods and searched factors on held-out documents.
 
-    Run again, it resumes.
+    The same command resumes an interrupted comparison.
     """
     from longrope.data.documents import check_sources
     from longrope.data.windows import bos_token, load_documents
@@ -145,10 +150,12 @@ def compare(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="What extend, search or compare wrote to.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Output directory of extend, search or compare.")
+    ],
     json_: Json = False,
 ) -> None:
-    """Write a run's page again, or draw a search's and a comparison's pictures."""
+    """Write the report of a run again, or draw the figures of a search or comparison."""
     from longrope.report.figures import report as draw
     from longrope.report.page import write_page
 

@@ -1,4 +1,4 @@
-"""The verb that measures."""
+"""The verb ``evaluate``."""
 
 import dataclasses
 import json
@@ -36,59 +36,73 @@ def evaluate(
     rescale: Annotated[
         str | None,
         typer.Option(
-            help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default none, or what "
-            "the model was extended with."
+            help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default the factors of "
+            "an extended model, else none."
         ),
     ] = None,
     passkey: Annotated[
-        bool, typer.Option("--passkey", help="Retrieval of a pass key in place of perplexity.")
+        bool, typer.Option("--passkey", help="Measure passkey retrieval instead of perplexity.")
     ] = False,
     needle: Annotated[
-        bool, typer.Option("--needle", help="Retrieval of a sentence among lines of --data.")
+        bool,
+        typer.Option(
+            "--needle", help="Measure retrieval of a sentence hidden among lines of --data."
+        ),
     ] = False,
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="lm-eval's tasks, such as arc_challenge,hellaswag,mmlu,truthfulqa_mc1 or RULER's "
-            "niah_single_1, asked this model and the original one."
+            help="Comma-separated lm-eval tasks to compare with the original model, such as "
+            "arc_challenge,hellaswag,mmlu,truthfulqa_mc1 or RULER's niah_single_1."
         ),
     ] = None,
     benchmark_data: Annotated[
-        Path | None, typer.Option(help="Folder with copies of the hub's data sets.")
+        Path | None, typer.Option(help="Directory with local copies of the hub's datasets.")
     ] = None,
     questions: Annotated[
-        int | None, typer.Option(help="Of each benchmark at most so many; by default all.")
+        int | None, typer.Option(help="Questions per benchmark at most; by default all.")
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(help="Examples before each question; by default the paper's.")
+        int | None,
+        typer.Option(help="Few-shot examples before each question; by default the paper's."),
     ] = None,
     original: Annotated[
         str | None,
         typer.Option(
-            help="What benchmarks compare with; by default a run's, else the same weights unscaled."
+            help="Model to compare benchmarks with; by default the run's original model, else the "
+            "same weights unscaled."
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Questions a length, depths stratified.")] = 20,
-    digits: Annotated[int, typer.Option(help="Of the number that is asked for.")] = 5,
-    seed: Annotated[int, typer.Option(help="Decides keys and depths.")] = 0,
+    trials: Annotated[
+        int, typer.Option(help="Retrieval trials per length, with stratified depths.")
+    ] = 20,
+    digits: Annotated[int, typer.Option(help="Digits of the hidden number.")] = 5,
+    seed: Annotated[int, typer.Option(help="Random seed of hidden numbers and depths.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for the rows as JSON, and the heat map; interrupted, the same command "
-            "goes on from what it holds (not with --sequence-parallel)."
+            help="Directory for the results as JSON and the heat map; the same command resumes an "
+            "interrupted measurement, except with --sequence-parallel."
         ),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Such as 4k,8k or 2x; benchmarks other than RULER need none.")
+        str | None,
+        typer.Option(
+            help="Comma-separated lengths in tokens, such as 4k,8k or 2x; benchmarks use them only "
+            "for RULER."
+        ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="What a method is made for; by default the longest length.")
+        str | None, typer.Option(help="Target length of the method; by default the longest length.")
     ] = None,
     data: Data = None,
     field: Field = "text",
     pack: Pack = False,
     stride: Annotated[
-        int | None, typer.Option(help="Slide the window by so many tokens, score only those.")
+        int | None,
+        typer.Option(
+            help="Tokens between the starts of overlapping windows; by default they do not overlap."
+        ),
     ] = None,
     tokens_per_document: TokensPerDocument = None,
     attention_factor: AttentionFactor = None,
@@ -103,7 +117,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Measure perplexity, retrieval or benchmarks of a model under one rescale, or of a run."""
+    """Measure perplexity, retrieval or benchmarks of a model under one choice of factors."""
     from longrope.checkpoints.importer import find_pair
     from longrope.data.documents import check_sources
     from longrope.distributed import local_device, ranks
@@ -168,7 +182,7 @@ def evaluate(
         if out:
             require_directory(out)
             require_same(out / f"{kind}.json", of)
-        # Benchmarks that make no texts have prompts of a few thousand tokens.
+        # Benchmarks other than RULER have prompts of a few thousand tokens.
         longest = max(measured, default=min(info.original_max_position_embeddings or 0, 4096))
         how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
         check_measuring(info, longest, how | {"offload_activations": offload_activations}, these)
@@ -183,8 +197,8 @@ def evaluate(
     with ranks(sequence_parallel) as these:
         if these.group_count > 1:
             raise ValueError(
-                f"--sequence-parallel is {sequence_parallel}, of {these.size} processes; evaluate "
-                "has one thing to do at a time: make it all of them"
+                f"--sequence-parallel is {sequence_parallel} with {these.size} processes; evaluate "
+                f"requires all processes in one group: give --sequence-parallel {these.size}"
             )
         loading |= {"device": local_device(device), "group": these.group}
         pair = None
@@ -261,8 +275,8 @@ def _refuse_for_a_pair(model: str, target: str | None, attention_factor: float |
     for name, value in (("--target", target), ("--attention-factor", attention_factor)):
         if value is not None:
             raise ValueError(
-                f"{name} is {value}, for a method, and {model} has factors of its own: leave it "
-                "out, or give --rescale"
+                f"{name} is {value}, which needs a method, and {model} has its own factors: omit "
+                "it, or give --rescale"
             )
 
 
@@ -271,20 +285,20 @@ def _target(rescale: str | None, target: str | None) -> str:
     from longrope.rope.methods import METHODS
 
     if target is None and rescale in METHODS and rescale != "none":
-        raise ValueError(f"--target is missing; say what {rescale} is to be made for, such as 8x")
+        raise ValueError(f"--target is missing; give the target length of {rescale}, such as 8x")
     return target or "1x"
 
 
 def _original(model: str, named: str | None, loading: dict[str, Any]) -> Any:
-    """What benchmarks compare with: as named, the run's, or None for the same weights."""
+    """Load the model that benchmarks compare with; None stands for the same weights."""
     from longrope.checkpoints.run_layout import original_of
     from longrope.models.load import load_model
 
     source: dict[str, Any] | None = {"source": named} if named else original_of(model)
     if source is None:
         return None
-    of_the_other = ("original_length", "check")
-    known = {name: value for name, value in loading.items() if name not in of_the_other}
+    not_shared = ("original_length", "check")
+    known = {name: value for name, value in loading.items() if name not in not_shared}
     return load_model(**known, **source)
 
 
@@ -292,5 +306,5 @@ def _kind(passkey: bool, needle: bool, benchmarks: str | None) -> str:
     asked = {"passkey": passkey, "needle": needle, "benchmarks": bool(benchmarks)}
     chosen = [name for name, wanted in asked.items() if wanted]
     if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(f'--{name}' for name in chosen)}: ask for one at a time")
+        raise ValueError(f"{' and '.join(f'--{name}' for name in chosen)}: choose one")
     return chosen[0] if chosen else "perplexity"

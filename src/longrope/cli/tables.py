@@ -1,4 +1,4 @@
-"""What the verbs print: tables for people, JSON for programs."""
+"""Print results as tables or JSON."""
 
 import json
 from typing import Any
@@ -10,12 +10,12 @@ console = Console()
 
 
 def print_json(value: Any) -> None:
-    """JSON to standard output."""
+    """Print a value as JSON to standard output."""
     print(json.dumps(value, indent=1))
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Perplexities by length and method."""
+    """Print perplexity by length and method."""
     table = Table("length", "method", "perplexity", "± s.e.", "tail", "tokens", "windows")
     for row in rows:
         table.add_row(
@@ -31,19 +31,19 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def print_retrieval(rows: Any) -> None:
-    """Right answers by length, with their interval."""
+    """Print correct answers by length with their 95% interval."""
     from longrope.evaluate.statistics import totals, wilson
 
-    table = Table("length", "right", "of", "share", "95% interval")
-    for length, (right, trials) in totals(rows).items():
-        low, high = wilson(right, trials)
-        shares = f"{right / trials:.0%}", f"{low:.0%} – {high:.0%}"
-        table.add_row(f"{length:,}", str(right), str(trials), *shares)
+    table = Table("length", "correct", "trials", "share", "95% interval")
+    for length, (correct, trials) in totals(rows).items():
+        low, high = wilson(correct, trials)
+        shares = f"{correct / trials:.0%}", f"{low:.0%} – {high:.0%}"
+        table.add_row(f"{length:,}", str(correct), str(trials), *shares)
     console.print(table)
 
 
 def print_benchmarks(rows: list[dict[str, Any]]) -> None:
-    """Shares of right answers, and the paired difference with its interval."""
+    """Print benchmark scores and their paired difference with its 95% interval."""
     table = Table("benchmark", "questions", "original", "extended", "difference", "95% interval")
     for row in rows:
         table.add_row(
@@ -62,10 +62,10 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def print_differences(rows: list[dict[str, Any]]) -> None:
-    """Paired differences between the subject and every other."""
+    """Print paired differences between the subject and every other method."""
     if not rows:
         return
-    title = f"{rows[0]['method']} less each other, nats per token, paired by document"
+    title = f"{rows[0]['method']} minus each other method, nats per token, paired by document"
     table = Table("length", "against", "difference", "± s.e.", "better", title=title)
     for row in rows:
         table.add_row(

@@ -1,4 +1,4 @@
-"""Documents: from text, JSON, JSONL and Parquet files, folders, hub datasets, this Python."""
+"""Read documents from text, JSON, JSONL and Parquet files, directories and hub datasets."""
 
 import contextlib
 import dataclasses
@@ -20,24 +20,28 @@ _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text; windows never reach over its end."""
+    """One named text; no window crosses its end."""
 
     name: str
     text: str
 
     @property
     def sha256(self) -> str:
+        """Hash of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def read_documents(sources: Sequence[str], field: str = "text") -> list[Document]:
-    """Read text files, folders of them, JSON, JSONL and Parquet files, or hub datasets.
+    """Read documents from files, directories of files, or hub datasets.
 
-    ``field`` names the text's field in JSON, JSONL, Parquet and datasets. Documents with
-    the same text are kept once.
+    Documents with the same text are read once.
+
+    Args:
+        sources: paths of text, JSON, JSONL or Parquet files, of directories, or ids of datasets.
+        field: name of the text field in JSON, JSONL, Parquet and datasets.
 
     Raises:
-        ValueError: nothing there, not text, no such field, or no text in it.
+        ValueError: a missing source, a file that is not text, a missing field, or no text.
     """
     documents: dict[str, Document] = {}
     for source in sources:
@@ -50,14 +54,14 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Refuse data that is not there, without reading any.
+    """Check that every source exists, without reading it.
 
     Raises:
-        ValueError: neither a file nor a folder, nor what a hub id looks like.
+        ValueError: neither a file, nor a directory, nor the form of a hub id.
     """
     for source in sources:
         if not Path(source).exists() and not _is_hub_dataset(source):
-            raise ValueError(f"--data {source}: no such file or folder")
+            raise ValueError(f"--data {source}: no such file or directory")
 
 
 def _is_hub_dataset(source: str) -> bool:
@@ -65,7 +69,7 @@ def _is_hub_dataset(source: str) -> bool:
 
 
 def library_documents(held_out: bool | None = None) -> list[Document]:
-    """The standard library of this Python; see :mod:`longrope.data.stdlib`."""
+    """Return the standard library of this Python as documents; see :mod:`longrope.data.stdlib`."""
     return [Document(name, text) for name, text in library_texts(held_out).items()]
 
 
@@ -79,7 +83,7 @@ def _read(source: str, field: str) -> Iterable[Document]:
             try:
                 yield from _read_file(file, field)
             except ValueError as error:
-                log.warning("left out: %s", error)
+                log.warning("skipped: %s", error)
     elif path.is_file():
         yield from _read_file(path, field)
     else:
@@ -100,10 +104,10 @@ def _read_file(path: Path, field: str) -> Iterable[Document]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file.
+    """Read a UTF-8 text file.
 
     Raises:
-        ValueError: no such file, or not text.
+        ValueError: a file that cannot be read, or is not text.
     """
     try:
         content = path.read_bytes()
@@ -119,7 +123,7 @@ def read_text(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterable[Any]:
-    """A value a line; in a ``.json`` file perhaps one list of them, or one object, over many."""
+    """Yield the values of JSON lines; a ``.json`` file may also hold one list or one object."""
     content = read_text(path)
     if path.suffix == ".json":
         with contextlib.suppress(json.JSONDecodeError):
@@ -155,19 +159,20 @@ def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
         from datasets import load_dataset  # type: ignore[import-not-found]
     except ImportError:
         raise ValueError(
-            f"--data {source}: no such file or folder; to read it as a hub dataset: "
+            f"--data {source}: no such file or directory; to read it as a hub dataset: "
             "pip install 'longrope[datasets]'"
         ) from None
-    from longrope.errors import first_line  # it imports transformers
+    from longrope.errors import first_line
     from longrope.progress import quiet  # it imports transformers
 
     name, _, split = source.partition(":")
     try:
         with quiet():
             rows = load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises a dozen kinds
+    except Exception as error:  # the library raises a dozen types
         raise ValueError(
-            f"--data {source}: no such file or folder, nor read from the hub ({first_line(error)})"
+            f"--data {source}: no such file or directory, nor a readable hub dataset "
+            f"({first_line(error)})"
         ) from None
     yield from _rows(rows, source, field)
 
@@ -178,7 +183,7 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
             continue
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise _no_field(f"{where}: row {number}", field, row if isinstance(row, dict) else ())
-        # Half an emoji, which JSON can hold, no tokenizer takes.
+        # JSON can hold half of a surrogate pair, which no tokenizer accepts.
         text = row[field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if text.strip():
             yield Document(f"{Path(where).name}:{number}", text)

@@ -20,7 +20,13 @@ _CITIES = ("London", "Paris", "Tokyo", "Berlin", "Madrid", "Rome", "Cairo", "Lim
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One question: token ids of prompt and answer together, shape (tokens,)."""
+    """One retrieval prompt with its answer.
+
+    Args:
+        ids: token ids of prompt and answer together, shape (tokens,).
+        answer_tokens: tokens of the answer, at the end of ``ids``.
+        depth: where the number is hidden, 0 (start) to 1 (end).
+    """
 
     ids: np.ndarray
     answer_tokens: int
@@ -30,13 +36,13 @@ class Prompt:
 def passkey_prompt(
     tokenizer: Any, length: int, depth: float, rng: random.Random, digits: int = 5
 ) -> Prompt:
-    """The paper's passkey prompt, as long as fits into ``length`` tokens.
+    """Return the LongRoPE paper's passkey prompt, as long as fits into ``length`` tokens.
 
     Args:
-        depth: where the key stands among the filler lines, 0 (start) to 1 (end).
+        depth: where the number is hidden among the filler lines, 0 (start) to 1 (end).
 
     Raises:
-        ValueError: ``length`` holds not even the question.
+        ValueError: ``length`` is too short for the question.
     """
     key = "".join(rng.choice("0123456789") for _ in range(digits))
     needle = f"The pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -45,7 +51,7 @@ def passkey_prompt(
 
 
 def question_tokens(tokenizer: Any, digits: int = 5) -> int:
-    """Tokens of the shortest prompt of either kind: introduction, needle, question, answer."""
+    """Return how many tokens the shortest passkey or needle prompt takes, answer included."""
     key = "0" * digits
     city = max(_CITIES, key=len)
     texts = (
@@ -58,16 +64,16 @@ def question_tokens(tokenizer: Any, digits: int = 5) -> int:
 
 
 def require_room(field: str, tokenizer: Any, length: int) -> None:
-    """Refuse to ask at a length that does not hold a question.
+    """Check that a length holds a passkey question.
 
     Raises:
-        ValueError: names the ``field`` that asks for it.
+        ValueError: it does not; names the ``field`` that asks for passkeys.
     """
     shortest = question_tokens(tokenizer)
     if shortest > length:
         raise ValueError(
-            f"{field}: a passkey question takes {shortest} tokens, and {length} is the length; "
-            "choose a longer one, or ask for no keys here (0)"
+            f"{field}: a passkey question takes {shortest} tokens, and the length is {length}; "
+            "choose a longer one, or no passkeys (0)"
         )
 
 
@@ -79,10 +85,14 @@ def needle_prompt(
     rng: random.Random,
     digits: int = 5,
 ) -> Prompt:
-    """A sentence between the lines of a text (``haystack``), as long as fits.
+    """Return a prompt that hides a sentence between lines of a text, as long as fits.
+
+    Args:
+        haystack: lines of the text.
+        depth: where the sentence is hidden, 0 (start) to 1 (end).
 
     Raises:
-        ValueError: the text is shorter than ``length`` tokens, or that is too short.
+        ValueError: the haystack is shorter than ``length`` tokens, or ``length`` is too short.
     """
     key = "".join(rng.choice("0123456789") for _ in range(digits))
     city = rng.choice(_CITIES)
@@ -105,9 +115,9 @@ def _prompt(
 
     left = length - len(tokenizer(TASK + needle + question + f" {key}", verbose=False)["input_ids"])
     if left < 0:
-        raise ValueError(f"--lengths: {length} tokens are too few for the question itself")
+        raise ValueError(f"--lengths: {length} tokens are too few for the question")
     chosen: list[str] = []
-    known: dict[str, int] = {}  # passkey's filler is one line, again and again
+    known: dict[str, int] = {}  # the passkey filler repeats one line
     for line in lines:
         if line not in known:
             known[line] = count(line)
@@ -117,10 +127,10 @@ def _prompt(
         chosen.append(line)
     else:
         raise ValueError(
-            f"the haystack is {left:,} tokens shorter than the {length:,} asked for; give longer "
+            f"the haystack is {left:,} tokens shorter than the length, {length:,}; give longer "
             "documents with --data, or shorter --lengths"
         )
-    while True:  # joined, lines may take a token more than they took alone
+    while True:  # lines may take a token more when joined
         at = round(depth * len(chosen))
         text = TASK + "".join([*chosen[:at], needle, *chosen[at:]]) + question
         prompt = tokenizer(text, verbose=False)["input_ids"]
@@ -135,11 +145,11 @@ def _prompt(
 
 
 def depths(trials: int, rng: random.Random) -> list[float]:
-    """One depth in each of ``trials`` equal parts of the text, by chance within it."""
+    """Return one random depth in each of ``trials`` equal ranges from 0 to 1."""
     return [(trial + rng.random()) / trials for trial in range(trials)]
 
 
 def haystack_lines(documents: Sequence[Any], tokenizer: Any) -> list[str]:
-    """The lines of tokenised documents, one document after the other."""
+    """Return the lines of tokenized documents, one document after the other."""
     text = "\n".join(tokenizer.decode(document.ids) for document in documents)
     return [line + "\n" for line in text.split("\n")]

@@ -1,15 +1,14 @@
-"""The text that every Python installation carries, as documents.
+"""Source code of Python's standard library as documents.
 
-With no ``--data``, longrope searches and evaluates on the standard library of
-the Python that runs it: one document per package (its sources, joined), one
-per large module, and one for the language reference in ``pydoc_data``.
+It is text that every machine has: one document per package (its joined sources), one per large
+module, and one for the language reference in ``pydoc_data``.
 """
 
 import sys
 import sysconfig
 from pathlib import Path
 
-# Never in the bundled model's training set: what it is evaluated on.
+# Held out of the bundled model's training set, for its evaluation.
 HELD_OUT = (
     "argparse",
     "asyncio",
@@ -25,16 +24,16 @@ HELD_OUT = (
     "unittest",
 )
 
-# Tables, tests, and packages that not every installation has.
+# Tables, tests, and packages that some installations lack.
 _SKIPPED = {"encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "turtledemo"}
-_SMALLEST_DOCUMENT = 20_000  # characters; smaller modules say little at any length of interest
+_SMALLEST_DOCUMENT = 20_000  # characters; smaller modules are too short for any length of interest
 
 
 def library_texts(held_out: bool | None = None) -> dict[str, str]:
-    """Name → text of the library's documents, in alphabetical order.
+    """Return the text of each library document by name, in alphabetical order.
 
-    ``held_out`` keeps only the packages of :data:`HELD_OUT` (True), all others
-    (False), or everything (None).
+    Args:
+        held_out: True returns only the packages of :data:`HELD_OUT`, False all others, None all.
     """
     root = Path(sysconfig.get_path("stdlib"))
     texts = {}
@@ -43,7 +42,7 @@ def library_texts(held_out: bool | None = None) -> dict[str, str]:
             continue
         package, module = root / name, root / f"{name}.py"
         files = [module] if module.is_file() else sorted(package.rglob("*.py"))
-        # Only part of the installations keep the tests inside the packages.
+        # Some installations have tests inside the packages.
         files = [f for f in files if not {"test", "tests"} & set(f.relative_to(root).parts)]
         text = "\n\n".join(f.read_text(encoding="utf-8", errors="replace") for f in files)
         if len(text) >= _SMALLEST_DOCUMENT:

@@ -1,4 +1,4 @@
-"""Documents as tokens, and the windows that searches and evaluations run on."""
+"""Tokenize documents and cut them into windows for searches and evaluations."""
 
 import dataclasses
 import hashlib
@@ -21,9 +21,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TokenDocument:
-    """A document as token ids, shape (tokens,), int32, without BOS or EOS.
+    """Token ids of a document.
 
-    ``sha256`` holds the hash of every text in it (several when packed).
+    Args:
+        sha256: hash of every text in it (several for packed documents).
+        ids: shape (tokens,), int32, without BOS or EOS.
     """
 
     name: str
@@ -35,14 +37,14 @@ class TokenDocument:
 
 
 def bos_token(tokenizer: Any) -> int | None:
-    """The BOS id where the tokenizer puts one before a text, else None."""
+    """Return the BOS id if the tokenizer puts one before a text, else None."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and ids and ids[0] == bos else None
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocument]:
-    """Token ids of whole documents, cached on disk by the content's hash.
+    """Tokenize whole documents, with a cache on disk by content hash.
 
     The cache is ``$LONGROPE_CACHE``, by default ``~/.cache/longrope``.
     """
@@ -61,7 +63,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
             try:
                 write_atomically(file, buffer.getvalue())
             except ValueError as error:
-                log.warning("tokens are not cached: %s", error)
+                log.warning("cannot cache tokens: %s", error)
         result.append(TokenDocument(document.name, (document.sha256,), ids))
     return result
 
@@ -73,9 +75,13 @@ def load_documents(
     field: str = "text",
     held_out: bool,
 ) -> list[TokenDocument]:
-    """Tokens of the documents given, or of the Python library where none are.
+    """Read and tokenize documents; without ``data``, those of Python's standard library.
 
-    Of the library, ``held_out`` chooses the packages that the bundled model never saw.
+    Args:
+        data: files, directories or hub datasets.
+        field: name of the text field in JSON, JSONL, Parquet and datasets.
+        held_out: whether to read the library packages that the bundled model never saw, or the
+            others; without effect on ``data``.
     """
     documents = read_documents(data, field) if data else library_documents(held_out)
     return tokenize(documents, tokenizer)
@@ -96,43 +102,43 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def pack(documents: Sequence[TokenDocument], bos: int | None, eos: int | None) -> TokenDocument:
-    """All documents in one, each between BOS and EOS, for windows that may join them."""
-    pieces = []
+    """Join documents into one, each between BOS and EOS."""
+    packed = []
     for document in documents:
         start = [] if bos is None else [bos]
         end = [] if eos is None else [eos]
-        pieces.append(np.concatenate([start, document.ids, end]).astype(np.int32))
+        packed.append(np.concatenate([start, document.ids, end]).astype(np.int32))
     hashes = tuple(h for document in documents for h in document.sha256)
     name = "+".join(document.name for document in documents[:3])
     more = f" and {len(documents) - 3} more" if len(documents) > 3 else ""
-    return TokenDocument(name + more, hashes, np.concatenate(pieces))
+    return TokenDocument(name + more, hashes, np.concatenate(packed))
 
 
 def joined(
     documents: Sequence[TokenDocument], length: int, bos: int | None, eos: int | None
 ) -> list[TokenDocument]:
-    """Documents of at least ``length`` tokens: long ones alone, short ones packed together.
+    """Return documents of at least ``length`` tokens; short ones are packed together.
 
-    What is left over at the end and too short goes to none.
+    A remainder that is too short is dropped.
     """
     result = [document for document in documents if len(document) >= length]
-    waiting: list[TokenDocument] = []
+    short: list[TokenDocument] = []
     tokens, around = 0, (bos is not None) + (eos is not None)
     for document in documents:
         if len(document) < length:
-            waiting.append(document)
+            short.append(document)
             tokens += len(document) + around
             if tokens >= length:
-                result.append(pack(waiting, bos, eos))
-                waiting, tokens = [], 0
+                result.append(pack(short, bos, eos))
+                short, tokens = [], 0
     return result
 
 
 def require_length(documents: Sequence[TokenDocument], length: int) -> list[TokenDocument]:
-    """The documents with at least ``length`` tokens.
+    """Return the documents with at least ``length`` tokens.
 
     Raises:
-        ValueError: there is none; says how many tokens there are and what to do.
+        ValueError: there is none; states the tokens available and the remedy.
     """
     long_enough = [document for document in documents if len(document) >= length]
     if not long_enough:
@@ -150,7 +156,9 @@ def require_length(documents: Sequence[TokenDocument], length: int) -> list[Toke
 class Windows:
     """Windows of one length and the documents that they were cut from.
 
-    ``ids`` has shape (windows, length), or length + 1 with a BOS in front.
+    Args:
+        ids: token ids, shape (windows, length), or length + 1 with a BOS in front.
+        documents: the documents that they were cut from.
     """
 
     ids: np.ndarray
@@ -158,7 +166,7 @@ class Windows:
 
 
 def half(documents: Sequence[TokenDocument], rng: random.Random) -> list[TokenDocument]:
-    """Half of the documents (one of one), chosen by chance and the texts, not their order."""
+    """Return a random half of the documents, rounded up, independent of their order."""
     return _shuffled(documents, rng)[: (len(documents) + 1) // 2]
 
 
@@ -177,10 +185,15 @@ def search_windows(
     *,
     spare_half: bool = True,
 ) -> Windows:
-    """Up to ``samples`` disjoint windows, spread over up to half of the usable documents.
+    """Cut up to ``samples`` disjoint windows from up to half of the usable documents.
 
-    The other half stays unseen, for evaluation; without ``spare_half`` all are used. The
-    choice depends on the seed and on the texts, not on their order.
+    The choice depends on the seed and on the texts, not on their order.
+
+    Args:
+        length: tokens per window.
+        samples: windows at most.
+        bos: id of the token before each window, or None.
+        spare_half: hold out the other half for evaluation; False uses all documents.
 
     Raises:
         ValueError: no document is long enough.
@@ -192,7 +205,7 @@ def search_windows(
         chosen = chosen[: (len(usable) + 1) // 2]
         if len(usable) == 1 and len(usable[0].sha256) == 1:
             log.warning(
-                "%s is searched on, and no other document is left to evaluate on", usable[0].name
+                "%s is searched on, and no other document remains for evaluation", usable[0].name
             )
     chosen = chosen[:samples]
     starts = {}
@@ -206,15 +219,16 @@ def search_windows(
                 start = starts[document.sha256].pop()
                 rows.append(with_bos(document.ids[start : start + length], bos))
     if len(rows) < samples:
-        log.warning("only %d windows of %d tokens, of %d asked for", len(rows), length, samples)
+        log.warning("found only %d of %d windows of %d tokens", len(rows), samples, length)
     return Windows(np.stack(rows), tuple(chosen))
 
 
 def with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
+    """Return the ids with a BOS in front, if there is one."""
     return ids if bos is None else np.concatenate([[bos], ids]).astype(ids.dtype)
 
 
 def unseen(documents: Sequence[TokenDocument], hashes: Iterable[str]) -> list[TokenDocument]:
-    """The documents of which no text is among ``hashes``."""
+    """Return the documents that contain no text with one of these hashes."""
     seen = set(hashes)
     return [document for document in documents if not seen & set(document.sha256)]

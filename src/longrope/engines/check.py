@@ -1,7 +1,8 @@
-"""Which factors an engine applied: its log-probabilities against our own forward's.
+"""Find out which factors an inference engine applies.
 
-The engine says the likeliest next tokens of a few prompts on both sides of the boundary; we compute
-the same tokens with the short, the long and no factors, and see which of the three it is.
+The engine returns log-probabilities of the likeliest next tokens for prompts on both sides of the
+boundary. longrope computes the same tokens with the short, the long and no factors. The nearest of
+the three is what the engine applied.
 """
 
 import dataclasses
@@ -12,28 +13,30 @@ import torch
 
 from longrope.checkpoints.importer import import_pair
 from longrope.data.stdlib import library_texts
-from longrope.engines.specs import ENGINES, Engine, ask, require_engine
+from longrope.engines.specs import ENGINES, Engine, query, require_engine
 from longrope.inference.load import load_extended
 from longrope.models.load import LoadedModel
 from longrope.rope.apply import rescaled
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
 
-_TOP = 20  # vLLM's default limit
-_CLEAR = 2.0  # the next candidate is at least so many times as far
-_NEAR = 0.25  # nats on average: more is no rounding, not even of 4-bit weights
-_PAD = 256  # llama.cpp rounds a context up to a multiple of it
+_TOP = 20  # vLLM's default limit of log-probabilities
+_CLEAR = 2.0  # minimum ratio of the second nearest distance to the nearest
+_NEAR = 0.25  # mean distance in nats; rounding stays below it, even of 4-bit weights
+_PAD = 256  # llama.cpp rounds a context up to a multiple of it, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What an engine did at one length.
+    """Result for one prompt length.
 
     Args:
-        context: what the engine was started with, where that decides.
-        applied: "short", "long", "none", or "unclear" where two are about as near, or none is.
-        largest: difference of a log-probability from the intended factors', in nats.
-        distances: mean difference from each of the three.
+        length: tokens of the prompt.
+        context: maximum context that the engine was started with, if that decides; else None.
+        applied: "short", "long", "none", or "unclear" if two are about as near or none is near.
+        intended: "short" or "long".
+        largest: largest difference of a log-probability under the intended factors, in nats.
+        distances: mean difference of log-probabilities under each of the three, in nats.
     """
 
     length: int
@@ -45,12 +48,13 @@ class Line:
 
     @property
     def right(self) -> bool:
+        """Whether the engine applied the intended factors."""
         return self.applied == self.intended
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """All lines of one engine, and which version it was."""
+    """Results of one engine and its version."""
 
     engine: str
     version: str
@@ -58,6 +62,7 @@ class Verdict:
 
     @property
     def right(self) -> bool:
+        """Whether the engine applied the intended factors at every length."""
         return all(line.right for line in self.lines)
 
 
@@ -69,23 +74,26 @@ def verify(
     lengths: tuple[int, ...] = (),
     prompts: int = 2,
 ) -> Verdict:
-    """Ask an engine, and compare.
+    """Query an engine and compare its log-probabilities with longrope's.
 
     Args:
-        reference: what it is held to; of several engines the same one may be given.
-        python: of the engine's environment; by default this one's.
+        reference: longrope's model of the export; several engines can share it.
+        engine: a key of :data:`~longrope.engines.specs.ENGINES`.
+        python: Python of the engine's environment; by default this one.
         lengths: prompt lengths in tokens; by default below, at and just above the boundary
-            between short and long, and four times it.
+            between short and long factors, and four times the boundary.
+        prompts: prompts per length.
 
     Raises:
-        ValueError: no such engine, it is not installed, it failed, or it cannot read this export.
+        ValueError: an unknown engine, one that is not installed or failed, or one that cannot
+            read this export.
     """
-    how, where = require_engine(reference.path, engine, python)
+    spec, where = require_engine(reference.path, engine, python)
     pair = reference.pair
-    points = lengths or _points(reference.boundary, pair.long.max_position_embeddings, how)
-    asked = [_prompts(reference.loaded, length, prompts) for length in points]
+    points = lengths or _points(reference.boundary, pair.long.max_position_embeddings, spec)
+    asked = [_make_prompts(reference.loaded, length, prompts) for length in points]
     letter = reference.loaded.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
-    contexts = [_context(how, pair, length, max(points)) for length in points]
+    contexts = [_context(spec, pair, length, max(points)) for length in points]
     answers: dict[int, list[dict[str, float]]] = {}
     version = ""
     for context in dict.fromkeys(contexts):
@@ -98,28 +106,29 @@ def verify(
             "dtype": reference.dtype,
             "prompts": [ids for i in these for ids in asked[i]],
         }
-        answer = ask(how, where, question)
+        answer = query(spec, where, question)
         version = answer["version"]
         rows = iter(answer["answers"])
         answers |= {i: [next(rows) for _ in asked[i]] for i in these}
     if engine == "transformers-legacy" and not version.startswith("transformers 4"):
-        raise ValueError(f"--python {where}: has {version}; transformers-legacy wants a 4.x")
+        raise ValueError(f"--python {where}: has {version}; transformers-legacy requires a 4.x")
     lines = [
-        reference.line(length, contexts[i] if how.by_context else None, asked[i], answers[i])
+        reference.line(length, contexts[i] if spec.by_context else None, asked[i], answers[i])
         for i, length in enumerate(points)
     ]
     return Verdict(engine, version, lines)
 
 
 class Reference:
-    """Our own forward of an export, under each of the three sets; what it ``computed``, it keeps.
+    """Log-probabilities of an exported model under its short, its long and no factors.
 
     Args:
         path: a directory or a GGUF file with scaled RoPE.
-        dtype: what both sides compute in, where the engine can be told (llama.cpp cannot).
+        dtype: dtype of both sides; llama.cpp ignores it.
+        chunk: tokens that go through a layer at a time.
 
     Raises:
-        ValueError: not scaled, or no such model.
+        ValueError: no such model, or a RoPE that is not scaled.
     """
 
     def __init__(self, path: str, *, dtype: str = "float32", chunk: int | None = None):
@@ -127,7 +136,7 @@ class Reference:
         if pair is None:
             raise ValueError(f"{path}: its RoPE is not scaled; there is nothing to verify")
         self.path, self.dtype, self.pair, self.loaded = path, dtype, pair, loaded
-        # A static export has a boundary only in its note.
+        # A static export records its boundary only in its manifest.
         boundary, target = import_pair(path).recovery_length, pair.long.max_position_embeddings
         self.boundary = boundary if boundary < target else target // 4
         self.forward = loaded.forward(chunk)
@@ -147,6 +156,12 @@ class Reference:
         prompts: list[list[int]],
         answers: list[dict[str, float]],
     ) -> Line:
+        """Return the result for one length from the engine's answers to its prompts.
+
+        Args:
+            prompts: token ids of each prompt.
+            answers: for each prompt, log-probabilities in nats by token id.
+        """
         intended = "short" if self.pair.choose(length) is self.pair.short else "long"
         if intended not in self.candidates:
             intended = "long"
@@ -179,23 +194,24 @@ class Reference:
         return self.computed[rescale, ids]
 
 
-def _points(boundary: int, target: int, how: Engine) -> tuple[int, ...]:
-    """Below, at, just above and far above: a prompt by context has room for one token more."""
-    at = boundary - 1 if how.by_context else boundary
+def _points(boundary: int, target: int, spec: Engine) -> tuple[int, ...]:
+    """Return prompt lengths below, at, just above and far above the boundary."""
+    # An engine that decides by its maximum context holds one token less in a prompt.
+    at = boundary - 1 if spec.by_context else boundary
     deep = min(4 * boundary, target - 1)
     return tuple(sorted({boundary * 3 // 4, at, boundary + 1, deep}))
 
 
-def _context(how: Engine, pair: RescalePair, length: int, longest: int) -> int:
-    """What to start the engine with: a short context for short texts where it decides by that."""
-    if how.by_context and length < pair.recovery_length:
+def _context(spec: Engine, pair: RescalePair, length: int, longest: int) -> int:
+    """Return the maximum context to start the engine with; short if it decides by that."""
+    if spec.by_context and length < pair.recovery_length:
         return min(pair.recovery_length, -(-(longest + 1) // _PAD) * _PAD)
     allocate = -(-(longest + 1) // _PAD) * _PAD
     return min(max(allocate, length + 1), pair.long.max_position_embeddings)
 
 
-def _prompts(loaded: LoadedModel, length: int, number: int) -> list[list[int]]:
-    """Texts that every machine has, cut to so many tokens."""
+def _make_prompts(loaded: LoadedModel, length: int, number: int) -> list[list[int]]:
+    """Return prompts of ``length`` tokens from Python's standard library."""
     ids: list[int] = []
     for text in library_texts(held_out=True).values():
         ids += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -205,13 +221,13 @@ def _prompts(loaded: LoadedModel, length: int, number: int) -> list[list[int]]:
 
 
 def advice(verdict: Verdict) -> Iterator[str]:
-    """What to do about the lines that are not as intended."""
+    """Yield a remedy for every line that is not as intended."""
     wrong = [line for line in verdict.lines if not line.right]
     for line in wrong:
-        what = ENGINES[verdict.engine].instead
+        remedy = ENGINES[verdict.engine].instead
         if line.applied == "unclear":
-            what = "no set explains it; quantised weights may round more than factors change"
+            remedy = "no factors explain it; quantized weights may round more than factors change"
         yield (
             f"at {line.length:,} tokens {verdict.engine} applied {line.applied}, not "
-            f"{line.intended}: {what}"
+            f"{line.intended}: {remedy}"
         )

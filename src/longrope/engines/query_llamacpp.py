@@ -1,4 +1,4 @@
-"""Asks llama.cpp for log-probabilities; run by any Python that has xllamacpp, without longrope.
+"""Query llama.cpp for log-probabilities; needs xllamacpp, not longrope.
 
 python query_llamacpp.py QUESTION.json ANSWER.json
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 
 def main() -> None:
+    """Read the question, query the engine, write the answer."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     xllamacpp: Any = importlib.import_module("xllamacpp")
@@ -30,10 +31,10 @@ def main() -> None:
 
 
 def next_token(server: Any, ids: list[int], top: int, letter: int) -> dict[str, float]:
-    """Token id → log-probability of being the next, the likeliest ones.
+    """Return log-probabilities of the likeliest next tokens by token id, in nats.
 
-    Of half a character llama.cpp says none: so a token that is a ``letter`` is made to come, which
-    changes nothing of what the model says.
+    llama.cpp returns none for a token that is half a character. So a logit bias makes it choose
+    the ``letter`` token, which does not change the log-probabilities.
     """
     asked = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0.0}
     asked["logit_bias"] = [[letter, 1000.0]]

@@ -1,4 +1,4 @@
-"""Asks mlx-lm for log-probabilities; run by any Python that has it, without longrope.
+"""Query mlx-lm for log-probabilities; does not need longrope.
 
 python query_mlx.py QUESTION.json ANSWER.json
 """
@@ -13,6 +13,7 @@ STEP = 1024
 
 
 def main() -> None:
+    """Read the question, query the engine, write the answer."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     import mlx.core as mx  # pyright: ignore[reportMissingImports]
@@ -26,9 +27,10 @@ def main() -> None:
 
 
 def next_token(model: Any, ids: list[int], top: int) -> dict[str, float]:
-    """Token id → log-probability of being the next, the likeliest ones.
+    """Return log-probabilities of the likeliest next tokens by token id, in nats.
 
-    In steps, as mlx-lm's own generation takes a prompt: whole, its scores would not fit.
+    The prompt is processed in steps, as in mlx-lm's own generation: the attention scores of a
+    whole prompt would not fit into memory.
     """
     import mlx.core as mx  # pyright: ignore[reportMissingImports]
     from mlx_lm.models.cache import make_prompt_cache  # pyright: ignore[reportMissingImports]

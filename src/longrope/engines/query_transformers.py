@@ -1,4 +1,4 @@
-"""Asks transformers (4.4x to 5.x) for log-probabilities; needs no longrope.
+"""Query transformers (4.4x to 5.x) for log-probabilities; does not need longrope.
 
 python query_transformers.py QUESTION.json ANSWER.json
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 
 def main() -> None:
+    """Read the question, query the engine, write the answer."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     import torch
@@ -23,9 +24,9 @@ def main() -> None:
 
 
 def auto_class(transformers: Any, config: Any) -> Any:
-    """What it loads such a model with: many for pictures are no causal ones.
+    """Return the auto class for a config: many image-text models have no causal one.
 
-    Version 4's class for those leaves out sound.
+    The class of version 4 for these leaves audio out.
     """
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
@@ -34,7 +35,7 @@ def auto_class(transformers: Any, config: Any) -> Any:
 
 
 def next_token(model: Any, ids: list[int], top: int) -> dict[str, float]:
-    """Token id → log-probability of being the next, the likeliest ones."""
+    """Return log-probabilities of the likeliest next tokens by token id, in nats."""
     import torch
 
     with torch.no_grad():

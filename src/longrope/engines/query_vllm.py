@@ -1,4 +1,4 @@
-"""Asks vLLM for log-probabilities; run by any Python that has it, without longrope.
+"""Query vLLM for log-probabilities; does not need longrope.
 
 python query_vllm.py QUESTION.json ANSWER.json
 """
@@ -8,10 +8,11 @@ import os
 import sys
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, nothing listens
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, no open port
 
 
 def main() -> None:
+    """Read the question, query the engine, write the answer."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     import vllm  # pyright: ignore[reportMissingImports]
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def next_token(engine: Any, ids: list[int], settings: Any) -> dict[str, float]:
-    """Token id → log-probability of being the next, the likeliest ones."""
+    """Return log-probabilities of the likeliest next tokens by token id, in nats."""
     found = engine.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False)
     return {str(i): p.logprob for i, p in found[0].outputs[0].logprobs[0].items()}
 

@@ -1,6 +1,7 @@
-"""The engines that can be asked, and how: each by its own Python, in a process of its own.
+"""Specifications of the inference engines, and queries to them in separate processes.
 
-Their pins conflict with each other's and with ours, so ``query_<engine>.py`` needs no longrope.
+Each engine runs in its own Python environment, since their pinned dependencies conflict. So
+``query_<script>.py`` does not import longrope.
 """
 
 import dataclasses
@@ -16,17 +17,18 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How an engine is asked, and what is known of how it chooses.
+    """Specification of one inference engine.
 
     Args:
-        module: what has to be importable for it.
-        by_context: it chooses when it is started, by the longest context asked for, and holds
-            a token less than that in a prompt.
-        setup: how to make an environment that has it.
-        instead: what to do where it does not apply what was intended.
+        script: ``query_<script>.py`` queries it.
+        module: module that must be importable.
+        setup: command that installs it.
+        by_context: it chooses factors at start, by its maximum context, and holds one token less
+            in a prompt.
+        instead: remedy when it does not apply the intended factors.
     """
 
-    ask: str
+    script: str
     module: str
     setup: str
     by_context: bool = False
@@ -62,10 +64,11 @@ ENGINES = {
 
 
 def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, str]:
-    """An engine, and the Python to ask it with.
+    """Return an engine's specification and the Python to run it with.
 
     Raises:
-        ValueError: no such engine, it is not installed, or it does not read this kind of export.
+        ValueError: an unknown engine, one that is not installed, or one that cannot read this
+            format.
     """
     if engine not in ENGINES:
         raise ValueError(f"--engine {engine}: choose {', '.join(ENGINES)}")
@@ -73,11 +76,11 @@ def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, 
     return ENGINES[engine], python or _this_python(engine, ENGINES[engine])
 
 
-def _this_python(engine: str, how: Engine) -> str:
-    if engine == "transformers-legacy" or importlib.util.find_spec(how.module) is None:
+def _this_python(engine: str, spec: Engine) -> str:
+    if engine == "transformers-legacy" or importlib.util.find_spec(spec.module) is None:
         raise ValueError(
-            f"--engine {engine} is not in this environment; make one (python -m venv ENGINE && "
-            f"ENGINE/bin/{how.setup}) and give --python ENGINE/bin/python"
+            f"--engine {engine} is not in this environment; create one (python -m venv ENGINE && "
+            f"ENGINE/bin/{spec.setup}) and give --python ENGINE/bin/python"
         )
     return sys.executable
 
@@ -88,20 +91,20 @@ def _require_readable(path: str, engine: str) -> None:
         reads = "a GGUF file" if engine == "llamacpp" else "a Hugging Face directory"
         raise ValueError(f"{path}: --engine {engine} reads {reads}")
     if not Path(path).exists():
-        raise ValueError(f"{path}: there is no such export")
+        raise ValueError(f"{path}: no such file or directory")
 
 
-def ask(how: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]:
-    """An engine's answer, from a process of its own.
+def query(spec: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]:
+    """Query an engine in a separate process, and return its answer.
 
     Raises:
-        ValueError: there is no such Python, or the engine failed; with its own last word.
+        ValueError: no such Python, or the engine failed; with the last line of its error.
     """
-    script = Path(__file__).with_name(f"query_{how.ask}.py")
+    script = Path(__file__).with_name(f"query_{spec.script}.py")
     with tempfile.TemporaryDirectory() as directory:
         asked, answered = Path(directory) / "question.json", Path(directory) / "answer.json"
         asked.write_text(json.dumps(question), encoding="utf-8")
-        # Away from our directory, whose file names would hide modules of the engine's.
+        # -I keeps this directory off the path: its file names would hide modules of the engine.
         command = [python, "-I", str(script), str(asked), str(answered)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         environment.pop("PYTHONPATH", None)
@@ -112,12 +115,16 @@ def ask(how: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             raise ValueError(f"--python {python}: {error.strerror}") from None
         if ended.returncode or not answered.exists():
-            wants = f"; it wants {how.setup}" if "ModuleNotFoundError" in ended.stderr else ""
-            raise ValueError(f"{how.ask} failed in {python}: {_last_line(ended.stderr)}{wants}")
+            requires = (
+                f"; it requires {spec.setup}" if "ModuleNotFoundError" in ended.stderr else ""
+            )
+            raise ValueError(
+                f"{spec.script} failed in {python}: {_last_line(ended.stderr)}{requires}"
+            )
         return json.loads(answered.read_text(encoding="utf-8"))
 
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["no word"])[-1].strip()
+    return (errors or lines or ["no error message"])[-1].strip()

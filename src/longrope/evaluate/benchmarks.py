@@ -1,8 +1,7 @@
-"""Standard benchmarks by lm-eval: one model's answers, question by question.
+"""Standard benchmarks and RULER through lm-eval, scored question by question.
 
-The prompts, answers and metrics are lm-eval's; the shots are the paper's unless told
-otherwise. RULER is asked the same way: its tasks make their texts at the lengths given, the
-same ones every time.
+Prompts, answers and metrics are lm-eval's; the default shots are the paper's. RULER's tasks
+generate their texts at the lengths given, the same texts for every model.
 """
 
 import dataclasses
@@ -22,16 +21,16 @@ from longrope.models.load import LoadedModel
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
 
-# The paper's table 6; what is not named has its task's own.
+# Shots of the paper's table 6; other tasks use their own default.
 SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc1": 0}
-# Of the metrics that a task has, the first of these.
+# The first of these that a task has is used.
 _METRICS = ("acc_norm", "acc", "exact_match")
 
-# Tokens under which RULER's makers try for ever to fit their own example into the text.
+# Below so many tokens, RULER's generators never fit their own example into the text.
 RULER_TOKENS = 2048
 
-# Question → how right the answer was, 0 to 1.
-Scores = dict[str, float]
+# Score of each question, 0 to 1.
+QuestionScores = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +73,22 @@ class BenchmarkOptions:
                     + (f" (such as {near})" if near else "")
                 )
             if known[task].yaml_path is None and any(is_ruler(part) for part in known[task].tags):
-                raise ValueError(f"benchmark {task} is a tag of RULER's; ask for ruler itself")
+                raise ValueError(f"benchmark {task} is a tag of RULER's; choose ruler itself")
             if is_ruler(task) and shortest < RULER_TOKENS:
                 raise ValueError(
-                    f"benchmark {task} makes its texts; give lengths of {RULER_TOKENS:,} "
+                    f"benchmark {task} generates its texts; give lengths of {RULER_TOKENS:,} "
                     "tokens or more"
                 )
 
     def require_data(self, tokenizer: Any, window: int) -> None:
-        """Refuse what cannot be read or asked, before hours of work that end in asking it.
+        """Check that the data of every task can be read and scored.
 
         Args:
-            window: tokens of the smallest model asked.
+            window: context window, in tokens, of the smallest model.
 
         Raises:
-            ValueError: the data can be read neither from the hub nor locally, or lacks
-                examples; answers that longrope does not compare, or that the window cannot hold.
+            ValueError: data that cannot be read from the hub or locally, or lacks examples; a
+                metric that longrope does not compare; or answers that the window cannot hold.
         """
         for task in self.tasks:
             with task_parts(task, tokenizer, [RULER_TOKENS], self.data) as parts:
@@ -103,19 +102,22 @@ def score_benchmark(
     longest: int,
     task: str,
     options: BenchmarkOptions,
-    kept: MutableMapping[str, dict[str, Scores]] | None = None,
+    kept: MutableMapping[str, dict[str, QuestionScores]] | None = None,
     *,
     chunk: int | None = None,
     offload_activations: str | None = None,
-) -> dict[str, Scores]:
-    """Ask one model the questions of a task, under the rescale for each one's length.
+) -> dict[str, QuestionScores]:
+    """Score one model on a task, each prompt under the rescale for its length.
 
     Args:
-        longest: tokens that the model is made for; longer prompts lose their beginning.
-        kept: what each part of the task gave, as it is answered; a part in it is not asked again.
+        choose: returns the rescale for a sequence of so many tokens.
+        longest: context window of the model in tokens; longer prompts are cut at the start.
+        kept: scores by part of the task; parts in it are skipped, new ones are added.
+        chunk: tokens that go through a layer at a time.
+        offload_activations: device or directory for hidden states.
 
     Returns:
-        Scores of a task by question; of RULER's tasks one for each length, ``task at length``.
+        Scores by table row and question. The row is the task, or ``task at length`` for RULER.
 
     Raises:
         ValueError: as :meth:`BenchmarkOptions.require_data`.
@@ -125,7 +127,7 @@ def score_benchmark(
     from longrope.evaluate.lm_eval_model import HarnessModel
 
     kept = {} if kept is None else kept
-    scores: dict[str, Scores] = {}
+    scores: dict[str, QuestionScores] = {}
     with (
         task_parts(task, loaded.tokenizer, options.lengths, options.data) as parts,
         progress(task, len(parts), show=len(parts) > 1) as advance,
@@ -137,24 +139,24 @@ def score_benchmark(
             if name not in kept:
                 _check_part(task, part, shots, longest)
                 part.set_config(key="num_fewshot", value=shots)
-                part.set_fewshot_seed(seed=1234)  # lm-eval's own
+                part.set_fewshot_seed(seed=1234)  # lm-eval's default
                 limit = options.questions
                 if limit is not None:
                     limit = limit // len(parts) + (number < limit % len(parts))
-                asked = _asked(part, limit)
+                questions = _questions(part, limit)
                 found = evaluate(
-                    model, {"tasks": {name: part}}, samples={name: asked}, bootstrap_iters=0
+                    model, {"tasks": {name: part}}, samples={name: questions}, bootstrap_iters=0
                 )
                 assert found is not None and "samples" in found
-                kept[name] = _scored(task, name, found["samples"][name]) if asked else {}
+                kept[name] = _scored(task, name, found["samples"][name]) if questions else {}
             for row, answers in kept[name].items():
                 scores.setdefault(row, {}).update(answers)
             advance(number + 1, name)
     return scores
 
 
-def _asked(part: Any, limit: int | None) -> list[int]:
-    """The first questions; of RULER's tasks the first of each length."""
+def _questions(part: Any, limit: int | None) -> list[int]:
+    """Return the indices of the first questions; for RULER, the first of each length."""
     counts: dict[Any, int] = {}
     chosen = []
     for index, doc in enumerate(part.eval_docs):
@@ -165,17 +167,19 @@ def _asked(part: Any, limit: int | None) -> list[int]:
     return chosen
 
 
-def _scored(task: str, part: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, Scores]:
-    """Scores by row and question; of a task that reads its answers in several ways, by the first.
+def _scored(
+    task: str, part: str, samples: Sequence[Mapping[str, Any]]
+) -> dict[str, QuestionScores]:
+    """Return scores by row and question, under the first filter of the task.
 
-    A question is known by its text too, so that no other can pass for it.
+    A question's name includes a hash of its text, so that different questions never match.
     """
-    scores: dict[str, Scores] = {}
+    scores: dict[str, QuestionScores] = {}
     for sample in samples:
         if sample["filter"] != samples[0]["filter"]:
             continue
         row, metric = task, next((m for m in _METRICS if m in sample), "")
-        if not metric:  # RULER: a metric for each length
+        if not metric:  # RULER has a metric for each length
             metric = str(sample["doc"]["max_length"])
             row = f"{task} at {int(metric):,}"
         question = f"{part} {sample['doc_id']} {sample['doc_hash'][:16]}"
@@ -184,10 +188,10 @@ def _scored(task: str, part: str, samples: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def _shots(task: str, part: Any, options: BenchmarkOptions) -> int:
-    """As lm-eval has it: a task that says none has none, whatever is asked for."""
+    """Return the shots of a part; as in lm-eval, a part with 0 shots ignores the option."""
     own = part.get_config("num_fewshot")
-    asked = SHOTS.get(task) if options.shots is None else options.shots
-    return (own or 0) if own == 0 or asked is None else asked
+    wanted = SHOTS.get(task) if options.shots is None else options.shots
+    return (own or 0) if own == 0 or wanted is None else wanted
 
 
 def _check_part(task: str, part: Any, shots: int, window: int) -> None:
@@ -199,14 +203,14 @@ def _check_part(task: str, part: Any, shots: int, window: int) -> None:
     if part.OUTPUT_TYPE == "generate_until":
         how = generation_settings(part.get_config("generation_kwargs") or {})
         if how["do_sample"]:
-            raise ValueError(f"benchmark {task} draws its answers by chance: choose another")
+            raise ValueError(f"benchmark {task} samples its answers at random: choose another")
         if how["max_gen_toks"] >= window:
             raise ValueError(
                 f"benchmark {task} takes answers of {how['max_gen_toks']} tokens, and a model "
-                f"asked has a window of {window:,}: choose another"
+                f"has a window of {window:,}: choose another"
             )
     if shots and (examples := len(list(part.fewshot_docs()))) < shots:
         raise ValueError(
-            f"benchmark {task} has {examples} examples for {shots} shots; ask for fewer with "
+            f"benchmark {task} has {examples} examples for {shots} shots; lower "
             "--shots, or evaluate.benchmark_shots in a recipe"
         )

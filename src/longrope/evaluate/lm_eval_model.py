@@ -1,6 +1,6 @@
-"""A model under its factors as lm-eval asks models: through the long forward.
+"""lm-eval model that runs an extended model through the long forward.
 
-Imported only where lm-eval (the extra ``benchmarks``) is there.
+This module imports lm-eval, which the extra ``benchmarks`` installs.
 """
 
 import contextlib
@@ -22,17 +22,19 @@ from longrope.progress import progress
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 
-# A text of more tokens has a batch of its own, and goes through a model once for all its answers.
+# A longer context gets its own batch, and one forward pass for all its answers.
 _LONG = BATCH_TOKENS // 8
 
 
 class HarnessModel(TemplateLM):
-    """Answers lm-eval's requests.
+    """lm-eval model that answers each request under the rescale for its length.
 
     Args:
-        choose: the rescale for a sequence of so many tokens, answer included.
-        longest: tokens that the model is made for; what is longer loses its beginning.
-        title: what the progress is of; empty shows none.
+        choose: returns the rescale for a sequence of so many tokens, answer included.
+        longest: context window in tokens; longer sequences are cut at the start.
+        chunk: tokens that go through a layer at a time.
+        title: title of the progress bar; empty shows none.
+        offload_activations: device or directory for hidden states.
     """
 
     def __init__(
@@ -83,20 +85,21 @@ class HarnessModel(TemplateLM):
         return [(answer.log_likelihood, answer.greedy) for answer in answers]
 
     def _answers(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[ContinuationScore]:
-        """Texts with their answers; answers of one token after the same text share a row."""
+        """Score answers in one batch; equal inputs share a row."""
         rows: dict[tuple[int, ...], int] = {}
         asked = []
         for ids, answer in sequences:
             row = rows.setdefault(tuple(ids[:-1]), len(rows))
             asked.append(Continuation(row, len(ids) - len(answer), answer))
-        # Sequence-parallel processes advance together, offloaded weights would be loaded for
-        # each answer, and a recurrent state cannot be rewound to before an answer.
+        # One prefill serves all answers to one context, except in three cases: a
+        # sequence-parallel group works on rows together, offloaded weights would be streamed
+        # again for each answer, and a recurrent state cannot be cropped.
         info = self.loaded.info
         alone = self.loaded.group.size == 1 and not self.forward.offloaded
         alone = alone and info.attention_layers == info.layers
-        if alone and len(rows) > 1 and len({_text(*sequence) for sequence in sequences}) == 1:
-            text = list(_text(*sequences[0]))
-            # All layers' keys and values are kept, which a GPU may lack the room for.
+        if alone and len(rows) > 1 and len({_context(*sequence) for sequence in sequences}) == 1:
+            text = list(_context(*sequences[0]))
+            # The KV cache of all layers may not fit on a GPU.
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
                 return self._after(text, [answer for _, answer in sequences])
             torch.cuda.empty_cache()
@@ -107,13 +110,13 @@ class HarnessModel(TemplateLM):
 
     @torch.inference_mode()
     def _after(self, text: list[int], answers: Sequence[list[int]]) -> list[ContinuationScore]:
-        """Answers to one text: its keys and values are made once, and serve them in turn."""
+        """Score several answers to one context with one prefill; each crops the KV cache."""
         model, device = self.loaded.model, self.forward.device
         first_1V, cache = self.forward.prefill(torch.tensor([text]))
         found = []
         for answer in answers:
             logits_TV = first_1V
-            if before := len(answer) - 1:  # what stands before a token of the answer, of it
+            if before := len(answer) - 1:  # answer tokens that precede another
                 positions = torch.arange(len(text), len(text) + before, device=device)
                 later = model(
                     input_ids=torch.tensor([answer[:-1]], device=device),
@@ -128,8 +131,8 @@ class HarnessModel(TemplateLM):
     def _batches(
         self, sequences: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[Rescale, list[int]]]:
-        """Indices of sequences under one rescale: a long text's answers, or many short ones."""
-        lengths, texts = [len(ids) for ids, _ in sequences], [_text(*s) for s in sequences]
+        """Yield batches of indices under one rescale: one long context, or many short ones."""
+        lengths, texts = [len(ids) for ids, _ in sequences], [_context(*s) for s in sequences]
         order = sorted(range(len(sequences)), key=lambda i: lengths[i])
         for rescale, group in groupby(order, key=lambda i: self.choose(lengths[i])):
             batch: list[int] = []
@@ -149,7 +152,9 @@ class HarnessModel(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        raise AssertionError("tasks of this kind have no answers to compare, and are refused")
+        raise AssertionError(
+            "tasks with rolling log-likelihoods are refused: they have no answers to compare"
+        )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         found: list[str] = []
@@ -162,7 +167,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def _generated(self, context: str, asked: Mapping[str, Any]) -> str:
-        """Greedy text up to the first of its stops."""
+        """Return greedy text up to the first stop sequence."""
         how = generation_settings(asked)
         new = how["max_gen_toks"]
         prompt = self.tok_encode(context)[-(self.longest - new) :]
@@ -179,6 +184,6 @@ class HarnessModel(TemplateLM):
         return text
 
 
-def _text(ids: list[int], answer: list[int]) -> tuple[int, ...]:
-    """What stands before an answer."""
+def _context(ids: list[int], answer: list[int]) -> tuple[int, ...]:
+    """Return the tokens before the answer."""
     return tuple(ids[: len(ids) - len(answer)])

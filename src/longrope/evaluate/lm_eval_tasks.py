@@ -1,6 +1,6 @@
-"""lm-eval's tasks as they are read: from the hub or a folder, or made by RULER.
+"""Load lm-eval's tasks from the hub or a directory, and generate RULER's.
 
-Imported without lm-eval too; what needs it refuses in one line where it is missing.
+This module can be imported without lm-eval.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ REMEDY = "give one with --benchmark-data, or evaluate.benchmark_data in a recipe
 
 
 def require_harness() -> None:
-    """Refuse benchmarks where lm-eval is missing.
+    """Check that lm-eval is installed.
 
     Raises:
-        ValueError: names the extra that brings it.
+        ValueError: it is not; names the extra that installs it.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("benchmarks need: pip install 'longrope[benchmarks]'")
@@ -36,24 +36,33 @@ def require_harness() -> None:
 def task_parts(
     task: str, tokenizer: Any, lengths: Sequence[int], data: str | None
 ) -> Iterator[list[Any]]:
-    """The parts of a task with their questions; RULER's are made at these lengths."""
+    """Load the parts of a task with their questions; RULER generates its texts at these lengths.
+
+    Args:
+        task: name of a task or group.
+        lengths: tokens of RULER's texts.
+        data: directory with local copies of the hub's datasets, or None.
+
+    Raises:
+        ValueError: data that cannot be read, or a missing dependency of the task.
+    """
     source = manager()
     with _silent(), local_datasets(data), tempfile.TemporaryDirectory() as directory:
         if is_ruler(task):
-            tokenizer.save_pretrained(directory)  # RULER's makers load it by name
-            source = _maker(task, directory, lengths)
-        # RULER's bars have no switch.
+            tokenizer.save_pretrained(directory)  # RULER's generators load it by name
+            source = _ruler_manager(task, directory, lengths)
+        # RULER's progress bars have no switch.
         hidden = discard_stderr() if is_ruler(task) else contextlib.nullcontext()
-        with _same_chance(), hidden:
+        with _fixed_seeds(), hidden:
             parts = _load(task, source)
         yield parts
 
 
 @contextlib.contextmanager
-def _same_chance() -> Iterator[None]:
-    """RULER's makers draw from the process's own generators: the same draws for every model."""
+def _fixed_seeds() -> Iterator[None]:
+    """Seed the global random generators, so that RULER gives every model the same texts."""
     with contextlib.suppress(ImportError):
-        import nltk  # type: ignore[import-not-found]  # noqa: F401  # it draws when imported
+        import nltk  # type: ignore[import-not-found]  # noqa: F401  # its import draws numbers
     before = random.getstate(), np.random.get_state()
     random.seed(0)
     np.random.seed(0)
@@ -76,14 +85,14 @@ def _load(task: str, source: Any) -> list[Any]:
     except (OSError, DatasetsError, LookupError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"benchmark {task}: its data cannot be read ({lines[0]}); where the hub is out of "
-            f"reach, local copies in a folder do: {REMEDY}"
+            f"benchmark {task}: its data cannot be read ({lines[0]}); without the hub, use a "
+            f"directory of local copies: {REMEDY}"
         ) from None
 
 
 @functools.cache  # it reads thousands of files
 def manager() -> Any:
-    """What knows lm-eval's tasks by name."""
+    """Return lm-eval's task manager."""
     with _silent():
         from lm_eval.tasks import TaskManager
 
@@ -91,25 +100,25 @@ def manager() -> Any:
 
 
 def is_ruler(task: str) -> bool:
-    """Whether a task makes its texts, at lengths that it is given."""
+    """Return whether a task is RULER's, and so generates its texts at the lengths given."""
     path = manager().task_index[task].yaml_path
     return path is not None and Path(path).parent.name == "ruler"
 
 
-def _maker(task: str, tokenizer: str, lengths: Sequence[int]) -> Any:
-    """The tasks beside RULER's ``task``, which make texts of so many of its tokenizer's tokens."""
+def _ruler_manager(task: str, tokenizer: str, lengths: Sequence[int]) -> Any:
+    """Return a task manager whose RULER tasks generate texts of these lengths, in tokens."""
     from lm_eval.tasks import TaskManager
 
-    # One maker has a generator of its own, made when it is imported.
+    # One task seeds its own random generator on import, so import it again.
     sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
-    folder = Path(manager().task_index[task].yaml_path).parent
+    directory = Path(manager().task_index[task].yaml_path).parent
     metadata: Any = {"tokenizer": tokenizer, "max_seq_lengths": list(lengths)}
-    return TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
+    return TaskManager(include_path=directory, include_defaults=False, metadata=metadata)
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without bars, lm-eval's log lines, and what RULER prints."""
+    """Silence progress bars, lm-eval's log, and what RULER prints."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -121,7 +130,7 @@ def _silent() -> Iterator[None]:
 
 
 def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval's own models make of a task's ``generation_kwargs``."""
+    """Return a task's ``generation_kwargs`` as lm-eval's own models read them."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     return dict(normalize_gen_kwargs(dict(asked)))

@@ -1,8 +1,12 @@
-"""Local copies of the hub's data sets, where lm-eval would ask the hub.
+"""Read lm-eval's datasets from local copies instead of the hub.
 
-A folder for each data set, ``owner/name`` or ``name`` as on the hub; in it one for each
-configuration; in that a folder for each split (as ``datasets`` saves them) or files named
-after their split (as the hub keeps them: Parquet, JSONL or Arrow).
+Each dataset is a directory, ``owner/name`` or ``name`` as on the hub, with one directory per
+configuration. In that, each split is a directory (as ``datasets`` saves it) or files named after
+the split (Parquet, JSONL or Arrow, as on the hub).
+
+``datasets.load_dataset`` is replaced while a task loads. Passing ``data_files`` to the tasks would
+not do: the Python code of some tasks calls ``load_dataset`` itself, and missing splits are derived
+from others.
 """
 
 import contextlib
@@ -10,17 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Names that lm-eval's data sets have, or had, elsewhere.
+# Other hub names of the same dataset, used by some versions of lm-eval.
 _ALSO = {"cais/mmlu": ("hails/mmlu_no_train",)}
 _SPLITS = ("train", "validation", "test", "dev")
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
-# Of a data set with one split, so many questions become examples for few-shot prompts.
+# Questions of a dataset with one split that become few-shot examples, at most.
 _EXAMPLES = 64
 
 
 @contextlib.contextmanager
 def local_datasets(directory: str | None) -> Iterator[None]:
-    """``datasets.load_dataset`` reads from a folder in place of the hub; None changes nothing."""
+    """Let ``datasets.load_dataset`` read from a directory; None changes nothing."""
     if directory is None:
         yield
         return
@@ -37,18 +41,22 @@ def local_datasets(directory: str | None) -> Iterator[None]:
 
 
 def read_dataset(directory: Path, path: str, name: str | None) -> Any:
-    """All splits of a data set.
+    """Read all splits of a dataset, and derive missing ones.
 
-    A split that is not there is taken from another: test and validation from each other.
-    Examples for few-shot prompts are taken from the end of the one that has its answers (hidden
-    tests have none), and not asked there.
+    A missing test or validation split is a copy of the other. Missing few-shot examples are taken
+    from the end of the validation split, or of the test split without one, and removed there.
+
+    Args:
+        directory: directory of the local copies.
+        path: name of the dataset on the hub.
+        name: its configuration, or None.
 
     Raises:
-        FileNotFoundError: nothing there has this name, or no split of it.
+        FileNotFoundError: no such dataset or configuration, or no split in it.
     """
     import datasets
 
-    folder = _folder(directory, path, name)
+    folder = _dataset_directory(directory, path, name)
     splits: dict[str, Any] = {}
     for split in _SPLITS:
         if (folder / split / "state.json").exists():
@@ -56,7 +64,7 @@ def read_dataset(directory: Path, path: str, name: str | None) -> Any:
         elif files := _files(folder, split):
             kind = _FORMATS[files[0].suffix]
             names = [str(file) for file in files]
-            # Straight from the builder: load_dataset is ours at this moment.
+            # Read with the builder, as load_dataset is replaced at this moment.
             read = getattr(datasets.Dataset, f"from_{kind}", None)
             splits[split] = (
                 read(names)
@@ -71,7 +79,7 @@ def read_dataset(directory: Path, path: str, name: str | None) -> Any:
     return datasets.DatasetDict(whole)
 
 
-def _folder(directory: Path, path: str, name: str | None) -> Path:
+def _dataset_directory(directory: Path, path: str, name: str | None) -> Path:
     for known in (path, *_ALSO.get(path, ())):
         for folder in (directory / known, directory / known.rpartition("/")[2]):
             if folder.is_dir():
@@ -82,9 +90,9 @@ def _folder(directory: Path, path: str, name: str | None) -> Path:
                     and inside == folder
                     and any(c.is_dir() and c.name not in _SPLITS for c in folder.iterdir())
                 ):
-                    raise FileNotFoundError(f"{folder} has no folder {name}")
+                    raise FileNotFoundError(f"{folder} has no directory {name}")
                 return inside
-    raise FileNotFoundError(f"{directory} has no folder {path}")
+    raise FileNotFoundError(f"{directory} has no directory {path}")
 
 
 def _files(folder: Path, split: str) -> Sequence[Path]:

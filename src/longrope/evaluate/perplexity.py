@@ -1,4 +1,4 @@
-"""Perplexity of documents at a length, and which of two rescales is better."""
+"""Perplexity of documents in windows of one length, and paired differences."""
 
 import dataclasses
 import hashlib
@@ -15,44 +15,50 @@ from longrope.units import check_lengths
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Loss of every token, in nats: per document, shape (windows, length); NaN is unscored.
+    """Losses of every token of several documents.
 
-    A loss that is NaN in the model counts as infinite: it must not look unscored.
+    Args:
+        length: tokens per window.
+        documents: losses in nats, one array of shape (windows, length) per document. NaN marks
+            a token that is not scored; a NaN from the model counts as infinite.
     """
 
     length: int
     documents: tuple[np.ndarray, ...]
 
     def tail(self, first: int) -> "Scores":
-        """Only the tokens at positions from ``first`` on (beyond the original length)."""
+        """Return the scores of tokens at positions from ``first`` on."""
         return Scores(self.length, tuple(losses[:, first:] for losses in self.documents))
 
     @property
     def tokens(self) -> int:
+        """Number of scored tokens."""
         return int(self._counts().sum())
 
     @property
     def windows(self) -> int:
+        """Number of windows."""
         return sum(len(losses) for losses in self.documents)
 
     @property
     def mean(self) -> float:
-        """Mean loss in nats per token, summed over all tokens."""
+        """Mean loss over all scored tokens, in nats per token."""
         return float(self._sums().sum() / self._counts().sum())
 
     @property
     def perplexity(self) -> float:
+        """Exponential of the mean loss."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.mean))
 
     @property
     def standard_error(self) -> float | None:
-        """Of the perplexity, over documents; None for a single document."""
+        """Standard error of the perplexity over documents; None for one document."""
         error = ratio_standard_error(self._sums(), self._counts())
         return None if error is None else self.perplexity * error
 
     def by_position(self, buckets: int = 32) -> list[tuple[int, int, float]]:
-        """(first position, end, perplexity) of equal buckets: where a model breaks."""
+        """Return (first position, end, perplexity) of equal ranges of positions."""
         losses = np.concatenate(self.documents)
         edges = np.linspace(0, losses.shape[1], min(buckets, losses.shape[1]) + 1).astype(int)
         result = []
@@ -71,22 +77,22 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Mean loss of one rescale less that of another on the same tokens, in nats per token."""
+    """Mean loss of one rescale minus that of another on the same tokens, in nats per token."""
 
     mean: float
     standard_error: float | None
 
     @property
     def better(self) -> bool:
-        """Lower by more than twice the standard error of the paired difference."""
+        """Whether the first loss is lower by more than two standard errors."""
         return self.standard_error is not None and self.mean < -2 * self.standard_error
 
 
 def paired_difference(a: Scores, b: Scores) -> Difference:
-    """How much lower (negative) ``a`` is than ``b``, paired by document."""
+    """Return the mean loss of ``a`` minus that of ``b``, paired by document."""
     counts = a._counts()
-    assert np.array_equal(counts, b._counts()), "scores of different tokens cannot be paired"
-    with np.errstate(invalid="ignore"):  # infinite less infinite: neither is better
+    assert np.array_equal(counts, b._counts()), "cannot pair scores of different tokens"
+    with np.errstate(invalid="ignore"):  # infinity minus infinity: neither is better
         sums = a._sums() - b._sums()
     return Difference(float(sums.sum() / counts.sum()), ratio_standard_error(sums, counts))
 
@@ -102,17 +108,19 @@ def score(
     tokens_per_document: int | None = None,
     known: MutableMapping[str, np.ndarray] | None = None,
 ) -> Scores:
-    """Score documents in windows of ``length`` tokens, under the rescale that is installed.
+    """Score documents in windows of ``length`` tokens, under the active rescale.
 
-    Every document is cut into consecutive whole windows from its start. With other
-    ``lengths`` to compare with, it is first cut to a multiple of the longest, and
-    tokens that begin a window of any of them are scored at none (unless a BOS
-    precedes them), so that all lengths are scored on the same tokens. With a
-    ``stride`` windows overlap: each starts ``stride`` tokens after the last and
-    scores only what that one did not.
+    Every document is cut into consecutive whole windows from its start.
 
-    ``tokens_per_document`` cuts every document to about so many tokens first. Documents that are
-    ``known``, by the hash of their tokens, are not scored again; what is scored is added.
+    Args:
+        bos: id of a token to put before every window, or None.
+        lengths: other lengths to score the same tokens at. Documents are cut to a multiple of
+            the longest. Without a BOS, the first token of a window of any length is not scored.
+        stride: tokens between the starts of overlapping windows; each window scores only tokens
+            that the one before did not.
+        tokens_per_document: tokens scored of each document, about.
+        known: losses by a hash of the document's tokens; documents in it are skipped, new ones
+            are added.
 
     Raises:
         ValueError: no document is long enough; lengths that do not tile the longest.
@@ -143,11 +151,11 @@ def score(
 def _window_losses(
     forward: LongForward, windows: Sequence[np.ndarray], bos: int | None
 ) -> np.ndarray:
-    """Of every token, shape (windows, length); infinite where the model's is not finite."""
+    """Return the loss of every token, shape (windows, length); non-finite losses are infinite."""
     losses = [
         np.nan_to_num(batch.double().numpy(), nan=np.inf, posinf=np.inf)
         for batch in forward.batches(np.stack([with_bos(ids, bos) for ids in windows]))
     ]
-    # Without a BOS nothing predicts the first token of a window.
+    # Without a BOS, nothing predicts the first token of a window.
     first = np.full((len(windows), 1 if bos is None else 0), np.nan)
     return np.concatenate([first, np.concatenate(losses)], axis=1)

@@ -1,10 +1,9 @@
-"""Retrieval: is a number that stands somewhere in a long text found again?
+"""Passkey and needle-in-a-haystack retrieval.
 
-The passkey prompt is that of the LongRoPE paper (section 4.2); the needle hides a
-sentence between the lines of real documents. Lengths are tokens of the model's own
-tokenizer, the answer included. An answer counts when greedy decoding gives every
-digit of it; that is read off one long forward over prompt and answer, which is the same
-and needs no cache.
+The passkey prompt is that of the LongRoPE paper (section 4.2); the needle prompt hides a sentence
+between lines of documents. Lengths count tokens of prompt and answer. An answer is correct when
+greedy decoding gives every digit. One forward pass over prompt and answer decides that, without a
+KV cache.
 """
 
 import dataclasses
@@ -23,7 +22,14 @@ from longrope.rope.rescale import Rescale
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How often the answer was right at a length and a range of depths around ``depth``."""
+    """Correct answers at one length and range of depths.
+
+    Args:
+        length: tokens of prompt and answer.
+        depth: middle of the range, 0 (start) to 1 (end).
+        correct: trials with a correct answer.
+        trials: all trials.
+    """
 
     length: int
     depth: float
@@ -40,14 +46,18 @@ def retrieve(
     trials: int,
     bins: int = 10,
     seed: int = 0,
-    report: Callable[[int], None] = lambda done: None,
     answered: MutableMapping[str, bool] | None = None,
 ) -> list[Row]:
-    """Ask ``trials`` questions of one length, their depths stratified, under a rescale.
+    """Run retrieval trials at one length, with stratified depths.
 
-    ``make`` gives the prompt for a length, a depth and a random generator; the same
-    seed asks every rescale the same questions. What is ``answered``, by its number, is not asked
-    again, and what is asked is added to it.
+    Args:
+        make: returns the prompt for a length, a depth and a random generator.
+        length: tokens of prompt and answer.
+        rescale: factors to run under; None leaves the model as it is.
+        bins: ranges of depths that trials are counted in.
+        seed: random seed; the same seed gives every rescale the same prompts.
+        answered: whether the answer was correct, by trial number; trials in it are skipped, new
+            ones are added.
     """
     answered = {} if answered is None else answered
     rng = random.Random(f"{seed} {length}")
@@ -55,9 +65,8 @@ def retrieve(
     left = [number for number in range(trials) if str(number) not in answered]
     with rescaled(forward.model, rescale):
         for batch in _batches([prompts[number] for number in left]):
-            for right in _right(forward, batch):
-                answered[str(left.pop(0))] = right
-            report(trials - len(left))
+            for correct in _correct(forward, batch):
+                answered[str(left.pop(0))] = correct
     rows = []
     edges = np.linspace(0, 1, min(bins, trials) + 1)
     for low, high in pairwise(edges.tolist()):
@@ -71,23 +80,23 @@ def retrieve(
 
 
 def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-    """Neighbours of equal shape together, up to what goes through a model at once."""
-    waiting: list[Prompt] = []
+    """Batch neighbouring prompts of equal shape, up to the token limit of a batch."""
+    batch: list[Prompt] = []
     for prompt in prompts:
-        alike = waiting and (
-            len(waiting[0].ids) == len(prompt.ids)
-            and waiting[0].answer_tokens == prompt.answer_tokens
-            and (len(waiting) + 1) * len(prompt.ids) <= BATCH_TOKENS
+        alike = batch and (
+            len(batch[0].ids) == len(prompt.ids)
+            and batch[0].answer_tokens == prompt.answer_tokens
+            and (len(batch) + 1) * len(prompt.ids) <= BATCH_TOKENS
         )
-        if waiting and not alike:
-            yield waiting
-            waiting = []
-        waiting.append(prompt)
-    if waiting:
-        yield waiting
+        if batch and not alike:
+            yield batch
+            batch = []
+        batch.append(prompt)
+    if batch:
+        yield batch
 
 
-def _right(forward: LongForward, prompts: Sequence[Prompt]) -> list[bool]:
+def _correct(forward: LongForward, prompts: Sequence[Prompt]) -> list[bool]:
     ids = torch.from_numpy(np.stack([prompt.ids for prompt in prompts]))
     first = ids.shape[1] - prompts[0].answer_tokens
     asked = [Continuation(row, first, tokens[first:]) for row, tokens in enumerate(ids.tolist())]

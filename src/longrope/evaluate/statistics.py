@@ -6,24 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from longrope.evaluate.benchmarks import Scores
+from longrope.evaluate.benchmarks import QuestionScores
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
+    """Return a finite value as it is, others as None: JSON has no infinity and no NaN."""
     return value if math.isfinite(value) else None
 
 
-def paired(task: str, original: Scores, extended: Scores) -> dict[str, Any]:
-    """A row: both models' shares of right answers, and their difference with its 95% interval.
+def paired(task: str, original: QuestionScores, extended: QuestionScores) -> dict[str, Any]:
+    """Compare two models on the same questions.
 
-    The interval is that of the mean difference over questions, each asked both models.
+    Returns:
+        A table row: both models' mean scores, and the mean paired difference with its 95%
+        interval (normal approximation over questions).
 
     Raises:
-        ValueError: they were asked different questions.
+        ValueError: the questions differ.
     """
     if original.keys() != extended.keys():
-        raise ValueError(f"benchmark {task}: the two models were not asked the same questions")
+        raise ValueError(f"benchmark {task}: the two models have scores of different questions")
     differences = [extended[key] - original[key] for key in original]
     count = len(differences)
     mean = sum(differences) / count
@@ -41,7 +43,7 @@ def paired(task: str, original: Scores, extended: Scores) -> dict[str, Any]:
 
 
 def ratio_standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Standard error of Σ sums / Σ counts when documents are what was sampled."""
+    """Return the standard error of Σ sums / Σ counts over documents; None if it is undefined."""
     n = len(sums)
     if n < 2 or not np.isfinite(sums).all():
         return None
@@ -50,7 +52,7 @@ def ratio_standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 
 
 def wilson(correct: int, trials: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson's score interval)."""
+    """Return the 95% interval of a proportion (Wilson's score interval)."""
     z, share = 1.959964, correct / trials
     middle = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -59,7 +61,7 @@ def wilson(correct: int, trials: int) -> tuple[float, float]:
 
 
 def totals(rows: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
-    """Correct answers and trials of each length, depths together; of rows as JSON has them."""
+    """Sum correct answers and trials over depths; returns (correct, trials) by length."""
     result: dict[int, tuple[int, int]] = {}
     for row in rows:
         correct, trials = result.get(row["length"], (0, 0))

@@ -1,4 +1,4 @@
-"""From what a directory holds to its pictures."""
+"""Draw the figures of a search or comparison directory."""
 
 import json
 import operator
@@ -12,18 +12,18 @@ from longrope.rope.rescale import Rescale
 
 
 def report(directory: Path) -> list[Path]:
-    """Draw all that a search or a comparison left in ``directory``; gives the PNG files.
+    """Draw every figure that the files in ``directory`` allow, and return the PNG files.
 
     Raises:
-        ValueError: neither a search nor a comparison wrote there, or a file is damaged.
+        ValueError: no search and no comparison wrote there, or a file is damaged.
     """
     figures = {}
     if (directory / "rescale.json").exists():
         rescale = Rescale.load(directory / "rescale.json")
-        beside = known_methods(rescale) | {"rescale": rescale}
+        shown = known_methods(rescale) | {"rescale": rescale}
         if rescale.start_tokens and (directory / "portable.json").exists():
-            beside["portable"] = Rescale.load(directory / "portable.json")
-        figures["factors.png"] = plots.factors_figure(beside)
+            shown["portable"] = Rescale.load(directory / "portable.json")
+        figures["factors.png"] = plots.factors_figure(shown)
     history = [line for line in read_lines(directory / "history.jsonl") if line.get("loss")]
     if any("part" not in line for line in history):
         figures["history.png"] = plots.history_figure(history)
@@ -43,7 +43,7 @@ def report(directory: Path) -> list[Path]:
 
 
 def known_methods(rescale: Rescale) -> dict[str, Rescale]:
-    """The known methods' factors for the model and target of a search's."""
+    """Return the factors of the known methods for the model and target of a rescale."""
     rescales = {
         name: METHODS[name](
             rescale.rope_theta,
@@ -54,7 +54,7 @@ def known_methods(rescale: Rescale) -> dict[str, Rescale]:
         for name in ("pi", "ntk", "dynamic-ntk", "yarn")
     }
     base = rescale.provenance.get("base_factors")
-    if base:  # the model's own scaling, kept
+    if base:  # factors of the model's own scaling, which was kept
         rescales = {
             name: known.replace(factors=tuple(map(operator.mul, known.factors, base)))
             for name, known in rescales.items()

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs no network, and the same as Markdown."""
+"""Write the report of a run as one self-contained HTML file and as Markdown."""
 
 import base64
 import dataclasses
@@ -15,14 +15,14 @@ from longrope.report.sections import Section, all_sections, headline
 
 
 def write_page(directory: Path) -> list[Path]:
-    """Write ``report.html`` and ``report.md`` of a run, and the pictures beside them.
+    """Write ``report.html``, ``report.md`` and ``images/`` of a run, and return both report files.
 
     Raises:
-        ValueError: no run that was evaluated wrote to ``directory``.
+        ValueError: ``directory`` holds no evaluated run.
     """
     file = directory / "results.json"
     if not file.exists():
-        raise ValueError(f"{directory}: no results.json; run 'longrope extend' to its end first")
+        raise ValueError(f"{directory}: no results.json; finish 'longrope extend' first")
     results = json.loads(file.read_text(encoding="utf-8"))
     title = (
         f"{results['model']}: {results['original_length']:,} → {results['target']:,} tokens "
@@ -40,7 +40,7 @@ def write_page(directory: Path) -> list[Path]:
 
 
 def _drawn(section: Section, directory: Path) -> Section:
-    """The section with its pictures saved and in base64."""
+    """Return the section with its figures saved and base64-encoded."""
     pictures = []
     for picture in section.figures:
         file = plots.save_figure(picture.figure, directory / "images" / picture.file)

@@ -1,4 +1,4 @@
-"""The plots of a run: factors, perplexity against length and position, the history."""
+"""Plots of factors, perplexity, retrieval, training loss and search history."""
 
 import io
 import itertools
@@ -18,7 +18,7 @@ from longrope.rope.rescale import Rescale
 matplotlib.use("agg")
 
 _SEARCHED = "#c0392b"
-# Files take these in turn; methods have colours of their own.
+# Colors of rescale files, in turn; methods have fixed ones.
 _FILE_COLORS = [_SEARCHED, "#e67e22", "#c71585", "#8b4513", "#000000"]
 _COLORS = {
     "none": "#7f8c8d",
@@ -30,7 +30,7 @@ _COLORS = {
 
 
 def factors_figure(rescales: Mapping[str, Rescale]) -> Figure:
-    """Factors against dimension (the LongRoPE paper's figure 2)."""
+    """Plot factors against dimension (figure 2 of the LongRoPE paper)."""
     figure, axes = _figure()
     for name, rescale in rescales.items():
         axes.plot(range(rescale.rotated), rescale.factors[: rescale.rotated], **_style(name))
@@ -40,7 +40,7 @@ def factors_figure(rescales: Mapping[str, Rescale]) -> Figure:
 
 
 def perplexity_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
-    """Perplexity against length (the paper's figure 1); bars are standard errors."""
+    """Plot perplexity against length with standard errors (figure 1 of the LongRoPE paper)."""
     figure, axes = _figure()
     for name in dict.fromkeys(row["method"] for row in rows):
         own = sorted((r for r in rows if r["method"] == name), key=lambda r: r["length"])
@@ -54,13 +54,13 @@ def perplexity_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figur
             **_style(name),
         )
     axes.set(xlabel="tokens in the window", ylabel="perplexity", yscale="log")
-    axes.set_title("Perplexity against length, same tokens")
+    axes.set_title("Perplexity against length, on the same tokens")
     _mark_original(axes, original, [row["length"] for row in rows])
     return _finished(figure, axes)
 
 
 def position_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
-    """Perplexity by position in the longest window: where each method breaks."""
+    """Plot perplexity by position in the longest windows."""
     longest = max(row["length"] for row in rows)
     figure, axes = _figure()
     for row in rows:
@@ -78,7 +78,10 @@ def position_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
 
 
 def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Every loss on all windows, the best so far, and the starts as lines (of ramps the best)."""
+    """Plot the perplexity of every candidate, the best so far, and the starting points.
+
+    Of the ramps among the starting points, only the best is shown.
+    """
     figure, axes = _figure()
     spent = list(itertools.accumulate(line.get("forwards", 1.0) for line in history))
     whole = [
@@ -98,18 +101,18 @@ def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
         if name not in ramps[1:]:
             color = _COLORS.get(name) or next(colors)
             axes.axhline(perplexity, label=name, color=color, linestyle="--", linewidth=1)
-    # Bad candidates and starts lie far above everything of interest.
+    # Bad candidates and starting points lie far above the interesting range.
     low = min(best)
     middle = min(sorted(perplexities)[len(perplexities) // 2], 2 * low)
     top = max(middle, min(starts.values(), default=middle))
     axes.set_ylim(low - 0.1 * (top - low + 1e-3), top + 0.4 * (top - low + 1e-3))
-    axes.set(xlabel="forwards of all windows", ylabel="perplexity of the search windows")
-    axes.set_title("History of the search")
+    axes.set(xlabel="forward passes over all windows", ylabel="perplexity of the search windows")
+    axes.set_title("Search history")
     return _finished(figure, axes)
 
 
 def loss_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """The loss of every training step, and its running mean."""
+    """Plot the loss of every training step and its running mean."""
     figure, axes = _figure()
     losses = [line["loss"] for line in lines]
     steps = [line["step"] for line in lines]
@@ -117,20 +120,20 @@ def loss_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
     means = [
         sum(losses[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(losses))
     ]
-    axes.plot(steps, losses, color="#bdc3c7", linewidth=1, label="each step")
-    axes.plot(steps, means, color=_SEARCHED, label=f"mean of {width}")
+    axes.plot(steps, losses, color="#bdc3c7", linewidth=1, label="step")
+    axes.plot(steps, means, color=_SEARCHED, label=f"mean of {width} steps")
     axes.set(xlabel="steps", ylabel="training loss, nats per token")
     axes.set_title("Fine-tuning")
     return _finished(figure, axes)
 
 
 def retrieval_figure(rows: Sequence[Mapping[str, Any]], kind: str) -> Figure:
-    """Share of right answers by length and depth; grey where nothing was asked."""
+    """Plot the share of correct answers by length and depth; grey marks no trials."""
     lengths = sorted({row["length"] for row in rows})
     bins = max(sum(row["length"] == length for row in rows) for length in lengths)
     shares = [[math.nan] * len(lengths) for _ in range(bins)]
     for row in rows:
-        # A length with fewer trials has fewer, wider ranges of depths: each fills its share.
+        # A length with fewer trials has fewer, wider ranges of depths.
         own = sum(other["length"] == row["length"] for other in rows)
         low, high = row["depth"] - 0.5 / own, row["depth"] + 0.5 / own
         for bin_ in range(round(low * bins), round(high * bins)):
@@ -141,14 +144,14 @@ def retrieval_figure(rows: Sequence[Mapping[str, Any]], kind: str) -> Figure:
     image = axes.imshow(shares, cmap=colors, vmin=0, vmax=1, aspect="auto", origin="upper")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
     axes.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["start", "middle", "end"])
-    axes.set(xlabel="tokens", ylabel="where it stands in the text")
-    axes.set_title(f"{kind.capitalize()}: share of right answers")
+    axes.set(xlabel="tokens", ylabel="depth in the text")
+    axes.set_title(f"{kind.capitalize()}: share of correct answers")
     figure.colorbar(image, ax=axes)
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG, atomically."""
+    """Write a figure as PNG atomically, close it, and return the path."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     plt.close(figure)
@@ -164,16 +167,16 @@ def _figure() -> tuple[Figure, Axes]:
 
 def _finished(figure: Figure, axes: Axes) -> Figure:
     axes.grid(alpha=0.25)
-    # Below, so that the plot keeps its width on a narrow screen.
+    # A legend below keeps the plot's width on a narrow screen.
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     return figure
 
 
 def _style(name: str) -> dict[str, Any]:
-    """A method keeps its colour in every plot; dashed is with its own attention factor."""
+    """Return a row's line style: one color per method, dashed for its own attention factor."""
     method, _, own_factor = name.partition(" ")
     color = _COLORS.get(method)
-    if not color:  # a file: known by its folder too, since every search writes a rescale.json
+    if not color:  # a file: every search writes a rescale.json, so name the directory
         path = Path(name)
         label = path.stem if path.parent.name == "" else f"{path.parent.name}/{path.stem}"
         return {"label": label, "linewidth": 2.2}

@@ -1,4 +1,4 @@
-"""What the report of a run says: its five lines, and its sections in their order."""
+"""Content of a run's report: the headline and the sections."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from longrope.units import duration, gigabytes, number, percent, ratio
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A plot in the page, and the file it is also kept in."""
+    """A figure with its caption and file name."""
 
     file: str
     caption: str
@@ -31,7 +31,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells as they are shown."""
+    """A table of formatted cells."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -39,7 +39,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading with what stands under it."""
+    """A heading with its text, figures, tables and code."""
 
     title: str
     text: Sequence[str] = ()
@@ -49,7 +49,7 @@ class Section:
 
 
 def headline(results: dict[str, Any]) -> list[str]:
-    """The five lines that a run ends with."""
+    """Return the summary lines of a run, the most important first."""
     found = {(r["method"], r["length"]): r["perplexity"] for r in results["perplexity"]}
     original, target = results["original_length"], results["target"]
     own = {length: found[m, length] for m, length in found if m == RESULT}
@@ -57,30 +57,31 @@ def headline(results: dict[str, Any]) -> list[str]:
     unscaled = f"unscaled {number(found['none', target])}; " if ("none", target) in found else ""
     worst = max((own[length] or math.inf, length) for length in own)
     lines = [
-        f"perplexity at {target:,} tokens: {number(own[target])} ({unscaled}the original model "
-        f"at its own {original:,}: {number(base)}, same tokens)",
-        f"over all lengths at most {number(worst[0])}, at {worst[1]:,}: "
-        f"{ratio(worst[0], base)} of the original's at {original:,}",
+        f"perplexity at {target:,} tokens: {number(own[target])} ({unscaled}original model "
+        f"at {original:,}: {number(base)}, same tokens)",
+        f"highest perplexity of all lengths: {number(worst[0])} at {worst[1]:,}, "
+        f"{ratio(worst[0], base)} against the original model at {original:,}",
     ]
     asked = _totals(results["passkey"]).get(RESULT, {})
     if asked:
-        length, (right, trials) = min(asked.items(), key=lambda x: (x[1][0] / x[1][1], -x[0]))
+        length, (correct, trials) = min(asked.items(), key=lambda x: (x[1][0] / x[1][1], -x[0]))
         lines.append(
             f"passkey: {sum(r for r, _ in asked.values())} of "
-            f"{sum(t for _, t in asked.values())}; the lowest at {length:,}, {right} of {trials}"
+            f"{sum(t for _, t in asked.values())} correct; lowest at {length:,}: "
+            f"{correct} of {trials}"
         )
     for row in results["recovery"][:1]:
         lines.append(
-            f"short context at {row['length']:,}: {number(row['with'])} with recovery, "
-            f"{number(row['without'])} without, {number(row['original'])} before"
+            f"perplexity at {row['length']:,} tokens: {number(row['with'])} with recovery, "
+            f"{number(row['without'])} without, original model {number(row['original'])}"
         )
     seconds = sum(stage["seconds"] for stage in results["stages"])
-    lines.append(f"{duration(seconds)} before evaluation")
+    lines.append(f"time without evaluation: {duration(seconds)}")
     return lines
 
 
 def all_sections(directory: Path, results: dict[str, Any]) -> list[Section]:
-    """Every section that the run has something for."""
+    """Return the sections that the run has results for."""
     sections = [
         _perplexity(results),
         *([_retrieval(results, "passkey")] if results["passkey"] else []),
@@ -108,8 +109,8 @@ def _perplexity(results: dict[str, Any]) -> Section:
     )
     picture = Picture(
         "perplexity.png",
-        "Perplexity against length (the paper's figure 1), the same tokens at every length. "
-        "The known methods are made for the target, without training.",
+        "Perplexity against length (figure 1 of the LongRoPE paper), on the same tokens at every "
+        "length. Known methods are for the target length, without training.",
         plots.perplexity_figure(rows, results["original_length"]),
     )
     return Section("Perplexity against length", figures=[picture], tables=[table])
@@ -129,10 +130,11 @@ def _retrieval(results: dict[str, Any], kind: str) -> Section:
     own = [row for row in rows if row["method"] == RESULT]
     picture = Picture(
         f"{kind}.png",
-        f"{kind.capitalize()} by length and depth: the share of right answers of the result.",
+        f"{kind.capitalize()} by length and depth: share of correct answers under the searched "
+        "factors.",
         plots.retrieval_figure(own, kind),
     )
-    text = ["Right answers of those asked, depths stratified, with the 95% interval (Wilson)."]
+    text = ["Correct answers of all trials, with stratified depths and the 95% interval (Wilson)."]
     return Section(f"{kind.capitalize()} retrieval", text, [picture], [table])
 
 
@@ -141,7 +143,7 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
     if not results["recovery"]:
         return Section("Standard benchmarks", tables=benchmarks) if benchmarks else None
     table = Table(
-        ["perplexity at", "original", "without recovery", "with recovery", "with against original"],
+        ["perplexity at", "original", "without recovery", "with recovery", "change from original"],
         [
             [
                 f"{row['length']:,}",
@@ -152,8 +154,8 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
         ],
     )
     text = [
-        f"Short factors apply up to {results['recovery_length']:,} tokens, under the one attention "
-        f"factor of {results['attention_factor']:.4g} that a checkpoint has for both sets."
+        f"Short factors apply up to {results['recovery_length']:,} tokens. A checkpoint has one "
+        f"attention factor for both sets: {results['attention_factor']:.4g}."
     ]
     file = directory / "recovery" / "done.json"
     if file.exists():
@@ -161,23 +163,23 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
         for length, starts in record["starts"].items():
             won = min(starts, key=starts.get)
             text.append(
-                f"Searched at {int(length):,} tokens; of the starts “{won}” had the lowest loss: "
-                f"{_losses(starts)}."
+                f"Searched at {int(length):,} tokens. Loss of each starting point, the lowest "
+                f"“{won}”: {_losses(starts)}."
             )
         text.append(
-            f"With an attention factor of its own ({record['free_attention_factor']:g}) the short "
-            f"set's loss would be {record['free']:.4f} instead of {record['shared']:.4f}; only "
-            "longrope's own runtime can apply that."
+            f"With their own attention factor ({record['free_attention_factor']:g}), the short "
+            f"factors' loss would be {record['free']:.4f} instead of {record['shared']:.4f}. Only "
+            "longrope's own runtime can apply it."
         )
     return Section("Short context", text, tables=[table, *benchmarks])
 
 
 def _benchmarks(results: dict[str, Any]) -> list[Table]:
-    rows = results.get("benchmarks", [])  # a run of an earlier version has none
+    rows = results.get("benchmarks", [])  # missing in runs of older versions
     if not rows:
         return []
     header = ["benchmark", "questions", "original", "without recovery", "with recovery"]
-    header.append("with less original, 95% interval")
+    header.append("difference from original, 95% interval")
     return [
         Table(
             header,
@@ -198,14 +200,16 @@ def _benchmarks(results: dict[str, Any]) -> list[Table]:
 def _factors(directory: Path) -> Section:
     long, short = (Rescale.load(directory / f"{name}.json") for name in ("rescale", "short"))
     known = known_methods(long)
-    del known["dynamic-ntk"]  # at the target it is NTK's
+    del known["dynamic-ntk"]  # equal to NTK at the target
     searched = directory / "search" / "rescale.json"
     shown = known | {"long": long, "short": short}
     if searched.exists():
         trained = (directory / "finetune").exists()
         shown["trained with" if trained else "long"] = Rescale.load(searched)
     picture = Picture(
-        "factors.png", "Factors by dimension (the paper's figure 2).", plots.factors_figure(shown)
+        "factors.png",
+        "Factors by dimension (figure 2 of the LongRoPE paper).",
+        plots.factors_figure(shown),
     )
     return Section("Factors", figures=[picture])
 
@@ -214,7 +218,7 @@ def _training(directory: Path) -> Section | None:
     pictures = []
     for name in ("through-finetune", "finetune", "settle"):
         if lines := read_lines(directory / name / "loss.jsonl"):
-            caption = f"Loss of every step: {name.replace('-', ' ')}."
+            caption = f"Loss of every training step: {name.replace('-', ' ')}."
             pictures.append(Picture(f"loss-{name}.png", caption, plots.loss_figure(lines)))
     for name in ("search", "second-search"):
         history = [x for x in read_lines(directory / name / "history.jsonl") if x.get("loss")]
@@ -226,10 +230,12 @@ def _training(directory: Path) -> Section | None:
 
 def _plan(directory: Path, results: dict[str, Any]) -> Section:
     taken = {stage["name"]: stage for stage in results["stages"]}
-    evaluated = directory / "evaluate" / "done.json"  # after the results were written
+    evaluated = directory / "evaluate" / "done.json"  # written after results.json
     if evaluated.exists():
         taken["evaluate"] = json.loads(evaluated.read_text(encoding="utf-8"))
-    planned = {stage["name"]: stage for stage in results.get("plan", [])}  # not in older runs
+    planned = {
+        stage["name"]: stage for stage in results.get("plan", [])
+    }  # missing in runs of older versions
     rows = []
     for name in planned or taken:
         plan, found = planned.get(name), taken.get(name)
@@ -242,11 +248,11 @@ def _plan(directory: Path, results: dict[str, Any]) -> Section:
             after = [duration(found["seconds"]), f"{found['forwards']:,}", f"{found['tokens']:,}"]
         rows.append([name, *before, *after])
     header = ["stage", "length", "tokens", "FLOPs", "memory"]
-    header += ["time taken", "forwards", "tokens taken"]
+    header += ["time", "forward passes", "tokens used"]
     text = [
-        "As it was planned before anything ran, the time it took (of a stage that was "
-        "interrupted, since its last start), and what it used: of searches and training what "
-        "they computed, of the others at most so much."
+        "The plan of each stage, the time it took, and what it used. An interrupted stage counts "
+        "the time since its last start. Searches and training count what they computed, other "
+        "stages an upper bound."
     ]
     return Section("Plan and cost", text, tables=[Table(header, rows)])
 
@@ -257,11 +263,11 @@ def _reproduce(directory: Path, results: dict[str, Any]) -> Section:
     code = "longrope extend --recipe recipe.yaml --out RUN\n\n# recipe.yaml\n" + yaml.safe_dump(
         yaml.safe_load(recipe), sort_keys=False
     )
-    return Section("Reproduce", [f"{versions}. The recipe, every key resolved:"], code=code)
+    return Section("Reproduce", [f"{versions}. The recipe with every key resolved:"], code=code)
 
 
 def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[int, int]]]:
-    """Method → length → (right answers, trials)."""
+    """Return (correct answers, trials) by method and length."""
     methods = dict.fromkeys(row["method"] for row in rows)
     return {name: totals(row for row in rows if row["method"] == name) for name in methods}
 
