@@ -3,7 +3,7 @@
     python benchmarks/long_slope.py --shape smollm2 --layers 4 --tokens 4096,8192,16384
     python benchmarks/long_slope.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1
     python benchmarks/long_slope.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1 \\
-        --offload-activations /a/folder                                   # what is kept goes to files
+        --offload-activations /a/folder                              # what is kept goes to files
     python benchmarks/long_slope.py --shape llama2-7b --layers 4 --tokens 131072      # a GPU
 
 *Priced* is what a search counts for it, in forwards by FLOPs; *predicted* the dry run's peak memory
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict:
         "offload": args.offload,
         "chunk": forward.chunk,
     }
-    recipe = make_recipe({"target": f"{tokens}", "search": {"samples": 1}} | there)
+    recipe = make_recipe({"target": f"{tokens}", "search": {"windows": 1}} | there)
     stage = Costs(info, recipe, device.type == "cpu").search("search", tokens)
     times = []
     with rescaled(model, info.rescale("yarn", tokens), always=True):

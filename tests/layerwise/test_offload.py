@@ -131,7 +131,7 @@ def test_the_host_does_not_hold_the_weights_either(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["gradient", "evolution"])
 def test_a_search_finds_the_same(texts, tmp_path, algorithm):
-    search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    search = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
     search += ["--budget", 4, "--algorithm", algorithm, "--chunk", 200, "--dtype", "float32"]
     succeeds(*search, "--out", tmp_path / "resident")
     succeeds(*search, "--out", tmp_path / "host", "--offload", "weights")

@@ -154,7 +154,7 @@ def test_memory_does_not_hold_what_a_slope_keeps(tmp_path):
 
 
 def test_a_search_finds_the_same_and_a_killed_one_leaves_no_file(texts, tmp_path):
-    search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    search = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
     search += ["--budget", 14, "--chunk", 200, "--dtype", "float32"]
     folder = tmp_path / "scratch"
     folder.mkdir()

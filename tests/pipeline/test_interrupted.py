@@ -107,7 +107,7 @@ def measured(kept):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "processes"), [(PAPER, 2), (PAPER, 3), ([*FAST, "--step-windows", 2], 2)]
+    ("algorithm", "processes"), [(PAPER, 2), (PAPER, 3), ([*FAST, "--windows-per-step", 2], 2)]
 )
 def test_ranks_agree_candidate_for_candidate(small_search, tmp_path, algorithm, processes):
     options = ["--budget", 8, *algorithm]

@@ -61,20 +61,21 @@ class Costs:
         self.weights = info.parameters * self.size
 
     def search(self, name: str, length: int) -> Stage:
-        """A search at a length, as the recipe's section for it goes about it.
+        """Return the search stage at a length, as configured in the recipe.
 
         Raises:
-            ValueError: the fast one in float16, which is too small for its slopes.
+            ValueError: a gradient search in float16, in which gradients underflow.
         """
         key, section = self.recipe.section(name)
-        each = section.samples + section.passkeys
+        config = section.config
+        each = config.windows + config.passkey_prompts
         searches = section.method == "search"
-        forwards = section.settings(self.recipe).forwards * each if searches else 0
+        forwards = config.forwards * each if searches else 0
         stage = self.forwards(name, "search", length, forwards)
-        if searches and section.algorithm == "gradient":
+        if searches and config.algorithm == "gradient":
             if self.dtype == "float16":
                 raise ValueError(
-                    f"dtype is float16, too small for the slopes of {name}; make it bfloat16, or "
+                    f"dtype is float16, too small for the gradients of {name}; use bfloat16, or "
                     f"{key}.algorithm evolution"
                 )
             stage = dataclasses.replace(
@@ -115,7 +116,7 @@ class Costs:
 
     def choice(self, recovery: Stage) -> Stage:
         """Both short sets and the long one at both lengths."""
-        forwards = 6 * self.recipe.recovery.samples
+        forwards = 6 * self.recipe.recovery.config.windows
         return self.forwards("recovery", "choose", recovery.length, forwards)
 
     def evaluation(self, lengths: Sequence[int], trained: int) -> Stage:
