@@ -29,7 +29,7 @@ from longrope.models.load import load_model
 from longrope.pipeline.extend import extend
 from longrope.pipeline.recipe import make_recipe
 from longrope.search.run import SearchOptions, search_factors
-from longrope.search.settings import EvolutionSettings, SearchSettings
+from longrope.search.settings import EvolutionSearchConfig
 
 RECIPE: dict[str, Any] = {
     "target": "16x",
@@ -47,9 +47,9 @@ RECIPE: dict[str, Any] = {
         "short_share": 1,
         "gradient_checkpointing": False,
     },
-    "second_search": {"algorithm": "evolution", "budget": 32, "samples": 2, "passkeys": 4}
+    "second_search": {"algorithm": "evolution", "budget": 32, "windows": 2, "passkey_prompts": 4}
     | {"population": 12, "mutations": 4, "crossovers": 4, "parents": 8},
-    "recovery": {"algorithm": "evolution", "budget": 32, "samples": 8, "population": 16}
+    "recovery": {"algorithm": "evolution", "budget": 32, "windows": 8, "population": 16}
     | {"mutations": 4, "crossovers": 4},
     "evaluate": {
         "methods": ["none"],
@@ -66,13 +66,13 @@ CHANGES: dict[str, dict[str, dict[str, Any] | int]] = {
     "NTK in place of the second search": {"second_search": {"method": "ntk"}},
     "YaRN in place of the second search": {"second_search": {"method": "yarn"}},
     "yarn-log in place of the second search": {"second_search": {"method": "yarn-log"}},
-    "second search by perplexity alone": {"second_search": {"passkeys": 0}},
+    "second search by perplexity alone": {"second_search": {"passkey_prompts": 0}},
     "YaRN in place of the first search": {"search": {"method": "yarn"}},
     "fine-tuned at the target": {
         "finetune": {"length": "16x", "steps": 40, "batch": 1, "micro_batch": 1}
         | {"answer_share": 60 / 4096}
     }
-    | {"search": {"samples": 2}},
+    | {"search": {"windows": 2}},
     "by way of 384 tokens": {"finetune": {"through": "384", "through_steps": 40, "steps": 40}},
     "start tokens 4": {"start_tokens": 4},
     "start tokens 32": {"start_tokens": 32},
@@ -153,11 +153,12 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
     losses, starts, files = [], [], []
     for seed in seeds:
         directory = args.out / f"untrained-{target}-{seed}"
-        settings = EvolutionSettings(population=16, mutations=8, crossovers=8, parents=8)
-        how = SearchSettings(
-            samples=1, algorithm="evolution", budget=24, seed=seed, settings=settings
+        config = EvolutionSearchConfig(
+            windows=1, budget=24, population=16, mutations=8, crossovers=8, parents=8
         )
-        asked = SearchOptions(target, directory, pack=args.pack, start_tokens=0, how=how)
+        asked = SearchOptions(
+            target, directory, pack=args.pack, start_tokens=0, seed=seed, config=config
+        )
         result = search_factors(loaded, asked, Ranks())
         losses.append(result.best_loss)
         starts.append(min(result.starts.values()))

@@ -55,7 +55,7 @@ def cases(folder: Path) -> list[tuple[str, str]]:
             "search",
             "--target",
             "2x",
-            "--samples",
+            "--windows",
             "1",
             "--algorithm",
             "evolution",
@@ -68,7 +68,7 @@ def cases(folder: Path) -> list[tuple[str, str]]:
     shutil.copytree(done, folder / "corrupt")
     (folder / "corrupt/state.json").write_text("{")
     search, evaluate = "search --target 2x --out out", "evaluate --lengths 512"
-    again = "search --target 2x --samples 1 --algorithm evolution --budget 3 --out done"
+    again = "search --target 2x --windows 1 --algorithm evolution --budget 3 --out done"
     return [
         ("no RoPE", "search gpt2 --target 2x --out out"),
         ("no such model", "search ./nowhere --target 2x --out out"),
@@ -84,17 +84,17 @@ def cases(folder: Path) -> list[tuple[str, str]]:
         ("field missing", f"{search} --data rows.jsonl"),
         ("a hub dataset, offline", f"{search} --data owner/name"),
         ("budget of nothing", f"{search} --budget 0"),
-        ("probability", f"{search} --probability 2"),
+        ("probability", f"{search} --mutation-probability 2"),
         ("no such device", f"{search} --device cuda:9"),
         ("wrong factor length", f"{evaluate} --rescale wrong.json"),
         ("unknown key", f"{evaluate} --rescale unknown.json"),
         ("rows differ per layer", f"{evaluate} --rescale layers.csv"),
         ("neither method nor file", f"{evaluate} --rescale magic"),
         ("lengths do not tile", "evaluate --lengths 512,768"),
-        ("corrupt state", "search --target 2x --samples 1 --budget 4 --out corrupt"),
+        ("corrupt state", "search --target 2x --windows 1 --budget 4 --out corrupt"),
         ("state of another search", f"{again} --seed 1"),
         ("state of another model", again.replace("search", "search smaller", 1)),
-        ("disk full on the state file", "FULL search --target 2x --samples 1 --out full"),
+        ("disk full on the state file", "FULL search --target 2x --windows 1 --out full"),
         ("more than the memory holds", "evaluate --lengths 512,1000000x"),
         ("another's directory", "search --target 2x --out run"),
         ("another comparison's", "compare --target 2x --out compared"),

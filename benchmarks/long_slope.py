@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict:
         "offload": args.offload,
         "chunk": forward.chunk,
     }
-    recipe = make_recipe({"target": f"{tokens}", "search": {"samples": 1}} | there)
+    recipe = make_recipe({"target": f"{tokens}", "search": {"windows": 1}} | there)
     stage = Costs(info, recipe, device.type == "cpu").search("search", tokens)
     times = []
     with rescaled(model, info.rescale("yarn", tokens), always=True):

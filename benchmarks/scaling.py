@@ -32,14 +32,15 @@ from longrope.pipeline.recipe import load_recipe, make_recipe
 from longrope.rope.apply import rescaled
 from longrope.search.problem import first_search
 from longrope.search.run import search_stage
-from longrope.search.settings import EvolutionSettings, SearchSettings
+from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
 NAMES = {"7B": "llama2-7b", "70B": "llama2-70b"}
-PAPER = EvolutionSettings(population=8, mutations=4, crossovers=4, iterations=1, parents=4)
 SEARCHES = {
-    "evolution": SearchSettings(algorithm="evolution", samples=2, settings=PAPER),
-    "gradient": SearchSettings(samples=4, budget=27),
-    "fast, 4 windows a step": SearchSettings(samples=4, budget=27, step_windows=4),
+    "evolution": EvolutionSearchConfig(
+        windows=2, population=8, mutations=4, crossovers=4, iterations=1, parents=4
+    ),
+    "gradient": GradientSearchConfig(windows=4, budget=27),
+    "gradient, 4 windows per step": GradientSearchConfig(windows=4, budget=27, windows_per_step=4),
 }
 
 
@@ -48,20 +49,20 @@ def child(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     found = {}
     with ranks() as these, tempfile.TemporaryDirectory() as out:
-        for name, how in SEARCHES.items():
-            found[name] = _search(how, these, Path(out) / name)
+        for name, config in SEARCHES.items():
+            found[name] = _search(config, these, Path(out) / name)
     if these.first:
         print(json.dumps(found), flush=True)
 
 
-def _search(how: SearchSettings, these: Ranks, out: Path) -> float:
+def _search(config: GradientSearchConfig | EvolutionSearchConfig, these: Ranks, out: Path) -> float:
     loaded = load_model("bundled", dtype="float32", device="cpu")
     documents = load_documents(loaded.tokenizer, (), field="text", held_out=False)
-    windows = search_windows(documents, 2048, how.samples, 0, bos_token(loaded.tokenizer))
+    windows = search_windows(documents, 2048, config.windows, 0, bos_token(loaded.tokenizer))
     problem = first_search(loaded.info, 2048)
     these.gather(0.0)
     started = time.perf_counter()
-    search_stage(loaded, problem, windows, how, out, these)
+    search_stage(loaded, problem, windows, config, out, these)
     return time.perf_counter() - started
 
 

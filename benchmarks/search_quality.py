@@ -1,7 +1,7 @@
 """Both searches on the same windows: the loss that each reaches, against forwards of all windows.
 
     python benchmarks/search_quality.py --out runs/quality
-    python benchmarks/search_quality.py --target 64x --samples 2 --seeds 0 --budgets 27 \\
+    python benchmarks/search_quality.py --target 64x --windows 2 --seeds 0 --budgets 27 \\
         --paper-budget 200 --out runs/quality-64x
 
 The windows are those of seed 0, so the seeds differ in the candidates alone. Interrupted, it goes
@@ -40,7 +40,7 @@ from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 from longrope.search.problem import first_search
 from longrope.search.run import search_stage
-from longrope.search.settings import SearchSettings
+from longrope.search.settings import make_search_config
 
 PAPER, FAST = "#7f8c8d", "#c0392b"
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--target", default="8x")
     parser.add_argument("--data", action="append", default=[])
-    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--budgets", default="7,14,27,54,108", help="Of the fast search.")
     parser.add_argument("--paper-budget", type=int, default=1344)
@@ -76,7 +76,7 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
     loaded = load_model(args.model, device=local_device(None), dtype=args.dtype)
     length, bos = parse_extension(args.target, loaded.info), bos_token(loaded.tokenizer)
     documents = load_documents(loaded.tokenizer, args.data, held_out=False)
-    windows = search_windows(documents, length, args.samples, 0, bos)
+    windows = search_windows(documents, length, args.windows, 0, bos)
     held_out = unseen_windows(loaded, args.data, documents, windows, length, args.held_out)
     problem, rows = first_search(loaded.info, length), []
     runs = [("evolution", args.paper_budget)] + [
@@ -86,8 +86,17 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
         if algorithm == "evolution" and seed not in (args.paper_seeds or args.seeds).split(","):
             continue
         directory = args.out / f"{algorithm}-{budget}-{seed}"
-        how = SearchSettings(algorithm=algorithm, budget=budget, seed=int(seed), chunk=args.chunk)
-        result = search_stage(loaded, problem, windows, how, directory, these, directory.name)
+        result = search_stage(
+            loaded,
+            problem,
+            windows,
+            make_search_config({"algorithm": algorithm, "budget": budget}),
+            directory,
+            these,
+            seed=int(seed),
+            chunk=args.chunk,
+            title=directory.name,
+        )
         row = {
             "algorithm": algorithm,
             "budget": budget,

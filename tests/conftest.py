@@ -238,7 +238,7 @@ def texts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_search(texts):
     """A search of seconds: options that every other shares."""
-    shared = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    shared = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
     return [*shared, "--algorithm", "evolution"]
 
 

@@ -199,7 +199,7 @@ def test_every_token_is_in_one_chunk(tokens, size, members):
 
 @pytest.fixture
 def small(texts):
-    search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    search = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
     return [
         *search,
         "--algorithm",

@@ -21,7 +21,7 @@ SMALL = {"population": 6, "mutations": 2, "crossovers": 2, "iterations": 3, "par
 RECIPE = {
     "target": "16x",
     "dtype": "float32",
-    "search": {"samples": 2, "budget": 9},
+    "search": {"windows": 2, "budget": 9},
     "finetune": {
         "steps": 6,
         "settle_steps": 8,
@@ -34,8 +34,8 @@ RECIPE = {
         "short_share": 0.5,
         "distill": True,
     },
-    "second_search": {"samples": 1, "algorithm": "evolution", **SMALL},
-    "recovery": {"samples": 2, "budget": 9},
+    "second_search": {"windows": 1, "algorithm": "evolution", **SMALL},
+    "recovery": {"windows": 2, "budget": 9},
     "evaluate": {
         "methods": ["none", "yarn"],
         "documents": 2,

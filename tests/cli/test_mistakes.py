@@ -52,15 +52,15 @@ def test_data(tmp_path):
 
 def test_settings(small_search, tmp_path):
     settings = (
-        ("--samples", 0),
+        ("--windows", 0),
         ("--budget", 0),
         ("--population", 0),
-        ("--probability", 2),
+        ("--mutation-probability", 2),
         ("--chunk", 0),
         ("--start-tokens", -1),
         ("--start-tokens", 257),
-        ("--upper", 0.5),
-        ("--upper", "inf"),
+        ("--max-factor", 0.5),
+        ("--max-factor", "inf"),
         ("--budget", 1345),
         ("--attention-factor", 0),
         ("--algorithm", "magic"),
@@ -102,10 +102,10 @@ def test_directories(small_search, tmp_path):
     messages = {
         ("report", tmp_path): "nothing to draw",
         (*fast, "--patience", 3): "--patience is 3",
-        (*fast, "--rate", 0): "--rate is 0.0",
-        (*fast, "--population", 16): "--population 16: settings of --algorithm evolution",
+        (*fast, "--step-size", 0): "--step-size is 0.0",
+        (*fast, "--population", 16): "--population is 16: it is an option of --algorithm evolution",
         (*fast, "--budget", 3): "--budget is 3",
-        (*small_search, "--rate", 0.1, "--out", tmp_path / "b"): "--rate 0.1",
+        (*small_search, "--step-size", 0.1, "--out", tmp_path / "b"): "--step-size is 0.1",
         (*fast, "--dtype", "float16"): "dtype is float16",
     }
     for line, message in zip(each_refused(*messages), messages.values(), strict=True):

@@ -134,7 +134,7 @@ def test_host_memory_does_not_hold_the_weights(tmp_path):
     "algorithm", ["gradient", pytest.param("evolution", marks=pytest.mark.slow)]
 )
 def test_a_search_finds_the_same(texts, tmp_path, algorithm):
-    search = ["search", "bundled", "--target", "2x", "--data", texts, "--samples", 2]
+    search = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
     search += ["--budget", 4, "--algorithm", algorithm, "--chunk", 200, "--dtype", "float32"]
     succeeds(*search, "--out", tmp_path / "resident")
     succeeds(*search, "--out", tmp_path / "host", "--offload", "weights")

@@ -123,7 +123,7 @@ def measured(kept):
     [
         pytest.param(PAPER, 2, marks=pytest.mark.slow),
         pytest.param(PAPER, 3, marks=pytest.mark.slow),
-        ([*FAST, "--step-windows", 2], 2),
+        ([*FAST, "--windows-per-step", 2], 2),
     ],
 )
 def test_ranks_agree_candidate_for_candidate(small_search, tmp_path, algorithm, processes):

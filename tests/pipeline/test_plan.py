@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from longrope.distributed import Ranks
 from longrope.models.info import inspect_model
@@ -121,7 +122,12 @@ def test_without_recovery(info):
         ({"target": "16x", "finetune": {"enabled": False}}, "beyond 8x a model must be fine-tuned"),
         ({"target": "256"}, "handles 256 already"),
         ({"target": "8x", "serch": {}}, "no key 'serch'; there are model, target"),
-        ({"target": "8x", "search": {"buget": 3}}, "no key 'search.buget'; there are method"),
+        (
+            {"target": "8x", "search": {"buget": 3}},
+            "no key 'search.buget'; there are method",
+        ),
+        ({"target": "8x", "search": {"population": 8}}, "search.population is 8: .* evolution"),
+        ({"target": "8x", "recovery": {"algorithm": "x"}}, "recovery.algorithm is 'x'; choose"),
         ({"target": "8x", "search": {"method": "yam"}}, "search.method is 'yam'; choose search"),
         ({"target": "8x", "finetune": {"precision": "fp8"}}, "finetune.precision is 'fp8'"),
         ({"target": "8x", "finetune": {"steps": 0}}, "finetune.steps is 0"),
@@ -135,7 +141,7 @@ def test_without_recovery(info):
         ({"target": "8x", "finetune": {"settle_length": "1k"}}, "finetune.settle_steps is 0"),
         ({"target": "8x", "finetune": {"beta2": 1.5}}, "finetune.beta2 is 1.5"),
         ({"target": "8x", "seed": -1}, "seed is -1"),
-        ({"target": "8x", "search": {"upper": 0.5}}, "search.upper is 0.5"),
+        ({"target": "8x", "search": {"max_factor": 0.5}}, "search.max_factor is 0.5"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(info, content, message):
@@ -152,7 +158,7 @@ def test_lengths_are_doublings(info):
 
 
 def test_costs_are_those_of_the_work(info):
-    made = plan(info, target="8x", search={"budget": 10, "samples": 3})
+    made = plan(info, target="8x", search={"budget": 10, "windows": 3})
     stage = made["search"]
     assert (stage.forwards, stage.tokens) == (30, 30 * 2048)
     assert stage.linear == pytest.approx(2 * info.parameters * stage.tokens)
@@ -190,7 +196,7 @@ def test_flops_agree_with_a_counter(micro_models, checkpoints, ids, family):
     made = make_plan(
         info,
         make_recipe(
-            {"target": "512", "search": {"algorithm": "evolution", "budget": 1, "samples": 1}}
+            {"target": "512", "search": {"algorithm": "evolution", "budget": 1, "windows": 1}}
         ),
     )
     stage = made["search"]
@@ -204,7 +210,7 @@ def test_a_sliding_window_s_layers_cost_what_they_see(checkpoints):
     info = inspect_model(str(checkpoints("gemma3")))  # two layers see all, two 24 tokens
     row, column = np.indices((512, 512))
     seen = [(column <= row).sum(), ((column <= row) & (column > row - 24)).sum()]
-    work = {"target": "512", "search": {"algorithm": "evolution", "budget": 1, "samples": 1}}
+    work = {"target": "512", "search": {"algorithm": "evolution", "budget": 1, "windows": 1}}
     work["finetune"] = {"enabled": True, "steps": 1, "batch": 1, "gradient_checkpointing": False}
     work["finetune"] |= {"short_share": 0, "distill": False}
     made = make_plan(info, make_recipe(work))
@@ -238,3 +244,12 @@ def test_how_it_is_computed_may_change_on_the_way(info, tmp_path):
     claim(offload_activations="cpu", offload="weights", device="cpu")
     with pytest.raises(ValueError, match=r"differs in seed \(there 0, now 5\)"):
         claim(seed=5)
+
+
+def test_a_run_of_an_older_layout_is_refused_as_such(info, tmp_path):
+    recipe = make_recipe({"target": "8x"})
+    content = recipe.model_dump(mode="json")
+    content["search"]["samples"] = content["search"].pop("windows")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"older layout .*search\.samples"):
+        Run(recipe, info, make_plan(info, recipe), tmp_path, Ranks()).claim()

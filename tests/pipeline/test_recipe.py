@@ -80,7 +80,7 @@ def scaled_down(name: str, model: str, data: str) -> dict:
     content |= {"model": model, "data": [data], "dtype": "float32", "target": "16x"}
     for section in ("search", "second_search", "recovery"):
         small = SMALL if content[section].get("algorithm") == "evolution" else {}
-        content[section] = {**content[section], **small, "samples": 1, "budget": 5}
+        content[section] = {**content[section], **small, "windows": 1, "budget": 5}
     tuning = content["finetune"]
     tuning |= {"steps": 2, "batch": 2, "micro_batch": 1, "warmup": 1, "precision": "float32"}
     if "through" in tuning:
@@ -161,7 +161,7 @@ def test_the_command_line_goes_before_the_file(tmp_path):
     [
         ("target: [8x", "not YAML"),
         ("target: 8x\nseed: 1\ntarget: 4x", "'target' stands twice, again in line 3"),
-        ("target: 8x\nsearch: {samples: 1, samples: 2}", "'samples' stands twice"),
+        ("target: 8x\nsearch: {windows: 1, windows: 2}", "'windows' stands twice"),
         ("- target", "a recipe is a mapping"),
         ("target: 8x\nfinetune: {stesp: 3}", "no key 'finetune.stesp'"),
         ("target: 8x\nchunk: 0", "chunk is 0"),

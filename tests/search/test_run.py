@@ -7,10 +7,10 @@ import pytest
 
 from longrope.files import only_process
 from longrope.rope.rescale import Rescale
-from longrope.search.history import SearchConfig
+from longrope.search.history import SearchIdentity
 from longrope.search.loop import search
 from longrope.search.problem import Problem, ramp
-from longrope.search.settings import GradientSettings
+from longrope.search.settings import GradientSearchConfig
 from longrope.search.space import Outcome, Price
 from search.test_evolution import SMALL, bowl, problem
 from search.test_space import space
@@ -18,24 +18,22 @@ from search.test_space import space
 SPACE = space()
 
 
-def config(**changes) -> SearchConfig:
+def identity(**changes) -> SearchIdentity:
     fields = {
         "model": "m",
         "documents": ("d",),
-        "windows": "w",
-        "passkeys": 0,
+        "tokens": "w",
         "length": 2048,
-        "algorithm": "evolution",
-        "settings": SMALL,
+        "config": SMALL,
         "seed": 0,
         "dtype": "float32",
         "device": "cpu",
         "chunk": 2048,
         "start": {},
-        "upper": 10.0,
+        "bound": 10.0,
         "start_tokens": SPACE.start_tokens,
     }
-    return SearchConfig(**fields | changes)
+    return SearchIdentity(**fields | changes)
 
 
 class Loss:
@@ -51,9 +49,13 @@ class Loss:
         return Outcome(self.of(SPACE.nearest(rescale)))
 
 
-def go(out, loss=None, seed=0, **more):
-    changes = more.pop("config", config(seed=seed))
-    return search(changes, problem(SPACE), loss or Loss(), out, **more)
+def small(**changes):
+    return SMALL.model_copy(update=changes)
+
+
+def go(out, loss=None, budget=None, patience=None, **more):
+    here = more.pop("identity", identity(config=small(budget=budget, patience=patience)))
+    return search(here, problem(SPACE), loss or Loss(), out, **more)
 
 
 def contents(out):
@@ -112,7 +114,7 @@ def test_a_finished_search_computes_nothing(tmp_path):
 def test_fixed_start_tokens_leave_nothing_portable(tmp_path):
     fixed = dataclasses.replace(SPACE, start_tokens=(8,))
     begin = {"pi": dataclasses.replace(problem(SPACE).starts["pi"], start_tokens=8)}
-    result = search(config(), Problem(fixed, begin), Loss(), tmp_path, budget=5)
+    result = search(identity(config=small(budget=5)), Problem(fixed, begin), Loss(), tmp_path)
     assert result.best.start_tokens == 8
     assert result.portable is None
     assert not (tmp_path / "portable.json").exists()
@@ -189,14 +191,14 @@ def test_nothing_finite_is_an_error(tmp_path):
         ({"seed": 1}, "seed"),
         ({"model": "other"}, "model"),
         ({"length": 4096}, "length"),
-        ({"settings": dataclasses.replace(SMALL, parents=5)}, "settings"),
+        ({"config": small(parents=5)}, "parents"),
     ],
 )
 def test_another_search_is_refused_by_field(tmp_path, changes, field):
     go(tmp_path, budget=5)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=f"differs in {field} "):
-        go(tmp_path, config=config(**changes))
+        go(tmp_path, identity=identity(**changes))
     assert contents(tmp_path) == before
 
 
@@ -210,6 +212,16 @@ def test_a_damaged_state_is_refused(tmp_path, content):
         go(tmp_path)
 
 
+def test_a_search_of_an_older_layout_is_refused_as_such(tmp_path):
+    go(tmp_path, budget=5)
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps(state | {"schema": 1}))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="older layout"):
+        go(tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_a_history_of_something_else_is_refused(tmp_path):
     go(tmp_path, budget=5)
     history = tmp_path / "history.jsonl"
@@ -217,18 +229,6 @@ def test_a_history_of_something_else_is_refused(tmp_path):
     history.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
     with pytest.raises(ValueError, match="damaged at evaluation 0"):
         go(tmp_path)
-
-
-def test_a_history_from_before_there_were_prices_goes_on(tmp_path):
-    go(tmp_path, budget=15)
-    history = tmp_path / "history.jsonl"
-    lines = [json.loads(line) for line in history.read_text().splitlines()]
-    for line in lines:
-        del line["forwards"]
-    history.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    loss = Loss()
-    assert go(tmp_path, loss, budget=20).evaluations == 20
-    assert loss.calls == 5
 
 
 def test_a_history_without_state_is_refused(tmp_path):
@@ -259,8 +259,8 @@ def fast(out, fail_at=None, **more):
     family = dataclasses.replace(
         problem(SPACE), ramp=lambda f, g: SPACE.rounded(8 ** ramp(turns, f, g), 0)
     )
-    settings = config(algorithm="gradient", settings=GradientSettings())
-    result = search(settings, family, loss, out, price=Price(5, 2.66), **more)
+    here = identity(config=GradientSearchConfig())
+    result = search(here, family, loss, out, price=Price(5, 2.66), **more)
     return result, losses.calls
 
 

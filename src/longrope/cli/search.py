@@ -26,6 +26,27 @@ from longrope.cli.options import (
     existing_choice,
 )
 from longrope.cli.tables import console, print_json
+from longrope.search.settings import SEARCH_CONFIGS, make_search_config
+
+# Every option of a search configuration, of either algorithm.
+SEARCH_OPTIONS = list(
+    dict.fromkeys(name for model in SEARCH_CONFIGS.values() for name in model.model_fields)
+)
+
+
+def _option(name: str) -> Any:
+    """Return the command-line option of a field of the search configurations."""
+    fields = {a: m.model_fields[name] for a, m in SEARCH_CONFIGS.items() if name in m.model_fields}
+    defaults = {a: field.default for a, field in fields.items() if field.default is not None}
+    if name == "algorithm":
+        defaults = {"": "gradient"}
+    text = next(iter(fields.values())).description or ""
+    if len(fields) == 1:
+        text = f"For {next(iter(fields))}: {text[0].lower()}{text[1:]}"
+    for algorithm, default in list(defaults.items())[:1]:
+        only = f" for {algorithm}" if 1 == len(defaults) < len(fields) and algorithm else ""
+        text = f"{text.removesuffix('.')}; default {default}{only}."
+    return typer.Option(help=text)
 
 
 @app.command()
@@ -60,51 +81,36 @@ def inspect(
 @app.command()
 def search(
     model: Model = "bundled",
-    target: Annotated[str, typer.Option(help="Tokens to reach: 131072, 128k or 8x.")] = ...,  # type: ignore[assignment]
+    target: Annotated[str, typer.Option(help="Target length in tokens: 131072, 128k or 8x.")] = ...,  # type: ignore[assignment]
     out: Annotated[
-        Path, typer.Option(help="Directory for the result; resumes what it holds.")
+        Path, typer.Option(help="Output directory; a search that it holds is resumed.")
     ] = ...,  # type: ignore[assignment]
     data: Data = None,
     field: Field = "text",
     pack: Pack = False,
-    samples: Annotated[int, typer.Option(help="Windows that every candidate is scored on.")] = 5,
-    passkeys: Annotated[
-        int, typer.Option(help="Pass keys asked of every candidate too; their loss is added.")
-    ] = 0,
-    algorithm: Annotated[
-        str, typer.Option(help="fast: down the slope; paper: LongRoPE's Algorithm 1.")
-    ] = "gradient",
-    budget: Annotated[
-        int | None,
-        typer.Option(
-            help="Forwards of all windows; by default 27 (another is another search), paper: 1,344."
-        ),
-    ] = None,
-    rate: Annotated[
-        float, typer.Option(help="Largest step in ln λ (fast); three times that with one window.")
-    ] = 0.06,
-    step_windows: Annotated[
-        int, typer.Option(help="Windows a step looks at; processes share them (fast).")
-    ] = 1,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many generations without a new best (paper).")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides windows and candidates.")] = 0,
+    algorithm: Annotated[str | None, _option("algorithm")] = None,
+    windows: Annotated[int | None, _option("windows")] = None,
+    passkey_prompts: Annotated[int | None, _option("passkey_prompts")] = None,
+    max_factor: Annotated[float | None, _option("max_factor")] = None,
+    budget: Annotated[int | None, _option("budget")] = None,
+    step_size: Annotated[float | None, _option("step_size")] = None,
+    windows_per_step: Annotated[int | None, _option("windows_per_step")] = None,
+    patience: Annotated[int | None, _option("patience")] = None,
+    population: Annotated[int | None, _option("population")] = None,
+    mutations: Annotated[int | None, _option("mutations")] = None,
+    crossovers: Annotated[int | None, _option("crossovers")] = None,
+    mutation_probability: Annotated[float | None, _option("mutation_probability")] = None,
+    iterations: Annotated[int | None, _option("iterations")] = None,
+    parents: Annotated[int | None, _option("parents")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for windows and candidates.")] = 0,
     attention_factor: Annotated[
-        float | None, typer.Option(help="For every candidate; by default √(1 + ln s / ln L).")
+        float | None,
+        typer.Option(help="Attention factor of every candidate; default √(1 + ln s / ln L)."),
     ] = None,
     start_tokens: Annotated[
-        int | None, typer.Option(help="Fix n̂ instead of searching it; 0 is what engines load.")
+        int | None,
+        typer.Option(help="Fixed number of start tokens n̂, searched if not given; engines load 0."),
     ] = None,
-    upper: Annotated[
-        float | None, typer.Option(help="Largest factor; by default 1.25 · s, the paper's.")
-    ] = None,
-    population: Annotated[int, typer.Option(help="Size of the first generation (P).")] = 64,
-    mutations: Annotated[int, typer.Option(help="Mutants a generation (N1).")] = 16,
-    crossovers: Annotated[int, typer.Option(help="Crossovers a generation (N2).")] = 16,
-    probability: Annotated[float, typer.Option(help="Of redrawing each factor (p).")] = 0.3,
-    iterations: Annotated[int, typer.Option(help="Generations after the first (T).")] = 40,
-    parents: Annotated[int, typer.Option(help="The best that have children (k).")] = 32,
     device: Device = None,
     dtype: Dtype = "auto",
     chunk: Chunk = None,
@@ -116,15 +122,17 @@ def search(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Search the rescale factors for a longer context. Run again, it resumes."""
+    """Search the rescale factors for a longer context. Run again to resume."""
+    arguments = dict(locals())
     from longrope.distributed import local_device, ranks
     from longrope.models.info import ModelInfo
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_search
     from longrope.pipeline.recipe import make_recipe
     from longrope.search.run import SearchOptions, search_factors
-    from longrope.search.settings import EvolutionSettings, SearchSettings
 
+    given = {name: arguments[name] for name in SEARCH_OPTIONS if arguments[name] is not None}
+    config = make_search_config(given, lambda name: "--" + name.replace("_", "-"))
     options = SearchOptions(
         target=target,
         out=out,
@@ -133,29 +141,17 @@ def search(
         pack=pack,
         attention_factor=attention_factor,
         start_tokens=start_tokens,
-        upper=upper,
-        how=SearchSettings(
-            samples=samples,
-            passkeys=passkeys,
-            algorithm=algorithm,
-            budget=budget,
-            patience=patience,
-            seed=seed,
-            chunk=chunk,
-            offload_activations=offload_activations,
-            rate=rate,
-            step_windows=step_windows,
-            settings=EvolutionSettings(
-                population, mutations, crossovers, probability, iterations, parents
-            ),
-        ),
+        seed=seed,
+        chunk=chunk,
+        offload_activations=offload_activations,
+        config=config,
     )
 
     def check(info: ModelInfo) -> None:
         options.check(info)
         work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
-        section = {"algorithm": algorithm, "samples": samples, "passkeys": passkeys}
-        where = {"target": target, "offload_activations": offload_activations, "search": section}
+        where = {"target": target, "offload_activations": offload_activations}
+        where |= {"search": config.model_dump()}
         check_search(info, make_recipe(work | where), these)
 
     with ranks(sequence_parallel) as these:
@@ -178,7 +174,7 @@ def search(
         return
     state = "done" if result.computed else "already done"
     console.print(f"{state}: {result.forwards:g} forwards of all windows; loss in nats per token:")
-    if algorithm == "gradient":
+    if config.algorithm == "gradient":
         console.print("  first candidates, on the windows that they are compared on (ramp F-G:")
         console.print("  what turns more than F times stays, less than G is interpolated in full)")
     for name, loss in result.starts.items():

@@ -142,5 +142,5 @@ def _asks(recipe: Recipe, stage: Stage) -> str:
     if stage.kind != "search":
         return ""
     key, section = recipe.section(stage.name)
-    asks = section.passkeys and section.method == "search"
-    return f"{key}.passkeys" if asks else ""
+    asks = section.config.passkey_prompts and section.method == "search"
+    return f"{key}.passkey_prompts" if asks else ""

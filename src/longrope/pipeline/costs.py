@@ -77,11 +77,12 @@ class Costs:
             ValueError: a gradient search in float16, whose range is too small for gradients.
         """
         key, section = self.recipe.section(name)
-        each = section.samples + section.passkeys
+        config = section.config
+        each = config.windows + config.passkey_prompts
         searches = section.method == "search"
-        forwards = section.settings(self.recipe).forwards * each if searches else 0
+        forwards = config.forwards * each if searches else 0
         stage = self.forwards(name, "search", length, forwards)
-        if searches and section.algorithm == "gradient":
+        if searches and config.algorithm == "gradient":
             if self.dtype == "float16":
                 raise ValueError(
                     f"dtype is float16, whose range is too small for gradients in {name}; use "
@@ -127,7 +128,7 @@ class Costs:
 
     def choice(self, recovery: Stage) -> Stage:
         """Return the cost of choosing between two short-context rescales."""
-        forwards = 6 * self.recipe.recovery.samples
+        forwards = 6 * self.recipe.recovery.config.windows
         return self.forwards("recovery", "choose", recovery.length, forwards)
 
     def evaluation(self, lengths: Sequence[int], trained: int) -> Stage:

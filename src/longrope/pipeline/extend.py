@@ -119,11 +119,22 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
             known.save(directory / "rescale.json")
         return {"forwards": 0, "tokens": 0}
     loaded = run.model_before(stage.name)
-    windows = run.splits.search_windows(stage.length, section.samples, run.recipe.seed)
-    settings = section.settings(run.recipe)
-    result = search_stage(loaded, problem, windows, settings, directory, run.ranks, stage.name)
+    config, recipe = section.config, run.recipe
+    windows = run.splits.search_windows(stage.length, config.windows, recipe.seed)
+    result = search_stage(
+        loaded,
+        problem,
+        windows,
+        config,
+        directory,
+        run.ranks,
+        seed=recipe.seed,
+        chunk=recipe.chunk,
+        offload_activations=recipe.offload_activations,
+        title=stage.name,
+    )
     won = min(result.starts, key=lambda name: result.starts[name], default=None)
-    forwards = round(result.forwards * (len(windows.ids) + settings.passkeys))
+    forwards = round(result.forwards * (len(windows.ids) + config.passkey_prompts))
     return {
         "loss": result.best_loss,
         "starts": result.starts,
@@ -147,14 +158,14 @@ def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
             run.rescale(before),
             stage.length,
             attention_factor=factor,
-            upper=section.upper,
+            max_factor=section.config.max_factor,
         )
     return section, first_search(
         run.info,
         stage.length,
         attention_factor=factor,
         start_tokens=(recipe.start_tokens,),
-        upper=section.upper,
+        max_factor=section.config.max_factor,
     )
 
 
@@ -216,7 +227,9 @@ def _choose(run: Run, stage: Stage) -> dict[str, Any]:
     forward = loaded.forward(recipe.chunk, recipe.offload_activations)
     lengths = [run.plan[name].length for name in names]
     windows = {
-        length: run.splits.search_windows(length, recipe.recovery.samples, recipe.seed + 1).ids
+        length: run.splits.search_windows(
+            length, recipe.recovery.config.windows, recipe.seed + 1
+        ).ids
         for length in lengths
     }
     choice = choose(

@@ -2,15 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from longrope.files import write_atomically
 from longrope.models.bundled import BUNDLED
 from longrope.rope.methods import METHODS
-from longrope.search.settings import EvolutionSettings, GradientSettings, SearchSettings
+from longrope.search.settings import GradientSearchConfig, SearchConfig, describe_error
 from longrope.train.config import FinetuneSettings
 from longrope.units import parse_length
 
@@ -24,46 +31,30 @@ class _Section(BaseModel):
 
 
 class Search(_Section):
-    """One search. With a ``method`` other than ``search``, that method's factors are taken."""
+    """One search: its configuration, or a ``method`` whose factors are taken instead.
+
+    In a recipe, the options of the configuration stand beside ``method``.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {}
 
     method: str = "search"
-    algorithm: str = "gradient"
-    samples: _Positive = 5
-    passkeys: _Count = 0
-    budget: _Positive | None = None
-    patience: _Positive | None = None
-    upper: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
-    rate: float = GradientSettings.rate
-    step_windows: int = GradientSettings.step_windows
-    population: int = 64
-    mutations: int = 16
-    crossovers: int = 16
-    probability: float = 0.3
-    iterations: int = 40
-    parents: int = 32
+    config: SearchConfig = GradientSearchConfig()
 
-    def settings(self, recipe: "Recipe") -> SearchSettings:
-        """The same, as a search takes it."""
-        return SearchSettings(
-            samples=self.samples,
-            passkeys=self.passkeys,
-            algorithm=self.algorithm,
-            budget=self.budget,
-            patience=self.patience,
-            seed=recipe.seed,
-            chunk=recipe.chunk,
-            offload_activations=recipe.offload_activations,
-            rate=self.rate,
-            step_windows=self.step_windows,
-            settings=EvolutionSettings(
-                self.population,
-                self.mutations,
-                self.crossovers,
-                self.probability,
-                self.iterations,
-                self.parents,
-            ),
-        )
+    @model_validator(mode="before")
+    @classmethod
+    def _nest(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        own = {name for name in cls.model_fields if name != "config"}
+        options = {name: value for name, value in content.items() if name not in own}
+        own_values = {name: value for name, value in content.items() if name in own}
+        return own_values | {"config": cls.defaults | options}
+
+    @model_serializer
+    def _flatten(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in type(self).model_fields if name != "config"}
+        return own | self.config.model_dump()
 
 
 class Finetune(FinetuneSettings):
@@ -90,8 +81,9 @@ class Finetune(FinetuneSettings):
 class Recovery(Search):
     """The two searches for the short context."""
 
+    defaults: ClassVar[dict[str, Any]] = {"windows": 20}
+
     enabled: bool = True
-    samples: _Positive = 20
 
 
 class Evaluate(_Section):
@@ -141,13 +133,13 @@ class Recipe(_Section):
     search: Search = Search()
     finetune: Finetune = Finetune()
     second_search: Search = Search()
-    recovery: Recovery = Recovery()
+    recovery: Recovery = Recovery.model_validate({})
     evaluate: Evaluate = Evaluate()
 
     def section(self, stage: str) -> tuple[str, Search]:
-        """The key and the settings of a search's stage.
+        """Return the key and the section of a search stage.
 
-        ``search`` serves the one on the way too, ``recovery`` both of its lengths.
+        ``search`` is also the section of ``through-search``, ``recovery`` of both its lengths.
         """
         key = "second_search" if stage == "second-search" else stage.partition("-")[0]
         key = "search" if key == "through" else key
@@ -161,7 +153,6 @@ class Recipe(_Section):
         """
         for name in ("search", "second_search", "recovery"):
             section = getattr(self, name)
-            section.settings(self)
             kinds = ("search", *METHODS) if name != "recovery" else ("search",)
             if name == "second_search":
                 kinds = (*kinds, "yarn-log")
@@ -286,6 +277,13 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"][1:2] == ("config",):
+            name = str(first["loc"][0])
+            section = Recovery if name == "recovery" else Search
+            own = [key for key in section.model_fields if key != "config"]
+            raise ValueError(
+                "recipe: " + describe_error(first, lambda key: f"{name}.{key}", own)
+            ) from None
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             section: Any = Recipe

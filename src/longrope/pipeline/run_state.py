@@ -16,7 +16,7 @@ from longrope.models.load import LoadedModel, load_model, load_tokenizer
 from longrope.models.target import starting_point
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.plan import ContextPlan
-from longrope.pipeline.recipe import Recipe
+from longrope.pipeline.recipe import Recipe, make_recipe
 from longrope.pipeline.splits import Splits, split_documents
 from longrope.progress import console
 from longrope.rope.pair import RescalePair
@@ -51,6 +51,7 @@ class Run:
         new = not file.exists()
         if not new:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            self._require_this_layout(before)
             there, here = _leaves(before), _leaves(now)
             default = _leaves(Recipe(target=self.recipe.target).model_dump(mode="json"))
             differing = [
@@ -70,6 +71,15 @@ class Run:
         if not self._remeasures:
             self.recipe.save(file)
         return new
+
+    def _require_this_layout(self, recipe: dict[str, Any]) -> None:
+        try:
+            make_recipe(recipe)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.out} holds a run of an older layout of longrope ({error}); give another "
+                "--out, or use the version of longrope that made it"
+            ) from None
 
     def unclaim(self) -> None:
         """Remove what :meth:`claim` wrote, after a run was refused."""

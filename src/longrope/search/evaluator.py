@@ -10,7 +10,7 @@ from typing import Any
 from longrope.distributed import Ranks
 from longrope.files import append_line
 from longrope.rope.rescale import Rescale
-from longrope.search.history import Record, SearchConfig
+from longrope.search.history import Record, SearchIdentity
 from longrope.search.space import Candidate, Outcome, Price, Space, Trial
 
 
@@ -52,7 +52,7 @@ class Evaluations:
 
     def __init__(
         self,
-        config: SearchConfig,
+        config: SearchIdentity,
         space: Space,
         starts: dict[str, Candidate],
         loss: Callable[[Rescale, int | None, bool], Outcome],
@@ -246,7 +246,7 @@ class Evaluations:
     def _with_provenance(self, found: tuple[float, Candidate], more: dict[str, Any]) -> Rescale:
         loss, candidate = found
         record = {
-            "method": f"search ({self.config.algorithm})",
+            "method": f"search ({self.config.config.algorithm})",
             "loss": loss,
             "evaluations": len(self.outcomes),
             "forwards": round(self.forwards, 2),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longrope.search.problem import Problem
-from longrope.search.settings import EvolutionSettings
+from longrope.search.settings import EvolutionSearchConfig
 from longrope.search.space import Candidate, Outcome, Price, Trial, distinct
 
 # Draws for one new candidate before the search takes what it has: near the end every
@@ -20,7 +20,7 @@ class Evolution:
     Never asks for a candidate twice. The same seed and the same losses give the same
     candidates, so a search replays from the losses alone.
 
-        >>> algorithm = Evolution(problem, EvolutionSettings(), seed=0)
+        >>> algorithm = Evolution(problem, EvolutionSearchConfig(), seed=0)
         >>> while not algorithm.done:
         ...     trials = algorithm.ask()
         ...     algorithm.tell(trials, [Outcome(loss(trial.candidate)) for trial in trials])
@@ -29,7 +29,7 @@ class Evolution:
     def __init__(
         self,
         problem: Problem,
-        settings: EvolutionSettings,
+        settings: EvolutionSearchConfig,
         seed: int,
         price: Price | None = None,  # every trial costs one
     ):
@@ -79,7 +79,7 @@ class Evolution:
         return generation
 
     def _mutant(self, parent: Candidate) -> Candidate:
-        return self.space.mutate(parent, self.settings.probability, self._rng)
+        return self.space.mutate(parent, self.settings.mutation_probability, self._rng)
 
     def _crossed(self, parents: list[Candidate]) -> Candidate:
         if len(parents) == 1:

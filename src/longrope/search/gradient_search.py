@@ -16,7 +16,7 @@ import numpy as np
 
 from longrope.search.problem import Problem
 from longrope.search.ramps import walk
-from longrope.search.settings import LEAST_BUDGET, GradientSettings
+from longrope.search.settings import LEAST_BUDGET, GradientSearchConfig
 from longrope.search.space import Candidate, Outcome, Price, Trial, distinct
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class GradientSearch:
     ``starts``: the first candidates by name, ramps as they are tried.
     """
 
-    def __init__(self, problem: Problem, settings: GradientSettings, seed: int, price: Price):
+    def __init__(self, problem: Problem, settings: GradientSearchConfig, seed: int, price: Price):
         self.problem, self.settings, self.price = problem, settings, price
         self.space = space = problem.space
         names = ("yarn",) if problem.ramp else tuple(problem.starts)
@@ -108,7 +108,7 @@ class GradientSearch:
         self._steps = self._affordable(len(tokens)) if free else 0
         for _ in range(self._steps):
             here = self._here(begin)
-            parts = dict.fromkeys(self._part() for _ in range(self.settings.step_windows))
+            parts = dict.fromkeys(self._part() for _ in range(self.settings.windows_per_step))
             outcomes = yield [Trial(here, part, slope=True) for part in parts]
             self._move(outcomes)
         if not self._steps:
@@ -116,7 +116,7 @@ class GradientSearch:
                 log.warning(
                     "a budget of %s forwards leaves none for a step after the starts are compared: "
                     "the best of them is kept",
-                    self.settings.forwards,
+                    self.settings.budget,
                 )
             return
         finalists = [self._here(begin)]
@@ -134,7 +134,7 @@ class GradientSearch:
         """The best of the starts, and of ramps while their share of the budget lasts."""
         losses = yield from self._compare(list(self.starts.values()), self._some)
         one = 1.0 if self._some == (None,) else len(self._some) / self.price.parts
-        share = max(LEAST_BUDGET - 1, _BEGINNING * self.settings.forwards)
+        share = max(LEAST_BUDGET - 1, _BEGINNING * self.settings.budget)
         ramps, loss = walk(), None
         while self.problem.ramp and self._spent + one <= share + _ROUNDING:
             try:
@@ -186,8 +186,8 @@ class GradientSearch:
         around = 1.0 if self._alone else 2.0  # the last point; and of several windows the mean
         if start_tokens:
             around += (start_tokens + 1) * one + 1
-        step = self.price.slope * one * min(self.settings.step_windows, self.price.parts)
-        left = self.settings.forwards - self._spent - around
+        step = self.price.slope * one * min(self.settings.windows_per_step, self.price.parts)
+        left = self.settings.budget - self._spent - around
         return max(0, math.floor(left / step + _ROUNDING))
 
     def _part(self) -> int | None:
@@ -212,7 +212,7 @@ class GradientSearch:
         self._square = _BETA2 * self._square + (1 - _BETA2) * slope**2
         mean = self._mean / (1 - _BETA1**self._step)
         size = np.sqrt(self._square / (1 - _BETA2**self._step))
-        rate = self.settings.rate * (_SURE if self._alone else 1)
+        rate = self.settings.step_size * (_SURE if self._alone else 1)
         rate *= min(1.0, 2 * (1 - self._step / (self._steps + 1)))
         self._point = self._monotone(self._point - rate * mean / (size + _SMALL))
         if self._step > (1 - _TAIL) * self._steps:

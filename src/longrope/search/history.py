@@ -8,40 +8,40 @@ from pathlib import Path
 from typing import Any
 
 from longrope.files import read_lines, write_atomically
-from longrope.search.settings import EvolutionSettings, GradientSettings
+from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2  # 1: before options were renamed, with windows called parts
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchConfig:
-    """Everything that decides the course of a search; two equal ones are one search.
+class SearchIdentity:
+    """Everything that decides the course of a search; equal identities are the same search.
 
-    ``model``, ``documents`` and ``windows`` (all token ids) are content hashes. ``chunk``
-    and ``device`` are here because they decide the last bits of a loss. Budget and
-    patience are not: they say where to stop, and a finished search may go on with more
-    (of the descent's settings the budget is one: its steps get smaller towards its end).
+    ``model``, ``documents`` and ``tokens`` (of windows and prompts) are content hashes. ``chunk``
+    and ``device`` decide the last bits of a loss. Of ``config`` everything counts that its
+    ``identity()`` returns.
     """
 
     model: str
     documents: tuple[str, ...]
-    windows: str
-    passkeys: int
+    tokens: str
     length: int
-    algorithm: str
-    settings: EvolutionSettings | GradientSettings
+    config: GradientSearchConfig | EvolutionSearchConfig
     seed: int
     dtype: str
     device: str
     chunk: int
     start: dict[str, Any]
-    upper: float
+    bound: float  # the largest factor, where the configuration leaves it open too
     start_tokens: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content |= {"config": None} | self.config.identity()
+        del content["config"]
+        return json.loads(json.dumps(content))
 
     @property
     def sha256(self) -> str:
@@ -71,7 +71,7 @@ class Record:
     config, and where the search stood after its last whole generation.
     """
 
-    def __init__(self, directory: Path, config: SearchConfig):
+    def __init__(self, directory: Path, config: SearchIdentity):
         self.directory = directory
         self.config = config
         self.history = directory / "history.jsonl"
@@ -111,12 +111,20 @@ class Record:
         return lines
 
     def _read_state(self) -> tuple[dict[str, Any], str]:
+        schema: Any = None
         try:
             saved = json.loads(self.state.read_text(encoding="utf-8"))
-            if saved["schema"] == SCHEMA and isinstance(saved["config"], dict):
+            schema = saved["schema"]
+            if schema == SCHEMA and isinstance(saved["config"], dict):
                 return saved["config"], saved["config_hash"]
         except (ValueError, KeyError, TypeError):
             pass
+        if type(schema) is int and schema < SCHEMA:
+            raise ValueError(
+                f"{self.directory} holds a search of an older layout of longrope (schema {schema}, "
+                f"this version uses {SCHEMA}); give another --out, or use the version of longrope "
+                "that made it"
+            )
         raise ValueError(
             f"{self.state} is damaged; give another --out, or delete {self.directory} to start over"
         )

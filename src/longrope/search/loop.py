@@ -17,23 +17,22 @@ from longrope.rope.rescale import Rescale
 from longrope.search.evaluator import Evaluations, Progress, SearchResult
 from longrope.search.evolution import Evolution
 from longrope.search.gradient_search import GradientSearch
-from longrope.search.history import SearchConfig
+from longrope.search.history import SearchIdentity
 from longrope.search.problem import Problem
+from longrope.search.settings import EvolutionSearchConfig
 from longrope.search.space import Outcome, Price
 
 _ALGORITHMS = {"gradient": GradientSearch, "evolution": Evolution}
 
 
 def search(
-    config: SearchConfig,
+    config: SearchIdentity,
     problem: Problem,
     loss: Callable[[Rescale, int | None, bool], Outcome],
     out: Path,
     *,
     price: Price | None = None,
     ranks: Ranks | None = None,
-    budget: int | None = None,
-    patience: int | None = None,
     provenance: dict[str, Any] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> SearchResult:
@@ -43,8 +42,6 @@ def search(
         problem: the space, and where to begin in it.
         loss: of a rescale, on all windows or on one, with its slope or without.
         price: what trials cost.
-        budget: forward equivalents at most; by default what the algorithm's settings give.
-        patience: stop after this many generations without a new best.
 
     Raises:
         ValueError: ``out`` holds another search (the differing fields are named) or a
@@ -54,28 +51,26 @@ def search(
     ranks = ranks or Ranks()
     with only_process(out) if ranks.first else contextlib.nullcontext():
         price = price or Price()
-        algorithm = _ALGORITHMS[config.algorithm](
+        algorithm = _ALGORITHMS[config.config.algorithm](
             problem,
-            config.settings,  # pyright: ignore[reportArgumentType]
+            config.config,  # pyright: ignore[reportArgumentType]
             config.seed,
             price,
         )
         # The algorithm names more starts as it goes.
         run = Evaluations(config, problem.space, algorithm.starts, loss, out, price, ranks, report)
-        return _loop(run, algorithm, budget, patience, provenance or {})
+        return _loop(run, algorithm, provenance or {})
 
 
 def _loop(
     run: Evaluations,
     algorithm: GradientSearch | Evolution,
-    budget: int | None,
-    patience: int | None,
     provenance: dict[str, Any],
 ) -> SearchResult:
-    config, known = run.config, len(run.history)
-    whole = config.settings.forwards
+    config, known = run.config.config, len(run.history)
+    patience = config.patience if isinstance(config, EvolutionSearchConfig) else None
     # A smaller budget than what is known is no reason to forget any of it.
-    run.total = min(max(budget or whole, math.ceil(run.known_forwards())), whole)
+    run.total = min(max(config.forwards, math.ceil(run.known_forwards())), config.max_forwards)
     run.report_start()
     since_best = 0
     while not algorithm.done and run.forwards < run.total:

@@ -45,11 +45,11 @@ def first_search(
     *,
     attention_factor: float | None = None,
     start_tokens: tuple[int, ...] = START_TOKENS,
-    upper: float | None = None,
+    max_factor: float | None = None,
 ) -> Problem:
     """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK, YaRN (or ramps)."""
     start = starting_point(info, target, attention_factor)
-    space = Space(start, upper or MARGIN * start.scale, start_tokens)
+    space = Space(start, max_factor or MARGIN * start.scale, start_tokens)
     known = {name: info.rescale(name, target) for name in STARTS}
     turns = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
     turns = turns[: space.dimensions]
@@ -87,7 +87,7 @@ def second_search(
     target: int,
     *,
     attention_factor: float | None = None,
-    upper: float | None = None,
+    max_factor: float | None = None,
 ) -> Problem:
     """From a fine-tuned length to ``target``, without training (section 3.4).
 
@@ -98,7 +98,7 @@ def second_search(
         attention_factor = starting_point(info, target, None).attention_factor
     start = finetuned.replace(max_position_embeddings=target, attention_factor=attention_factor)
     scale = target / finetuned.max_position_embeddings
-    space = Space(start, upper or MARGIN * scale, (finetuned.start_tokens,))
+    space = Space(start, max_factor or MARGIN * scale, (finetuned.start_tokens,))
     return Problem(
         space,
         {

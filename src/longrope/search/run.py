@@ -24,11 +24,11 @@ from longrope.progress import Advance, console, progress
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import forwards as gradient_cost
 from longrope.search.evaluator import Progress, SearchResult
-from longrope.search.history import SearchConfig, refuse_another_s
+from longrope.search.history import SearchIdentity, refuse_another_s
 from longrope.search.loop import search
 from longrope.search.objective import Objective, passkey_questions
 from longrope.search.problem import Problem, first_search, require_start_tokens
-from longrope.search.settings import SearchSettings
+from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 from longrope.search.space import START_TOKENS, Price
 from longrope.units import duration
 from longrope.version import __version__
@@ -36,7 +36,11 @@ from longrope.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
-    """What ``longrope search`` may be told; see its ``--help``."""
+    """Options of one search from the unscaled model.
+
+    Raises:
+        ValueError: a value out of range.
+    """
 
     target: str
     out: Path
@@ -45,17 +49,21 @@ class SearchOptions:
     pack: bool = False
     attention_factor: float | None = None
     start_tokens: int | None = None
-    upper: float | None = None
-    how: SearchSettings = dataclasses.field(default_factory=SearchSettings)
+    seed: int = 0
+    chunk: int | None = None
+    offload_activations: str | None = None
+    config: GradientSearchConfig | EvolutionSearchConfig = dataclasses.field(
+        default_factory=GradientSearchConfig
+    )
 
     def __post_init__(self) -> None:
-        if self.upper is not None and not 1 <= self.upper < math.inf:
-            raise ValueError(f"--upper is {self.upper}; it must be at least 1, and finite")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; it must be at least 1")
         factor = self.attention_factor
         if factor is not None and not 0 < factor < math.inf:
-            raise ValueError(f"--attention-factor is {factor}; it must be positive and finite")
+            raise ValueError(f"attention_factor is {factor}; it must be positive and finite")
         if self.start_tokens is not None and self.start_tokens < 0:
-            raise ValueError(f"--start-tokens is {self.start_tokens}; it must not be negative")
+            raise ValueError(f"start_tokens is {self.start_tokens}; it must not be negative")
 
     def check(self, info: ModelInfo) -> None:
         """Refuse what cannot work on a model, before its weights are read.
@@ -88,55 +96,69 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
         target,
         attention_factor=options.attention_factor,
         start_tokens=START_TOKENS if options.start_tokens is None else (options.start_tokens,),
-        upper=options.upper,
+        max_factor=options.config.max_factor,
     )
-    bos, seed = bos_token(loaded.tokenizer), options.how.seed
+    bos, seed = bos_token(loaded.tokenizer), options.seed
     documents = load_documents(loaded.tokenizer, options.data, field=options.field, held_out=False)
     if options.pack:
         documents = half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
-    windows = search_windows(documents, target, options.how.samples, seed, bos)
+    windows = search_windows(documents, target, options.config.windows, seed, bos)
     if ranks.first:
         warn_if_out_of_reach(loaded.model, loaded.info, target)
-    return search_stage(loaded, problem, windows, options.how, options.out, ranks)
+    return search_stage(
+        loaded,
+        problem,
+        windows,
+        options.config,
+        options.out,
+        ranks,
+        seed=options.seed,
+        chunk=options.chunk,
+        offload_activations=options.offload_activations,
+    )
 
 
 def search_stage(
     loaded: LoadedModel,
     problem: Problem,
     windows: Windows,
-    how: SearchSettings,
+    config: GradientSearchConfig | EvolutionSearchConfig,
     out: Path,
     ranks: Ranks,
+    *,
+    seed: int = 0,
+    chunk: int | None = None,
+    offload_activations: str | None = None,
     title: str = "search",
 ) -> SearchResult:
-    """Any of the three searches, on windows of its length.
+    """Run or resume any of the three searches on windows of its length.
 
     Raises:
         ValueError: ``out`` holds another search, or no candidate has a finite loss.
     """
     info = loaded.info
-    if how.algorithm == "gradient" and loaded.model.dtype == torch.float16:
+    if config.algorithm == "gradient" and loaded.model.dtype == torch.float16:
         raise ValueError(
-            "--dtype float16: slopes are too small for it; give bfloat16 or --algorithm evolution"
+            "dtype is float16, too small for gradients; use bfloat16, or algorithm evolution"
         )
     start, length = problem.space.start, problem.space.start.max_position_embeddings
-    questions = passkey_questions(loaded.tokenizer, length, how.passkeys, how.seed)
-    forward = loaded.forward(how.chunk, how.offload_activations)
-    if how.algorithm == "gradient":
+    questions = passkey_questions(loaded.tokenizer, length, config.passkey_prompts, seed)
+    forward = loaded.forward(chunk, offload_activations)
+    if config.algorithm == "gradient":
         check_gradient_support(forward, start, length)
-    slope = gradient_cost(info, length, forward.chunk) if how.algorithm == "gradient" else math.nan
+    slope = (
+        gradient_cost(info, length, forward.chunk) if config.algorithm == "gradient" else math.nan
+    )
     headline = _headline(info, start, windows, questions)
-    with progress(title, how.forwards, show=ranks.first) as advance:
+    with progress(title, config.forwards, show=ranks.first) as advance:
         result = search(
-            _config(loaded, problem, windows, questions, how, forward.chunk),
+            _identity(loaded, problem, windows, questions, config, seed, forward.chunk),
             problem,
             Objective(forward, windows.ids, questions),
             out,
             price=Price(len(windows.ids), slope),
             ranks=ranks,
-            budget=how.budget,
-            patience=how.patience,
             provenance={
                 "model": info.name,
                 "base_factors": list(info.base_factors),
@@ -146,7 +168,7 @@ def search_stage(
             },
             report=_Reporter(headline, advance) if ranks.first else lambda now: None,
         )
-        advance(how.forwards, f"best {result.best_loss:.4f}")
+        advance(config.forwards, f"best {result.best_loss:.4f}")
         return result
 
 
@@ -162,31 +184,29 @@ def _headline(
     )
 
 
-def _config(
+def _identity(
     loaded: LoadedModel,
     problem: Problem,
     windows: Windows,
     questions: Sequence[Prompt],
-    how: SearchSettings,
+    config: GradientSearchConfig | EvolutionSearchConfig,
+    seed: int,
     chunk: int,
-) -> SearchConfig:
-    """Which search this is: another one does not go on in its directory."""
+) -> SearchIdentity:
     start = problem.space.start
     seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
-    return SearchConfig(
+    return SearchIdentity(
         model=loaded.fingerprint(),
         documents=tuple(h for document in windows.documents for h in document.sha256),
-        windows=hashlib.sha256(seen).hexdigest(),
-        passkeys=how.passkeys,
+        tokens=hashlib.sha256(seen).hexdigest(),
         length=start.max_position_embeddings,
-        algorithm=how.algorithm,
-        settings=how.of_algorithm(),
-        seed=how.seed,
+        config=config,
+        seed=seed,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=loaded.model.device.type,
         chunk=chunk,
         start={k: v for k, v in start.to_json().items() if k != "provenance"},
-        upper=problem.space.upper,
+        bound=problem.space.max_factor,
         start_tokens=problem.space.start_tokens,
     )
 

@@ -1,144 +1,190 @@
-"""Settings of the search algorithms."""
+"""Search configuration: one model per algorithm, with every default and bound."""
 
-import dataclasses
-import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-ALGORITHMS = ("gradient", "evolution")
-# Forward equivalents for the starts, and the best of them on all windows.
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+# Forward passes for comparing the starts, and for the best of them on all windows.
 LEAST_BUDGET = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class GradientSettings:
-    """Settings of the descent.
+class _SearchConfig(BaseModel):
+    """The fields of both algorithms."""
 
-    Args:
-        forwards: the budget in forward equivalents; the steps follow from it.
-        rate: of the largest step in ln λ; three times that with one window.
-        step_windows: how many windows a step takes the slope on; processes share them.
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    Raises:
-        ValueError: a budget below 4, a count below 1, or a rate that is not positive.
-    """
-
-    forwards: int = 27
-    rate: float = 0.06
-    step_windows: int = 1
-
-    def __post_init__(self) -> None:
-        if self.forwards < LEAST_BUDGET:
-            raise ValueError(
-                f"--budget is {self.forwards}; it must be at least {LEAST_BUDGET}, which comparing "
-                "the starts takes"
-            )
-        if not 0 < self.rate < math.inf:
-            raise ValueError(f"--rate is {self.rate}; it must be positive and finite")
-        if self.step_windows < 1:
-            raise ValueError(f"--step-windows is {self.step_windows}; it must be at least 1")
+    windows: int = Field(default=5, ge=1, description="Number of search windows.")
+    passkey_prompts: int = Field(
+        default=0,
+        ge=0,
+        description="Number of passkey prompts whose loss is added to that of the windows.",
+    )
+    max_factor: float | None = Field(
+        default=None,
+        ge=1,
+        allow_inf_nan=False,
+        description="Largest rescale factor; 1.25 times the scale if not given.",
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class EvolutionSettings:
-    """Algorithm 1's settings; the defaults are the paper's for targets up to 256k.
+class GradientSearchConfig(_SearchConfig):
+    """Configuration of the gradient search."""
 
-    Raises:
-        ValueError: a count below 1 or a probability outside (0, 1].
-    """
+    algorithm: Literal["gradient"] = Field(
+        default="gradient",
+        description="Search algorithm: gradient, or evolution (Algorithm 1 of the LongRoPE paper).",
+    )
+    budget: int = Field(
+        default=27,
+        ge=LEAST_BUDGET,
+        description="Maximum number of forward passes over all windows.",
+    )
+    step_size: float = Field(
+        default=0.06,
+        gt=0,
+        allow_inf_nan=False,
+        description="Largest step in ln λ; three times this value with a single window.",
+    )
+    windows_per_step: int = Field(
+        default=1, ge=1, description="Number of windows per gradient step; processes share them."
+    )
 
-    population: int = 64
-    mutations: int = 16
-    crossovers: int = 16
-    probability: float = 0.3
-    iterations: int = 40
-    parents: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("population", "iterations", "parents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("mutations", "crossovers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative")
-        if self.mutations + self.crossovers < 1:
-            raise ValueError("--mutations and --crossovers are both 0; one must be positive")
-        if not 0 < self.probability <= 1:
-            raise ValueError(f"--probability is {self.probability}; it must be in (0, 1]")
+    def identity(self) -> dict[str, Any]:
+        """Return the options that decide the course of a search."""
+        return self.model_dump()
 
     @property
     def forwards(self) -> int:
-        """The whole budget, in forwards of all windows: 1,344 with the paper's settings."""
+        """Budget in forward passes over all windows."""
+        return self.budget
+
+    @property
+    def max_forwards(self) -> int:
+        """Largest number of forward passes that this search can use."""
+        return self.budget
+
+
+class EvolutionSearchConfig(_SearchConfig):
+    """Configuration of LongRoPE's Algorithm 1; defaults are the paper's for targets up to 256k."""
+
+    algorithm: Literal["evolution"] = Field(
+        default="evolution", description=GradientSearchConfig.model_fields["algorithm"].description
+    )
+    budget: int | None = Field(
+        default=None, ge=1, description=GradientSearchConfig.model_fields["budget"].description
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop after this many generations without a lower loss."
+    )
+    population: int = Field(default=64, ge=1, description="Size of the first generation (P).")
+    mutations: int = Field(default=16, ge=0, description="Mutants per generation (N1).")
+    crossovers: int = Field(default=16, ge=0, description="Crossovers per generation (N2).")
+    mutation_probability: float = Field(
+        default=0.3, gt=0, le=1, description="Probability that a mutation redraws a factor (p)."
+    )
+    iterations: int = Field(
+        default=40, ge=1, description="Number of generations after the first (T)."
+    )
+    parents: int = Field(
+        default=32, ge=1, description="Number of best candidates used as parents (k)."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvolutionSearchConfig":
+        if self.mutations + self.crossovers < 1:
+            raise ValueError("mutations and crossovers are both 0; one of them must be positive")
+        if self.budget is not None and self.budget > self.max_forwards:
+            raise ValueError(
+                f"budget is {self.budget}, but all generations take {self.max_forwards} forward "
+                "passes: raise iterations or population"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options that decide the course of a search.
+
+        Budget and patience only say where to stop: a finished search can resume with larger ones.
+        """
+        return self.model_dump(exclude={"budget", "patience"})
+
+    @property
+    def forwards(self) -> int:
+        """Budget in forward passes over all windows."""
+        return self.budget or self.max_forwards
+
+    @property
+    def max_forwards(self) -> int:
+        """Forward passes of all generations; 1,344 with the defaults."""
         return self.population + self.iterations * (self.mutations + self.crossovers)
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchSettings:
-    """How a search goes about it, whatever it searches.
+def _algorithm(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return content.get("algorithm", "gradient")
+    return getattr(content, "algorithm", None)
 
-    ``passkeys``: questions asked of every candidate beside the ``samples`` windows. ``budget`` is
-    in forward equivalents (all of them once), ``rate`` and ``step_windows`` the fast algorithm's,
-    ``settings`` and ``patience`` the paper's.
+
+SearchConfig = Annotated[
+    Annotated[GradientSearchConfig, Tag("gradient")]
+    | Annotated[EvolutionSearchConfig, Tag("evolution")],
+    Discriminator(_algorithm),
+]
+SEARCH_CONFIGS: dict[str, type[GradientSearchConfig] | type[EvolutionSearchConfig]] = {
+    "gradient": GradientSearchConfig,
+    "evolution": EvolutionSearchConfig,
+}
+_ADAPTER: TypeAdapter[GradientSearchConfig | EvolutionSearchConfig] = TypeAdapter(SearchConfig)
+
+
+def make_search_config(
+    options: Mapping[str, Any], name: Callable[[str], str] = str
+) -> GradientSearchConfig | EvolutionSearchConfig:
+    """Return the configuration with these options; the algorithm is gradient if not given.
+
+    Args:
+        name: how the caller writes an option's name, for error messages.
 
     Raises:
-        ValueError: a count below 1, no such algorithm, or an option of the other one.
+        ValueError: an unknown option, a value out of range, or an option of the other algorithm.
     """
+    try:
+        return _ADAPTER.validate_python(options)
+    except ValidationError as error:
+        raise ValueError(describe_error(error.errors()[0], name)) from None
 
-    samples: int = 5
-    passkeys: int = 0
-    algorithm: str = "gradient"
-    budget: int | None = None
-    patience: int | None = None
-    seed: int = 0
-    chunk: int | None = None
-    offload_activations: str | None = None
-    rate: float = GradientSettings.rate
-    step_windows: int = GradientSettings.step_windows
-    settings: EvolutionSettings = dataclasses.field(default_factory=EvolutionSettings)
 
-    def __post_init__(self) -> None:
-        for name in ("samples", "budget", "patience", "chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
-        if self.passkeys < 0:
-            raise ValueError(f"--passkeys is {self.passkeys}; it must not be negative")
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"--algorithm {self.algorithm}: there is {', '.join(ALGORITHMS)}")
-        if self.patience is not None and self.algorithm == "gradient":
-            raise ValueError(
-                f"--patience is {self.patience}; the fast search has no generations to wait for: "
-                "leave it out, or give --algorithm evolution"
-            )
-        if self.algorithm == "gradient" and self.settings != EvolutionSettings():
-            changed = [
-                f"--{field.name} {value}"
-                for field in dataclasses.fields(EvolutionSettings)
-                if (value := getattr(self.settings, field.name)) != field.default
-            ]
-            raise ValueError(
-                f"{', '.join(changed)}: settings of --algorithm evolution; this is fast"
-            )
-        of_fast = (GradientSettings.rate, GradientSettings.step_windows)
-        if self.algorithm == "evolution" and (self.rate, self.step_windows) != of_fast:
-            raise ValueError(
-                f"--rate {self.rate}, --step-windows {self.step_windows}: settings of --algorithm "
-                "fast; this is paper"
-            )
-        most = self.of_algorithm().forwards
-        if self.budget is not None and self.budget > most:
-            raise ValueError(
-                f"--budget is {self.budget}, and so many generations end after {most}: raise "
-                "--iterations or --population"
-            )
+def describe_error(error: Any, name: Callable[[str], str] = str, others: Sequence[str] = ()) -> str:
+    """Return one line for a validation error of a search configuration.
 
-    def of_algorithm(self) -> EvolutionSettings | GradientSettings:
-        """The settings of the algorithm chosen."""
-        if self.algorithm == "evolution":
-            return self.settings
-        return GradientSettings(
-            self.budget or GradientSettings.forwards, self.rate, self.step_windows
-        )
-
-    @property
-    def forwards(self) -> int:
-        """The budget in forward equivalents: all windows and questions once are one."""
-        return self.budget or self.of_algorithm().forwards
+    Args:
+        error: one of ``ValidationError.errors()``.
+        name: how the caller writes an option's name.
+        others: names of further options that the caller knows.
+    """
+    if error["type"] == "union_tag_invalid":
+        algorithms = ", ".join(SEARCH_CONFIGS)
+        return f"{name('algorithm')} is {error['ctx']['tag']!r}; choose one of {algorithms}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    option, value = str(error["loc"][-1]), error["input"]
+    if error["type"] == "extra_forbidden":
+        algorithm = error["loc"][-2]
+        for other, model in SEARCH_CONFIGS.items():
+            if option in model.model_fields:
+                return (
+                    f"{name(option)} is {value!r}: it is an option of {name('algorithm')} {other}, "
+                    f"and this search uses {algorithm}"
+                )
+        known = ", ".join([*others, *SEARCH_CONFIGS[algorithm].model_fields])
+        return f"no key {name(option)!r}; there are {known}"
+    return f"{name(option)} is {value!r}: {error['msg'].lower()}"

@@ -75,7 +75,7 @@ class Space:
     """
 
     start: Rescale
-    upper: float
+    max_factor: float
     start_tokens: tuple[int, ...] = START_TOKENS
 
     @property
@@ -85,7 +85,7 @@ class Space:
     @property
     def top(self) -> int:
         """The largest factor, in hundredths."""
-        return max(_STEPS, round(self.upper * _STEPS))
+        return max(_STEPS, round(self.max_factor * _STEPS))
 
     def rescale(self, candidate: Candidate) -> Rescale:
         """The rescale that a candidate stands for."""
