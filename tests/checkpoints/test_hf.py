@@ -239,8 +239,8 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(
     code = f"""
 import os
 from pathlib import Path
-from longrope.export.huggingface import scaled_config
-from longrope.export.run import ExportOptions, export
+from longrope.checkpoints.hf import scaled_config
+from longrope.checkpoints.export import ExportOptions, export
 os.fsync = lambda handle: os.kill(os.getpid(), 9)
 export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
        {"gguf" if suffix else "hf"!r}, attention_factors="field", **{named!r}))

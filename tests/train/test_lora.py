@@ -2,7 +2,7 @@
 
 import warnings
 
-import longrope.train.finetune as finetune_module
+import longrope.train.trainer as finetune_module
 import pytest
 import torch
 from transformers import AutoModelForCausalLM

@@ -18,7 +18,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from longrope.distributed import ranks
-from longrope.train.settings import FinetuneSettings
+from longrope.train.config import FinetuneSettings
 from small_training import train
 model, data, out, changes = sys.argv[1:]
 with ranks() as these:
@@ -35,7 +35,7 @@ def begin(self, *given, fsdp_plugin=None, **named):
     if self.fsdp_plugin is not None:
         self.distributed_type = state.DistributedType.FSDP
 state.AcceleratorState.__init__ = begin
-import longrope.train.finetune as module
+import longrope.train.trainer as module
 from torch.distributed.tensor import DTensor
 unwrapped = module._unwrapped
 def shards(trainer):
@@ -46,23 +46,24 @@ module._unwrapped = shards
 
 DYING = """
 import os, signal
-from longrope.train.sequences import Pieces
-asked = Pieces.__getitem__
+from longrope.train.dataset import LongContextDataset
+asked = LongContextDataset.__getitem__
 def dying(self, number):
     if os.environ["RANK"] == "1" and number > 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return asked(self, number)
-Pieces.__getitem__ = dying
+LongContextDataset.__getitem__ = dying
 """
 
 
 def launched(*command, code=0, **environment):
+    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
         timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": TESTS} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
     )
     assert done.returncode == code, done.stderr[-3000:]
     return done
