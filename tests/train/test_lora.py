@@ -2,11 +2,11 @@
 
 import warnings
 
-import longrope.train.trainer as finetune_module
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import longrope.train.trainer as finetune_module
 from longrope.models.load import load_model
 from small_training import FAST, train, weights
 
