@@ -118,7 +118,7 @@ def test_memory_does_not_hold_offloaded_activations(tmp_path):
         "from layerwise.test_forward import yarn\n"
         "from longrope.layerwise.forward import LongForward\n"
         "from longrope.layerwise.backward import gradient\n"
-        "from longrope.rope.apply import rescaled\\n"
+        "from longrope.rope.apply import rescaled\n"
         "from longrope.layerwise import split_attention, backward as module\n"
         "module._MAX_GRAPH_BYTES = 0\n"
         "split_attention._BYTES_PER_TOKEN = 0\n"

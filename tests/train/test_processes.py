@@ -57,12 +57,13 @@ LongContextDataset.__getitem__ = dying
 
 
 def launched(*command, code=0, **environment):
+    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
         timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": TESTS} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
     )
     assert done.returncode == code, done.stderr[-3000:]
     return done

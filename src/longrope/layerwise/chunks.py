@@ -40,6 +40,7 @@ class Chunks:
         return self._chunks_of(self.group.rank, size)
 
     def _chunks_of(self, rank: int, size: int | None = None) -> list[Chunk]:
+        """Return the chunks of a rank, split further to at most ``size`` tokens."""
         found, place = [], 0
         for span in self.spans[rank :: self.group.size]:
             for start in range(span.start, span.stop, size or self.tokens):

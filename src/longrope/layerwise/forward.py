@@ -108,6 +108,7 @@ class LongForward:
 
     @property
     def layers(self) -> nn.ModuleList:
+        """The model's decoder layers."""
         return getattr(self.decoder, self._layers_name)
 
     def losses(self, input_ids: Tensor) -> Tensor:
@@ -198,6 +199,7 @@ class LongForward:
 
     @torch.inference_mode()
     def _losses(self, ids_BT: Tensor) -> Tensor:
+        """Compute the losses of one batch; see :meth:`losses`."""
         inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
         chunks = self.chunks(inputs_BT.shape[1])
         with self.attention():
@@ -212,6 +214,7 @@ class LongForward:
     def _score(
         self, ids_BT: Tensor, continuations: Sequence[Continuation]
     ) -> list[ContinuationScore]:
+        """Score continuations of one batch; see :meth:`score`."""
         chunks = self.chunks(ids_BT.shape[1])
         with self.attention():
             hidden_BTD = self._hidden(ids_BT, chunks)
@@ -304,5 +307,6 @@ class LongForward:
 
 
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:
+    """Return position ids of a span, shape (batch, tokens)."""
     positions = torch.arange(*span.indices(ids_BT.shape[1]), device=ids_BT.device)
     return positions[None].expand(ids_BT.shape[0], -1)

@@ -104,9 +104,11 @@ class LayerGradient:
             grad_BTD[:, place] += hidden.grad.to(grad_BTD.device)
 
     def _input(self, place: slice) -> Tensor:
+        """Return a chunk of the layer's input on the device, as a leaf."""
         return self.hidden_BTD[:, place].to(self.forward.device).detach()
 
     def _run(self, number: int, hidden: Tensor, cache: Any) -> Tensor:
+        """Run the layer on chunk ``number`` with another cache."""
         return run_layer(self.layer, hidden, self.arguments[number], self.recordings[number], cache)
 
 
@@ -138,6 +140,7 @@ class ChunkCache:
         self.after: _States = {}
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return the chunk's own keys and values, without storing them."""
         return key, value
 
     def get_seq_length(self, *_: Any) -> int:

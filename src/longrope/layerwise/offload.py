@@ -39,6 +39,7 @@ class _Place(NamedTuple):
     name: str
 
     def put(self, tensor: Tensor) -> None:
+        """Replace the tensor, keeping parameters as they are registered."""
         if self.name in self.module._parameters:
             self.module._parameters[self.name].data = tensor  # type: ignore[union-attr]
         else:

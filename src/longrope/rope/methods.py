@@ -16,6 +16,7 @@ Method = Callable[[float, int, int, int], Rescale]
 
 
 def _rescale(method: str, theta: float, original: int, target: int, factors: np.ndarray, **more):
+    """Build a rescale with the method's name as provenance."""
     return Rescale(
         factors=tuple(factors.tolist()),
         rope_theta=theta,
@@ -46,6 +47,7 @@ def base_change(
 
 
 def _ntk_theta(rope_theta: float, rotary_dim: int, scale: float) -> float:
+    """The NTK-aware base, θ · s^(d/(d−2))."""
     return rope_theta * scale ** (rotary_dim / (rotary_dim - 2))
 
 

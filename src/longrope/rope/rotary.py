@@ -64,6 +64,7 @@ class RotarySite:
 
 
 def _longrope_frequencies(config: Any, layer_type: str | None) -> Tensor:
+    """Compute the long factors' frequencies from a ``longrope`` config."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = (
@@ -86,6 +87,7 @@ def find_rotary(model: nn.Module) -> RotarySite | None:
 
 
 def _rotary_sites(model: nn.Module) -> Iterator[RotarySite]:
+    """Yield every rotary embedding of a model."""
     for owner in model.modules():
         for name, module in owner.named_children():
             if not hasattr(module, "config") or not hasattr(module, "rope_type"):

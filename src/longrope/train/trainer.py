@@ -189,6 +189,7 @@ class _Trainer(Trainer):
     """Trainer that reports full disks and non-finite losses as ``ValueError``."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint; raises ``ValueError`` if it cannot be written."""
         try:
             super()._save_checkpoint(*args, **kwargs)
         # A full disk is an OSError in Python, but other errors in torch and safetensors.
@@ -201,6 +202,7 @@ class _Trainer(Trainer):
             ) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run a training step; raises ``ValueError`` if the loss is not finite."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise _not_finite("loss", loss.item(), self.state.global_step + 1)
@@ -224,9 +226,11 @@ class _StepCallback(TrainerCallback):
         self.started, self.first_step = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note when and at which step training started."""
         self.started, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Log a step's loss, and raise ``ValueError`` if its gradient is not finite."""
         if not logs or "loss" not in logs:
             return
         norm = float(logs.get("grad_norm", 0.0))
@@ -246,6 +250,7 @@ class _StepCallback(TrainerCallback):
         self.advance(state.global_step, f"loss {line['loss']:.4f}, {duration(left)} left")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Flush a checkpoint to disk, then mark it complete."""
         if not self.first:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
