@@ -120,7 +120,7 @@ def scaled(tmp_path):
 def test_a_scale_of_all_scores_that_no_checkpoint_can_say_is_refused(scaled, tmp_path):
     source, out = scaled(FAMILIES["deepseek_v3"](), mscale_all_dim=1.0), tmp_path / "out"
     asked = {"rescale": "yarn", "target": "512", "attention_factors": "field"}
-    with pytest.raises(ValueError, match=r"mscale_all_dim.*--existing-scaling replace"):
+    with pytest.raises(ValueError, match=r"mscale_all_dim.*existing_scaling='replace'"):
         export(ExportOptions(source, out, existing_scaling="keep", **asked))
     assert not out.exists()
     export(ExportOptions(source, out, existing_scaling="replace", **asked))
@@ -133,7 +133,7 @@ def test_factors_searched_with_such_a_scale_are_refused_without(scaled, tmp_path
     found = info.rescale("pi", 512).replace(provenance={"base_factors": info.base_factors})
     found.save(tmp_path / "kept.json")
     named = {"rescale": str(tmp_path / "kept.json"), "existing_scaling": "replace"}
-    with pytest.raises(ValueError, match=r"search again with --existing-scaling replace"):
+    with pytest.raises(ValueError, match=r"search again with existing_scaling='replace'"):
         export(ExportOptions(source, tmp_path / "out", **named))
 
 

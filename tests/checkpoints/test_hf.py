@@ -197,7 +197,7 @@ def test_start_tokens_are_refused_with_what_none_cost(checkpoints, micro_models,
     searched.save(tmp_path / "rescale.json")
     options = {"model": str(checkpoints("llama")), "out": tmp_path / "out"}
     options |= {"rescale": str(tmp_path / "rescale.json"), "attention_factors": "field"}
-    with pytest.raises(ValueError, match=r"start_tokens is 8 .*; --drop-start-tokens"):
+    with pytest.raises(ValueError, match=r"start_tokens is 8 .*; drop_start_tokens"):
         export(ExportOptions(**options))
     long.replace(provenance={"loss": 2.5106}).save(tmp_path / "portable.json")
     with pytest.raises(ValueError, match=r"portable.json, the best without, which costs 0\.0106"):
@@ -253,7 +253,7 @@ export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
 def test_sets_that_are_exchanged_are_refused(checkpoints, micro_models, tmp_path):
     named = files(pair(micro_models("llama")), tmp_path)
     exchanged = {"rescale": named["short"], "short": named["rescale"]}
-    with pytest.raises(ValueError, match=r"long.json: is for 512 tokens, and .*short.json for 80"):
+    with pytest.raises(ValueError, match=r"long.json is made for 512 .*short.json for 80"):
         export(ExportOptions(str(checkpoints("llama")), tmp_path / "out", **exchanged))
 
 

@@ -137,7 +137,7 @@ def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp
     config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     source = str(tmp_path / "m")
-    with pytest.raises(ValueError, match="choose --existing-scaling keep"):
+    with pytest.raises(ValueError, match="choose existing_scaling='keep'"):
         load_extended(source)
     loaded, none = load_extended(source, existing_scaling="keep", dtype="float32")
     assert none is None

@@ -1,7 +1,6 @@
 """Every place that a model comes from, and what is refused there."""
 
 import importlib.util
-import json
 import shutil
 
 import huggingface_hub
@@ -11,7 +10,7 @@ import tqdm.auto
 import transformers
 
 from conftest import ORIGINAL
-from longrope.models.bundled import BUNDLED
+from gguf_model import write_gguf
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.progress import quiet
@@ -59,44 +58,6 @@ def test_a_gated_model_names_the_login(monkeypatch):
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
     with pytest.raises(ValueError, match=r"owner/gated: .*hf auth login"):
         load_model("owner/gated")
-
-
-def write_gguf(model, path, scaling=None):
-    """The micro-Llama as llama.cpp's converter writes it, in float32."""
-    import gguf
-
-    config = model.config
-    tokenizer = json.loads((BUNDLED / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(1e4)
-    writer.add_vocab_size(config.vocab_size)
-    if scaling is not None:
-        writer.add_rope_scaling_type(scaling)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        weight = tensor.numpy()
-        for kind, n in heads.items():
-            if kind in name:  # llama.cpp keeps the two halves of a head interleaved
-                weight = weight.reshape(n, 2, -1, weight.shape[1]).swapaxes(1, 2)
-                weight = weight.reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_is_the_model_it_was_made_from(micro_models, ids, tmp_path):

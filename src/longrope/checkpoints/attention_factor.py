@@ -11,6 +11,7 @@ import torch
 
 from longrope.checkpoints.fold import largest_difference, tensor_names, why_not_foldable
 from longrope.checkpoints.manifest import Manifest
+from longrope.models.info import ModelInfo
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale, default_attention_factor
@@ -73,40 +74,46 @@ class FoldedWrong(ValueError):
 
 
 def folding_check(
-    manifest: Manifest, source: Path, trust_remote_code: bool
+    manifest: Manifest, source: Path, info: ModelInfo, trust_remote_code: bool
 ) -> Callable[[Path], None]:
-    """Hold the folded weights to the model's logits, and to what dropping the factor would do.
+    """Return a check of folded weights against the model's logits.
 
-    What it gives takes the directory of the export, and raises :class:`FoldedWrong`.
+    The difference must be small beside that of dropping the attention factor. Both models are
+    loaded once, one after the other.
+
+    Args:
+        source: the checkpoint before the export.
+        info: of the model.
+
+    Returns:
+        A function of the exported directory, which raises :class:`FoldedWrong`.
     """
 
-    def logits(model: str, rescale: Rescale) -> torch.Tensor:
+    def logits(model: Path, *rescales: Rescale) -> list[torch.Tensor]:
         loaded = load_model(
-            model,
-            device="cpu",  # in float32 a large one may fit no GPU
+            str(model),
+            info=dataclasses.replace(info, source=str(model), replaces_scaling=True),
+            device="cpu",  # in float32 a large model may fit no GPU
             dtype="float32",
-            existing_scaling="replace",
-            original_length=rescale.original_max_position_embeddings,
             trust_remote_code=trust_remote_code,
         )
-        ids = torch.randint(
-            0,
-            loaded.info.vocabulary,
-            (1, _PROBE_TOKENS),
-            generator=torch.Generator().manual_seed(0),
-        ).to(loaded.model.device)
-        with torch.inference_mode(), rescaled(loaded.model, rescale):
-            return loaded.model(input_ids=ids).logits.cpu()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, info.vocabulary, (1, _PROBE_TOKENS), generator=generator)
+        found = []
+        for rescale in rescales:
+            with torch.inference_mode(), rescaled(loaded.model, rescale):
+                found.append(loaded.model(input_ids=ids).logits)
+        return found
 
     def check(directory: Path) -> None:
         long, folded = manifest.pair.long, manifest.written.long
-        expected = logits(str(source), long)
-        dropped = largest_difference(logits(str(source), folded), expected)
-        found = largest_difference(logits(str(directory), folded), expected)
+        expected, without = logits(source, long, folded)
+        dropped = largest_difference(without, expected)
+        found = largest_difference(logits(directory, folded)[0], expected)
         if found > _TOLERANCE * dropped:
             raise FoldedWrong(
-                f"log-probabilities then change by {found:.3g}, and by {dropped:.3g} where it is "
-                "left out (layers without RoPE, or the rounding of the weights)"
+                f"log-probabilities then change by {found:.3g}, and by {dropped:.3g} without the "
+                "attention factor (layers without RoPE, or rounding of the weights)"
             )
         log.info("folded attention factor: largest difference %.3g nats", found)
 

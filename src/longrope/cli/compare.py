@@ -68,7 +68,7 @@ def compare(
     from longrope.evaluate.compare import run_comparison
     from longrope.evaluate.options import CompareOptions
     from longrope.files import require_directory
-    from longrope.models.info import ModelInfo
+    from longrope.models.info import inspect_model
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_measuring
     from longrope.report.figures import report as write_report
@@ -89,23 +89,26 @@ def compare(
     directory = out or options.directory
     require_one_process("compare")
 
-    def check(info: ModelInfo) -> None:
-        options.check(info)
-        options.require_all_of(directory / "compare.json", info)
-        require_directory(directory)
-        how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
-        how["offload_activations"] = offload_activations
-        check_measuring(info, options.resolve(info)[0][-1], how, Ranks())
-
+    info = inspect_model(
+        model,
+        existing_scaling=existing_choice(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    info.require_extendable()
+    options.check(info)
+    options.require_all_of(directory / "compare.json", info)
+    require_directory(directory)
+    how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
+    how["offload_activations"] = offload_activations
+    check_measuring(info, options.resolve(info)[0][-1], how, Ranks())
     loaded = load_model(
         model,
         device=device,
         dtype=dtype,
         offload=offload,
-        existing_scaling=existing_choice(existing_scaling),
-        original_length=original_length,
+        info=info,
         trust_remote_code=trust_remote_code,
-        check=check,
     )
     with measurement_cache(directory) as unfinished:
         comparison = run_comparison(loaded, options, exclude_searched=True, unfinished=unfinished)

@@ -104,7 +104,6 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure perplexity, retrieval or benchmarks of a model under one rescale, or of a run."""
-    from longrope.checkpoints.importer import find_pair
     from longrope.distributed import local_device, ranks
     from longrope.evaluate.ask import AskOptions, ask
     from longrope.evaluate.benchmarks import BenchmarkOptions
@@ -113,7 +112,8 @@ def evaluate(
     from longrope.evaluate.options import CompareOptions, Entry
     from longrope.evaluate.paired import compare_with_original
     from longrope.files import require_directory, write_atomically
-    from longrope.inference.load import load_extended, load_weights
+    from longrope.inference.load import inspect_extended, inspect_weights
+    from longrope.models.load import load_model
     from longrope.pipeline.checks import check_measuring
 
     kind = _kind(passkey, needle, benchmarks)
@@ -160,7 +160,8 @@ def evaluate(
         json.dumps({k: v for k, v in of.items() if k not in ("chunk", "offload_activations")})
     )
 
-    def check(info: Any) -> None:
+    def validate(info: Any) -> None:
+        info.require_extendable()
         if kind in ("passkey", "needle"):
             asked.check(info)
         else:
@@ -180,9 +181,7 @@ def evaluate(
     loading: dict[str, Any] = {
         "dtype": dtype,
         "offload": offload,
-        "original_length": original_length,
         "trust_remote_code": trust_remote_code,
-        "check": check,
     }
     with ranks(sequence_parallel) as these:
         if these.teams > 1:
@@ -192,13 +191,19 @@ def evaluate(
             )
         loading |= {"device": local_device(device), "team": these.team}
         pair = None
+        inspecting: dict[str, Any] = {
+            "original_length": original_length,
+            "trust_remote_code": trust_remote_code,
+        }
         if rescale is None and existing_scaling is None:
-            if find_pair(model, trust_remote_code):
+            info, pair = inspect_extended(model, **inspecting)
+            if pair:
                 _refuse_for_a_pair(model, target, attention_factor)
-            loaded, pair = load_extended(model, **loading)
         else:
             scaling = existing_choice(existing_scaling)
-            loaded = load_weights(model, existing_scaling=scaling, **loading)
+            info = inspect_weights(model, existing_scaling=scaling, **inspecting)
+        validate(info)
+        loaded = load_model(info.source, info=info, **loading)
         entry = Entry("longrope", pair.choose) if pair else options.entries(loaded.info)[0]
         with measurement_cache(out, these.team.size) as unfinished:
             if kind == "benchmarks":
@@ -261,9 +266,7 @@ def _original(model: str, named: str | None, loading: dict[str, Any]) -> Any:
     source: dict[str, Any] | None = {"source": named} if named else original_of(model)
     if source is None:
         return None
-    of_the_other = ("original_length", "check")
-    known = {name: value for name, value in loading.items() if name not in of_the_other}
-    return load_model(**known, **source)
+    return load_model(**loading, **source)
 
 
 def _kind(passkey: bool, needle: bool, benchmarks: str | None) -> str:

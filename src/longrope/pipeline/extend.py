@@ -101,8 +101,7 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
         original_length=recipe.original_length,
         trust_remote_code=recipe.trust_remote_code,
     )
-    if not info.extendable:
-        raise ValueError(f"{recipe.model} cannot be extended: {info.reason}")
+    info.require_extendable()
     device = find_device("--device", local_device(recipe.device))
     plan = make_plan(info, recipe, on_cpu=device.type == "cpu", team=ranks.team.size)
     return Run(recipe, info, plan, out, ranks)

@@ -1,5 +1,6 @@
 """The directory of a run: what is done in it, and what its stages read of each other."""
 
+import dataclasses
 import functools
 import gc
 import json
@@ -11,7 +12,7 @@ import yaml
 
 from longrope.distributed import Ranks, local_device
 from longrope.files import write_atomically
-from longrope.models.info import Existing, ModelInfo
+from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
 from longrope.models.target import starting_point
 from longrope.pipeline.costs import Stage
@@ -154,17 +155,22 @@ class Run:
 
         With the scaling that it has, also where that is replaced: its predictions are made with it.
         """
-        scaling, how = self.info.existing_scaling, self.recipe.existing_scaling
-        if scaling and scaling["rope_type"] != "dynamic":  # which leaves short windows alone
-            how = "keep"
-        return self._read(self.recipe.model, offload=None, existing_scaling=how)
+        scaling, info = self.info.existing_scaling, self.info
+        if info.replaces_scaling and scaling and scaling["rope_type"] != "dynamic":
+            info = inspect_model(
+                self.recipe.model,
+                existing_scaling="keep",
+                original_length=self.recipe.original_length,
+                trust_remote_code=self.recipe.trust_remote_code,
+            )
+        return self._read(info, offload=None)
 
     def _load(self, source: str, offload: bool) -> LoadedModel:
         asked = source, offload and self.recipe.offload is not None
         if self._loaded is None or self._loaded[0] != asked:
             self.forget()  # one model in memory at a time
-            how = self.recipe.existing_scaling
-            loaded = self._read(source, self.recipe.offload if offload else None, how)
+            info = dataclasses.replace(self.info, source=source)
+            loaded = self._read(info, self.recipe.offload if offload else None)
             if source == self.recipe.model:
                 self._require_same(loaded)
             self._loaded = asked, loaded
@@ -186,18 +192,15 @@ class Run:
             )
         write_atomically(file, now + "\n")
 
-    def _read(
-        self, source: str, offload: str | None, existing_scaling: Existing | None
-    ) -> LoadedModel:
+    def _read(self, info: ModelInfo, offload: str | None) -> LoadedModel:
         recipe = self.recipe
         return load_model(
-            source,
+            info.source,
+            info=info,
             device=local_device(recipe.device),
             dtype=recipe.dtype,
             offload=offload,
             team=self.ranks.team,
-            existing_scaling=existing_scaling,
-            original_length=recipe.original_length,
             trust_remote_code=recipe.trust_remote_code,
         )
 
