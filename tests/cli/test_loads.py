@@ -60,7 +60,6 @@ def test_export_of_another_format(checkpoints, micro_models, tmp_path, counts):
             tmp_path / "out",
             rescale="yarn",
             target="512",
-            attention_factors="field",
         )
     )
     assert counts == {"inspected": 1, "loaded": 1}

@@ -80,9 +80,12 @@ def _results(results: dict[str, Any], static: bool) -> str:
 
 def _huggingface(manifest: Manifest) -> str:
     target, boundary = manifest.pair.long.max_position_embeddings, manifest.pair.recovery_length
-    if manifest.static:
-        return _ENGINES_STATIC.format(target=target)
-    return _ENGINES_DUAL.format(target=target, boundary=boundary, above=boundary + 1)
+    text = _ENGINES_STATIC if manifest.static else _ENGINES_DUAL
+    text = text.format(target=target, boundary=boundary)
+    ours, theirs = manifest.written.long.attention_factor, manifest.computed_attention_factor
+    if abs(ours - theirs) >= 1e-6:
+        text += _MLX.format(ours=ours, theirs=theirs)
+    return text
 
 
 def _gguf(manifest: Manifest) -> str:
@@ -128,3 +131,9 @@ _ENGINES_STATIC = """## Engines
 The same factors at every length, so nothing switches: transformers, vLLM (`--max-model-len` up to
 {target}) and mlx-lm compute the same. Short texts pay for it: they have no factors of
 their own."""
+
+_MLX = """
+
+**Attention factor and mlx-lm**: transformers, vLLM and SGLang read {ours:.6g} from `config.json`.
+mlx-lm reads no field for it and computes {theirs:.6g}, which changes its output. Use
+`longrope export --fold-attention-factor` for mlx-lm."""

@@ -1,21 +1,16 @@
-"""``longrope export``: an extended model in the form that an engine applies."""
+"""Export an extended model in a format that inference engines load."""
 
 import contextlib
 import dataclasses
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from longrope.checkpoints import card
-from longrope.checkpoints.attention_factor import (
-    AttentionFactors,
-    FoldedWrong,
-    folding_check,
-    settled,
-    unfolded,
-)
+from longrope.checkpoints.attention_factor import folding_check, needs_folding, with_folding
 from longrope.checkpoints.gguf import export_gguf
 from longrope.checkpoints.hf import export_directory
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
@@ -31,6 +26,8 @@ from longrope.rope.methods import METHODS
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale, load_rescale
 
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
@@ -41,9 +38,9 @@ class ExportOptions:
         rescale, short: rescale files, CSV files or methods' names; a run has its own. Without
             ``short`` the long factors serve every length.
         target: what a method or a CSV is made for.
-        attention_factors: where engines would compute another attention factor than the
-            rescale's: ``fold`` the rest into the query projections, leave it in ``field``s of
-            the config that some engines read, or ``auto``: fold where the model allows it.
+        fold_attention_factor: write the attention factor that engines compute by themselves,
+            and fold the rest into the query projections. Only mlx-lm needs it: transformers,
+            vLLM and SGLang read the attention factor from the config.
         drop_start_tokens: export factors that were searched with n̂ > 0 as if it were 0.
         existing_scaling: what a method goes on from; a rescale file has it in its factors.
         force: replace what is at ``out``.
@@ -55,7 +52,7 @@ class ExportOptions:
     rescale: str | None = None
     short: str | None = None
     target: str | None = None
-    attention_factors: AttentionFactors = "auto"
+    fold_attention_factor: bool = False
     drop_start_tokens: bool = False
     existing_scaling: ScalingChoice | None = None
     original_length: int | None = None
@@ -65,7 +62,7 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> Manifest:
-    """Write the export; gives what it was meant to be.
+    """Write an export, and return its manifest.
 
     Raises:
         ValueError: anything that would make an engine compute something else, or an ``out``
@@ -73,11 +70,12 @@ def export(options: ExportOptions) -> Manifest:
     """
     if options.format not in FORMATS:
         raise ValueError(f"format is {options.format!r}; choose {', '.join(FORMATS)}")
-    if options.attention_factors not in ("auto", "fold", "field"):
-        raise ValueError(
-            f"attention_factors is {options.attention_factors!r}; choose auto, fold or field"
-        )
     gguf = options.format.startswith("gguf")
+    if gguf and options.fold_attention_factor:
+        raise ValueError(
+            f"fold_attention_factor is not for {options.format}: llama.cpp reads the attention "
+            "factor from the file; leave it out"
+        )
     if gguf and options.out.suffix != ".gguf":
         raise ValueError(f"out is {options.out}; the name of a GGUF file ends in .gguf")
     run = Path(options.model) if is_run(Path(options.model)) else None
@@ -99,18 +97,22 @@ def export(options: ExportOptions) -> Manifest:
         if gguf:
             export_gguf(source, manifest, options.out)
         else:
-            manifest = settled(manifest, source, options.attention_factors)
-            try:
-                _write_directory(manifest, source, info, options)
-            except FoldedWrong as error:
-                manifest = unfolded(manifest, options.attention_factors, str(error))
-                _write_directory(manifest, source, info, options)
+            if options.fold_attention_factor:
+                manifest = with_folding(manifest, source)
+            elif needs_folding(manifest):
+                log.warning(
+                    "mlx-lm will compute the attention factor %.6g instead of %.6g; for mlx-lm "
+                    "fold it into the weights (fold_attention_factor)",
+                    manifest.computed_attention_factor,
+                    pair.long.attention_factor,
+                )
+            _write_directory(manifest, source, info, options)
     _write_card(manifest, options.out, None if options.rescale or options.short else run)
     return manifest
 
 
 def _require_free(options: ExportOptions, model: str) -> None:
-    """See that nothing is at ``out``, or with ``force`` a file, or a directory of an export's."""
+    """Check that nothing is at ``out``, or with ``force`` a file or a directory of an export."""
     out, card_file = options.out.resolve(), _card_file(options.out)
     recover_directory(out)
     for there in (options.out, card_file):

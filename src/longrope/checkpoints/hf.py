@@ -30,8 +30,9 @@ def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict
 
     Version 5 reads ``rope_parameters``; version 4, vLLM and mlx-lm ``rope_scaling``, and the
     boundary from the top level too. Short applies iff the length is at most
-    ``original_max_position_embeddings``, which is the recovery length. ``short_mscale`` and
-    ``long_mscale`` say the attention factor to vLLM, which ignores ``attention_factor``.
+    ``original_max_position_embeddings``, which is the recovery length. vLLM and SGLang read the
+    attention factor from ``short_mscale`` and ``long_mscale``, transformers from
+    ``attention_factor``.
 
     Args:
         config: what the file says before.

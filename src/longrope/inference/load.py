@@ -83,15 +83,14 @@ def inspect_extended(
 
 def _warn_if_not_exported(run: Path, pair: RescalePair) -> None:
     """Warn if the run found a short attention factor that its checkpoint cannot hold."""
-    exported = Rescale.load(run / "short.json").attention_factor
-    if exported != pair.short.attention_factor:
+    if pair.short_attention_factor is not None:
         log.warning(
             "up to %s tokens the attention factor is %.4g, which only longrope applies; the "
             "run's checkpoint, %s, has %.4g at every length",
             f"{pair.recovery_length:,}",
-            pair.short.attention_factor,
+            pair.short_attention_factor,
             run / "model",
-            exported,
+            pair.long.attention_factor,
         )
 
 

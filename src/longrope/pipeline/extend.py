@@ -22,6 +22,7 @@ from typing import Any
 
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
+from longrope.checkpoints.run_layout import save_short_attention_factor
 from longrope.distributed import RankLost, Ranks, local_device
 from longrope.files import only_process, require_directory
 from longrope.models.devices import find_device
@@ -246,6 +247,8 @@ def _export(run: Run, stage: Stage) -> dict[str, Any]:
         export_model(loaded, Manifest("hf", source, portable), run.out / "model")
         pair.long.save(run.out / "rescale.json")
         pair.short.save(run.out / "short.json")
+        found = run.record("recovery") if "recovery" in run.plan else {}
+        save_short_attention_factor(run.out, found.get("short_attention_factor"))
     return {}
 
 

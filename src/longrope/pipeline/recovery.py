@@ -18,7 +18,8 @@ class Choice:
     ``losses`` has for each recovery length the loss at every short length, where a
     sequence beyond the recovery length gets the long set; ``without`` those of the long
     set alone. ``free`` is the loss of the chosen set at its length under an attention
-    factor of its own, ``shared`` under the one that a checkpoint has for both.
+    factor of its own (``short_attention_factor``, where that loss is lower), ``shared``
+    under the one that a checkpoint has for both.
     """
 
     short: Rescale
@@ -27,6 +28,7 @@ class Choice:
     shared: float
     free: float
     free_attention_factor: float
+    short_attention_factor: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -36,6 +38,7 @@ class Choice:
             "shared": self.shared,
             "free": self.free,
             "free_attention_factor": self.free_attention_factor,
+            "short_attention_factor": self.short_attention_factor,
         }
 
 
@@ -76,7 +79,7 @@ def choose(
     length = best.max_position_embeddings
     free = loss(best.replace(attention_factor=free_attention_factor), length)
     shared = losses[length][length]
-    if free < shared:  # for our own runtime alone: a checkpoint cannot say it
-        record = {"free_attention_factor": free_attention_factor, "free_loss": free}
-        best = best.replace(provenance={**best.provenance, **record})
-    return Choice(best, losses, without, shared, free, free_attention_factor)
+    applied = None
+    if free < shared:  # for longrope's runtime alone: a checkpoint has no field for it
+        applied = free_attention_factor
+    return Choice(best, losses, without, shared, free, free_attention_factor, applied)
