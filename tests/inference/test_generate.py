@@ -127,7 +127,7 @@ def test_sampling_is_decided_by_the_seed(bundled):
 
 def test_an_empty_prompt_is_refused(bundled):
     loaded = LoadedModel(bundled.model, bundled.tokenizer, bundled.info)
-    with pytest.raises(ValueError, match="--prompt is empty"):
+    with pytest.raises(ValueError, match="prompt is empty"):
         next(stream(loaded, None, [], max_new_tokens=1))
 
 

@@ -1,4 +1,4 @@
-"""The model card: what was done, how each engine is started, and what it will not do."""
+"""Write the model card of an export: results, and how each engine loads and limits it."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ def write(manifest: Manifest, results: dict[str, Any] | None = None) -> str:
     """Markdown for the ``README.md`` of an export.
 
     Args:
-        results: of the run (``results.json``), whose perplexities and pass keys are told.
+        results: content of the run's ``results.json``; adds perplexity and passkey accuracy.
     """
     parts = [_front(manifest), _what(manifest)]
     if results:
@@ -52,7 +52,7 @@ def _what(manifest: Manifest) -> str:
 
 
 def _results(results: dict[str, Any], static: bool) -> str:
-    """What was measured of these factors: a static export has the long ones at every length."""
+    """Return a table of results; a static export has those of the long factors at every length."""
     short = {r["length"]: r for r in results["perplexity"] if r["method"] == WITHOUT}
     rows = [r for r in results["perplexity"] if r["method"] == RESULT]
     if static:

@@ -255,7 +255,7 @@ def _rescale(name: str, options: ExportOptions, factors: _Factors, info: ModelIn
 
 
 def _cost_of_none(file: Path, rescale: Rescale) -> str:
-    """What the same search found without start tokens, where it lies beside."""
+    """Return what start_tokens 0 costs, if a search left portable.json beside the file."""
     beside = file.with_name("portable.json")
     if not beside.exists():
         return ""
