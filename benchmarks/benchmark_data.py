@@ -1,7 +1,7 @@
 """Real questions of ARC, HellaSwag and MMLU, where the hub is not to be had.
 
     python benchmarks/benchmark_data.py --out questions
-    longrope evaluate smollm2 --rescale yarn --target 8x \\
+    longrope evaluate "$SMOLLM2" --rescale yarn --target 8x \\
         --benchmarks arc_challenge,hellaswag,mmlu \\
         --questions 500 --benchmark-data questions
 

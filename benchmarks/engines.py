@@ -17,6 +17,7 @@ import dataclasses
 from pathlib import Path
 
 import record
+from smollm2 import model_path
 
 from longrope.checkpoints.export import ExportOptions, export
 from longrope.checkpoints.manifest import FORMATS
@@ -68,6 +69,7 @@ def main() -> None:
 def options(model: str, boundary: int, target: int, out: Path, form: str) -> ExportOptions:
     if is_run(Path(model)):
         return ExportOptions(model, out, form)  # type: ignore[arg-type]
+    model = model_path(model)
     info = inspect_model(model)
     assert info.original_max_position_embeddings
     factor = default_attention_factor(info.original_max_position_embeddings, target)

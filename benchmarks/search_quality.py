@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import record
+from smollm2 import model_path
 
 from longrope.data.documents import check_sources
 from longrope.data.windows import (
@@ -73,7 +74,7 @@ def main() -> None:
 
 def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[str, Any]]]:
     """What was asked, and a row for every search; the first process alone measures held out."""
-    loaded = load_model(args.model, device=local_device(None), dtype=args.dtype)
+    loaded = load_model(model_path(args.model), device=local_device(None), dtype=args.dtype)
     length, bos = parse_extension(args.target, loaded.info), bos_token(loaded.tokenizer)
     documents = load_documents(loaded.tokenizer, args.data, held_out=False)
     windows = search_windows(documents, length, args.windows, 0, bos)

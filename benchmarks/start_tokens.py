@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import record
+from smollm2 import model_path
 
 from longrope.data.windows import bos_token, load_documents
 from longrope.evaluate.perplexity import paired_difference, score
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-document", type=int, default=8192)
     args = parser.parse_args()
 
-    loaded = load_model(args.model, dtype=args.dtype)
+    loaded = load_model(model_path(args.model), dtype=args.dtype)
     documents = load_documents(loaded.tokenizer, args.data, held_out=True)
     bos = bos_token(loaded.tokenizer)
     forward = LongForward(loaded.model)

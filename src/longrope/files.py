@@ -22,8 +22,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a temporary file beside ``path``, sync it, and rename it over ``path``.
 
     Raises:
-        ValueError: the file could not be written (disk full, no permission); what
-            stood at ``path`` before still stands.
+        ValueError: the file could not be written (disk full, no permission); an old file at
+            ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -182,12 +182,12 @@ def _delete(directory: Path, target: Path, within: bool) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write at; the file becomes ``path`` once it is on the disk.
+    """Yield a temporary path to write to; the file replaces ``path`` once it is synced.
 
-    Of what is written piece by piece; :func:`write_atomically` takes the whole content.
+    For content written in parts; :func:`write_atomically` takes the whole content.
 
     Raises:
-        ValueError: it could not be written; what stood at ``path`` before still stands.
+        ValueError: it could not be written; an old file at ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -206,7 +206,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line and sync it to the disk.
 
     Raises:
-        ValueError: the line could not be written; the lines before it still stand.
+        ValueError: the line could not be written; earlier lines are unchanged.
     """
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -218,7 +218,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines, up to one that a kill cut short."""
+    """Read the JSON objects of a JSON-lines file, up to a line that a kill cut short."""
     if not path.exists():
         return []
     records = []
@@ -234,13 +234,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class JsonlStore(dict[str, Any]):
-    """What is computed already: each item is a synced line of a file as it is set.
+    """Dictionary of results, stored as synced lines of a JSON-lines file as they are set.
 
-    Processes that share a disk write a file each, and read all that are there.
+    Processes that share a disk write a file each, and read all files.
 
     Args:
-        path: of the first process; ``cells.jsonl``, say, and of the next ``cells.1.jsonl``.
-        of: what the items here are parts of; the file may hold other things' parts.
+        path: the file of rank 0, such as ``cells.jsonl``; rank 1 has ``cells.1.jsonl``.
+        of: identifies these items, where a file holds items of several computations.
+        rank: of this process.
     """
 
     def __init__(self, path: Path, of: str = "", rank: int = 0):
@@ -260,10 +261,10 @@ class JsonlStore(dict[str, Any]):
 
 
 def require_directory(path: Path) -> None:
-    """See that files can be written in a directory, which need not be there yet.
+    """Check that files can be written in a directory, which need not exist yet.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: it is no directory, or not writable.
     """
     try:
         whole = path.absolute()
@@ -278,10 +279,10 @@ def require_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def only_process(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a directory; a process that dies lets go of it.
+    """Lock a directory against other processes until the context or the process ends.
 
     Raises:
-        ValueError: another process is at work there, or files cannot be written.
+        ValueError: another process holds the lock, or files cannot be written.
     """
     if fcntl is None:  # Windows
         yield

@@ -45,7 +45,7 @@ def test_transformers_applies_what_was_exported(family, checkpoints, micro_model
     source, model = checkpoints(family), micro_models(family)
     made = pair(model)
     named = files(made, tmp_path)
-    export(ExportOptions(str(source), tmp_path / "out", attention_factors="field", **named))
+    export(ExportOptions(str(source), tmp_path / "out", **named))
     assert (tmp_path / "out" / "model.safetensors").samefile(source / "model.safetensors")
     auto = auto_class(model.config)
     loaded = auto.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
@@ -63,7 +63,8 @@ def test_what_looks_at_pictures_is_not_folded(checkpoints, micro_models, ids, tm
     """Pixtral's query projections have the names of Mistral's."""
     source, model = checkpoints("mistral3"), micro_models("mistral3")
     made = pair(model)
-    manifest = export(ExportOptions(str(source), tmp_path / "out", **files(made, tmp_path)))
+    named = files(made, tmp_path) | {"fold_attention_factor": True}
+    manifest = export(ExportOptions(str(source), tmp_path / "out", **named))
     assert manifest.folded
     before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "out"))
     changed = [name for name, weight in before.items() if not torch.equal(after[name], weight)]
@@ -77,7 +78,7 @@ def test_what_looks_at_pictures_is_not_folded(checkpoints, micro_models, ids, tm
 def test_an_export_still_takes_pictures(checkpoints, micro_models, ids, tmp_path):
     """Qwen-VL's positions have three axes, which differ where a picture is."""
     made = pair(micro_models("qwen2_5_vl"))
-    named = files(made, tmp_path) | {"attention_factors": "field"}
+    named = files(made, tmp_path)
     export(ExportOptions(str(checkpoints("qwen2_5_vl")), tmp_path / "out", **named))
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     for number, name in enumerate(("image", "video", "vision_start", "vision_end")):
@@ -119,8 +120,8 @@ def scaled(tmp_path):
 
 def test_a_scale_of_all_scores_that_no_checkpoint_can_say_is_refused(scaled, tmp_path):
     source, out = scaled(FAMILIES["deepseek_v3"](), mscale_all_dim=1.0), tmp_path / "out"
-    asked = {"rescale": "yarn", "target": "512", "attention_factors": "field"}
-    with pytest.raises(ValueError, match=r"mscale_all_dim.*--existing-scaling replace"):
+    asked = {"rescale": "yarn", "target": "512"}
+    with pytest.raises(ValueError, match=r"mscale_all_dim.*existing_scaling='replace'"):
         export(ExportOptions(source, out, existing_scaling="keep", **asked))
     assert not out.exists()
     export(ExportOptions(source, out, existing_scaling="replace", **asked))
@@ -133,7 +134,7 @@ def test_factors_searched_with_such_a_scale_are_refused_without(scaled, tmp_path
     found = info.rescale("pi", 512).replace(provenance={"base_factors": info.base_factors})
     found.save(tmp_path / "kept.json")
     named = {"rescale": str(tmp_path / "kept.json"), "existing_scaling": "replace"}
-    with pytest.raises(ValueError, match=r"search again with --existing-scaling replace"):
+    with pytest.raises(ValueError, match=r"search again with existing_scaling='replace'"):
         export(ExportOptions(source, tmp_path / "out", **named))
 
 
@@ -144,7 +145,6 @@ def test_scores_that_grow_with_the_position_stay_as_they_are(scaled, ids, tmp_pa
     )
     source, out = scaled(config, llama_4_scaling_beta=2.0), tmp_path / "out"
     asked = {"rescale": "ntk", "target": "512", "existing_scaling": "replace"}
-    asked["attention_factors"] = "field"
     with pytest.raises(ValueError, match=r"units of original_max_position_embeddings \(64\)"):
         export(ExportOptions(source, out, original_length=32, **asked))
     unscaled = tmp_path / "unscaled"

@@ -38,7 +38,12 @@ def test_a_folded_attention_factor_gives_the_same_logits(
     """Engines that read no attention_factor compute √(1 + ln s / ln L): the config says it too."""
     made, model = pair(micro_models(family)), micro_models(family)
     manifest = export(
-        ExportOptions(str(checkpoints(family)), tmp_path / "out", **files(made, tmp_path))
+        ExportOptions(
+            str(checkpoints(family)),
+            tmp_path / "out",
+            fold_attention_factor=True,
+            **files(made, tmp_path),
+        )
     )
     theirs = default_attention_factor(80, 512)
     assert manifest.folded == theirs
@@ -62,14 +67,14 @@ def test_a_folded_attention_factor_gives_the_same_logits(
 def test_where_it_cannot_be_folded_it_is_said(family, why, checkpoints, micro_models, tmp_path):
     named = files(pair(micro_models(family)), tmp_path)
     options = ExportOptions(
-        str(checkpoints(family)), tmp_path / "out", attention_factors="fold", **named
+        str(checkpoints(family)), tmp_path / "out", fold_attention_factor=True, **named
     )
     with pytest.raises(ValueError, match=why):
         export(options)
     assert not (tmp_path / "out").exists()
 
 
-def test_where_folding_goes_wrong_the_factor_stays_in_the_config(
+def test_folding_that_changes_the_model_is_refused(
     checkpoints, micro_models, ids, tmp_path, caplog
 ):
     """Half precision rounds more than is left to fold."""
@@ -82,11 +87,12 @@ def test_where_folding_goes_wrong_the_factor_stays_in_the_config(
     both = pair(model)
     made = RescalePair(*(r.replace(attention_factor=almost) for r in (both.short, both.long)))
     named = files(made, tmp_path)
-    with pytest.raises(ValueError, match=r"--attention-factors fold: .*use field"):
-        export(ExportOptions(source, out, attention_factors="fold", **named))
+    with pytest.raises(ValueError, match=r"fold_attention_factor: .*rounding"):
+        export(ExportOptions(source, out, fold_attention_factor=True, **named))
     assert not out.exists()
     assert export(ExportOptions(source, out, **named)).folded is None
-    assert "fields that transformers and vLLM read" in caplog.text
+    assert "mlx-lm" in caplog.text
+    assert "--fold-attention-factor" in (out / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with rescaled(model, made.long):
         expected = logits(model, ids[:, :81])
@@ -106,7 +112,7 @@ def test_scaling_that_is_there_is_kept_or_replaced_as_told(
         scaling["original_max_position_embeddings"] = 64
     config["rope_parameters"] = scaling
     (source / "config.json").write_text(json.dumps(config))
-    asked = {"rescale": "pi", "target": "512", "attention_factors": "field"}
+    asked = {"rescale": "pi", "target": "512"}
     with pytest.raises(ValueError, match=f"already has '{kind}' scaling: choose"):
         export(ExportOptions(str(source), tmp_path / "out", **asked))
     scaled = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -119,7 +125,7 @@ def test_scaling_that_is_there_is_kept_or_replaced_as_told(
     for name, options in {
         "keep": asked | {"existing_scaling": "keep"},
         "replace": asked | {"existing_scaling": "replace", "original_length": 64},
-        "file": {"rescale": str(tmp_path / "kept.json"), "attention_factors": "field"},
+        "file": {"rescale": str(tmp_path / "kept.json")},
     }.items():
         export(ExportOptions(str(source), tmp_path / name, **options))
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
@@ -179,7 +185,8 @@ def test_shards_are_folded_each_and_other_forms_left_behind(
     (source / "consolidated.safetensors").write_bytes(b"another form")
     (source / "pytorch_model.bin").write_bytes(b"a pickle")
     made = pair(model)
-    export(ExportOptions(str(source), tmp_path / "out", **files(made, tmp_path)))
+    named = files(made, tmp_path) | {"fold_attention_factor": True}
+    export(ExportOptions(str(source), tmp_path / "out", **named))
     assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
     assert not list((tmp_path / "out").glob("*.bin"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
@@ -196,8 +203,8 @@ def test_start_tokens_are_refused_with_what_none_cost(checkpoints, micro_models,
     searched = long.replace(start_tokens=8, provenance={"loss": 2.5})
     searched.save(tmp_path / "rescale.json")
     options = {"model": str(checkpoints("llama")), "out": tmp_path / "out"}
-    options |= {"rescale": str(tmp_path / "rescale.json"), "attention_factors": "field"}
-    with pytest.raises(ValueError, match=r"start_tokens is 8 .*; --drop-start-tokens"):
+    options |= {"rescale": str(tmp_path / "rescale.json")}
+    with pytest.raises(ValueError, match=r"start_tokens is 8 .*; drop_start_tokens"):
         export(ExportOptions(**options))
     long.replace(provenance={"loss": 2.5106}).save(tmp_path / "portable.json")
     with pytest.raises(ValueError, match=r"portable.json, the best without, which costs 0\.0106"):
@@ -243,7 +250,7 @@ from longrope.checkpoints.hf import scaled_config
 from longrope.checkpoints.export import ExportOptions, export
 os.fsync = lambda handle: os.kill(os.getpid(), 9)
 export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
-       {"gguf" if suffix else "hf"!r}, attention_factors="field", **{named!r}))
+       {"gguf" if suffix else "hf"!r}, **{named!r}))
 """
     died = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
     assert died.returncode == -signal.SIGKILL
@@ -253,7 +260,7 @@ export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
 def test_sets_that_are_exchanged_are_refused(checkpoints, micro_models, tmp_path):
     named = files(pair(micro_models("llama")), tmp_path)
     exchanged = {"rescale": named["short"], "short": named["rescale"]}
-    with pytest.raises(ValueError, match=r"long.json: is for 512 tokens, and .*short.json for 80"):
+    with pytest.raises(ValueError, match=r"long.json is made for 512 .*short.json for 80"):
         export(ExportOptions(str(checkpoints("llama")), tmp_path / "out", **exchanged))
 
 

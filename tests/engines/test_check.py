@@ -123,7 +123,7 @@ def test_import_writes_what_was_exported(exported, tmp_path):
 @pytest.mark.slow
 def test_transformers_is_asked_with_a_class_that_knows_the_model(checkpoints, tmp_path):
     """Mistral's models for pictures are no causal ones to it."""
-    asked = {"rescale": "yarn", "target": "512", "attention_factors": "field"}
+    asked = {"rescale": "yarn", "target": "512"}
     export(ExportOptions(str(checkpoints("mistral3")), tmp_path / "out", **asked))
     verdict = verify(Reference(str(tmp_path / "out")), "transformers", lengths=(60, 70), prompts=1)
     assert verdict.right

@@ -127,7 +127,7 @@ def test_sampling_is_decided_by_the_seed(bundled):
 
 def test_an_empty_prompt_is_refused(bundled):
     loaded = LoadedModel(bundled.model, bundled.tokenizer, bundled.info)
-    with pytest.raises(ValueError, match="--prompt is empty"):
+    with pytest.raises(ValueError, match="prompt is empty"):
         next(stream(loaded, None, [], max_new_tokens=1))
 
 
@@ -137,7 +137,7 @@ def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp
     config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     source = str(tmp_path / "m")
-    with pytest.raises(ValueError, match="choose --existing-scaling keep"):
+    with pytest.raises(ValueError, match="choose existing_scaling='keep'"):
         load_extended(source)
     loaded, none = load_extended(source, existing_scaling="keep", dtype="float32")
     assert none is None

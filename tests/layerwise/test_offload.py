@@ -158,5 +158,5 @@ def test_the_plan_counts_what_is_on_the_device():
 
 
 def test_a_mistake_is_refused():
-    with pytest.raises(ValueError, match="--offload layers: there is only weights"):
+    with pytest.raises(ValueError, match=r"offload is .layers."):
         load_model(offload="layers")

@@ -55,10 +55,10 @@ def test_scaling_must_be_kept_or_replaced(scaled, kind):
     source = scaled(kind)
     info = inspect_model(source)
     assert not info.extendable
-    assert ("--existing-scaling keep" in info.reason) == (kind != "dynamic")
-    assert "--existing-scaling replace" in info.reason
+    assert ("existing_scaling='keep'" in info.reason) == (kind != "dynamic")
+    assert "existing_scaling='replace'" in info.reason
     assert info.existing_scaling["rope_type"] == kind
-    with pytest.raises(ValueError, match="--existing-scaling"):
+    with pytest.raises(ValueError, match="existing_scaling="):
         load_model(source)
 
 
@@ -90,7 +90,7 @@ def test_replaced_scaling_starts_over(scaled, micro_models, ids, kind):
 def test_linear_scaling_does_not_say_what_it_was(scaled):
     info = inspect_model(scaled("linear"), existing_scaling="replace")
     assert not info.extendable
-    assert "give --original-length" in info.reason
+    assert "give original_length" in info.reason
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3", "longrope", "linear"])
@@ -152,7 +152,7 @@ def test_a_length_that_transformers_filled_in_is_called_so(scaled):
     path.write_text(json.dumps(config))
     info = inspect_model(source)
     assert info.original_max_position_embeddings == 2048
-    assert info.original_read_from == "the default of LlamaConfig: its config.json does not say"
+    assert info.original_read_from == "the default of LlamaConfig (not in its config.json)"
 
 
 def test_dynamic_scaling_cannot_be_kept(scaled):

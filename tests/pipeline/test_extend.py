@@ -189,19 +189,17 @@ def test_other_weights_under_the_same_name_are_no_resumption(checkpoints, texts,
         open_run(recipe, out, Ranks()).original()
 
 
-def test_a_free_attention_factor_is_our_own_runtimes(finished, tmp_path, caplog):
+def test_a_short_attention_factor_is_applied_by_longrope_alone(finished, tmp_path, caplog):
+    from longrope.checkpoints.run_layout import save_short_attention_factor
     from longrope.inference.load import load_extended
 
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     short = Rescale.load(out / "short.json")
-    provenance = {**short.provenance, "free_attention_factor": 1.03125}
-    short.replace(provenance=provenance).save(out / "short.json")
+    save_short_attention_factor(out, 1.03125)
     _, pair = load_extended(str(out))
-    assert (
-        "the attention factor is 1.031, which the run found best and only longrope" in caplog.text
-    )
-    assert pair.short == short.replace(attention_factor=1.03125, provenance=provenance)
+    assert "the attention factor is 1.031, which only longrope" in caplog.text
+    assert pair.short == short.replace(attention_factor=1.03125)
     assert pair.long == Rescale.load(out / "rescale.json")
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["rope_parameters"]["attention_factor"] == pair.long.attention_factor

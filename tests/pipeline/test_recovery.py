@@ -54,6 +54,5 @@ def test_what_a_free_attention_factor_gains_is_noted_where_it_gains(forward, win
     candidate = rescale(1, 64, own)
     found = choose(forward, windows, [candidate], rescale(9, 512), free_attention_factor=free)
     assert (found.free, found.shared) == pytest.approx((at[free], at[own]), abs=1e-5)
-    noted = found.short.provenance.get("free_attention_factor")
-    assert noted == (0.8 if free == 0.8 else None)
+    assert found.short_attention_factor == (0.8 if free == 0.8 else None)
     assert found.short.attention_factor == own

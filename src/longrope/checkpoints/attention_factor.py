@@ -1,112 +1,98 @@
-"""How engines come to the attention factor of an export: by themselves, a field, or the weights."""
+"""Fold the attention factor of an export into its weights, and check the result."""
 
 import dataclasses
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from longrope.checkpoints.fold import largest_difference, tensor_names, why_not_foldable
 from longrope.checkpoints.manifest import Manifest
+from longrope.models.info import ModelInfo
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
-from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.rope.rescale import Rescale
 
 log = logging.getLogger(__name__)
-AttentionFactors = Literal["auto", "fold", "field"]
-_SAME = 1e-6  # attention factors that engines compute are float32
-# A folded model may differ by this share of what leaving the factor out would change.
+_SAME = 1e-6  # engines compute the attention factor in float32
+# The largest difference of folded weights, as a share of that without the attention factor.
 _TOLERANCE = 0.1
 _PROBE_TOKENS = 48
-_FIELD = (
-    "attention_factor %.6g is in fields that transformers and vLLM read; mlx-lm and SGLang compute "
-    "%.6g by themselves"
-)
 
 
-def settled(manifest: Manifest, source: Path, how: AttentionFactors) -> Manifest:
-    """Settle how engines that do not read ``attention_factor`` come to it.
+def needs_folding(manifest: Manifest) -> bool:
+    """Return whether engines compute another attention factor than the pair's by themselves."""
+    ours = manifest.pair.long.attention_factor
+    return abs(ours - manifest.computed_attention_factor) >= _SAME
+
+
+def with_folding(manifest: Manifest, source: Path) -> Manifest:
+    """Return the manifest of an export whose weights take the attention factor.
 
     Raises:
-        ValueError: it is to be folded, and the weights cannot take it.
+        ValueError: the weights of ``source`` cannot take it; names why.
     """
-    ours, theirs = manifest.pair.long.attention_factor, _of_engines(manifest)
-    if abs(ours - theirs) < _SAME:
-        return manifest
-    if how == "field":
-        log.warning(_FIELD, ours, theirs)
+    if not needs_folding(manifest):
         return manifest
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     layers = config.get("text_config", config)["num_hidden_layers"]
     reason = why_not_foldable(tensor_names(source), layers)
-    if reason is None:
-        return dataclasses.replace(manifest, folded=theirs)
-    return unfolded(manifest, how, reason)
+    if reason is not None:
+        raise _cannot_fold(manifest, reason)
+    return dataclasses.replace(manifest, folded=manifest.computed_attention_factor)
 
 
-def unfolded(manifest: Manifest, how: AttentionFactors, reason: str) -> Manifest:
-    """The same in fields of the config, where folding does not work.
-
-    Raises:
-        ValueError: it is to be folded.
-    """
-    if how == "fold":
-        raise ValueError(
-            f"--attention-factors fold: {manifest.source} cannot take it: {reason}; use field"
-        )
-    factors = manifest.pair.long.attention_factor, _of_engines(manifest)
-    log.warning(f"{_FIELD}; it cannot be folded into the weights: %s", *factors, reason)
-    return dataclasses.replace(manifest, folded=None)
-
-
-def _of_engines(manifest: Manifest) -> float:
-    """The attention factor that engines compute by themselves."""
-    pair = manifest.written
-    return default_attention_factor(pair.recovery_length, pair.long.max_position_embeddings)
-
-
-class FoldedWrong(ValueError):
-    """The factor in the query projections does not do what it does at cosines and sines."""
+def _cannot_fold(manifest: Manifest, reason: str) -> ValueError:
+    return ValueError(
+        f"fold_attention_factor: the weights of {manifest.source} cannot take the attention "
+        f"factor: {reason}; leave it out"
+    )
 
 
 def folding_check(
-    manifest: Manifest, source: Path, trust_remote_code: bool
+    manifest: Manifest, source: Path, info: ModelInfo, trust_remote_code: bool
 ) -> Callable[[Path], None]:
-    """Hold the folded weights to the model's logits, and to what dropping the factor would do.
+    """Return a check of folded weights against the model's logits.
 
-    What it gives takes the directory of the export, and raises :class:`FoldedWrong`.
+    The difference must be small beside that of dropping the attention factor. Both models are
+    loaded once, one after the other.
+
+    Args:
+        source: the checkpoint before the export.
+        info: of the model.
+
+    Returns:
+        A function of the exported directory, which raises ValueError where the check fails.
     """
 
-    def logits(model: str, rescale: Rescale) -> torch.Tensor:
+    def logits(model: Path, *rescales: Rescale) -> list[torch.Tensor]:
         loaded = load_model(
-            model,
-            device="cpu",  # in float32 a large one may fit no GPU
+            str(model),
+            info=dataclasses.replace(info, source=str(model), replaces_scaling=True),
+            device="cpu",  # in float32 a large model may fit no GPU
             dtype="float32",
-            existing_scaling="replace",
-            original_length=rescale.original_max_position_embeddings,
             trust_remote_code=trust_remote_code,
         )
-        ids = torch.randint(
-            0,
-            loaded.info.vocabulary,
-            (1, _PROBE_TOKENS),
-            generator=torch.Generator().manual_seed(0),
-        ).to(loaded.model.device)
-        with torch.inference_mode(), rescaled(loaded.model, rescale):
-            return loaded.model(input_ids=ids).logits.cpu()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, info.vocabulary, (1, _PROBE_TOKENS), generator=generator)
+        found = []
+        for rescale in rescales:
+            with torch.inference_mode(), rescaled(loaded.model, rescale):
+                found.append(loaded.model(input_ids=ids).logits)
+        return found
 
     def check(directory: Path) -> None:
         long, folded = manifest.pair.long, manifest.written.long
-        expected = logits(str(source), long)
-        dropped = largest_difference(logits(str(source), folded), expected)
-        found = largest_difference(logits(str(directory), folded), expected)
+        expected, without = logits(source, long, folded)
+        dropped = largest_difference(without, expected)
+        found = largest_difference(logits(directory, folded)[0], expected)
         if found > _TOLERANCE * dropped:
-            raise FoldedWrong(
-                f"log-probabilities then change by {found:.3g}, and by {dropped:.3g} where it is "
-                "left out (layers without RoPE, or the rounding of the weights)"
+            raise _cannot_fold(
+                manifest,
+                f"log-probabilities change by {found:.3g}, and by {dropped:.3g} without the "
+                "attention factor (layers without RoPE, or rounding of the weights)",
             )
         log.info("folded attention factor: largest difference %.3g nats", found)
 

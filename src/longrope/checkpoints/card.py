@@ -1,4 +1,4 @@
-"""The model card: what was done, how each engine is started, and what it will not do."""
+"""Write the model card of an export: results, and how each engine loads and limits it."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ def write(manifest: Manifest, results: dict[str, Any] | None = None) -> str:
     """Markdown for the ``README.md`` of an export.
 
     Args:
-        results: of the run (``results.json``), whose perplexities and pass keys are told.
+        results: content of the run's ``results.json``; adds perplexity and passkey accuracy.
     """
     parts = [_front(manifest), _what(manifest)]
     if results:
@@ -52,7 +52,7 @@ def _what(manifest: Manifest) -> str:
 
 
 def _results(results: dict[str, Any], static: bool) -> str:
-    """What was measured of these factors: a static export has the long ones at every length."""
+    """Return a table of results; a static export has those of the long factors at every length."""
     short = {r["length"]: r for r in results["perplexity"] if r["method"] == WITHOUT}
     rows = [r for r in results["perplexity"] if r["method"] == RESULT]
     if static:
@@ -80,9 +80,12 @@ def _results(results: dict[str, Any], static: bool) -> str:
 
 def _huggingface(manifest: Manifest) -> str:
     target, boundary = manifest.pair.long.max_position_embeddings, manifest.pair.recovery_length
-    if manifest.static:
-        return _ENGINES_STATIC.format(target=target)
-    return _ENGINES_DUAL.format(target=target, boundary=boundary, above=boundary + 1)
+    text = _ENGINES_STATIC if manifest.static else _ENGINES_DUAL
+    text = text.format(target=target, boundary=boundary)
+    ours, theirs = manifest.written.long.attention_factor, manifest.computed_attention_factor
+    if abs(ours - theirs) >= 1e-6:
+        text += _MLX.format(ours=ours, theirs=theirs)
+    return text
 
 
 def _gguf(manifest: Manifest) -> str:
@@ -128,3 +131,9 @@ _ENGINES_STATIC = """## Engines
 The same factors at every length, so nothing switches: transformers, vLLM (`--max-model-len` up to
 {target}) and mlx-lm compute the same. Short texts pay for it: they have no factors of
 their own."""
+
+_MLX = """
+
+**Attention factor and mlx-lm**: transformers, vLLM and SGLang read {ours:.6g} from `config.json`.
+mlx-lm reads no field for it and computes {theirs:.6g}, which changes its output. Use
+`longrope export --fold-attention-factor` for mlx-lm."""

@@ -1,27 +1,22 @@
-"""``longrope export``: an extended model in the form that an engine applies."""
+"""Export an extended model in a format that inference engines load."""
 
 import contextlib
 import dataclasses
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from longrope.checkpoints import card
-from longrope.checkpoints.attention_factor import (
-    AttentionFactors,
-    FoldedWrong,
-    folding_check,
-    settled,
-    unfolded,
-)
+from longrope.checkpoints.attention_factor import folding_check, needs_folding, with_folding
 from longrope.checkpoints.gguf import export_gguf
 from longrope.checkpoints.hf import export_directory
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_layout import is_run, original_of
 from longrope.files import recover_directory, write_atomically
-from longrope.models.info import Existing, inspect_model
+from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import load_model
 from longrope.models.sources import local_copy
 from longrope.models.target import parse_extension
@@ -30,6 +25,8 @@ from longrope.rope.apply import check_fits
 from longrope.rope.methods import METHODS
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale, load_rescale
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +38,9 @@ class ExportOptions:
         rescale, short: rescale files, CSV files or methods' names; a run has its own. Without
             ``short`` the long factors serve every length.
         target: what a method or a CSV is made for.
-        attention_factors: where engines would compute another attention factor than the
-            rescale's: ``fold`` the rest into the query projections, leave it in ``field``s of
-            the config that some engines read, or ``auto``: fold where the model allows it.
+        fold_attention_factor: write the attention factor that engines compute by themselves,
+            and fold the rest into the query projections. Only mlx-lm needs it: transformers,
+            vLLM and SGLang read the attention factor from the config.
         drop_start_tokens: export factors that were searched with n̂ > 0 as if it were 0.
         existing_scaling: what a method goes on from; a rescale file has it in its factors.
         force: replace what is at ``out``.
@@ -55,9 +52,9 @@ class ExportOptions:
     rescale: str | None = None
     short: str | None = None
     target: str | None = None
-    attention_factors: AttentionFactors = "auto"
+    fold_attention_factor: bool = False
     drop_start_tokens: bool = False
-    existing_scaling: Existing | None = None
+    existing_scaling: ScalingChoice | None = None
     original_length: int | None = None
     dtype: str = "bfloat16"
     force: bool = False
@@ -65,21 +62,22 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> Manifest:
-    """Write the export; gives what it was meant to be.
+    """Write an export, and return its manifest.
 
     Raises:
         ValueError: anything that would make an engine compute something else, or an ``out``
             that exists; nothing is left at ``out`` then.
     """
     if options.format not in FORMATS:
-        raise ValueError(f"--format {options.format}: choose {', '.join(FORMATS)}")
-    if options.attention_factors not in ("auto", "fold", "field"):
-        raise ValueError(
-            f"--attention-factors {options.attention_factors}: choose auto, fold or field"
-        )
+        raise ValueError(f"format is {options.format!r}; choose {', '.join(FORMATS)}")
     gguf = options.format.startswith("gguf")
+    if gguf and options.fold_attention_factor:
+        raise ValueError(
+            f"fold_attention_factor is not for {options.format}: llama.cpp reads the attention "
+            "factor from the file; leave it out"
+        )
     if gguf and options.out.suffix != ".gguf":
-        raise ValueError(f"--out {options.out}: the name of a GGUF file ends in .gguf")
+        raise ValueError(f"out is {options.out}; the name of a GGUF file ends in .gguf")
     run = Path(options.model) if is_run(Path(options.model)) else None
     model = str(run / "model") if run else options.model
     if run:  # its scaling is ours, and its config calls the recovery length original
@@ -90,25 +88,31 @@ def export(options: ExportOptions) -> Manifest:
             original_length=options.original_length or before,
         )
     _require_free(options, model)
-    pair = _pair(options, run, model)
+    factors = _Factors.of(options, run)
+    info = _inspect(options, model, factors)
+    pair = _pair(options, factors, info)
     named = str((original_of(options.model) or {}).get("source", options.model))
     manifest = Manifest(options.format, Path(named).name, pair)
-    with _checkpoint(options, model, pair, keep_gguf=gguf) as source:
+    with _checkpoint(options, info, keep_gguf=gguf) as source:
         if gguf:
             export_gguf(source, manifest, options.out)
         else:
-            manifest = settled(manifest, source, options.attention_factors)
-            try:
-                _write_directory(manifest, source, options)
-            except FoldedWrong as error:
-                manifest = unfolded(manifest, options.attention_factors, str(error))
-                _write_directory(manifest, source, options)
+            if options.fold_attention_factor:
+                manifest = with_folding(manifest, source)
+            elif needs_folding(manifest):
+                log.warning(
+                    "mlx-lm will compute the attention factor %.6g instead of %.6g; for mlx-lm "
+                    "fold it into the weights (fold_attention_factor)",
+                    manifest.computed_attention_factor,
+                    pair.long.attention_factor,
+                )
+            _write_directory(manifest, source, info, options)
     _write_card(manifest, options.out, None if options.rescale or options.short else run)
     return manifest
 
 
 def _require_free(options: ExportOptions, model: str) -> None:
-    """See that nothing is at ``out``, or with ``force`` a file, or a directory of an export's."""
+    """Check that nothing is at ``out``, or with ``force`` a file or a directory of an export."""
     out, card_file = options.out.resolve(), _card_file(options.out)
     recover_directory(out)
     for there in (options.out, card_file):
@@ -128,9 +132,11 @@ def _require_free(options: ExportOptions, model: str) -> None:
         )
 
 
-def _write_directory(manifest: Manifest, source: Path, options: ExportOptions) -> None:
+def _write_directory(
+    manifest: Manifest, source: Path, info: ModelInfo, options: ExportOptions
+) -> None:
     trusted = options.trust_remote_code
-    check = None if manifest.folded is None else folding_check(manifest, source, trusted)
+    check = None if manifest.folded is None else folding_check(manifest, source, info, trusted)
     export_directory(
         source,
         manifest,
@@ -140,64 +146,102 @@ def _write_directory(manifest: Manifest, source: Path, options: ExportOptions) -
     )
 
 
-def _pair(options: ExportOptions, run: Path | None, model: str) -> RescalePair:
-    named = options.rescale or (str(run / "rescale.json") if run else None)
-    short_named = options.short or (
-        str(run / "short.json") if run and not options.rescale else None
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """Names of the factors to export, and those of them that are rescale files."""
+
+    long: str
+    short: str | None
+    files: dict[str, Rescale]
+
+    @classmethod
+    def of(cls, options: ExportOptions, run: Path | None) -> "_Factors":
+        """Read the rescale files that the options name, or the run's own.
+
+        Raises:
+            ValueError: no factors are named, or a method or CSV file has no target.
+        """
+        long = options.rescale or (str(run / "rescale.json") if run else None)
+        short = options.short or (str(run / "short.json") if run and not options.rescale else None)
+        if long is None:
+            raise ValueError("rescale is missing: give a rescale file, or a run as the model")
+        files = {}
+        for name in filter(None, (long, short)):
+            if name in METHODS or Path(name).suffix == ".csv":
+                if options.target is None:
+                    raise ValueError(
+                        f"target is missing; give what {name} is made for, such as 32k"
+                    )
+            elif Path(name).is_file():
+                files[name] = Rescale.load(name)
+        return cls(long, short, files)
+
+    @property
+    def lengths_before(self) -> list[int]:
+        """Original lengths of the rescale files, the long one's first."""
+        return [rescale.original_max_position_embeddings for rescale in self.files.values()]
+
+
+def _inspect(options: ExportOptions, model: str, factors: _Factors) -> ModelInfo:
+    """Inspect the model once; a rescale file holds the scaling that it was searched on top of.
+
+    Raises:
+        ValueError: no such model, or one that cannot be extended.
+    """
+    methods = {factors.long, factors.short} & set(METHODS)
+    info = inspect_model(
+        model,
+        existing_scaling=options.existing_scaling if methods else "replace",
+        original_length=options.original_length or next(iter(factors.lengths_before), None),
+        trust_remote_code=options.trust_remote_code,
     )
-    if named is None:
-        raise ValueError("--rescale is missing: give a rescale file, or a run as MODEL")
-    long = _rescale(named, model, options)
-    short = _rescale(short_named, model, options) if short_named else None
+    info.require_extendable()
+    return info
+
+
+def _pair(options: ExportOptions, factors: _Factors, info: ModelInfo) -> RescalePair:
+    """Return the pair to export.
+
+    Raises:
+        ValueError: the factors do not fit the model or each other, or no checkpoint format can
+            express them.
+    """
+    long = _rescale(factors.long, options, factors, info)
+    short = _rescale(factors.short, options, factors, info) if factors.short else None
     if short is None:
         short = long.replace(max_position_embeddings=long.original_max_position_embeddings)
-    if short_named and short.max_position_embeddings >= long.max_position_embeddings:
+    if factors.short and short.max_position_embeddings >= long.max_position_embeddings:
         raise ValueError(
-            f"{short_named}: is for {short.max_position_embeddings:,} tokens, and {named} for "
-            f"{long.max_position_embeddings:,}: the short factors apply up to their own length, "
-            "which must be less (are the two exchanged?)"
+            f"{factors.short} is made for {short.max_position_embeddings:,} tokens, and "
+            f"{factors.long} for {long.max_position_embeddings:,}: short factors apply up to their "
+            "own length, which must be less (are the two exchanged?)"
         )
     if short.attention_factor != long.attention_factor:
         raise ValueError(
-            f"attention_factor is {short.attention_factor:g} in --short and "
-            f"{long.attention_factor:g} in --rescale; a checkpoint holds one for both: search the "
-            "short factors under the long ones'"
+            f"attention_factor is {short.attention_factor:g} in short and "
+            f"{long.attention_factor:g} in rescale; a checkpoint holds one for both: search the "
+            "short factors with the attention factor of the long ones"
         )
-    info = inspect_model(
-        model,
-        existing_scaling="replace",
-        original_length=long.original_max_position_embeddings,
-        trust_remote_code=options.trust_remote_code,
-    )
     kept = any(factor != 1 for factor in long.provenance.get("base_factors", ()))
     existing = "keep" if kept else options.existing_scaling
     info.check_representable(existing, short.max_position_embeddings)
     return RescalePair(short, long)
 
 
-def _rescale(name: str, model: str, options: ExportOptions) -> Rescale:
-    """A method's factors on top of the scaling that is kept, or a file's, which are all there is.
+def _rescale(name: str, options: ExportOptions, factors: _Factors, info: ModelInfo) -> Rescale:
+    """Return the factors of a method on top of scaling that is kept, or those of a file.
 
     Raises:
-        ValueError: no such factors, not for this model, or of a kind that no checkpoint can say.
+        ValueError: no such factors, not for this model, or no checkpoint can express them.
     """
-    made = name in METHODS or Path(name).suffix == ".csv"
-    if made and options.target is None:
-        raise ValueError(f"--target is missing; say what {name} is made for, such as 32k")
-    rescale = None if made or not Path(name).is_file() else Rescale.load(name)
-    before = rescale and rescale.original_max_position_embeddings
-    info = inspect_model(
-        model,
-        existing_scaling=options.existing_scaling if name in METHODS else "replace",
-        original_length=options.original_length or before,
-        trust_remote_code=options.trust_remote_code,
-    )
-    if not info.extendable:
-        raise ValueError(f"{model} cannot be exported: {info.reason}")
-    target = parse_extension(options.target, info) if made and options.target else 0
-    if name in METHODS:
-        rescale = info.rescale(name, target)
-    rescale = rescale or load_rescale(name, info.rescale("none", target))
+    if name in factors.files:
+        rescale = factors.files[name]
+    else:
+        target = parse_extension(options.target, info) if options.target else 0
+        made = name in METHODS
+        rescale = (
+            info.rescale(name, target) if made else load_rescale(name, info.rescale("none", target))
+        )
     assert info.rotary_dim and info.rope_theta
     check_fits(rescale, info.rotary_dim // 2, info.rope_theta)
     if rescale.portable:
@@ -205,13 +249,13 @@ def _rescale(name: str, model: str, options: ExportOptions) -> Rescale:
     if options.drop_start_tokens:
         return rescale.replace(start_tokens=0)
     raise ValueError(
-        f"start_tokens is {rescale.start_tokens} in {name}, and no checkpoint format can say it"
-        f"{_cost_of_none(Path(name), rescale)}; --drop-start-tokens exports them as if it were 0"
+        f"start_tokens is {rescale.start_tokens} in {name}, and no checkpoint format can express it"
+        f"{_cost_of_none(Path(name), rescale)}; drop_start_tokens exports as if it were 0"
     )
 
 
 def _cost_of_none(file: Path, rescale: Rescale) -> str:
-    """What the same search found without start tokens, where it lies beside."""
+    """Return what start_tokens 0 costs, if a search left portable.json beside the file."""
     beside = file.with_name("portable.json")
     if not beside.exists():
         return ""
@@ -225,21 +269,18 @@ def _cost_of_none(file: Path, rescale: Rescale) -> str:
 
 
 @contextlib.contextmanager
-def _checkpoint(
-    options: ExportOptions, model: str, pair: RescalePair, keep_gguf: bool
-) -> Iterator[Path]:
-    """The model as a directory of safetensors (or the GGUF file itself), wherever it is."""
-    path = local_copy(model)
+def _checkpoint(options: ExportOptions, info: ModelInfo, keep_gguf: bool) -> Iterator[Path]:
+    """Yield the model as a directory of safetensors, or as the GGUF file that it is."""
+    path = local_copy(info.source)
     if path.is_dir() or keep_gguf:
         yield path
         return
     with tempfile.TemporaryDirectory(dir=_existing(options.out.parent)) as directory:
         loaded = load_model(
-            model,
+            info.source,
+            info=info,
             device="cpu",
             dtype=options.dtype,
-            existing_scaling="replace",
-            original_length=pair.long.original_max_position_embeddings,
             trust_remote_code=options.trust_remote_code,
         )
         with quiet():

@@ -1,8 +1,8 @@
-"""An attention factor that an engine does not read, put into the query projections.
+"""Fold an attention factor into the query projections.
 
-It multiplies cosines and sines, queries' and keys', so attention's logits grow by its square
-over the rotary dimensions. Queries times the square do the same, where nothing between the
-projection and the rotation takes the scale away again.
+The factor multiplies the cosines and sines of queries and keys, so it scales the attention
+logits of the rotary dimensions by its square. Scaling the query projection by that square is
+equivalent, unless a norm between projection and rotation undoes it.
 """
 
 import re
@@ -25,7 +25,7 @@ _NORM = re.compile(r"(?<![a-z])(q|k|query|key)_?(layer)?norm")
 
 
 def why_not_foldable(names: list[str], layers: int) -> str | None:
-    """Why tensors of these names cannot take the factor, or None."""
+    """Return why tensors of these names cannot take the factor, or None if they can."""
     stacks = _stacks(names)
     whole = [prefix for prefix, found in stacks.items() if found == layers]
     if len(whole) > 1:
@@ -43,13 +43,13 @@ def why_not_foldable(names: list[str], layers: int) -> str | None:
 
 
 def _stacks(names: list[str]) -> Counter[str]:
-    """What tensors' names begin with → its layers that have q_proj; pictures have a stack too."""
+    """Count the layers with q_proj per prefix of tensor names (vision towers have one too)."""
     found = (m for name in names if (m := _QUERY.search(name)) and m[3] == "weight")
     return Counter(m.string[: m.start()] for m in found)
 
 
 def tensor_names(source: Path) -> list[str]:
-    """Of every tensor in a directory's safetensors; only their headers are read."""
+    """List the names of all tensors in a directory's safetensors, from their headers."""
     names = []
     for file in weight_files(source):
         with safe_open(file, framework="pt") as weights:
@@ -58,14 +58,14 @@ def tensor_names(source: Path) -> list[str]:
 
 
 def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[[Path, Path], None]:
-    """How to copy a file of weights so that rotated query dimensions are ``square`` times as large.
+    """Return a function that copies a weight file, with rotated query dimensions times ``square``.
 
     Args:
         config: transformers' text config of the model.
-        square: of the factor that is left to fold.
+        square: the square of the factor to fold.
 
     Raises:
-        ValueError: the architecture cannot take it; names why.
+        ValueError: the architecture cannot take the factor; names why.
     """
     names, layers = tensor_names(source), config.num_hidden_layers
     reason = why_not_foldable(names, layers)
@@ -77,7 +77,7 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary = round(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
-    # SmolLM3's, despite the name: 1 where a layer's queries are rotated.
+    # SmolLM3's, despite its name: 1 where a layer has RoPE.
     rotated = getattr(config, "no_rope_layers", None)
 
     def scaled(name: str, tensor: Tensor) -> Tensor:
@@ -98,6 +98,6 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Of two sets of logits, as log-probabilities in nats."""
+    """Return the largest difference of two sets of logits, as log-probabilities in nats."""
     a, b = (torch.log_softmax(logits.double(), dim=-1) for logits in (one, other))
     return float((a - b).abs().max())

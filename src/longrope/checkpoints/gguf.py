@@ -1,4 +1,4 @@
-"""A GGUF file with factor tensors, which llama.cpp applies; its stock converter writes none."""
+"""Write and read GGUF files with factor tensors, which llama.cpp applies."""
 
 import json
 from pathlib import Path
@@ -35,11 +35,11 @@ MANIFEST = "longrope.intent"
 
 
 def export_gguf(source: Path, manifest: Manifest, path: Path) -> None:
-    """Write the factors into a GGUF file: a copy of one, or of a Hugging Face checkpoint.
+    """Write a GGUF file with factor tensors, from a GGUF file or a Hugging Face checkpoint.
 
-    Both sets (``rope_factors_long`` and ``_short``, with the boundary in
+    It holds both sets (``rope_factors_long`` and ``_short``, with the boundary in
     ``rope.scaling.original_context_length``), or for ``gguf-static`` the long one as
-    ``rope_freqs``. The weights of a GGUF file stay as they are, quantised or not.
+    ``rope_freqs``. The weights of a GGUF file are copied unchanged, quantised or not.
 
     Args:
         source: a GGUF file, or a checkpoint's directory of the Llama or Mistral architecture.
@@ -72,7 +72,7 @@ def export_gguf(source: Path, manifest: Manifest, path: Path) -> None:
 
 
 def scaling_metadata(arch: str, manifest: Manifest) -> Metadata:
-    """What tells llama.cpp how to use the factor tensors.
+    """Return the key-value pairs that tell llama.cpp how to use the factor tensors.
 
     ``rope.scaling.factor`` is left out: it would divide every frequency once again.
     """
@@ -106,7 +106,7 @@ def require_factors_read(arch: str, source: Path) -> None:
 
 
 def read_pair(path: Path) -> tuple[RescalePair | None, Manifest | None]:
-    """The factors that a GGUF file holds, and what longrope wrote of them; None where unscaled.
+    """Read the pair of factors and the manifest of a GGUF file; None for an unscaled file.
 
     Raises:
         ValueError: not a GGUF file, or scaling of a kind that has no factor tensors.

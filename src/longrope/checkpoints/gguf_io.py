@@ -1,4 +1,4 @@
-"""A GGUF file as key-value pairs and tensors, read from one or written to one."""
+"""Read and write the key-value pairs and tensors of GGUF files."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a GGUF file, read when it is written."""
+    """A tensor of a GGUF file; its data is read only when it is written."""
 
     name: str
     shape: tuple[int, ...]  # of ``data``: for quantised kinds the last one counts bytes
@@ -25,10 +25,10 @@ Metadata = list[tuple[str, Any, Any, Any]]
 
 
 def require_gguf() -> Any:
-    """The ``gguf`` package.
+    """Import the ``gguf`` package.
 
     Raises:
-        ValueError: not installed; says how.
+        ValueError: it is not installed.
     """
     try:
         import gguf
@@ -38,7 +38,7 @@ def require_gguf() -> Any:
 
 
 def read_metadata(reader: Any) -> tuple[str, Metadata]:
-    """A file's architecture, and its other key-value pairs with their types."""
+    """Return the architecture of a file, and its other key-value pairs with their types."""
     gguf, items = require_gguf(), []
     arch = ""
     for field in reader.fields.values():
@@ -52,7 +52,7 @@ def read_metadata(reader: Any) -> tuple[str, Metadata]:
 
 
 def read_tensors(reader: Any) -> list[Tensor]:
-    """A file's tensors as they are, quantised or not; mapped, not read."""
+    """List the tensors of a file, quantised or not; they are memory-mapped, not read."""
 
     def tensor(found: Any) -> Tensor:
         data = found.data
@@ -64,7 +64,7 @@ def read_tensors(reader: Any) -> list[Tensor]:
 
 
 def write_file(path: Path, arch: str, metadata: Metadata, tensors: list[Tensor]) -> None:
-    """One tensor in memory at a time."""
+    """Write a GGUF file with one tensor in memory at a time."""
     writer = require_gguf().GGUFWriter(path, arch)
     for key, value, kind, member in metadata:
         writer.add_key_value(key, value, kind, sub_type=member)

@@ -1,4 +1,4 @@
-"""A directory that transformers 4 and 5, vLLM and mlx-lm load with the factors applied."""
+"""Write a checkpoint that transformers, vLLM, SGLang and mlx-lm load with the factors applied."""
 
 import json
 import os
@@ -20,23 +20,24 @@ from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import UNROTATED
 from longrope.rope.rotary import find_rotary, kept_parameters, unscaled_parameters
 
-# What belongs to a checkpoint beside its weights; pickled weights and other forms stay behind.
+# Files of a checkpoint beside its weights; pickled and other weights are not copied.
 _KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _FULL = "full_attention"
 
 
 def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict[str, Any]:
-    """``config.json`` of a model with a pair of factors, as transformers 5 and 4 read it.
+    """Return the ``config.json`` of a model with a pair of factors, for transformers 4 and 5.
 
     Version 5 reads ``rope_parameters``; version 4, vLLM and mlx-lm ``rope_scaling``, and the
     boundary from the top level too. Short applies iff the length is at most
-    ``original_max_position_embeddings``, which is the recovery length. ``short_mscale`` and
-    ``long_mscale`` say the attention factor to vLLM, which ignores ``attention_factor``.
+    ``original_max_position_embeddings``, which is the recovery length. vLLM and SGLang read the
+    attention factor from ``short_mscale`` and ``long_mscale``, transformers from
+    ``attention_factor``.
 
     Args:
-        config: what the file says before.
-        known: the text model's config as transformers 5 has it. Its ``rope_parameters`` are one
-            set for each kind of layer, perhaps, of which only full attention is scaled.
+        config: the content of the file before.
+        known: the text model's config in transformers 5. Where its ``rope_parameters`` have a
+            set per layer type, only full attention is scaled.
     """
     long, rope = pair.long, known.rope_parameters
     text, whole = config.get("text_config", config), "text_config" not in config
@@ -59,7 +60,7 @@ def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict
             "rope_scaling": longrope | engines,
             "rope_theta": long.rope_theta,
         }
-    # What transformers' longrope reads of any model, though Mixtral has none, and Gemma 4 several.
+    # transformers' longrope reads head_dim, which Mixtral leaves out and Gemma 4 has several of.
     if known.to_dict().get("head_dim", 0) is None:
         changed["head_dim"] = known.hidden_size // known.num_attention_heads
     if getattr(known, "is_heterogeneous", False):
@@ -72,7 +73,7 @@ def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict
 
 
 def _longrope(pair: RescalePair, own: dict[str, Any]) -> dict[str, Any]:
-    """``rope_parameters`` with both sets of factors, and what else the model's own say."""
+    """Return ``rope_parameters`` with both sets of factors, and other keys of the model's own."""
     return kept_parameters(own) | {
         "rope_type": "longrope",
         "rope_theta": pair.long.rope_theta,
@@ -85,7 +86,7 @@ def _longrope(pair: RescalePair, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:
-    """Factors, those of dimensions that the model does not turn so large that nothing does."""
+    """Return factors that are huge for dimensions which the model does not rotate."""
     plain = unscaled_parameters(rope)
     if plain["rope_type"] != "proportional":
         return list(factors)
@@ -94,10 +95,10 @@ def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:
 
 
 def export_model(loaded: LoadedModel, manifest: Manifest, path: Path) -> None:
-    """Write a model that is in memory: weights, tokenizer, and a config with both sets.
+    """Write a model that is in memory: weights, tokenizer, and a config with both sets of factors.
 
     Raises:
-        ValueError: the pair is one that a config cannot say; or the directory cannot be written.
+        ValueError: a config cannot express the pair, or the directory cannot be written.
     """
     require_portable(manifest.pair)
     site = find_rotary(loaded.model)
@@ -116,14 +117,14 @@ def export_directory(
     check: Callable[[Path], None] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a checkpoint from another: its weights are linked, not read, unless one is folded.
+    """Write a checkpoint from another; weights are hard links unless a factor is folded.
 
     Args:
-        check: looks at the whole directory before it gets its name, and may refuse it.
+        check: called with the complete directory before it replaces ``path``; raises to refuse it.
 
     Raises:
-        ValueError: no safetensors there, or the pair is one that a config cannot say; with
-            ``intent.folded``, query projections that cannot take the attention factor.
+        ValueError: there are no safetensors, a config cannot express the pair, or the query
+            projections cannot take the attention factor (with ``manifest.folded``).
     """
     require_portable(manifest.pair)
     files = weight_files(source)
@@ -145,7 +146,7 @@ def export_directory(
 
 
 def require_portable(pair: RescalePair) -> None:
-    """Refuse what no checkpoint can say.
+    """Refuse a pair that no checkpoint format can express.
 
     Raises:
         ValueError: n̂ > 0, or an attention factor that differs between the two.
@@ -163,7 +164,7 @@ def require_portable(pair: RescalePair) -> None:
 
 
 def _finish(directory: Path, manifest: Manifest, known: Any) -> None:
-    """Config, tokenizer's length, card, and what was meant."""
+    """Write the config, the tokenizer's length, the manifest and the model card."""
     _edit(directory / "config.json", lambda config: scaled_config(config, manifest.written, known))
     longest = manifest.pair.long.max_position_embeddings
     _edit(directory / "tokenizer_config.json", lambda found: _readable_tokenizer(found, longest))
@@ -173,7 +174,7 @@ def _finish(directory: Path, manifest: Manifest, known: Any) -> None:
 
 def _readable_tokenizer(config: dict[str, Any], longest: int) -> dict[str, Any]:
     changed: dict[str, Any] = {"model_max_length": longest}
-    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that only version 5 knows
+    if config.get("tokenizer_class") == "TokenizersBackend":  # only transformers 5 has this class
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
     return config | changed
 

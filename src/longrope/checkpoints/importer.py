@@ -1,4 +1,4 @@
-"""The rescale that a checkpoint has already, whoever made it."""
+"""Import the factors of a checkpoint that is scaled already."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.manifest import Manifest
-from longrope.checkpoints.run_layout import is_run
+from longrope.checkpoints.run_layout import is_run, short_attention_factor
 from longrope.models.meta import build_meta_model
 from longrope.models.sources import read_pretrained
 from longrope.progress import quiet
@@ -17,11 +17,11 @@ from longrope.rope.rotary import UNSCALED, RotarySite, existing_factors, scaled_
 
 
 def import_pair(source: str, *, trust_remote_code: bool = False) -> RescalePair:
-    """The factors that a model applies: a pair, twice the same where there is one set.
+    """Return the factors that a model applies, as a pair (twice the same if it has one set).
 
-    ``longrope``, ``yarn``, ``llama3``, ``linear`` and ``dynamic`` scaling (the last as it is
-    at its longest), and GGUF files with factor tensors. What ``longrope export`` wrote
-    comes back exactly as it went in: for the weights *before* an attention factor was folded.
+    Reads ``longrope``, ``yarn``, ``llama3``, ``linear`` and ``dynamic`` scaling (the last at its
+    longest), and GGUF files with factor tensors. What ``longrope export`` wrote is returned
+    exactly as exported: for the weights before an attention factor was folded into them.
 
     Raises:
         ValueError: no such model, it is unscaled, or its scaling is of another kind.
@@ -53,7 +53,7 @@ def _of_config(source: str, trust_remote_code: bool) -> RescalePair | None:
 
 
 def _of_site(site: RotarySite, longest: int) -> Rescale:
-    """What a module of transformers computes, as factors on the unscaled frequencies."""
+    """Return what a rotary module applies, as factors on the unscaled frequencies."""
     parameters, kind = site.parameters, site.rope_type
     original = parameters.get("original_max_position_embeddings") or longest
     longest = scaled_length(parameters, longest)
@@ -71,19 +71,15 @@ def _of_site(site: RotarySite, longest: int) -> Rescale:
 
 
 def find_pair(source: str, trust_remote_code: bool = False) -> RescalePair | None:
-    """The factors that a model was extended with, by its files alone; None for any other.
+    """Read the pair of factors that a model was extended with; None for any other model.
 
     Raises:
         ValueError: no such model, or files that cannot be read.
     """
     run = Path(source)
     if is_run(run):
-        pair = RescalePair(Rescale.load(run / "short.json"), Rescale.load(run / "rescale.json"))
-        free = pair.short.provenance.get("free_attention_factor")
-        if free is None:
-            return pair
-        # What no checkpoint can say, our own runtime can do.
-        return RescalePair(pair.short.replace(attention_factor=free), pair.long)
+        short, long = (Rescale.load(run / name) for name in ("short.json", "rescale.json"))
+        return RescalePair(short, long, short_attention_factor(run))
     if run.is_file() and run.suffix == ".gguf":
         return read_pair(run)[0]
     with quiet():

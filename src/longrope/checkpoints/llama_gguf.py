@@ -1,4 +1,4 @@
-"""A Llama or Mistral checkpoint as GGUF: what llama.cpp's converter does for this architecture."""
+"""Convert a Llama or Mistral checkpoint to GGUF, as llama.cpp's converter does."""
 
 import json
 import math
@@ -23,7 +23,7 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def llama_metadata(directory: Path) -> tuple[str, Metadata]:
-    """The architecture's name, and every key-value pair but those of the scaling.
+    """Return the architecture's name, and every key-value pair except those of the scaling.
 
     Raises:
         ValueError: another architecture, attention or tokenizer than this converter knows.
@@ -60,7 +60,7 @@ def llama_metadata(directory: Path) -> tuple[str, Metadata]:
 
 
 def llama_tensors(directory: Path) -> list[Tensor]:
-    """Every weight under llama.cpp's name, in the checkpoint's precision; vectors in float32.
+    """List every weight under llama.cpp's name, in the checkpoint's dtype (vectors in float32).
 
     Raises:
         ValueError: a tensor that llama.cpp has no name for.
@@ -130,7 +130,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _tokenizer(directory: Path, vocabulary: int) -> Metadata:
-    """A byte-level BPE tokenizer, as llama.cpp wants it."""
+    """Return the key-value pairs of a byte-level BPE tokenizer, as llama.cpp reads it."""
     import gguf
 
     kinds = gguf.GGUFValueType
@@ -178,7 +178,7 @@ def _adds_bos(content: dict[str, Any]) -> bool:
 
 
 def _splitter(directory: Path, content: dict[str, Any]) -> str:
-    """llama.cpp's name for how the text is split before the merges."""
+    """Return llama.cpp's name of the pre-tokenizer."""
     before = content.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", [before])
     kinds = [part.get("type") for part in parts]

@@ -1,4 +1,4 @@
-"""What an export was meant to be, written beside it for ``verify`` and ``import``."""
+"""The manifest of an export: its exact rescales, for ``verify`` and ``import``."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import numpy as np
 
 from longrope.files import write_atomically
 from longrope.rope.pair import RescalePair
-from longrope.rope.rescale import UNROTATED, Rescale
+from longrope.rope.rescale import UNROTATED, Rescale, default_attention_factor
 
 Format = Literal["hf", "hf-static", "gguf", "gguf-static"]
 FORMATS: tuple[Format, ...] = ("hf", "hf-static", "gguf", "gguf-static")
@@ -20,13 +20,12 @@ _ROUNDING = 1e-6  # GGUF's tensors are float32
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The rescales of an export, exactly, and how they were written down.
+    """The exact rescales of an export, and how they are written in the checkpoint.
 
     Args:
-        pair: the rescales for the weights as they were before the export.
-        folded: the attention factor that engines compute by themselves and the config now
-            says; what is left of the pair's is in the query projections. None where the
-            weights are as they were.
+        pair: the rescales for the weights before the export.
+        folded: the attention factor in the config, which engines compute by themselves; the
+            rest of the pair's is folded into the query projections. None for unchanged weights.
     """
 
     format: Format
@@ -40,8 +39,14 @@ class Manifest:
         return self.format.endswith("-static")
 
     @property
+    def computed_attention_factor(self) -> float:
+        """The attention factor that an engine computes from the lengths if it reads no field."""
+        boundary = (self.pair.long if self.static else self.pair.short).max_position_embeddings
+        return default_attention_factor(boundary, self.pair.long.max_position_embeddings)
+
+    @property
     def written(self) -> RescalePair:
-        """The pair that the exported weights go with."""
+        """The pair for the exported weights."""
         pair = RescalePair(self.pair.long, self.pair.long) if self.static else self.pair
         if self.folded is None:
             return pair
@@ -51,7 +56,7 @@ class Manifest:
         )
 
     def describes(self, found: RescalePair) -> bool:
-        """Whether this is still about the checkpoint that it lies beside, whose pair is given."""
+        """Return whether a checkpoint with the pair ``found`` is still the exported one."""
         return all(
             a.max_position_embeddings == b.max_position_embeddings
             and len(a.factors) == len(b.factors)
@@ -91,6 +96,6 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest | None":
-        """Of a directory; None where it has no ``longrope.json``."""
+        """Read the manifest of a directory; None where it has no ``longrope.json``."""
         file = directory / FILE
         return cls.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None

@@ -1,15 +1,20 @@
 """Recognise the directory of a `longrope extend` run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from longrope.files import write_atomically
+
+_PAIR = "pair.json"
+
 
 def original_of(source: str) -> dict[str, Any] | None:
-    """The model that a run of ``longrope extend`` began with, as ``load_model`` takes it.
+    """Return the model that a run extended, as arguments of ``load_model``; None for other sources.
 
-    None for anything else. Whether to trust its code is for whoever runs it to say again.
+    ``trust_remote_code`` is not among them: the user decides on it again.
     """
     recipe = Path(source) / "recipe.yaml"
     if not (is_run(Path(source)) and recipe.exists()):
@@ -23,5 +28,19 @@ def original_of(source: str) -> dict[str, Any] | None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether ``longrope extend`` wrote there, as far as its export."""
+    """Return whether a directory is a run of ``longrope extend`` that has exported its model."""
     return all((path / name).exists() for name in ("model", "rescale.json", "short.json"))
+
+
+def save_short_attention_factor(run: Path, factor: float | None) -> None:
+    """Write the attention factor that longrope applies to short sequences, if the run has one."""
+    content = json.dumps({"short_attention_factor": factor}, indent=1) + "\n"
+    write_atomically(run / _PAIR, content)
+
+
+def short_attention_factor(run: Path) -> float | None:
+    """Read what :func:`save_short_attention_factor` wrote; None where it wrote nothing."""
+    file = run / _PAIR
+    if not file.exists():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))["short_attention_factor"]

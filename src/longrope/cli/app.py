@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from typing import Any
 
@@ -34,7 +35,7 @@ def main() -> None:
     except _UsageError as error:
         _fail(error.format_message(), 2)
     except ValueError as error:
-        _fail(str(error), 2)
+        _fail(_as_options(str(error), arguments), 2)
     except KeyboardInterrupt:
         _fail(_stopped(arguments), 130)
     except RuntimeError as error:
@@ -58,6 +59,23 @@ def _stopped(arguments: list[str]) -> str:
     if arguments[0] not in _RESUMED:
         return "stopped"
     return "stopped; run the same command to resume"
+
+
+def _as_options(message: str, arguments: list[str]) -> str:
+    """Write the parameters that a library error names as options of the verb."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    verb = commands.get(arguments[0])
+    options = {p.name: p.opts[0] for p in verb.params if p.opts[0][:2] == "--"} if verb else {}
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        if name not in options:
+            return found[0]
+        return f"{options[name]} {value}" if value else options[name]
+
+    message = re.sub(r"\b(?P<name>[a-z]\w*)='(?P<value>\w+)'", option, message)
+    message = re.sub(r"^(?P<name>[a-z]\w*)(?P<value>)(?= is )", option, message)
+    return re.sub(r"\b(?<=give )(?P<name>[a-z]\w*_\w+)(?P<value>)\b", option, message)
 
 
 def _fail(message: str, code: int) -> None:

@@ -76,7 +76,7 @@ def compare(
     from longrope.evaluate.cache import measurement_cache
     from longrope.evaluate.measure import PerplexityOptions
     from longrope.files import require_directory
-    from longrope.models.info import ModelInfo
+    from longrope.models.info import ModelInfo, inspect_model
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_measuring
     from longrope.report.figures import report as write_report
@@ -98,28 +98,31 @@ def compare(
         of |= {"stride": None, "tokens_per_document": tokens_per_document}
         return of | {"attention_factor": attention_factor}
 
-    def check(info: ModelInfo) -> None:
-        options, made_for, entries = resolve(info)
-        comparing.check_entries(info, entries, options.lengths[-1])
-        check_sources(data or ())
-        file, of = directory / "compare.json", settings(info)
-        comparing.check_same_comparison(file, entries, options.lengths, made_for, of)
-        require_directory(directory)
-        how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
-        how["offload_activations"] = offload_activations
-        check_measuring(info, options.lengths[-1], how, Ranks())
-
+    info = inspect_model(
+        model,
+        existing_scaling=existing_choice(existing_scaling),
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    info.require_extendable()
+    options, made_for, entries = resolve(info)
+    comparing.check_entries(info, entries, options.lengths[-1])
+    check_sources(data or ())
+    of = settings(info)
+    file = directory / "compare.json"
+    comparing.check_same_comparison(file, entries, options.lengths, made_for, of)
+    require_directory(directory)
+    how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
+    how["offload_activations"] = offload_activations
+    check_measuring(info, options.lengths[-1], how, Ranks())
     loaded = load_model(
         model,
         device=device,
         dtype=dtype,
         offload=offload,
-        existing_scaling=existing_choice(existing_scaling),
-        original_length=original_length,
+        info=info,
         trust_remote_code=trust_remote_code,
-        check=check,
     )
-    options, made_for, entries = resolve(loaded.info)
     tokenizer = loaded.tokenizer
     with measurement_cache(directory) as cache:
         documents = load_documents(tokenizer, data or (), field=field, held_out=True)
@@ -133,7 +136,7 @@ def compare(
             documents,
             options,
             cache,
-            settings(loaded.info),
+            of,
             chunk=chunk,
             offload_activations=offload_activations,
         )

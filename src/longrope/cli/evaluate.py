@@ -118,7 +118,6 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure perplexity, retrieval or benchmarks of a model under one choice of factors."""
-    from longrope.checkpoints.importer import find_pair
     from longrope.data.documents import check_sources
     from longrope.distributed import local_device, ranks
     from longrope.evaluate import compare
@@ -132,7 +131,8 @@ def evaluate(
         model_identity,
     )
     from longrope.files import require_directory, write_atomically
-    from longrope.inference.load import load_extended, load_weights
+    from longrope.inference.load import inspect_extended, inspect_weights
+    from longrope.models.load import load_model
     from longrope.pipeline.checks import check_measuring
 
     kind = _kind(passkey, needle, benchmarks)
@@ -171,28 +171,29 @@ def evaluate(
         )
         return entries[0]
 
-    def check(info: Any) -> None:
+    def validate(info: Any) -> tuple[list[int], int, Any, compare.Entry]:
+        info.require_extendable()
         measured, made_for = compare.resolve_lengths(info, texts, target)
-        options = options_for(info, measured)
-        compare.check_entries(info, [entry_for(info, made_for)], measured[-1])
+        options, entry = options_for(info, measured), entry_for(info, made_for)
+        compare.check_entries(info, [entry], measured[-1])
         check_sources(sources)
+        asked = list(measured)
         if kind == "benchmarks":
             options.check()
-            measured = list(options.lengths)
+            asked = list(options.lengths)
         if out:
             require_directory(out)
             require_same(out / f"{kind}.json", of)
         # Benchmarks other than RULER have prompts of a few thousand tokens.
-        longest = max(measured, default=min(info.original_max_position_embeddings or 0, 4096))
+        longest = max(asked, default=min(info.original_max_position_embeddings or 0, 4096))
         how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
         check_measuring(info, longest, how | {"offload_activations": offload_activations}, these)
+        return measured, made_for, options, entry
 
     loading: dict[str, Any] = {
         "dtype": dtype,
         "offload": offload,
-        "original_length": original_length,
         "trust_remote_code": trust_remote_code,
-        "check": check,
     }
     with ranks(sequence_parallel) as these:
         if these.group_count > 1:
@@ -202,16 +203,19 @@ def evaluate(
             )
         loading |= {"device": local_device(device), "group": these.group}
         pair = None
+        inspecting: dict[str, Any] = {
+            "original_length": original_length,
+            "trust_remote_code": trust_remote_code,
+        }
         if rescale is None and existing_scaling is None:
-            if find_pair(model, trust_remote_code):
+            info, pair = inspect_extended(model, **inspecting)
+            if pair:
                 _refuse_for_a_pair(model, target, attention_factor)
-            loaded, pair = load_extended(model, **loading)
         else:
             scaling = existing_choice(existing_scaling)
-            loaded = load_weights(model, existing_scaling=scaling, **loading)
-        measured, made_for = compare.resolve_lengths(loaded.info, texts, target)
-        options = options_for(loaded.info, measured)
-        entry = entry_for(loaded.info, made_for)
+            info = inspect_weights(model, existing_scaling=scaling, **inspecting)
+        measured, made_for, options, entry = validate(info)
+        loaded = load_model(info.source, info=info, **loading)
         name, choose = ("longrope", pair.choose) if pair else (entry.name, entry.rescale)
         how = {"chunk": chunk, "offload_activations": offload_activations}
         with measurement_cache(out, these.group.size) as cache:
@@ -297,9 +301,7 @@ def _original(model: str, named: str | None, loading: dict[str, Any]) -> Any:
     source: dict[str, Any] | None = {"source": named} if named else original_of(model)
     if source is None:
         return None
-    not_shared = ("original_length", "check")
-    known = {name: value for name, value in loading.items() if name not in not_shared}
-    return load_model(**known, **source)
+    return load_model(**loading, **source)
 
 
 def _kind(passkey: bool, needle: bool, benchmarks: str | None) -> str:

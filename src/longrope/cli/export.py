@@ -35,9 +35,13 @@ def export(
     target: Annotated[
         str | None, typer.Option(help="What a method or a CSV file is made for.")
     ] = None,
-    attention_factors: Annotated[
-        str, typer.Option(help="auto, fold (into the weights), or field (of the config).")
-    ] = "auto",
+    fold_attention_factor: Annotated[
+        bool,
+        typer.Option(
+            "--fold-attention-factor",
+            help="Fold the attention factor into the query projections, for mlx-lm.",
+        ),
+    ] = False,
     drop_start_tokens: Annotated[
         bool, typer.Option("--drop-start-tokens", help="Export as if n̂ were 0.")
     ] = False,
@@ -52,7 +56,7 @@ def export(
     from longrope.checkpoints.export import ExportOptions
     from longrope.checkpoints.export import export as write
 
-    chosen: Any = {"format": format_, "attention_factors": attention_factors}
+    chosen: Any = {"format": format_, "fold_attention_factor": fold_attention_factor}
     manifest = write(
         ExportOptions(
             model,

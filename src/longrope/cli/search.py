@@ -71,6 +71,7 @@ def inspect(
         return
     table = Table(show_header=False, box=None)
     inner = ("base_factors", "base_attention_factor", "kv_numbers", "boundary", "explicit_scores")
+    inner += ("rotary_layer_type", "replaces_scaling")
     for name, value in dataclasses.asdict(info).items():
         if name not in inner:
             shown = f"{value:,}" if type(value) is int else str(value)
@@ -125,7 +126,7 @@ def search(
     """Search the rescale factors for a longer context. Run again to resume."""
     arguments = dict(locals())
     from longrope.distributed import local_device, ranks
-    from longrope.models.info import ModelInfo
+    from longrope.models.info import inspect_model
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_search
     from longrope.pipeline.recipe import make_recipe
@@ -147,24 +148,27 @@ def search(
         config=config,
     )
 
-    def check(info: ModelInfo) -> None:
+    with ranks(sequence_parallel) as these:
+        info = inspect_model(
+            model,
+            existing_scaling=existing_choice(existing_scaling),
+            original_length=original_length,
+            trust_remote_code=trust_remote_code,
+        )
+        info.require_extendable()
         options.check(info)
         work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
         where = {"target": target, "offload_activations": offload_activations}
         where |= {"search": config.model_dump()}
         check_search(info, make_recipe(work | where), these)
-
-    with ranks(sequence_parallel) as these:
         loaded = load_model(
             model,
             device=local_device(device),
             dtype=dtype,
             offload=offload,
             group=these.group,
-            existing_scaling=existing_choice(existing_scaling),
-            original_length=original_length,
+            info=info,
             trust_remote_code=trust_remote_code,
-            check=check,
         )
         result = search_factors(loaded, options, these)
     if not these.first:

@@ -1,4 +1,4 @@
-"""Text from an extended model: the prompt through the long forward, then token by token."""
+"""Generate text from an extended model, token by token after a layer-by-layer prefill."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -25,21 +25,24 @@ def stream(
     seed: int = 0,
     chunk: int | None = None,
 ) -> Iterator[int]:
-    """New tokens as they come, until the end-of-sequence token.
+    """Yield new tokens until the end-of-sequence token.
 
-    At the crossing from short factors to long ones the whole sequence goes through the model
-    once again, so that every token is exactly what it would be without a cache.
+    Where the sequence crosses from short factors to long ones it is prefilled again, so every
+    token is exactly what it would be without a cache.
 
     Args:
-        choose: the rescale for a sequence of so many tokens: :meth:`Pair.choose`, say. None
-            leaves the model as it is.
-        temperature: 0 takes the likeliest token.
+        choose: returns the rescale for a number of tokens, such as :meth:`RescalePair.choose`;
+            None leaves the model as it is.
+        ids: token ids of the prompt.
+        temperature: 0 takes the most likely token.
+        seed: random seed.
+        chunk: tokens of the prompt that go through a layer at a time.
 
     Raises:
-        ValueError: no prompt.
+        ValueError: the prompt is empty.
     """
     if not ids:
-        raise ValueError("--prompt is empty; give some text")
+        raise ValueError("prompt is empty; give some text")
     model, ids = loaded.model, list(ids)
     forward = loaded.forward(chunk)
     chance = torch.Generator().manual_seed(seed)
@@ -78,7 +81,7 @@ def _pick(logits: Tensor, temperature: float, chance: torch.Generator) -> int:
 
 
 def decode_stream(loaded: LoadedModel, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens as they come, whole characters only."""
+    """Yield the text of new tokens, in whole characters."""
     seen: list[int] = []
     shown = ""
     for token in tokens:

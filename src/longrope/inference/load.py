@@ -1,4 +1,4 @@
-"""Load an extended model together with its rescales."""
+"""Load an extended model together with its pair of rescales."""
 
 import contextlib
 import logging
@@ -9,6 +9,7 @@ from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.importer import find_pair
 from longrope.checkpoints.manifest import Manifest
 from longrope.checkpoints.run_layout import is_run
+from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import LoadedModel, load_model
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
@@ -16,70 +17,121 @@ from longrope.rope.rescale import Rescale
 log = logging.getLogger(__name__)
 
 
-def load_extended(source: str, **options: Any) -> tuple[LoadedModel, RescalePair | None]:
-    """A model and its pair of factors.
+def load_extended(
+    source: str,
+    *,
+    existing_scaling: ScalingChoice | None = None,
+    original_length: int | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[LoadedModel, RescalePair | None]:
+    """Load a model and its pair of factors.
 
     Args:
         source: what ``longrope extend`` wrote, a checkpoint with ``longrope`` scaling, or
             any other model, which has no pair.
-        options: as :func:`longrope.models.load.load_model` takes them. With ``existing_scaling``
-            the model is taken as that says, without a pair.
+        existing_scaling: with it the model is loaded as it says, without a pair.
+        original_length: as in :func:`longrope.models.info.inspect_model`.
+        trust_remote_code: run code that comes with the model.
+        options: of :func:`longrope.models.load.load_model`.
 
     Raises:
         ValueError: no such model, or one that cannot be rescaled.
     """
-    if options.get("existing_scaling"):
-        return load_weights(source, **options), None
-    pair, run = find_pair(source, options.get("trust_remote_code", False)), Path(source)
-    if pair is None:
-        return load_model(source, **options), None
-    if is_run(run):
-        _say_if_not_exported(run, pair)
-    options |= {"existing_scaling": "replace"}
-    # What the checkpoint calls original is the recovery length, where its long factors begin.
-    options["original_length"] = options.get("original_length") or _original_length(run, pair)
-    return load_model(str(run / "model") if is_run(run) else source, **options), pair
+    info, pair = inspect_extended(
+        source,
+        existing_scaling=existing_scaling,
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    options |= {"info": info, "trust_remote_code": trust_remote_code}
+    return load_model(info.source, **options), pair
 
 
-def _say_if_not_exported(run: Path, pair: RescalePair) -> None:
-    """A checkpoint has one attention factor for both sets; a run may have found two."""
-    exported = Rescale.load(run / "short.json").attention_factor
-    if exported != pair.short.attention_factor:
+def inspect_extended(
+    source: str,
+    *,
+    existing_scaling: ScalingChoice | None = None,
+    original_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[ModelInfo, RescalePair | None]:
+    """Inspect a model, and read its pair of factors; the arguments are :func:`load_extended`'s.
+
+    Returns:
+        The facts, whose ``source`` is the checkpoint to load, and the pair if there is one.
+
+    Raises:
+        ValueError: no such model, or files that cannot be read.
+    """
+    pair, run = None, Path(source)
+    if not existing_scaling:
+        pair = find_pair(source, trust_remote_code)
+    if pair is not None:
+        existing_scaling = "replace"
+        # The checkpoint's own original length is the recovery length, where its long factors begin.
+        original_length = original_length or _original_length(run, pair)
+        if is_run(run):
+            _warn_if_not_exported(run, pair)
+    info = inspect_weights(
+        source,
+        existing_scaling=existing_scaling,
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
+    return info, pair
+
+
+def _warn_if_not_exported(run: Path, pair: RescalePair) -> None:
+    """Warn if the run found a short attention factor that its checkpoint cannot hold."""
+    if pair.short_attention_factor is not None:
         log.warning(
-            "up to %s tokens the attention factor is %.4g, which the run found best and only "
-            "longrope applies; its checkpoint, %s, has %.4g at every length",
+            "up to %s tokens the attention factor is %.4g, which only longrope applies; the "
+            "run's checkpoint, %s, has %.4g at every length",
             f"{pair.recovery_length:,}",
-            pair.short.attention_factor,
+            pair.short_attention_factor,
             run / "model",
-            exported,
+            pair.long.attention_factor,
         )
 
 
-def load_weights(source: str, **options: Any) -> LoadedModel:
-    """A model without its pair: of a run the trained weights, unscaled unless that is to be kept.
+def inspect_weights(
+    source: str,
+    *,
+    existing_scaling: ScalingChoice | None = None,
+    original_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> ModelInfo:
+    """Inspect a model without its pair: of a run the trained checkpoint, unscaled unless kept.
 
-    Args:
-        options: as :func:`longrope.models.load.load_model` takes them.
+    Returns:
+        The facts, whose ``source`` is the checkpoint to load.
+
+    Raises:
+        ValueError: no such model, or files that cannot be read.
     """
     run = Path(source)
     if is_run(run):
         source = str(run / "model")
-        if options.get("existing_scaling") != "keep":
+        if existing_scaling != "keep":
             before = Rescale.load(run / "rescale.json").original_max_position_embeddings
-            told = options.get("original_length") or before
-            options |= {"existing_scaling": "replace", "original_length": told}
-    return load_model(source, **options)
+            existing_scaling, original_length = "replace", original_length or before
+    return inspect_model(
+        source,
+        existing_scaling=existing_scaling,
+        original_length=original_length,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _original_length(source: Path, pair: RescalePair) -> int:
-    """Tokens that a model handled before it was extended, as far as what lies there tells."""
+    """Return the tokens that a model handled before its extension, as far as its files tell."""
     if is_run(source):
         return pair.long.original_max_position_embeddings
     manifest = None
     if source.suffix == ".gguf":
         manifest = read_pair(source)[1]
     elif source.is_dir():
-        with contextlib.suppress(ValueError):  # a note that is damaged, and only tells the length
+        with contextlib.suppress(ValueError):  # a damaged manifest, needed only for the length
             manifest = Manifest.load(source)
     known = manifest.pair if manifest is not None and manifest.describes(pair) else pair
     return known.long.original_max_position_embeddings

@@ -1,4 +1,4 @@
-"""The proof, on a loaded model, that longrope computes what the model does."""
+"""Verify on a loaded model that rescaling and the layer-by-layer forward pass are correct."""
 
 import logging
 from typing import Any
@@ -23,14 +23,14 @@ _NOTING, _NEAR = "longrope_noting", "longrope_near"
 
 @torch.inference_mode()
 def incompatibility(model: Any, base: Rescale) -> str | None:
-    """Why a model cannot be extended, or None if it can; a few tokens' forwards.
+    """Return why a model cannot be extended, or None if it can, from forward passes of 24 tokens.
 
-    Three things are proved: that a rescale reaches the logits (in the authors' code it does
-    nothing on current models, silently), that the long forward gives the model's own losses,
-    and that the sliding windows of the config reach the attention.
+    Verifies that a rescale changes the logits (in the LongRoPE authors' code it silently does
+    nothing on current models), that the layer-by-layer forward pass returns the model's own
+    losses, and that the attention is called with the sliding windows of the config.
 
     Args:
-        base: the rescale that is no extension: what the model starts from.
+        base: the rescale that an extension starts from.
     """
     config = model.config.get_text_config()
     ids, stretched = _ids(model), _stretched(base)
@@ -39,7 +39,7 @@ def incompatibility(model: Any, base: Rescale) -> str | None:
             before = model(input_ids=ids, use_cache=False).logits
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a model that wants sound, or whose config its code cannot run
+    except Exception as error:  # such as a model that needs audio
         said = f"{type(error).__name__}: {first_line(error)}"
         return f"transformers' own forward of a text fails ({said})"
     if not before.isfinite().all():
@@ -55,10 +55,10 @@ def incompatibility(model: Any, base: Rescale) -> str | None:
             windows = _windows_seen(model, ids)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a layer of another kind may raise
+        except Exception as error:  # an unknown layer may raise anything
             return f"its layers do not run in the long forward ({type(error).__name__}: {error})"
     expected = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
-    # Medians: in bf16 single tokens of some models move by a nat with any other rounding.
+    # The median: in bf16, rounding moves single tokens of some models by a nat.
     off = max(_median_off(found, expected) for found in (whole, chunked))
     allowed = 0.05 if before.dtype.itemsize < 4 else 0.01
     if off > allowed * max(1.0, expected.median().item()):
@@ -71,11 +71,11 @@ def incompatibility(model: Any, base: Rescale) -> str | None:
 
 @torch.inference_mode()
 def effective_window(model: Any, base: Rescale) -> int | None:
-    """The tokens beyond which no rescale makes a model see further, or None.
+    """Return the sliding window in tokens that limits every layer with RoPE, or None.
 
-    Some models turn only what has a sliding window: all of Mistral 7B v0.1's layers have one, and
-    Cohere 2's that see all have no positions. Proved with windows of one token, where RoPE does
-    nothing: the factors change no loss then. (With sinks they would, in the last digits.)
+    No rescale helps such a model beyond its window: every layer of Mistral 7B v0.1 has one, and
+    Cohere 2's full-attention layers have no RoPE. Tested with windows of one token, where RoPE
+    has no effect: then the factors change no loss.
     """
     _, window = sliding_layers(model.config.get_text_config())
     if window is None:
@@ -107,7 +107,7 @@ def _median_off(found: Tensor, expected: Tensor) -> float:
 
 
 def _windows_seen(model: Any, ids: Tensor) -> set[int | None]:
-    """The sliding windows that the model's layers hand to their attention."""
+    """Return the sliding windows that the layers pass to their attention."""
     seen: set[int | None] = set()
 
     def noting(*args: Any, sliding_window: int | None = None, **options: Any) -> Any:
@@ -120,12 +120,12 @@ def _windows_seen(model: Any, ids: Tensor) -> set[int | None]:
 
 
 def warn_if_out_of_reach(model: Any, info: ModelInfo, target: int) -> None:
-    """Say so of a model that no rescale makes more far-sighted: see :func:`effective_window`."""
+    """Warn if the target is beyond the model's :func:`effective_window`."""
     window = effective_window(model, info.rescale("none", target))
     if window is not None and window < target:
         log.warning(
-            "%s: its RoPE turns only in layers that see the last %s tokens; no factors make it see "
-            "further (what may: docs/method.md)",
+            "%s: all its layers with RoPE have a sliding window of %s tokens; no factors extend "
+            "its context beyond that (see docs/method.md)",
             info.source,
             f"{window:,}",
         )

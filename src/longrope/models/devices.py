@@ -9,10 +9,10 @@ from longrope.layerwise.storage import is_directory, warn_if_in_memory
 
 
 def find_device(option: str, name: str | None) -> torch.device:
-    """A device by name; a GPU where there is one if no name is given.
+    """Return a device by name; without a name a GPU if there is one.
 
     Raises:
-        ValueError: no such device on this machine; names ``option``.
+        ValueError: no such device on this machine; the message begins with ``option``.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,10 +26,10 @@ def find_device(option: str, name: str | None) -> torch.device:
 
 
 def find_offload_target(option: str, name: str) -> torch.device | Path:
-    """Where hidden states wait: a device by name, or a folder that files can be made in.
+    """Return the device or writable directory that hidden states are offloaded to.
 
     Raises:
-        ValueError: neither; names ``option``.
+        ValueError: it is neither; the message begins with ``option``.
     """
     if not is_directory(name):
         return find_device(option, name)

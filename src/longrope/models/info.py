@@ -1,4 +1,4 @@
-"""What is known of a model before any of its weights is read."""
+"""Inspect a model from its config: shape, RoPE, original length, whether it can be extended."""
 
 import dataclasses
 from pathlib import Path
@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from longrope.attention.config import attention_shape, explicit_scores
-from longrope.models.meta import RESCALABLE, build_meta_model, unscaled
+from longrope.models.meta import RESCALABLE, build_meta_model, find_rescalable
 from longrope.models.parameters import active_parameters, is_tied
-from longrope.models.sources import read_pretrained, refuse_scaled_gguf, says
+from longrope.models.sources import is_in_config_file, read_pretrained, refuse_scaled_gguf
 from longrope.progress import quiet
 from longrope.rope.methods import METHODS, dynamic_ntk
 from longrope.rope.rescale import Rescale
@@ -25,22 +25,33 @@ from longrope.rope.rotary import (
     unscaled_factors,
 )
 
-Existing = Literal["keep", "replace"]
+ScalingChoice = Literal["keep", "replace"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model before any weight is read.
+    """Facts about a model, read from its config without any weights.
 
-    ``reason`` is None where longrope can extend the model. ``base_factors`` and
-    ``base_attention_factor`` are the scaling that an extension starts from: ones,
-    or the model's own where that is kept. ``attention_layers`` have keys, where others go on from
-    a state; ``active_parameters`` are those that each token meets, of experts some; ``head_dim`` is
-    the mean of a key's and a value's; ``kv_numbers`` are a token's in one layer of each shape,
-    which the long forward holds. ``sliding_layers`` of the attention layers see ``sliding_window``
-    tokens and no more. ``boundary``: where the long factors of a checkpoint must begin,
-    if the model itself counts in that length. ``explicit_scores``: transformers has no fused
-    attention for it, and training goes through ours (as it does under a sliding window).
+    Args:
+        source: the directory, hub id, GGUF file or ``"bundled"`` that was inspected.
+        attention_layers: layers with attention; the others are recurrent (state-space and such).
+        head_dim: mean of the key and value dimensions of a head.
+        original_max_position_embeddings: tokens that the model handles before an extension.
+        original_read_from: the config field or parameter that this length was read from.
+        existing_scaling: RoPE parameters of the scaling that the config has, if any.
+        active_parameters: parameters that one token is multiplied with (of experts, those chosen).
+        kv_numbers: numbers per token in the keys and values of one layer of each shape.
+        tied: whether the embeddings are the output head too.
+        extendable: whether longrope can extend the model; otherwise ``reason`` says why not.
+        base_factors: factors that an extension starts from: ones, or those of scaling that is kept.
+        base_attention_factor: attention factor that an extension starts from.
+        boundary: length at which a checkpoint's long factors must begin, if the model's own
+            scores count positions in units of it.
+        explicit_scores: transformers has no fused attention for the model, so training uses
+            longrope's attention.
+        sliding_layers: attention layers that see only the last ``sliding_window`` tokens.
+        rotary_layer_type: the layer type that is rescaled, where each has RoPE parameters.
+        replaces_scaling: whether the model is to be loaded without its existing scaling.
     """
 
     source: str
@@ -72,41 +83,57 @@ class ModelInfo:
     explicit_scores: bool = False
     sliding_layers: int = 0
     sliding_window: int | None = None
+    rotary_layer_type: str | None = None
+    replaces_scaling: bool = False
 
     @property
     def name(self) -> str:
-        """What the model may be called in what is published: without a machine's folders."""
+        """Name for publication: a hub id, or the last part of a local path."""
         path = Path(self.source)
         return path.name if path.exists() else self.source
 
-    def check_representable(self, existing: Existing | None, boundary: int) -> None:
-        """Refuse an extension that no checkpoint could say.
-
-        Args:
-            existing: what was done with scaling that is there.
-            boundary: up to where short factors apply.
+    def require_extendable(self) -> None:
+        """Refuse a model that cannot be extended.
 
         Raises:
-            ValueError: says what of the model would be lost.
+            ValueError: names the model and the reason.
+        """
+        if self.reason is not None:
+            raise ValueError(
+                f"{self.source} ({self.architecture}) cannot be extended: {self.reason}"
+            )
+
+    def check_representable(self, existing: ScalingChoice | None, boundary: int) -> None:
+        """Refuse an extension that a checkpoint's config cannot express.
+
+        Args:
+            existing: whether existing scaling was kept or replaced.
+            boundary: tokens up to which the short factors apply.
+
+        Raises:
+            ValueError: names the part of the model that would be lost.
         """
         if self.boundary not in (None, boundary):
             raise ValueError(
                 f"{self.source}: its scores grow with the position in units of "
-                f"original_max_position_embeddings ({self.boundary:,}), where a checkpoint says up "
-                f"to where short factors apply ({boundary:,}): these must be the same, as they are "
-                "with --existing-scaling replace and no --original-length"
+                f"original_max_position_embeddings ({self.boundary:,}), which in a checkpoint is "
+                f"also the length that short factors apply up to ({boundary:,}): these must be "
+                "equal, as with existing_scaling='replace' and no original_length"
             )
         if existing != "replace" and (self.existing_scaling or {}).get("mscale_all_dim"):
             raise ValueError(
                 f"{self.source}: its scaling multiplies all scores (mscale_all_dim), which no "
-                "checkpoint with longrope factors can say; search again with --existing-scaling "
-                "replace, which starts over without it"
+                "checkpoint with longrope factors can express; search again with "
+                "existing_scaling='replace', which drops it"
             )
 
     def rescale(self, method: str, target: int, length: int | None = None) -> Rescale:
-        """A known method for this model, on top of the scaling that is kept.
+        """Return the factors of a known method for this model, on top of scaling that is kept.
 
-        ``length`` is the sequence's, which dynamic NTK depends on.
+        Args:
+            method: such as ``"yarn"``; ``"none"`` is no extension.
+            target: tokens that the factors are made for.
+            length: tokens of the sequence; dynamic NTK depends on it.
 
         Raises:
             ValueError: no such method, or a target below the original length.
@@ -126,12 +153,11 @@ class ModelInfo:
         )
 
     def forward_flops(self, length: int) -> tuple[float, float]:
-        """Of one forward of a window: in matrix products with weights, and in attention.
+        """Return the FLOPs of one forward pass: of products with weights, and of attention.
 
-        Two per weight and token (the embedding table is read, not multiplied, unless it is
-        the head too); attention 4 · heads · head_dim per layer and pair of tokens, of which a
-        causal model sees half, and a sliding window those in its reach (its layers are taken for
-        as large as the others). States, which layers have in its place, are not counted.
+        Each token costs two per weight (the embedding table only if it is the head too).
+        Attention costs 4 · heads · head_dim per layer and visible pair of tokens. Recurrent
+        states are not counted, and sliding layers are taken to be as large as the others.
         """
         multiplied = self.active_parameters
         multiplied -= 0 if self.tied else self.vocabulary * self.hidden_size
@@ -143,17 +169,21 @@ class ModelInfo:
 def inspect_model(
     source: str,
     *,
-    existing_scaling: Existing | None = None,
+    existing_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> ModelInfo:
-    """Facts of a model from its config alone; nothing of its weights is read.
+    """Inspect a model from its config alone, without reading weights.
 
-    ``source`` is a local directory, a hub id, a GGUF file or ``"bundled"``.
-    ``original_length`` overrides the one read from the config.
+    Args:
+        source: a local directory, a hub id, a GGUF file or ``"bundled"``.
+        existing_scaling: ``"keep"`` extends a scaled model on top of its scaling, ``"replace"``
+            starts over without it. A scaled model needs one of the two to be extendable.
+        original_length: tokens that the model handles, where its config is wrong.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: there is no such model, or its config is not one transformers knows.
+        ValueError: there is no such model, or transformers does not know its config.
     """
     if existing_scaling not in (None, "keep", "replace"):
         raise ValueError(f"existing_scaling is {existing_scaling!r}; choose keep or replace")
@@ -164,21 +194,22 @@ def inspect_model(
         model, site, reason = build_meta_model(source, config, trust_remote_code)
         scaled = site is not None and site.rope_type not in UNSCALED
         scaling = site.parameters if site and scaled else None
-        if site and scaling and site.rope_type in RESCALABLE and existing_scaling == "replace":
-            config = unscaled(config, site.layer_type)
-            model, site, reason = build_meta_model(source, config, trust_remote_code)
+        replaces = existing_scaling == "replace" and scaling is not None
+        if replaces and site and site.rope_type in RESCALABLE:
+            site, reason = find_rescalable(model, replace_scaling=True)
     try:
-        info = _info(source, model, config, site, scaling, reason)
-    except Exception as error:  # a kind of its own: layers of different shapes
+        info = _from_config(source, model, config, site, scaling, reason)
+    except Exception as error:  # layers of different shapes, for example
         raise ValueError(
             f"{source}: its config is of a kind that cannot be read ({error})"
         ) from error
     if site is None:
         return info
-    return _with_base(info, site, config, existing_scaling, original_length)
+    info = dataclasses.replace(info, replaces_scaling=replaces)
+    return _with_original_length(info, site, config, existing_scaling, original_length)
 
 
-def _info(
+def _from_config(
     source: str,
     model: nn.Module,
     config: Any,
@@ -217,21 +248,22 @@ def _info(
         explicit_scores=explicit_scores(site.owner.config if site else model.config),
         sliding_layers=shape.sliding_layers,
         sliding_window=shape.sliding_window,
+        rotary_layer_type=site.layer_type if site else None,
     )
 
 
-def _with_base(
+def _with_original_length(
     info: ModelInfo,
     site: RotarySite,
     config: Any,
-    existing: Existing | None,
+    existing: ScalingChoice | None,
     original_length: int | None,
 ) -> ModelInfo:
-    """Settle what counts as the original length, and the scaling to start from."""
+    """Add the original length, and the scaling that an extension starts from."""
     text, read_from = config.get_text_config(), "max_position_embeddings"
     original = getattr(text, read_from, None)
-    if not says(info.source, text, read_from):
-        read_from = f"the default of {type(text).__name__}: its config.json does not say"
+    if not is_in_config_file(info.source, text, read_from):
+        read_from = f"the default of {type(text).__name__} (not in its config.json)"
     factors, attention_factor, reason = unscaled_factors(site), 1.0, info.reason
     scaling = info.existing_scaling
     kind = scaling and scaling["rope_type"]
@@ -243,24 +275,24 @@ def _with_base(
         if kind == "dynamic":
             reason = reason or (
                 "its dynamic scaling changes with the length and cannot be kept; use "
-                "--existing-scaling replace"
+                "existing_scaling='replace'"
             )
     elif scaling and "original_max_position_embeddings" in scaling:
         original = scaling["original_max_position_embeddings"]
         read_from = "rope_parameters.original_max_position_embeddings"
     if original_length is not None:
-        original, read_from = original_length, "--original-length"
+        original, read_from = original_length, "original_length"
     elif kind == "linear" and existing == "replace":
         reason = reason or (
-            "its config does not say how long it was before its linear scaling by "
-            f"{scaling['factor']:g}; give --original-length"  # type: ignore[index]
+            "its config does not hold the length before its linear scaling by "
+            f"{scaling['factor']:g}; give original_length"  # type: ignore[index]
         )
     if original is None:
         reason = (
-            reason or "its config does not say how many tokens it handles; give --original-length"
+            reason or "its config does not hold the length that it handles; give original_length"
         )
     if scaling and existing is None and reason is None:
-        reason = _undecided(str(kind), longest)
+        reason = _needs_choice(str(kind), longest)
     return dataclasses.replace(
         info,
         original_max_position_embeddings=original,
@@ -272,12 +304,12 @@ def _with_base(
     )
 
 
-def _undecided(kind: str, longest: int | None) -> str:
+def _needs_choice(kind: str, longest: int | None) -> str:
     keep = (
-        f"--existing-scaling keep (extend from its scaled length, {longest:,}, on top of its "
+        f"existing_scaling='keep' (extend from its scaled length, {longest:,}, on top of its "
         "factors) or "
     )
     return (
         f"it already has {kind!r} scaling: choose {'' if kind == 'dynamic' else keep}"
-        "--existing-scaling replace (start over, unscaled)"
+        "existing_scaling='replace' (start over, unscaled)"
     )

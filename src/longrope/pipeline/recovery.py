@@ -22,7 +22,8 @@ class Choice:
         without: the losses of the long rescale alone.
         shared: loss of the chosen rescale under the attention factor that a checkpoint shares
             between both rescales.
-        free: its loss under an attention factor of its own.
+        free: its loss under an attention factor of its own (``short_attention_factor``, where
+            that loss is lower).
         free_attention_factor: that attention factor.
     """
 
@@ -32,6 +33,7 @@ class Choice:
     shared: float
     free: float
     free_attention_factor: float
+    short_attention_factor: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -41,6 +43,7 @@ class Choice:
             "shared": self.shared,
             "free": self.free,
             "free_attention_factor": self.free_attention_factor,
+            "short_attention_factor": self.short_attention_factor,
         }
 
 
@@ -80,7 +83,7 @@ def choose(
     length = best.max_position_embeddings
     free = loss(best.replace(attention_factor=free_attention_factor), length)
     shared = losses[length][length]
-    if free < shared:  # applies in longrope only: a checkpoint has one attention factor
-        record = {"free_attention_factor": free_attention_factor, "free_loss": free}
-        best = best.replace(provenance={**best.provenance, **record})
-    return Choice(best, losses, without, shared, free, free_attention_factor)
+    applied = None
+    if free < shared:  # for longrope's runtime alone: a checkpoint has no field for it
+        applied = free_attention_factor
+    return Choice(best, losses, without, shared, free, free_attention_factor, applied)

@@ -1,5 +1,6 @@
 """The directory of a run: which stages are done, and the files they share."""
 
+import dataclasses
 import functools
 import gc
 import json
@@ -11,7 +12,7 @@ import yaml
 
 from longrope.distributed import Ranks, local_device
 from longrope.files import write_atomically
-from longrope.models.info import Existing, ModelInfo
+from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
 from longrope.models.target import starting_point
 from longrope.pipeline.costs import Stage
@@ -164,17 +165,22 @@ class Run:
 
         It keeps its own RoPE scaling even where the extension replaces it.
         """
-        scaling, how = self.info.existing_scaling, self.recipe.existing_scaling
-        if scaling and scaling["rope_type"] != "dynamic":  # does not affect short windows
-            how = "keep"
-        return self._read(self.recipe.model, offload=None, existing_scaling=how)
+        scaling, info = self.info.existing_scaling, self.info
+        if info.replaces_scaling and scaling and scaling["rope_type"] != "dynamic":
+            info = inspect_model(
+                self.recipe.model,
+                existing_scaling="keep",
+                original_length=self.recipe.original_length,
+                trust_remote_code=self.recipe.trust_remote_code,
+            )
+        return self._read(info, offload=None)
 
     def _load(self, source: str, offload: bool) -> LoadedModel:
         asked = source, offload and self.recipe.offload is not None
         if self._loaded is None or self._loaded[0] != asked:
             self.forget()  # one model in memory at a time
-            how = self.recipe.existing_scaling
-            loaded = self._read(source, self.recipe.offload if offload else None, how)
+            info = dataclasses.replace(self.info, source=source)
+            loaded = self._read(info, self.recipe.offload if offload else None)
             if source == self.recipe.model:
                 self._require_same(loaded)
             self._loaded = asked, loaded
@@ -196,18 +202,15 @@ class Run:
             )
         write_atomically(file, now + "\n")
 
-    def _read(
-        self, source: str, offload: str | None, existing_scaling: Existing | None
-    ) -> LoadedModel:
+    def _read(self, info: ModelInfo, offload: str | None) -> LoadedModel:
         recipe = self.recipe
         return load_model(
-            source,
+            info.source,
+            info=info,
             device=local_device(recipe.device),
             dtype=recipe.dtype,
             offload=offload,
             group=self.ranks.group,
-            existing_scaling=existing_scaling,
-            original_length=recipe.original_length,
             trust_remote_code=recipe.trust_remote_code,
         )
 

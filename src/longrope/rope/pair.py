@@ -8,10 +8,21 @@ from longrope.rope.rescale import Rescale, default_attention_factor
 
 @dataclass(frozen=True)
 class RescalePair:
-    """The pair of rescales of an extended model: ``short`` up to its length, ``long`` beyond."""
+    """The two rescales of an extended model: ``short`` up to its length, ``long`` beyond.
+
+    Args:
+        short_attention_factor: attention factor of ``short`` where only longrope applies it;
+            a checkpoint has one attention factor for both rescales.
+    """
 
     short: Rescale
     long: Rescale
+    short_attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.short_attention_factor is not None:
+            short = self.short.replace(attention_factor=self.short_attention_factor)
+            object.__setattr__(self, "short", short)
 
     @property
     def recovery_length(self) -> int:

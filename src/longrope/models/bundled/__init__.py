@@ -1,4 +1,4 @@
-"""The small Llama model that is shipped with the package."""
+"""The small Llama model in the package."""
 
 from pathlib import Path
 
