@@ -1,4 +1,4 @@
-"""The verbs that look at a model and search its factors."""
+"""The verbs ``inspect`` and ``search``."""
 
 import dataclasses
 from pathlib import Path
@@ -57,7 +57,7 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Show what a model is, and whether its context can be extended. Reads no weights."""
+    """Show the properties of a model and whether its context can be extended. Reads no weights."""
     from longrope.models.info import inspect_model
 
     info = inspect_model(
@@ -177,10 +177,12 @@ def search(
         print_json(_summary(result, out))
         return
     state = "done" if result.computed else "already done"
-    console.print(f"{state}: {result.forwards:g} forwards of all windows; loss in nats per token:")
+    console.print(
+        f"{state}: {result.forwards:g} forward passes over all windows; loss in nats per token:"
+    )
     if config.algorithm == "gradient":
-        console.print("  first candidates, on the windows that they are compared on (ramp F-G:")
-        console.print("  what turns more than F times stays, less than G is interpolated in full)")
+        console.print("  starts, on the windows of their comparison (ramp F-G: dimensions above F")
+        console.print("  rotations are not scaled, below G they are interpolated in full)")
     for name, loss in result.starts.items():
         console.print(f"  {name:12} {loss:.4f}")
     console.print(
@@ -194,7 +196,7 @@ def search(
 
 
 def _summary(result: Any, out: Path) -> dict[str, Any]:
-    """What ``--json`` prints of a ``SearchResult``."""
+    """Return the JSON output of a ``SearchResult``."""
     return {
         "rescale": str(out / "rescale.json"),
         "portable": str(out / "portable.json") if result.portable else None,

@@ -5,10 +5,10 @@ from longrope.models.info import ModelInfo
 
 
 def forwards(info: ModelInfo, length: int, chunk: int) -> float:
-    """What one gradient costs, in forwards of the same sequence, by FLOPs.
+    """Return the cost of one gradient in forward passes of the same sequence, by FLOPs.
 
-    The weights are frozen: a product with weights is done once forward and once backward. The same
-    for offloaded weights and for a team, which keep no graph, so that histories are the same too.
+    The weights are frozen: each product with weights is computed once forward and once backward.
+    Offloaded weights and sequence parallelism do not change the cost, so histories stay the same.
     """
     linear, attention = info.forward_flops(length)
     again = 0.0

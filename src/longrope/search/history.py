@@ -1,4 +1,4 @@
-"""What a search keeps on disk, so that it goes on after any kind of end."""
+"""The files of a search: its identity, state and history, from which it resumes."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2  # 1: before options were renamed, with windows called parts
+SCHEMA = 2  # 1: before the search options were renamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,10 @@ class SearchIdentity:
 
 
 def refuse_another_s(directory: Path) -> None:
-    """See that a directory with factors or a history in it is a search's.
+    """Refuse a directory with factors or a history that are not of a search.
 
     Raises:
-        ValueError: an extension's or an import's, whose files would be written over.
+        ValueError: it is of an extension or an import, whose files would be overwritten.
     """
     if (directory / "state.json").exists():
         return
@@ -65,10 +65,10 @@ def refuse_another_s(directory: Path) -> None:
 
 
 class Record:
-    """The directory of one search: which search it is, and its history.
+    """The directory of one search: its identity and its history.
 
-    ``history.jsonl`` holds a line per evaluation, each synced; ``state.json`` the
-    config, and where the search stood after its last whole generation.
+    ``history.jsonl`` holds a line per evaluation, each synced; ``state.json`` the identity, and
+    the progress after the last complete generation.
     """
 
     def __init__(self, directory: Path, config: SearchIdentity):
@@ -78,7 +78,7 @@ class Record:
         self.state = directory / "state.json"
 
     def open(self) -> list[dict[str, Any]]:
-        """The history of this very search; an empty one in a new directory.
+        """Return the history of this search, empty in a new directory.
 
         Raises:
             ValueError: the directory holds another search (the differing fields are
@@ -130,7 +130,7 @@ class Record:
         )
 
     def save_state(self, evaluations: int, generation: int) -> None:
-        """Write where the search stands, atomically."""
+        """Write the progress of the search, atomically."""
         state = {
             "schema": SCHEMA,
             "config_hash": self.config.sha256,

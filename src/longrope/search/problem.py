@@ -1,7 +1,7 @@
-"""The three searches of LongRoPE: where each starts, and how far it may go.
+"""The three search problems of LongRoPE: search space and starts of each.
 
-All are one search, of a multiplier per dimension on top of a rescale; they differ
-in that rescale, in the bounds, and in the first candidates.
+Each searches one multiplier per dimension on top of a rescale. They differ in that rescale, in the
+bounds, and in the first candidates.
 """
 
 import dataclasses
@@ -14,24 +14,24 @@ from longrope.models.target import starting_point
 from longrope.rope.rescale import Rescale
 from longrope.search.space import START_TOKENS, Candidate, Space
 
-# The first population of Algorithm 1, beside their mutants.
+# The starts of Algorithm 1's first generation.
 STARTS = ("pi", "ntk", "yarn")
-# The same for the second search, and our own form of YaRN's step.
+# The starts of the second search: the same, and our own variant of YaRN's step.
 STEP_STARTS = (*STARTS, "yarn-log")
 # The paper's bound on a factor, as a multiple of the extension (table 4).
 MARGIN = 1.25
-# How far recovery's shrunk starts lie from 1 to the fine-tuned factors, in log λ.
+# Positions of recovery's shrunk starts between 1 and the fine-tuned factors, in log λ.
 _SHRUNK = (0.75, 0.5, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What one search looks for: its space, its named first candidates, and a family of them.
+    """The problem of one search: its space, its named starts, and optionally a family of ramps.
 
-    ``ramp`` gives λ = s^ramp of two numbers of turns within the original length: what turns more
-    often than the first stays as it is, what turns less often than the second is interpolated in
-    full. NTK's factors are its member from the fastest dimension to the slowest, PI's its limit;
-    "yarn" is among the starts.
+    ``ramp`` returns λ = s^ramp for two numbers of rotations within the original length. Dimensions
+    with more rotations than the first are not scaled; with fewer than the second they are
+    interpolated in full. NTK's factors are the ramp from the fastest to the slowest dimension, PI's
+    are its limit. Where there is a ramp, "yarn" is among the starts.
     """
 
     space: Space
@@ -47,15 +47,18 @@ def first_search(
     start_tokens: tuple[int, ...] = START_TOKENS,
     max_factor: float | None = None,
 ) -> Problem:
-    """From the model as it is to ``target``: λ in [1, 1.25 · s], from PI, NTK, YaRN (or ramps)."""
+    """Return the search from the original model to ``target``: λ in [1, 1.25 · s].
+
+    The starts are PI, NTK and YaRN, and a family of ramps.
+    """
     start = starting_point(info, target, attention_factor)
     space = Space(start, max_factor or MARGIN * start.scale, start_tokens)
     known = {name: info.rescale(name, target) for name in STARTS}
-    turns = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
-    turns = turns[: space.dimensions]
+    rotations = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
+    rotations = rotations[: space.dimensions]
 
-    def of_turns(fast: float, slow: float) -> Candidate:
-        return space.rounded(start.scale ** ramp(turns, fast, slow), start_tokens[0])
+    def of_rotations(fast: float, slow: float) -> Candidate:
+        return space.rounded(start.scale ** ramp(rotations, fast, slow), start_tokens[0])
 
     return Problem(
         space,
@@ -63,15 +66,17 @@ def first_search(
             name: space.nearest(rescale.replace(start_tokens=start_tokens[0]))
             for name, rescale in known.items()
         },
-        of_turns,
+        of_rotations,
     )
 
 
 def require_start_tokens(start_tokens: int, info: ModelInfo) -> None:
-    """Refuse an n̂ under which positions stay unscaled that the model has never seen.
+    """Refuse a number of start tokens beyond the original length.
+
+    Positions below n̂ are not scaled, so the model must know them.
 
     Raises:
-        ValueError: it is beyond the original length.
+        ValueError: n̂ is beyond the original length.
     """
     original = info.original_max_position_embeddings
     if original is not None and start_tokens > original:
@@ -89,10 +94,10 @@ def second_search(
     attention_factor: float | None = None,
     max_factor: float | None = None,
 ) -> Problem:
-    """From a fine-tuned length to ``target``, without training (section 3.4).
+    """Return the search from a fine-tuned length to ``target``, without training (section 3.4).
 
-    A multiplier in [1, 1.25 · s₂] on the fine-tuned factors, s₂ = target / fine-tuned
-    length; from PI, NTK and YaRN, which take the fine-tuned length for the original.
+    The multipliers on the fine-tuned factors are in [1, 1.25 · s₂], s₂ = target / fine-tuned
+    length. The starts are PI, NTK and YaRN with the fine-tuned length as original length.
     """
     if attention_factor is None:
         attention_factor = starting_point(info, target, None).attention_factor
@@ -109,14 +114,14 @@ def second_search(
 
 
 def step_factors(info: ModelInfo, finetuned: Rescale, method: str, target: int) -> np.ndarray:
-    """A method's factors for the step from a fine-tuned length to ``target``, shape (d/2,).
+    """Return a method's factors from a fine-tuned length to ``target``, shape (d/2,).
 
-    YaRN's ramp looks at how often a dimension turns within the fine-tuned length *as it is
-    fine-tuned*: by its unscaled frequency it would leave dimensions alone that no longer turn
-    once (perplexity at 16k on the bundled model 6 times the original's, against equal).
-    ``yarn-log`` is the same ramp as an exponent, s₂^ramp, over dimensions of 32 to 4 turns: what
-    turns less than 4 times is interpolated in full. Down to 2 turns perplexity at 16k is 1.3%
-    lower, and the pass key is lost (docs/log.md).
+    YaRN's ramp counts rotations within the fine-tuned length at the *fine-tuned* frequencies. With
+    unscaled frequencies it would not scale dimensions with less than one rotation (perplexity at
+    16k on the bundled model is then 6 times the original's, against equal). ``yarn-log`` is the
+    same ramp as an exponent, s₂^ramp, from 32 to 4 rotations; below 4 dimensions are interpolated
+    in full. With 2 instead of 4, perplexity at 16k is 1.3% lower but the passkey is lost
+    (docs/log.md).
     """
     if not method.startswith("yarn"):
         step = dataclasses.replace(
@@ -126,28 +131,27 @@ def step_factors(info: ModelInfo, finetuned: Rescale, method: str, target: int) 
         )
         return np.array(step.rescale(method, target).factors)
     scale = target / finetuned.max_position_embeddings
-    turns = finetuned.max_position_embeddings * finetuned.inv_freq / (2 * np.pi)
-    by_turns = ramp(turns, 32.0, 4.0 if method == "yarn-log" else 1.0)
-    factors = scale**by_turns if method == "yarn-log" else 1 / (by_turns / scale + (1 - by_turns))
+    rotations = finetuned.max_position_embeddings * finetuned.inv_freq / (2 * np.pi)
+    exponent = ramp(rotations, 32.0, 4.0 if method == "yarn-log" else 1.0)
+    factors = scale**exponent if method == "yarn-log" else 1 / (exponent / scale + (1 - exponent))
     return np.maximum.accumulate(factors)
 
 
-def ramp(turns: np.ndarray, fast: float, slow: float) -> np.ndarray:
-    """0 for dimensions that turn more than ``fast`` times, 1 below ``slow``; straight in the log.
+def ramp(rotations: np.ndarray, fast: float, slow: float) -> np.ndarray:
+    """Return 0 above ``fast`` rotations, 1 below ``slow``, and linear in their logarithm between.
 
-    YaRN's own is straight in the turns' logarithm too, the dimension's number.
+    YaRN's ramp is linear in the logarithm too, because it is linear in the dimension.
     """
-    return np.clip(np.log(fast / turns) / np.log(fast / slow), 0, 1)
+    return np.clip(np.log(fast / rotations) / np.log(fast / slow), 0, 1)
 
 
 def recovery_search(
     info: ModelInfo, finetuned: Rescale, length: int, attention_factor: float
 ) -> Problem:
-    """Factors for short sequences of an extended model (section 3.3).
+    """Return the search for short sequences of an extended model (section 3.3).
 
-    λ in [1, 1.25 · the largest fine-tuned one], under the long factors' one
-    ``attention_factor``; from the original factors, the fine-tuned ones, and these
-    shrunk towards 1.
+    λ is in [1, 1.25 · the largest fine-tuned factor], with the ``attention_factor`` of the long
+    factors. The starts are the original factors, the fine-tuned ones, and these shrunk towards 1.
     """
     start = info.rescale("none", length).replace(attention_factor=attention_factor)
     relative = np.divide(finetuned.factors, start.factors)
@@ -161,5 +165,5 @@ def recovery_search(
 
 
 def multiplied(start: Rescale, factors: np.ndarray) -> Rescale:
-    """``start`` with its factors times others."""
+    """Return ``start`` with its factors multiplied by others."""
     return start.replace(factors=tuple(np.multiply(start.factors, factors).tolist()))

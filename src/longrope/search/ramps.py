@@ -1,17 +1,17 @@
-"""Which ramp the fast search begins from: a walk over two numbers of turns."""
+"""The ramps that a gradient search starts from: a walk over two numbers of rotations."""
 
 from collections.abc import Generator
 
-# YaRN's: what turns more than 32 times stays, what turns less than once is interpolated in full.
+# YaRN's: unscaled above 32 rotations, interpolated in full below one.
 _FIRST = (32.0, 1.0)
-# What the two numbers are multiplied by, round by round: one way while it helps, or the other.
+# Multipliers of the two numbers, round by round: in one direction while it helps, or the other.
 _ROUNDS = (((4, 1), (1 / 4, 1)), ((2, 1), (1 / 2, 1)), ((1, 1 / 2), (1, 2)))
 
 
 def walk() -> Generator[tuple[float, float], float, None]:
-    """Pairs to try (turns that stay, turns that are interpolated in full).
+    """Yield pairs of rotations to try (unscaled above, interpolated in full below).
 
-    Is sent the loss of each, infinity where there is none. The first number differs most from model
+    Send the loss of each pair, infinity if not finite. The first number differs most from model
     to model (4 and 256 were best), so that it comes first and in the largest steps.
     """
     best = _FIRST

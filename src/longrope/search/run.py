@@ -1,4 +1,4 @@
-"""A search as a stage of work: windows in, files of factors out; run again, it resumes."""
+"""Search stages: load windows, run or resume a search, and write its factors."""
 
 import dataclasses
 import hashlib
@@ -66,7 +66,7 @@ class SearchOptions:
             raise ValueError(f"start_tokens is {self.start_tokens}; it must not be negative")
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse what cannot work on a model, before its weights are read.
+        """Check the options against a model, before its weights are read.
 
         Raises:
             ValueError: a target that is no extension, data that is not there, or an ``out`` that
@@ -80,7 +80,7 @@ class SearchOptions:
 
 
 def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
-    """Search the rescale factors for a target length, or go on where it was interrupted.
+    """Search the rescale factors for a target length, or resume an interrupted search.
 
     Leaves ``rescale.json`` (the best), ``portable.json`` (the best that engines can
     load, n̂ = 0), ``history.jsonl`` (every evaluation) and ``state.json`` in
@@ -177,7 +177,7 @@ def _headline(
 ) -> str:
     original, length = start.original_max_position_embeddings, start.max_position_embeddings
     names = ", ".join(document.name for document in windows.documents)
-    asked = f", {len(questions)} pass keys" if questions else ""
+    asked = f", {len(questions)} passkey prompts" if questions else ""
     return (
         f"{info.architecture}, {original:,} → {length:,} tokens ({start.scale:g}×); "
         f"{len(windows.ids)} windows of {names}{asked}"
@@ -211,12 +211,12 @@ def _identity(
     )
 
 
-# Starts that a progress line has room for.
+# Number of starts in a progress line.
 _SHOWN = 3
 
 
 class _Reporter:
-    """Say how a search goes: what it is, how long it will take, then the best so far."""
+    """Report a search: its headline, the estimated time, then the best loss so far."""
 
     def __init__(self, headline: str, advance: Advance):
         self.headline, self.advance = headline, advance
@@ -229,8 +229,8 @@ class _Reporter:
         if not self.estimated and now.seconds_left is not None:
             self.estimated = True
             console.print(
-                f"{now.total - now.forwards:.0f} forwards of all windows to go, about "
-                f"{duration(now.seconds_left)}; it can be stopped and run again at any time",
+                f"{now.total - now.forwards:.0f} forward passes over all windows left, about "
+                f"{duration(now.seconds_left)}; it can be stopped and resumed at any time",
                 highlight=False,
             )
         if now.replayed and now.forwards < now.total:

@@ -1,4 +1,4 @@
-"""What a candidate of the search is, the moves that keep it one, and what is asked of it.
+"""The search space: candidates, mutation and crossover, and evaluation requests.
 
 LongRoPE's space (table 4): factors λ in [1, 1.25 · s] in steps of 0.01 that never
 decrease with the dimension, and a number n̂ of start tokens from a fixed set.
@@ -19,14 +19,14 @@ _STEPS = 100  # a factor is a whole number of hundredths, so that equal means eq
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One point of the space: factors in hundredths, and n̂."""
+    """One point of the search space: factors in hundredths, and the start tokens n̂."""
 
     hundredths: tuple[int, ...]
     start_tokens: int = 0
 
     @property
     def portable(self) -> bool:
-        """Whether engines could load it: no format has a field for n̂."""
+        """Whether inference engines can load it: no checkpoint format has a field for n̂."""
         return self.start_tokens == 0
 
 
@@ -67,11 +67,11 @@ class Price:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The candidates of one search, and how each becomes a :class:`Rescale`.
+    """The bounds of one search, and the :class:`Rescale` of each candidate.
 
-    ``start`` is the rescale that the search multiplies: the identity for a first
-    search. Its lengths, ``rope_theta`` and ``attention_factor`` go to every candidate, and the
-    factors of dimensions that the model does not turn, which are none of a candidate's.
+    ``start`` is the rescale that candidates multiply: the identity in a first search. Every
+    candidate has its lengths, ``rope_theta`` and ``attention_factor``, and its factors in
+    dimensions that the model does not rotate.
     """
 
     start: Rescale
@@ -88,7 +88,7 @@ class Space:
         return max(_STEPS, round(self.max_factor * _STEPS))
 
     def rescale(self, candidate: Candidate) -> Rescale:
-        """The rescale that a candidate stands for."""
+        """Return the rescale of a candidate."""
         factors = np.array(self.start.factors)
         factors[: self.dimensions] *= self.multipliers(candidate)
         return self.start.replace(
@@ -96,17 +96,17 @@ class Space:
         )
 
     def nearest(self, rescale: Rescale) -> Candidate:
-        """The candidate closest to a rescale: rounded, bounded, and made monotone."""
+        """Return the candidate closest to a rescale: rounded, bounded, and made monotone."""
         factors = np.array(rescale.factors) / np.array(self.start.factors)
         return self.rounded(factors[: self.dimensions], rescale.start_tokens)
 
     def rounded(self, factors: np.ndarray, start_tokens: int) -> Candidate:
-        """The candidate closest to some multipliers, shape (dimensions,)."""
+        """Return the candidate closest to multipliers of shape (dimensions,)."""
         hundredths = np.clip(np.rint(factors * _STEPS), _STEPS, self.top).astype(int)
         return Candidate(tuple(np.maximum.accumulate(hundredths).tolist()), start_tokens)
 
     def multipliers(self, candidate: Candidate) -> np.ndarray:
-        """What a candidate multiplies the start's factors by, shape (dimensions,)."""
+        """Return the multipliers of a candidate on the start's factors, shape (dimensions,)."""
         return np.array(candidate.hundredths) / _STEPS
 
     def contains(self, candidate: Candidate) -> bool:
@@ -121,7 +121,7 @@ class Space:
         )
 
     def mutate(self, candidate: Candidate, probability: float, rng: random.Random) -> Candidate:
-        """Redraw each factor, and n̂, with a probability.
+        """Redraw each factor and n̂ with a probability, keeping factors monotone.
 
         A run of redrawn factors is drawn uniformly, in order, between the factors on
         either side of it that stay: the uniform distribution over all candidates that
@@ -152,7 +152,7 @@ class Space:
         return Candidate(tuple(result), tokens)
 
     def cross(self, a: Candidate, b: Candidate, rng: random.Random) -> Candidate:
-        """The low dimensions of one parent and the high ones of the other; n̂ of either.
+        """Join the low dimensions of one parent with the high ones of the other; n̂ of either.
 
         At every cut at least one way round is monotone: if b's factor at the cut lies
         below a's before it, then b's before the cut lies below a's at it.
@@ -167,5 +167,5 @@ class Space:
 
 
 def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates without repetition, in order of first appearance."""
+    """Return candidates without repetition, in order of first appearance."""
     return list(dict.fromkeys(candidates))
