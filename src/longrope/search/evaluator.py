@@ -1,4 +1,4 @@
-"""The evaluations of one search: known from its history, or computed, a trial per team of ranks."""
+"""The evaluations of one search: known from its history, or computed, a request per group of ranks."""
 
 import dataclasses
 import math
