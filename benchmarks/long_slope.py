@@ -3,7 +3,7 @@
     python benchmarks/long_slope.py --shape smollm2 --layers 4 --tokens 4096,8192,16384
     python benchmarks/long_slope.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1
     python benchmarks/long_slope.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1 \\
-        --offload-activations /a/folder      # what is kept goes to files
+        --offload-activations /a/folder
     python benchmarks/long_slope.py --shape llama2-7b --layers 4 --tokens 131072      # a GPU
 
 *Priced* is what a search counts for it, in forwards by FLOPs; *predicted* the dry run's peak memory

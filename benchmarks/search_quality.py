@@ -137,7 +137,7 @@ def curve(directory: Path) -> list[tuple[float, float]]:
     spent, best, points = 0.0, math.inf, []
     for line in read_lines(directory / "history.jsonl"):
         spent += line["forwards"]
-        if "part" not in line and line["loss"] is not None and line["loss"] < best:
+        if "window" not in line and line["loss"] is not None and line["loss"] < best:
             best = line["loss"]
             points.append((round(spent, 2), best))
     return points

@@ -4,10 +4,10 @@ import math
 import pytest
 
 from longrope.rope import methods
-from longrope.search.evolution import Evolution
+from longrope.search.evolution import evolution_search
 from longrope.search.problem import Problem
 from longrope.search.settings import EvolutionSearchConfig
-from longrope.search.space import Outcome
+from longrope.search.space import Result
 from search.test_space import space
 
 SMALL = EvolutionSearchConfig(population=12, mutations=4, crossovers=4, iterations=5, parents=4)
@@ -24,18 +24,21 @@ def bowl(candidate):
     return distance + abs(candidate.start_tokens - 4)
 
 
-def run(settings, seed, loss=bowl):
-    here = space()
-    algorithm = Evolution(problem(here), settings, seed)
-    asked, losses = [], []
-    while not algorithm.done:
-        trials = algorithm.ask()
-        generation = [trial.candidate for trial in trials]
-        assert all(here.contains(candidate) for candidate in generation)
+def run(config, seed, loss=bowl, begin=None):
+    asked, losses, generations = [], [], []
+
+    def evaluate(requests, starts=None):
+        generation = [request.candidate for request in requests]
+        assert all(here.space.contains(candidate) for candidate in generation)
         found = [loss(candidate) for candidate in generation]
-        algorithm.tell(trials, [Outcome(loss) for loss in found])
-        asked += generation
-        losses += found
+        asked.extend(generation)
+        losses.extend(found)
+        generations.append(generation)
+        return [Result(number) for number in found]
+
+    here = begin or problem(space())
+    evolution_search(evaluate, here, config, seed)
+    assert sum(map(len, generations)) == len(asked)
     return asked, losses
 
 
@@ -72,12 +75,14 @@ def test_differences_below_rounding_decide_nothing():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_has_no_children(bad):
     here = space()
-    settings = EvolutionSearchConfig(population=12, mutations=0, crossovers=8, parents=4)
-    algorithm = Evolution(problem(here), settings, 0)
-    trials = algorithm.ask()
-    good = [trial.candidate for trial in trials[4:8]]
-    algorithm.tell(trials, [Outcome(1.0 if t.candidate in good else bad) for t in trials])
-    children = [trial.candidate.hundredths for trial in algorithm.ask()]
+    config = EvolutionSearchConfig(
+        population=12, mutations=0, crossovers=8, parents=4, iterations=1
+    )
+    first = run(config, 0)[0][:12]
+    good = first[4:8]
+    asked, _ = run(config, 0, lambda candidate: 1.0 if candidate in good else bad)
+    assert asked[:12] == first
+    children = [candidate.hundredths for candidate in asked[12:]]
     of_good = {
         a.hundredths[:cut] + b.hundredths[cut:]
         for a, b in itertools.permutations(good, 2)
@@ -92,10 +97,5 @@ def test_a_space_that_is_used_up_ends_the_search():
 
     tiny = Space(methods.identity(1e4, 4, 256, 512), 1.02, start_tokens=(0,))
     only = Problem(tiny, {"none": Candidate((100, 100))})
-    algorithm = Evolution(only, EvolutionSearchConfig(population=8), 0)
-    seen = []
-    while not algorithm.done:
-        generation = algorithm.ask()
-        seen += generation
-        algorithm.tell(generation, [Outcome(0.0)] * len(generation))
+    seen, _ = run(EvolutionSearchConfig(population=8), 0, lambda candidate: 0.0, only)
     assert len(set(seen)) == len(seen) <= 6  # all pairs a ≤ b of 100, 101, 102

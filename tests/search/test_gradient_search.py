@@ -7,65 +7,66 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longrope.search.gradient_search import GradientSearch, _blurred, isotonic
+from longrope.search.gradient_search import _smoothed, gradient_search, isotonic, make_schedule
 from longrope.search.problem import Problem
 from longrope.search.ramps import walk
 from longrope.search.settings import GradientSearchConfig
-from longrope.search.space import Outcome, Price, Space
+from longrope.search.space import EvaluationCost, Result, Space
 from search.test_evolution import problem
 from search.test_space import space
 
 HERE = space()
-PRICE = Price(parts=5, slope=2.66)
+COST = EvaluationCost(windows=5, grad=2.66)
 BEST = np.linspace(0, math.log(7), HERE.dimensions)
 
 
-def bowl(trial, best=BEST):
+def bowl(request, best=BEST):
     """Least at a monotone point, a little elsewhere for each window; n̂ = 8 gains a little."""
-    shift = 0.0 if trial.part is None else 0.05 * (trial.part - 2)
-    away = np.log(HERE.multipliers(trial.candidate)) - best - shift
-    loss = float((away**2).sum()) + 0.01 * abs(trial.candidate.start_tokens - 8)
-    return Outcome(loss, tuple((2 * away).tolist()) if trial.slope else ())
+    shift = 0.0 if request.window is None else 0.05 * (request.window - 2)
+    away = np.log(HERE.multipliers(request.candidate)) - best - shift
+    loss = float((away**2).sum()) + 0.01 * abs(request.candidate.start_tokens - 8)
+    return Result(loss, tuple((2 * away).tolist()) if request.grad else ())
 
 
-def run(seed=0, price=PRICE, of=bowl, begin=None, **settings):
-    algorithm = GradientSearch(
-        begin or problem(HERE), GradientSearchConfig(**settings), seed, price
-    )
-    asked, outcomes = [], []
-    while not algorithm.done:
-        trials = algorithm.ask()
-        assert all(algorithm.space.contains(trial.candidate) for trial in trials)
-        found = [of(trial) for trial in trials]
-        algorithm.tell(trials, found)
-        asked += trials
-        outcomes += found
-    return asked, outcomes
+def run(seed=0, cost=COST, of=bowl, begin=None, starts=None, **options):
+    begin, asked, results = begin or problem(HERE), [], []
+
+    def evaluate(requests, named=None):
+        assert all(begin.space.contains(request.candidate) for request in requests)
+        if starts is not None:
+            starts.update(named or {})
+        found = [of(request) for request in requests]
+        asked.extend(requests)
+        results.extend(found)
+        return found
+
+    gradient_search(evaluate, begin, GradientSearchConfig(**options), seed, cost)
+    return asked, results
 
 
 def test_steps_down_and_tries_start_tokens():
-    asked, outcomes = run(budget=40)
-    whole = {t: o.loss for t, o in zip(asked, outcomes, strict=True) if t.part is None}
-    first, best = next(iter(whole)), min(whole, key=lambda trial: whole[trial])
+    asked, results = run(budget=40)
+    whole = {t: o.loss for t, o in zip(asked, results, strict=True) if t.window is None}
+    first, best = next(iter(whole)), min(whole, key=lambda request: whole[request])
     assert whole[best] < 0.3 * whole[first]
     assert best.candidate.start_tokens == 8
-    assert {t.part for t in asked if t.slope} == set(range(5))
+    assert {t.window for t in asked if t.grad} == set(range(5))
 
 
 @pytest.mark.parametrize("forwards", [4, 5, 8, 27, 100])
-@pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=5.5)])
-def test_keeps_its_budget(forwards, price):
-    asked, _ = run(budget=forwards, price=price)
-    spent = sum(price.of(trial) for trial in dict.fromkeys(asked))
+@pytest.mark.parametrize("cost", [COST, EvaluationCost(windows=1, grad=5.5)])
+def test_keeps_its_budget(forwards, cost):
+    asked, _ = run(budget=forwards, cost=cost)
+    spent = sum(cost.of(request) for request in dict.fromkeys(asked))
     assert spent <= forwards
     if forwards >= 27:
-        assert spent > forwards - 2 * price.slope - 1
+        assert spent > forwards - 2 * cost.grad - 1
 
 
 def test_a_budget_without_a_step_is_said(caplog):
     asked, _ = run(budget=5)
-    assert not any(trial.slope for trial in asked)
-    assert "a budget of 5 forwards leaves none for a step" in caplog.text
+    assert not any(request.grad for request in asked)
+    assert "a budget of 5 forward passes leaves no gradient step" in caplog.text
     caplog.clear()
     run(budget=27)
     assert not caplog.text
@@ -73,46 +74,46 @@ def test_a_budget_without_a_step_is_said(caplog):
 
 @pytest.mark.parametrize(("forwards", "steps"), [(27, 6), (54, 14)])
 def test_one_window_leaves_its_budget_to_the_steps(forwards, steps):
-    asked, _ = run(budget=forwards, price=Price(parts=1, slope=3.5))
-    slopes = [number for number, trial in enumerate(asked) if trial.slope]
-    assert len(slopes) == steps
-    assert all(trial.candidate.portable for trial in asked)
-    assert len(asked[slopes[-1] + 1 :]) == 1  # every slope told the whole loss but the last point's
+    asked, _ = run(budget=forwards, cost=EvaluationCost(windows=1, grad=3.5))
+    gradients = [number for number, request in enumerate(asked) if request.grad]
+    assert len(gradients) == steps
+    assert all(request.candidate.portable for request in asked)
+    assert len(asked[gradients[-1] + 1 :]) == 1  # only the last point's loss is not known
 
 
 def test_two_windows_are_both_asked_of_every_start_and_leave_start_tokens():
     family, of = ramps(lambda fast, slow: -math.log(fast))
-    asked, _ = run(begin=family, price=Price(parts=2, slope=3.5), of=of)
-    first = next(number for number, trial in enumerate(asked) if trial.slope)
+    asked, _ = run(begin=family, cost=EvaluationCost(windows=2, grad=3.5), of=of)
+    first = next(number for number, request in enumerate(asked) if request.grad)
     assert first > 4
-    assert all(trial.part is None for trial in asked[:first])
-    assert {trial.part for trial in asked if trial.slope} == {0, 1}
-    assert all(trial.candidate.portable for trial in asked)
+    assert all(request.window is None for request in asked[:first])
+    assert {request.window for request in asked if request.grad} == {0, 1}
+    assert all(request.candidate.portable for request in asked)
 
 
 def test_the_first_step_of_one_window_is_three_times_as_long():
-    def first_step(price):
-        asked = [trial for trial in run(price=price)[0] if trial.slope]
-        begin, then = (np.log(HERE.multipliers(trial.candidate)) for trial in asked[:2])
+    def first_step(cost):
+        asked = [request for request in run(cost=cost)[0] if request.grad]
+        begin, then = (np.log(HERE.multipliers(request.candidate)) for request in asked[:2])
         return np.abs(then - begin).max()
 
-    one, five = first_step(Price(parts=1, slope=2.66)), first_step(PRICE)
+    one, five = first_step(EvaluationCost(windows=1, grad=2.66)), first_step(COST)
     assert one == pytest.approx(3 * five, rel=0.2)
 
 
 def test_a_step_may_look_at_several_windows():
     one, three = run()[0], run(windows_per_step=3)[0]
-    slopes = [trial for trial in three if trial.slope]
-    assert [trial.candidate for trial in slopes[0:3]] == [slopes[0].candidate] * 3
-    assert len({trial.part for trial in slopes[0:3]}) > 1
-    assert sum(map(PRICE.of, three)) == pytest.approx(sum(map(PRICE.of, one)), abs=2)
+    gradients = [request for request in three if request.grad]
+    assert [request.candidate for request in gradients[0:3]] == [gradients[0].candidate] * 3
+    assert len({request.window for request in gradients[0:3]}) > 1
+    assert sum(map(COST.of, three)) == pytest.approx(sum(map(COST.of, one)), abs=2)
 
 
 def test_fast_dimensions_stay():
     turns = 256 * HERE.start.inv_freq / (2 * np.pi)
     yarn = Problem(HERE, {"yarn": problem(HERE).starts["yarn"]})
-    asked, _ = run(begin=yarn, of=lambda trial: bowl(trial, np.full(HERE.dimensions, 2.0)))
-    steps = [trial.candidate.hundredths for trial in asked if trial.slope]
+    asked, _ = run(begin=yarn, of=lambda request: bowl(request, np.full(HERE.dimensions, 2.0)))
+    steps = [request.candidate.hundredths for request in asked if request.grad]
     fixed = int((turns > 16).sum())
     assert fixed > 0
     assert len({step[:fixed] for step in steps}) == 1
@@ -129,36 +130,35 @@ def ramps(loss):
         losses[candidate] = loss(*turns)
         return candidate
 
-    def of(trial):
-        slope = tuple(np.zeros(HERE.dimensions)) if trial.slope else ()
-        return Outcome(losses.get(trial.candidate, 9.0), slope)
+    def of(request):
+        grad = tuple(np.zeros(HERE.dimensions)) if request.grad else ()
+        return Result(losses.get(request.candidate, 9.0), grad)
 
     return Problem(HERE, problem(HERE).starts, ramp), of
 
 
-@pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=3.5)])
-def test_begins_from_the_best_ramp(price):
+@pytest.mark.parametrize("cost", [COST, EvaluationCost(windows=1, grad=3.5)])
+def test_begins_from_the_best_ramp(cost):
     family, of = ramps(lambda fast, slow: abs(math.log2(fast / 256)) + abs(math.log2(slow)))
-    algorithm = GradientSearch(family, GradientSearchConfig(), 0, price)
-    while not (algorithm.done or any(trial.slope for trial in algorithm.ask())):
-        algorithm.tell(algorithm.ask(), [of(trial) for trial in algorithm.ask()])
-    assert list(algorithm.starts)[:5] == ["yarn", *(f"ramp {n}-1" for n in (32, 128, 512, 256))]
-    (trial,) = algorithm.ask()
-    assert trial.candidate == algorithm.starts["ramp 256-1"]
-    assert {*family.starts.values()} & {*algorithm.starts.values()} == {family.starts["yarn"]}
+    starts = {}
+    asked, _ = run(begin=family, cost=cost, of=of, starts=starts)
+    assert list(starts)[:5] == ["yarn", *(f"ramp {n}-1" for n in (32, 128, 512, 256))]
+    first = next(request for request in asked if request.grad)
+    assert first.candidate == starts["ramp 256-1"]
+    assert {*family.starts.values()} & {*starts.values()} == {family.starts["yarn"]}
 
 
-@pytest.mark.parametrize("price", [PRICE, Price(parts=1, slope=3.5)])
+@pytest.mark.parametrize("cost", [COST, EvaluationCost(windows=1, grad=3.5)])
 @pytest.mark.parametrize("forwards", [4, 7, 27])
-def test_ramps_have_a_share_of_the_budget(price, forwards):
+def test_ramps_have_a_share_of_the_budget(cost, forwards):
     family, of = ramps(lambda fast, slow: -math.log(fast))  # always on
-    asked, _ = run(begin=family, price=price, of=of, budget=forwards)
-    several = price.parts > 1
-    ended = (n for n, t in enumerate(asked) if t.slope or (several and t.part is None))
-    spent = sum(price.of(trial) for trial in {*asked[: next(ended, None)]})
-    share, one = max(3, 0.3 * forwards), 2 / price.parts if several else 1
+    asked, _ = run(begin=family, cost=cost, of=of, budget=forwards)
+    several = cost.windows > 1
+    ended = (n for n, t in enumerate(asked) if t.grad or (several and t.window is None))
+    spent = sum(cost.of(request) for request in {*asked[: next(ended, None)]})
+    share, one = max(3, 0.3 * forwards), 2 / cost.windows if several else 1
     assert share - one < spent <= share + 1e-9
-    assert sum(price.of(trial) for trial in dict.fromkeys(asked)) <= forwards
+    assert sum(cost.of(request) for request in dict.fromkeys(asked)) <= forwards
 
 
 @given(st.floats(0, 13), st.floats(-6, 4))
@@ -195,32 +195,34 @@ def test_a_seed_is_a_course():
 
 
 def test_what_is_not_finite_moves_nothing():
-    def broken(trial):
-        return Outcome(math.nan, (math.nan,) * HERE.dimensions if trial.slope else ())
+    def broken(request):
+        return Result(math.nan, (math.nan,) * HERE.dimensions if request.grad else ())
 
     asked, _ = run(of=broken)
-    assert len({trial.candidate.hundredths for trial in asked if trial.slope}) == 1
+    assert len({request.candidate.hundredths for request in asked if request.grad}) == 1
 
 
 def test_fixed_start_tokens_stay():
     fixed = problem(Space(HERE.start, HERE.max_factor, (0,)))
-    assert all(trial.candidate.start_tokens == 0 for trial in run(begin=fixed)[0])
+    assert all(request.candidate.start_tokens == 0 for request in run(begin=fixed)[0])
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("windows", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("forwards", range(4, 11))
-def test_five_starts_leave_an_evaluation_of_the_best(parts, forwards):
+def test_five_starts_leave_an_evaluation_of_the_best(windows, forwards):
     five = {str(n): HERE.rounded(np.full(HERE.dimensions, 1 + n / 10), 0) for n in range(5)}
-    asked, _ = run(begin=Problem(HERE, five), price=Price(parts, 2.7), budget=forwards)
-    spent = np.cumsum([Price(parts, 2.7).of(trial) for trial in dict.fromkeys(asked)])
+    asked, _ = run(begin=Problem(HERE, five), cost=EvaluationCost(windows, 2.7), budget=forwards)
+    spent = np.cumsum(
+        [EvaluationCost(windows, 2.7).of(request) for request in dict.fromkeys(asked)]
+    )
     paid = [t for t, sum_ in zip(dict.fromkeys(asked), spent, strict=True) if sum_ <= forwards]
-    assert any(trial.part is None for trial in paid)
+    assert any(request.window is None for request in paid)
 
 
-def test_a_slope_shares_with_its_neighbours():
-    np.testing.assert_allclose(_blurred(np.array([0, 0, 1.0, 0])), [0, 0.1, 0.8, 0.1])
-    np.testing.assert_allclose(_blurred(np.array([1.0, 0, 0])), [0.9, 0.1, 0])
-    np.testing.assert_allclose(_blurred(np.array([2.0])), [2.0])
+def test_gradients_are_shared_with_neighbours():
+    np.testing.assert_allclose(_smoothed(np.array([0, 0, 1.0, 0])), [0, 0.1, 0.8, 0.1])
+    np.testing.assert_allclose(_smoothed(np.array([1.0, 0, 0])), [0.9, 0.1, 0])
+    np.testing.assert_allclose(_smoothed(np.array([2.0])), [2.0])
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=12))
@@ -236,3 +238,27 @@ def test_isotonic_is_the_nearest_monotone_sequence(values):
         assert rest @ direction <= 1e-9
         if cut == 0:
             assert rest @ direction == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("windows", "budget", "steps", "averaged", "tokens"),
+    [
+        (1, 27, 6, 0, ()),
+        (2, 27, 12, 4, ()),
+        (5, 4, 0, 0, (4, 8, 16, 32)),
+        (5, 27, 28, 9, (4, 8, 16, 32)),
+    ],
+)
+def test_the_schedule_follows_from_windows_and_budget(windows, budget, steps, averaged, tokens):
+    config = GradientSearchConfig(windows=windows, budget=budget)
+    found = make_schedule(problem(HERE), config, EvaluationCost(windows, 3.5))
+    assert (found.steps, found.averaged_steps, found.start_tokens) == (steps, averaged, tokens)
+    assert found.step_size == pytest.approx(0.18 if windows == 1 else 0.06)
+
+
+def test_ramps_that_are_not_tried_leave_more_steps():
+    family, of = ramps(lambda fast, slow: abs(math.log2(fast / 32)) + abs(math.log2(slow)))
+    planned = make_schedule(family, GradientSearchConfig(), COST)
+    asked, _ = run(begin=family, of=of)
+    assert planned.ramp_trials > 9
+    assert sum(request.grad for request in asked) > planned.steps

@@ -43,18 +43,18 @@ def test_windows_and_answers_as_transformers_has_them(bundled):
     )
 
 
-def test_the_whole_is_the_mean_of_its_parts_and_so_is_its_slope(bundled):
+def test_the_loss_on_all_windows_is_the_mean_of_the_single_ones_and_so_is_its_gradient(bundled):
     windows = np.random.default_rng(1).integers(3, 1500, (3, 200))
     questions = passkey_questions(bundled.tokenizer, 256, 2, seed=0)
     objective = Objective(LongForward(bundled.model, chunk=128), windows, questions)
     rescale = bundled.info.rescale("yarn", 512)
-    parts = [objective(rescale, part, slope=True) for part in range(3)]
-    whole = objective(rescale, slope=True)
-    assert np.mean([part.loss for part in parts]) == pytest.approx(whole.loss, rel=1e-6)
+    singles = [objective(rescale, window, grad=True) for window in range(3)]
+    whole = objective(rescale, grad=True)
+    assert np.mean([single.loss for single in singles]) == pytest.approx(whole.loss, rel=1e-6)
     assert objective(rescale).loss == pytest.approx(whole.loss, rel=1e-5)
-    assert objective(rescale, 1).loss == pytest.approx(parts[1].loss, rel=1e-5)
-    slopes = np.array([part.slope for part in parts])
-    np.testing.assert_allclose(slopes.mean(axis=0), whole.slope, rtol=1e-4, atol=1e-7)
+    assert objective(rescale, 1).loss == pytest.approx(singles[1].loss, rel=1e-5)
+    grads = np.array([single.grad for single in singles])
+    np.testing.assert_allclose(grads.mean(axis=0), whole.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_questions_are_not_those_of_the_evaluation(bundled):

@@ -11,7 +11,7 @@ from longrope.search.history import SearchIdentity
 from longrope.search.loop import search
 from longrope.search.problem import Problem, ramp
 from longrope.search.settings import GradientSearchConfig
-from longrope.search.space import Outcome, Price
+from longrope.search.space import EvaluationCost, Result
 from search.test_evolution import SMALL, bowl, problem
 from search.test_space import space
 
@@ -42,11 +42,11 @@ class Loss:
     def __init__(self, fail_at: int | None = None, of=bowl):
         self.calls, self.fail_at, self.of = 0, fail_at, of
 
-    def __call__(self, rescale, part=None, slope=False):
+    def __call__(self, rescale, window=None, grad=False):
         self.calls += 1
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
-        return Outcome(self.of(SPACE.nearest(rescale)))
+        return Result(self.of(SPACE.nearest(rescale)))
 
 
 def small(**changes):
@@ -247,20 +247,20 @@ def test_progress_is_reported(tmp_path):
 
 
 def fast(out, fail_at=None, **more):
-    """A search down the slope, with a family of ramps, five windows and n̂."""
+    """A gradient search with a family of ramps, five windows and n̂."""
     losses = Loss(fail_at)
 
-    def loss(rescale, part=None, slope=False):
-        found = losses(rescale, part).loss + 0.01 * (part or 0)
+    def loss(rescale, window=None, grad=False):
+        found = losses(rescale, window).loss + 0.01 * (window or 0)
         factors = SPACE.multipliers(SPACE.nearest(rescale))
-        return Outcome(found, tuple((2 * factors * (factors - 3)).tolist()) if slope else ())
+        return Result(found, tuple((2 * factors * (factors - 3)).tolist()) if grad else ())
 
     turns = SPACE.start.original_max_position_embeddings * SPACE.start.inv_freq / (2 * np.pi)
     family = dataclasses.replace(
         problem(SPACE), ramp=lambda f, g: SPACE.rounded(8 ** ramp(turns, f, g), 0)
     )
     here = identity(config=GradientSearchConfig())
-    result = search(here, family, loss, out, price=Price(5, 2.66), **more)
+    result = search(here, family, loss, out, cost=EvaluationCost(5, 2.66), **more)
     return result, losses.calls
 
 
@@ -270,10 +270,10 @@ def test_the_ramps_of_a_fast_search_are_its_starts(tmp_path):
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert list(result.starts)[:3] == ["yarn", "ramp 32-1", "ramp 128-1"]
     first, whole = history[: 2 * len(result.starts)], history[2 * len(result.starts)]
-    assert [line["part"] for line in first] == [0, 1] * len(result.starts)
+    assert [line["window"] for line in first] == [0, 1] * len(result.starts)
     means = [(a["loss"] + b["loss"]) / 2 for a, b in zip(first[::2], first[1::2], strict=True)]
     assert list(result.starts.values()) == pytest.approx(means)
-    assert "part" not in whole
+    assert "window" not in whole
     assert whole["start"] == min(result.starts, key=lambda name: result.starts[name]) != "yarn"
     # A ramp with one of its two windows known is not set beside the others.
     assert [len(now.starts) for now in seen[:8]] == [0, 1, 1, 1, 2, 2, 3, 3]

@@ -25,7 +25,7 @@ def report(directory: Path) -> list[Path]:
             shown["portable"] = Rescale.load(directory / "portable.json")
         figures["factors.png"] = plots.factors_figure(shown)
     history = [line for line in read_lines(directory / "history.jsonl") if line.get("loss")]
-    if any("part" not in line for line in history):
+    if any("window" not in line for line in history):
         figures["history.png"] = plots.history_figure(history)
     if (directory / "compare.json").exists():
         comparison = _read(directory / "compare.json")

@@ -87,7 +87,7 @@ def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     whole = [
         (forwards, line)
         for forwards, line in zip(spent, history, strict=True)
-        if line["loss"] is not None and "part" not in line
+        if line["loss"] is not None and "window" not in line
     ]
     numbers, finite = [forwards for forwards, _ in whole], [line for _, line in whole]
     perplexities = [math.exp(line["loss"]) for line in finite]

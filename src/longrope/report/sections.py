@@ -222,7 +222,7 @@ def _training(directory: Path) -> Section | None:
             pictures.append(Picture(f"loss-{name}.png", caption, plots.loss_figure(lines)))
     for name in ("search", "second-search"):
         history = [x for x in read_lines(directory / name / "history.jsonl") if x.get("loss")]
-        if any("part" not in line for line in history):
+        if any("window" not in line for line in history):
             caption = f"Every candidate of the {name.replace('-', ' ')}."
             pictures.append(Picture(f"{name}.png", caption, plots.history_figure(history)))
     return Section("Searches and training", figures=pictures) if pictures else None

@@ -1,4 +1,4 @@
-"""The evaluations of one search: known from its history, or computed, a request per group of ranks."""
+"""The memoised evaluator of a search: replays its history and shares requests among ranks."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ from longrope.distributed import Ranks
 from longrope.files import append_line
 from longrope.rope.rescale import Rescale
 from longrope.search.history import Record, SearchIdentity
-from longrope.search.space import Candidate, Outcome, Price, Space, Trial
+from longrope.search.space import Candidate, EvaluationCost, Request, Result, Space
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a search stands; handed to ``report`` at its start and after every evaluation.
+    """The progress of a search, reported at its start and after every evaluation.
 
-    ``forwards`` of ``total`` forward equivalents are done: all windows once are one.
+    ``forwards`` of ``total`` forward passes over all windows are done.
     """
 
     evaluations: int
@@ -34,7 +34,7 @@ class Progress:
 
 @dataclasses.dataclass
 class SearchResult:
-    """The two bests, and what it took to find them."""
+    """The best factors, the best portable ones, and the cost of the search."""
 
     best: Rescale
     best_loss: float
@@ -42,45 +42,94 @@ class SearchResult:
     portable_loss: float | None
     starts: dict[str, float]  # of those with a finite loss
     evaluations: int
-    forwards: float  # forward equivalents: all windows once are one
-    computed: int  # of which in this run, not read from the history
+    forwards: float  # over all windows
+    computed: int  # evaluations of this run, not read from the history
     not_finite: int
 
 
-class Evaluations:
-    """The evaluations of one search, known and new."""
+class BudgetSpent(Exception):
+    """Raised when the budget or the patience of a search is spent."""
+
+
+class Evaluator:
+    """Evaluates requests: replays the history, computes the rest, and stops at the budget.
+
+    Args:
+        loss: returns the result of a rescale, on one window or all, with or without gradient.
+        out: directory of the search.
+        provenance: is written into the rescale files.
+
+    Raises:
+        ValueError: ``out`` holds another search, or processes search for different things.
+    """
 
     def __init__(
         self,
-        config: SearchIdentity,
+        identity: SearchIdentity,
         space: Space,
-        starts: dict[str, Candidate],
-        loss: Callable[[Rescale, int | None, bool], Outcome],
+        loss: Callable[[Rescale, int | None, bool], Result],
         out: Path,
-        price: Price,
+        cost: EvaluationCost,
         ranks: Ranks,
         report: Callable[[Progress], None],
+        provenance: dict[str, Any],
     ):
-        self.config, self.space, self.starts = config, space, starts
-        self.loss, self.out, self.ranks, self.report = loss, out, ranks, report
-        self.price = price
-        self.outcomes: dict[Trial, Outcome] = {}
+        self.identity, self.space, self.cost, self.loss = identity, space, cost, loss
+        self.out, self.ranks, self.report, self.provenance = out, ranks, report, provenance
+        self.starts: dict[str, Candidate] = {}
+        self.results: dict[Request, Result] = {}
         self.forwards = 0.0
-        self.total = 0
         self.computed = 0
+        self.generation = 0
+        self._without_gain = 0
         self._seconds: list[float] = []
-        # Rank 0 alone touches the disk: nodes need not share one. What it refuses, all do.
-        self.record = Record(out, config)
+        # Only rank 0 touches the disk, because nodes may not share one. All ranks raise its errors.
+        self.record = Record(out, identity)
         found = ranks.broadcast(self._open() if ranks.first else None)
         if "error" in found:
             raise ValueError(found["error"])
         self.history: list[dict[str, Any]] = found["history"]
-        same = float(ranks.broadcast(config.sha256) == config.sha256)
+        same = float(ranks.broadcast(identity.sha256) == identity.sha256)
         if not all(ranks.gather(same)):
             raise ValueError(
                 "the processes of this run do not search the same: model, documents, library and "
                 "options must be equal on every node"
             )
+        # A budget below the cost of the history does not discard results.
+        known = math.ceil(sum(float(line["forwards"]) for line in self.history))
+        self.total = min(max(identity.config.forwards, known), identity.config.max_forwards)
+        self._report(math.nan, replayed=False)
+
+    def __call__(
+        self, requests: Sequence[Request], starts: dict[str, Candidate] | None = None, /
+    ) -> list[Result]:
+        """Return the results of one generation of requests; known ones cost nothing.
+
+        Args:
+            starts: names of candidates, for reports.
+
+        Raises:
+            BudgetSpent: before all requests are evaluated, or after the last of the patience.
+            ValueError: the history does not hold these requests.
+        """
+        self.starts |= starts or {}
+        affordable = self._affordable(requests) if self.forwards < self.total else []
+        if not affordable:
+            raise BudgetSpent
+        best_before = self.best_loss()
+        self._evaluate(affordable)
+        self.generation += 1
+        self._without_gain = 0 if self.best_loss() < best_before else self._without_gain + 1
+        if len(self.results) >= len(self.history):  # else the disk is further than the replay
+            if self.ranks.first:
+                self.record.save_state(len(self.results), self.generation)
+                self._save_bests()
+            patience = getattr(self.identity.config, "patience", None)
+            if patience is not None and self._without_gain >= patience:
+                raise BudgetSpent
+        if len(affordable) < len(requests):
+            raise BudgetSpent
+        return [self.results[request] for request in requests]
 
     def _open(self) -> dict[str, Any]:
         try:
@@ -88,115 +137,105 @@ class Evaluations:
         except ValueError as error:
             return {"error": str(error)}
 
-    def known_forwards(self) -> float:
-        """Forward equivalents of what the history holds."""
-        return sum(float(line.get("forwards", 1.0)) for line in self.history)
-
-    def within_budget(self, trials: Sequence[Trial]) -> list[Trial]:
-        """As many of the trials as the budget still pays for."""
+    def _affordable(self, requests: Sequence[Request]) -> list[Request]:
+        """Return the first requests that the rest of the budget covers."""
         left, chosen = self.total - self.forwards + 1e-9, []
-        for trial in trials:
-            left -= 0 if trial in self.outcomes else self.price.of(trial)
+        for request in requests:
+            left -= 0 if request in self.results else self.cost.of(request)
             if left < 0:
                 break
-            chosen.append(trial)
+            chosen.append(request)
         return chosen
 
-    def evaluate(self, asked: Sequence[Trial], generation: int) -> list[Outcome]:
-        """Outcomes of a generation: first what the history knows, then a trial per team."""
-        fresh = [trial for trial in asked if trial not in self.outcomes]
-        while fresh and len(self.outcomes) < len(self.history):
-            self._replay(fresh.pop(0), generation)
+    def _evaluate(self, requests: Sequence[Request]) -> None:
+        """Replay requests from the history, then compute one per sequence-parallel group."""
+        fresh = [request for request in requests if request not in self.results]
+        while fresh and len(self.results) < len(self.history):
+            self._replay(fresh.pop(0))
         for first in range(0, len(fresh), self.ranks.group_count):
             share = fresh[first : first + self.ranks.group_count]
             started = time.monotonic()
-            for trial, outcome in zip(share, self._compute(share), strict=True):
+            for request, result in zip(share, self._compute(share), strict=True):
                 seconds = (time.monotonic() - started) / len(share)
-                self._seconds.append(seconds / self.price.of(trial))
-                self._record(trial, outcome, generation)
-        return [self.outcomes[trial] for trial in asked]
+                self._seconds.append(seconds / self.cost.of(request))
+                self._record(request, result)
 
-    def _compute(self, share: Sequence[Trial]) -> list[Outcome]:
-        """One trial a team; the numbers of all of them, on every rank."""
-        outcome = Outcome(math.nan)
+    def _compute(self, share: Sequence[Request]) -> list[Result]:
+        """Compute one request per sequence-parallel group; return all results on every rank."""
+        result = Result(math.nan)
         if self.ranks.group_index < len(share):
-            mine = share[self.ranks.group_index]
-            outcome = self.loss(self.space.rescale(mine.candidate), mine.part, mine.slope)
-        numbers = self.space.dimensions if any(trial.slope for trial in share) else 0
-        slope = outcome.slope or (math.nan,) * numbers
-        rows = self.ranks.gather_rows([outcome.loss, *slope])[:: self.ranks.group.size]
+            own = share[self.ranks.group_index]
+            result = self.loss(self.space.rescale(own.candidate), own.window, own.grad)
+        numbers = self.space.dimensions if any(request.grad for request in share) else 0
+        grad = result.grad or (math.nan,) * numbers
+        rows = self.ranks.gather_rows([result.loss, *grad])[:: self.ranks.group.size]
         return [
-            Outcome(row[0], tuple(row[1:]) if trial.slope else ())
-            for trial, row in zip(share, rows, strict=False)
+            Result(row[0], tuple(row[1:]) if request.grad else ())
+            for request, row in zip(share, rows, strict=False)
         ]
 
-    def _line(self, trial: Trial) -> dict[str, Any]:
-        """What the history says of a trial, without what came of it."""
-        rescale = self.space.rescale(trial.candidate)
+    def _line(self, request: Request) -> dict[str, Any]:
+        """Return the history line of a request, without its result."""
+        rescale = self.space.rescale(request.candidate)
         line: dict[str, Any] = {
-            "evaluation": len(self.outcomes),
+            "evaluation": len(self.results),
             "factors": list(rescale.factors),
             "start_tokens": rescale.start_tokens,
             "attention_factor": rescale.attention_factor,
-            "forwards": self.price.of(trial),
+            "forwards": self.cost.of(request),
         }
-        return line | ({} if trial.part is None else {"part": trial.part})
+        return line | ({} if request.window is None else {"window": request.window})
 
-    def _replay(self, trial: Trial, generation: int) -> None:
-        number = len(self.outcomes)
-        # Histories of Algorithm 1 from before there were prices have none.
-        line: dict[str, Any] = {"forwards": 1.0} | self.history[number]
-        loss, slope = line.get("loss", "none"), line.get("slope", [])
+    def _replay(self, request: Request) -> None:
+        number = len(self.results)
+        line = self.history[number]
+        loss, grad = line.get("loss", "none"), line.get("grad", [])
         fits = loss is None or isinstance(loss, float)
-        fits &= len(slope) == (self.space.dimensions if trial.slope else 0)
-        asked = self._line(trial)
-        fits &= {name: line.get(name) for name in asked} == asked
-        if not fits or line.get("part") != trial.part:
+        fits &= len(grad) == (self.space.dimensions if request.grad else 0)
+        expected = self._line(request)
+        fits &= {name: line.get(name) for name in expected} == expected
+        if not fits or line.get("window") != request.window:
             raise ValueError(
-                f"{self.record.history} is damaged at evaluation {number}, or another version's: "
-                f"it is not what this search asked for; delete {self.out} to start over"
+                f"{self.record.history} is damaged at evaluation {number}, or of another version: "
+                f"this search requests something else; delete {self.out} to start over"
             )
-        found = Outcome(
+        found = Result(
             math.nan if loss is None else loss,
-            tuple(math.nan if number is None else number for number in slope),
+            tuple(math.nan if number is None else number for number in grad),
         )
-        self._keep(trial, found, generation, replayed=True)
+        self._keep(request, found, replayed=True)
 
-    def _record(self, trial: Trial, outcome: Outcome, generation: int) -> None:
+    def _record(self, request: Request, result: Result) -> None:
         if self.ranks.first:
-            plain = trial.part is None and not trial.slope
-            names = (name for name, c in self.starts.items() if plain and c == trial.candidate)
-            line = self._line(trial) | {
-                "loss": outcome.loss if math.isfinite(outcome.loss) else None,
-                "generation": generation,
+            plain = request.window is None and not request.grad
+            names = (n for n, start in self.starts.items() if plain and start == request.candidate)
+            line = self._line(request) | {
+                "loss": result.loss if math.isfinite(result.loss) else None,
+                "generation": self.generation,
                 "start": next(names, None),
             }
-            if trial.slope:
-                line["slope"] = [x if math.isfinite(x) else None for x in outcome.slope]
+            if request.grad:
+                line["grad"] = [x if math.isfinite(x) else None for x in result.grad]
             append_line(self.record.history, line)
         self.computed += 1
-        self._keep(trial, outcome, generation, replayed=False)
+        self._keep(request, result, replayed=False)
 
-    def _keep(self, trial: Trial, outcome: Outcome, generation: int, *, replayed: bool) -> None:
-        self.outcomes[trial] = outcome
-        self.forwards += self.price.of(trial)
-        self._report(outcome.loss, generation, replayed=replayed)
+    def _keep(self, request: Request, result: Result, *, replayed: bool) -> None:
+        self.results[request] = result
+        self.forwards += self.cost.of(request)
+        self._report(result.loss, replayed=replayed)
 
-    def report_start(self) -> None:
-        """Say that the search begins: nothing stands against it any more."""
-        self._report(math.nan, 0, replayed=False)
-
-    def _report(self, loss: float, generation: int, *, replayed: bool) -> None:
+    def _report(self, loss: float, *, replayed: bool) -> None:
         left = None
         if self._seconds:
             recent = sorted(self._seconds[-15:])
             left = recent[len(recent) // 2] * (self.total - self.forwards)
         self.report(
             Progress(
-                evaluations=len(self.outcomes),
+                evaluations=len(self.results),
                 forwards=self.forwards,
                 total=self.total,
-                generation=generation,
+                generation=self.generation,
                 loss=loss,
                 best=self.best_loss(),
                 starts=self.start_losses(),
@@ -206,71 +245,77 @@ class Evaluations:
         )
 
     def start_losses(self) -> dict[str, float]:
-        """Of the named starts: on all windows, or on those that all of them were compared on."""
+        """Return the loss of each known start: on all windows, or on those of the comparison."""
         known: dict[str, dict[int | None, float]] = {}
         for name, candidate in self.starts.items():
-            for part in (None, *range(self.price.parts)):
-                outcome = self.outcomes.get(Trial(candidate, part))
-                if outcome is not None:
-                    known.setdefault(name, {})[part] = outcome.loss
-        # What is compared at present may lack a window that the others have.
-        shared = {part for losses in known.values() for part in losses if part is not None}
+            for window in (None, *range(self.cost.windows)):
+                result = self.results.get(Request(candidate, window))
+                if result is not None:
+                    known.setdefault(name, {})[window] = result.loss
+        # A start whose comparison is in progress may lack a window that the others have.
+        shared = {w for losses in known.values() for w in losses if w is not None}
         shared = shared or {None}
         whole = {name: losses for name, losses in known.items() if shared <= losses.keys()}
         return {n: sum(losses[p] for p in shared) / len(shared) for n, losses in whole.items()}
 
     def best(self, portable: bool) -> tuple[float, Candidate] | None:
-        """The least loss on all windows, and whose it is."""
+        """Return the least loss on all windows, and its candidate."""
         finite = [
-            (round(outcome.loss, 6), number, trial)
-            for number, (trial, outcome) in enumerate(self.outcomes.items())
-            if trial.part is None
-            and math.isfinite(outcome.loss)
-            and not (portable and not trial.candidate.portable)
+            (round(result.loss, 6), number, request)
+            for number, (request, result) in enumerate(self.results.items())
+            if request.window is None
+            and math.isfinite(result.loss)
+            and not (portable and not request.candidate.portable)
         ]
         if not finite:
             return None
-        _, _, trial = min(finite, key=lambda entry: entry[:2])
-        return self.outcomes[trial].loss, trial.candidate
+        _, _, request = min(finite, key=lambda entry: entry[:2])
+        return self.results[request].loss, request.candidate
 
     def best_loss(self) -> float:
+        """Return the least loss on all windows, rounded; infinity if there is none."""
         found = self.best(portable=False)
         return math.inf if found is None else round(found[0], 6)
 
-    def save_bests(self, provenance: dict[str, Any]) -> None:
+    def _save_bests(self) -> None:
         for name, portable in (("rescale.json", False), ("portable.json", True)):
             found = self.best(portable)
             if found is not None:
-                self._with_provenance(found, provenance).save(self.out / name)
+                self._with_provenance(found).save(self.out / name)
 
-    def _with_provenance(self, found: tuple[float, Candidate], more: dict[str, Any]) -> Rescale:
+    def _with_provenance(self, found: tuple[float, Candidate]) -> Rescale:
         loss, candidate = found
         record = {
-            "method": f"search ({self.config.config.algorithm})",
+            "method": f"search ({self.identity.config.algorithm})",
             "loss": loss,
-            "evaluations": len(self.outcomes),
+            "evaluations": len(self.results),
             "forwards": round(self.forwards, 2),
-            "seed": self.config.seed,
-            "documents": list(self.config.documents),
-            "config_hash": self.config.sha256,
+            "seed": self.identity.seed,
+            "documents": list(self.identity.documents),
+            "config_hash": self.identity.sha256,
         }
-        return self.space.rescale(candidate).replace(provenance=record | more)
+        return self.space.rescale(candidate).replace(provenance=record | self.provenance)
 
-    def result(self, provenance: dict[str, Any]) -> SearchResult:
+    def result(self) -> SearchResult:
+        """Return the best factors.
+
+        Raises:
+            ValueError: no candidate has a finite loss.
+        """
         best, portable = self.best(False), self.best(True)
         if best is None:
             raise ValueError(
-                f"none of {len(self.outcomes)} candidates has a finite loss; look at the model's "
+                f"none of {len(self.results)} candidates has a finite loss; look at the model's "
                 "weights, or try --dtype float32"
             )
         return SearchResult(
-            best=self._with_provenance(best, provenance),
+            best=self._with_provenance(best),
             best_loss=best[0],
-            portable=self._with_provenance(portable, provenance) if portable else None,
+            portable=self._with_provenance(portable) if portable else None,
             portable_loss=portable[0] if portable else None,
             starts={n: loss for n, loss in self.start_losses().items() if math.isfinite(loss)},
-            evaluations=len(self.outcomes),
+            evaluations=len(self.results),
             forwards=round(self.forwards, 2),
             computed=self.computed,
-            not_finite=sum(not math.isfinite(found.loss) for found in self.outcomes.values()),
+            not_finite=sum(not math.isfinite(found.loss) for found in self.results.values()),
         )

@@ -1,245 +1,296 @@
-"""The fast search: steps down the loss's slope inside the monotone constraint.
+"""The gradient search: descent on the loss under the monotone constraint.
 
-One backward pass says of every factor at once how the loss changes with it, for the price
-of three forwards; Algorithm 1 learns one number from each. Every step takes the slope on one
-search window alone, in turn, so a step costs a fraction of a whole evaluation.
+One backward pass gives the gradient by all factors for the cost of about three forward passes;
+Algorithm 1 learns one number from each forward pass. Each step uses the gradient on one search
+window, in turn, so it costs a fraction of an evaluation on all windows.
 """
 
 import dataclasses
 import logging
 import math
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from longrope.search.problem import Problem
 from longrope.search.ramps import walk
 from longrope.search.settings import LEAST_BUDGET, GradientSearchConfig
-from longrope.search.space import Candidate, Outcome, Price, Trial, distinct
+from longrope.search.space import (
+    Candidate,
+    Evaluate,
+    EvaluationCost,
+    Request,
+    Result,
+    Space,
+    distinct,
+)
 
 log = logging.getLogger(__name__)
 
-# Adam's averages forget fast: a search has some thirty steps.
+# Adam's averages have a short memory: a search has about thirty steps.
 _BETA1, _BETA2 = 0.8, 0.95
-# Slopes smaller than this, in nats per unit of ln λ, move a factor less than the full rate.
+# Gradients smaller than this, in nats per unit of ln λ, take less than a full step.
 _SMALL = 3e-3
-# A slope counts for no more than this: Adam's average of squares would remember it too long.
+# Gradients are clipped here: Adam's average of squares would remember larger ones too long.
 _CLIP = 0.5
-# So many times the rate where there is one window: each slope is the whole's, and steps are few.
+# Step size multiplier with one window: its gradients have no sampling noise, and steps are few.
 _SURE = 3
-# What of a slope goes to each neighbour: they mean much the same, and their noise is their own.
+# Gradient smoothing: fraction shared with each neighbouring dimension.
 _SHARED = 0.1
-# What turns more often within the original length stays where it starts: its slopes are large,
-# and of either sign from window to window.
-_TURNS = 16
-# What of the budget YaRN and the ramps may take; forward equivalents for comparing other starts.
+# Dimensions with more rotations within the original length keep their first factors: their
+# gradients are large, with a sign that changes from window to window.
+_ROTATIONS = 16
+# Fraction of the budget for YaRN and the ramps; forward passes for comparing other starts.
 _BEGINNING = 0.3
 _COMPARED = 2
-# The last share of the steps, whose mean is a finalist beside the last point (not of one window).
+# The mean over this last fraction of the steps is a finalist beside the last point.
 _TAIL = 0.3
-# With so few windows ramps are tried on all, and start tokens cost what is better for steps.
+# With at most this many windows, ramps are compared on all, and no start tokens are tried.
 _FEW = 2
-# What sums of prices may be off by.
+# Tolerance for sums of costs.
 _ROUNDING = 1e-9
-# Start tokens tried on the result, where the space has them.
+# Start tokens to try on the result, where the space has them.
 _START_TOKENS = (4, 8, 16, 32)
 
 
-class GradientSearch:
-    """Ask for trials, tell their outcomes, until ``done``; as ``Evolution`` does.
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a gradient search spends its budget.
 
-    On some windows the starts are compared, or where the problem has ramps, YaRN and these. From
-    the best, Adam's steps in ln λ (slope on one window after the other, or a few; the rate falls to
-    0 over the second half), each followed by the nearest monotone point (isotonic regression). Then
-    the last point and the mean of the last steps are evaluated on all windows, and n̂ > 0 is tried
-    where the space has it. With few windows these cost too much: n̂ is not tried with two, and with
-    one the last point alone is evaluated.
-
-    ``starts``: the first candidates by name, ramps as they are tried.
+    Attributes:
+        compared: windows on which starts are compared; None for all windows at once.
+        ramp_trials: largest number of ramps to compare with YaRN.
+        steps: number of gradient steps.
+        step_size: largest step in ln λ.
+        averaged_steps: number of last steps whose mean is a finalist too; 0 for none.
+        start_tokens: numbers of start tokens to try on the result.
     """
 
-    def __init__(self, problem: Problem, settings: GradientSearchConfig, seed: int, price: Price):
-        self.problem, self.settings, self.price = problem, settings, price
-        self.space = space = problem.space
-        names = ("yarn",) if problem.ramp else tuple(problem.starts)
-        self.starts = {name: problem.starts[name] for name in names}
-        self.generation = 0
-        self.done = False
-        self._told: dict[Trial, None] = {}  # in order: sums must be the same in every process
-        self._rng = random.Random(seed)
-        self._order: list[int] = []
-        turns = space.start.original_max_position_embeddings * space.start.inv_freq / (2 * np.pi)
-        self._fixed = int((turns > _TURNS).sum())
-        self._point = np.zeros(space.dimensions)
-        self._mean, self._square = np.zeros_like(self._point), np.zeros_like(self._point)
-        self._last: list[np.ndarray] = []
-        self._steps, self._step = 0, 0
-        self._asked: list[Trial] = []
-        self._phase = self._course()
-        self._next()
+    compared: tuple[int | None, ...]
+    ramp_trials: int
+    steps: int
+    step_size: float
+    averaged_steps: int
+    start_tokens: tuple[int, ...]
 
-    def ask(self) -> list[Trial]:
-        """The next trials; they do not depend on each other."""
-        return self._asked
+    def __str__(self) -> str:
+        where = "all windows" if self.compared == (None,) else f"{len(self.compared)} windows"
+        tokens = ", ".join(map(str, self.start_tokens)) or "none"
+        return (
+            f"schedule: at most {self.ramp_trials} ramps, starts compared on {where}; "
+            f"{self.steps} steps of at most {self.step_size:g} in ln λ, the last "
+            f"{self.averaged_steps} averaged; start tokens to try: {tokens}"
+        )
 
-    def tell(self, trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> None:
-        """Outcomes of the trials asked for; NaN and infinity lose to every number."""
-        self.generation += 1
-        self._told |= dict.fromkeys(trials)
-        self._next([outcome for _, outcome in zip(trials, outcomes, strict=True)])
 
-    def _next(self, outcomes: Sequence[Outcome] | None = None) -> None:
+def make_schedule(
+    problem: Problem, config: GradientSearchConfig, cost: EvaluationCost, spent: float | None = None
+) -> Schedule:
+    """Return the schedule for a number of windows and a budget.
+
+    Args:
+        spent: forward passes that the comparison of starts took; by default what it takes with
+            all ramp trials. The walk over ramps may end earlier, which leaves more steps.
+    """
+    windows, space = cost.windows, problem.space
+    starts = 1 if problem.ramp else len({*problem.starts.values()})
+    count = max(_FEW, windows // 2) if problem.ramp else max(1, _COMPARED * windows // starts)
+    compared = tuple(range(count)) if count < windows else (None,)
+    one = 1.0 if compared == (None,) else count / windows
+    share = max(LEAST_BUDGET - 1, _BEGINNING * config.budget)
+    ramp_trials = max(0, math.floor((share + _ROUNDING) / one) - 1) if problem.ramp else 0
+    if spent is None:
+        spent = (starts + ramp_trials) * one + (compared != (None,))
+    portable = all(candidate.portable for candidate in problem.starts.values())
+    tokens = tuple(n for n in _START_TOKENS if n in space.start_tokens)
+    tokens = tokens if portable and windows > _FEW else ()
+    # The last point, and with several windows the mean; then start tokens on one window.
+    reserved = 1.0 if windows == 1 else 2.0
+    if tokens:
+        reserved += (len(tokens) + 1) / windows + 1
+    step = cost.grad / windows * min(config.windows_per_step, windows)
+    steps = max(0, math.floor((config.budget - spent - reserved) / step + _ROUNDING))
+    if _fixed_dimensions(space) == space.dimensions:
+        steps = 0  # Gemma 4: every dimension has many rotations
+    # With one window a gradient has no noise to average.
+    averaged = sum(step > (1 - _TAIL) * steps for step in range(1, steps + 1))
+    return Schedule(
+        compared=compared,
+        ramp_trials=ramp_trials,
+        steps=steps,
+        step_size=config.step_size * (_SURE if windows == 1 else 1),
+        averaged_steps=0 if windows == 1 else averaged,
+        start_tokens=tokens,
+    )
+
+
+def gradient_search(
+    evaluate: Evaluate,
+    problem: Problem,
+    config: GradientSearchConfig,
+    seed: int,
+    cost: EvaluationCost,
+    show: Callable[[Schedule], None] = lambda schedule: None,
+) -> None:
+    """Compare the starts, take Adam's steps in ln λ from the best, and evaluate where they lead.
+
+    The starts are YaRN and ramps where the problem has ramps, else those of the problem. Each step
+    is projected to the nearest monotone factors. The last point and the mean of the last steps are
+    evaluated on all windows, then start tokens are tried on the better one. The same seed and
+    results give the same requests.
+
+    Args:
+        evaluate: returns the results of requests, or raises to end the search.
+        cost: of the requests; the schedule follows from it.
+        show: is called with the schedule, and again where the ramps left a budget for more steps.
+    """
+    spent: dict[Request, float] = {}  # in order, so that the sum is the same in every process
+
+    def counted(
+        requests: Sequence[Request], starts: dict[str, Candidate] | None = None
+    ) -> list[Result]:
+        results = evaluate(requests, starts)
+        spent.update({request: cost.of(request) for request in requests})
+        return results
+
+    space, planned = problem.space, make_schedule(problem, config, cost)
+    show(planned)
+    begin = _best_start(counted, problem, planned)
+    counted([Request(begin)])
+    schedule = make_schedule(problem, config, cost, sum(spent.values()))
+    if schedule != planned:
+        show(schedule)
+    if not schedule.steps:
+        if _fixed_dimensions(space) < space.dimensions:
+            log.warning(
+                "a budget of %s forward passes leaves no gradient step after the comparison of the "
+                "starts: the best start is the result",
+                config.budget,
+            )
+        return
+    windows = _window_order(cost.windows, random.Random(seed))
+    points = _descend(counted, space, config, schedule, begin, windows)
+    finalists = [space.rounded(np.exp(points[-1]), begin.start_tokens)]
+    if schedule.averaged_steps:
+        mean = np.mean(points[-schedule.averaged_steps :], axis=0)
+        mean = _projected(mean, points[-1], space)
+        finalists.append(space.rounded(np.exp(mean), begin.start_tokens))
+    found = _least(_losses(counted, finalists, (None,)))
+    if schedule.start_tokens:
+        tokens = (0, *schedule.start_tokens)
+        others = [dataclasses.replace(found, start_tokens=n) for n in tokens]
+        best = _least(_losses(counted, others, (0,)))
+        if best != found:
+            counted([Request(best)])
+
+
+def _best_start(evaluate: Evaluate, problem: Problem, schedule: Schedule) -> Candidate:
+    starts = {"yarn": problem.starts["yarn"]} if problem.ramp else problem.starts
+    losses = _losses(evaluate, list(starts.values()), schedule.compared, starts)
+    ramps, loss = walk(), None
+    for _ in range(schedule.ramp_trials):
+        assert problem.ramp is not None
         try:
-            self._asked = next(self._phase) if outcomes is None else self._phase.send(outcomes)
+            rotations = next(ramps) if loss is None else ramps.send(loss)
         except StopIteration:
-            self.done, self._asked = True, []
-
-    def _course(self) -> Any:
-        """The whole search, a generator of trials that is sent their outcomes."""
-        begin = yield from self._beginning()
-        yield [Trial(begin)]
-        self._point = np.log(self.space.multipliers(begin))
-        tokens = [n for n in _START_TOKENS if n in self.space.start_tokens]
-        tokens = tokens if begin.portable and self.price.parts > _FEW else []
-        # Gemma 4's dimensions all turn often: there is nothing to go down.
-        free = self._fixed < self.space.dimensions
-        self._steps = self._affordable(len(tokens)) if free else 0
-        for _ in range(self._steps):
-            here = self._here(begin)
-            parts = dict.fromkeys(self._part() for _ in range(self.settings.windows_per_step))
-            outcomes = yield [Trial(here, part, slope=True) for part in parts]
-            self._move(outcomes)
-        if not self._steps:
-            if free:
-                log.warning(
-                    "a budget of %s forwards leaves none for a step after the starts are compared: "
-                    "the best of them is kept",
-                    self.settings.budget,
-                )
-            return
-        finalists = [self._here(begin)]
-        if not self._alone:  # a slope on the whole has no noise to average
-            mean = self._monotone(np.mean(self._last, axis=0))
-            finalists = distinct([*finalists, self._candidate(mean, begin)])
-        found = yield from self._best(finalists, (None,))
-        if tokens:
-            others = [dataclasses.replace(found, start_tokens=n) for n in (0, *tokens)]
-            best = yield from self._best(others, (0,))
-            if best != found:
-                yield [Trial(best)]
-
-    def _beginning(self) -> Any:
-        """The best of the starts, and of ramps while their share of the budget lasts."""
-        losses = yield from self._compare(list(self.starts.values()), self._some)
-        one = 1.0 if self._some == (None,) else len(self._some) / self.price.parts
-        share = max(LEAST_BUDGET - 1, _BEGINNING * self.settings.budget)
-        ramps, loss = walk(), None
-        while self.problem.ramp and self._spent + one <= share + _ROUNDING:
-            try:
-                turns = next(ramps) if loss is None else ramps.send(loss)
-            except StopIteration:
-                break
-            ramp = self.problem.ramp(*turns)
-            self.starts["ramp {:g}-{:g}".format(*turns)] = ramp
-            losses |= yield from self._compare([ramp], self._some)
-            loss = losses[ramp]
-        return min(losses, key=losses.__getitem__)
-
-    def _best(self, candidates: list[Candidate], parts: Sequence[int | None]) -> Any:
-        losses = yield from self._compare(candidates, parts)
-        return min(losses, key=losses.__getitem__)
-
-    def _compare(self, candidates: list[Candidate], parts: Sequence[int | None]) -> Any:
-        """The sum of each one's losses, in order; infinity where there is none."""
-        candidates = distinct(candidates)
-        outcomes = yield [Trial(candidate, part) for candidate in candidates for part in parts]
-        losses, size = [outcome.loss for outcome in outcomes], len(parts)
-        whole = max(1, len(losses) // size)  # a budget that ends here cuts some off
-        sums = [sum(losses[i * size : (i + 1) * size]) for i in range(whole)]
-        # Rounded, so that the last bits of a sum decide nothing; the earlier one wins a tie.
-        ranks = [round(total, 6) if math.isfinite(total) else math.inf for total in sums]
-        return dict(zip(candidates, ranks, strict=False))
-
-    @property
-    def _alone(self) -> bool:
-        """Whether there is one window: a step on it is one on all."""
-        return self.price.parts == 1
-
-    @property
-    def _some(self) -> tuple[int | None, ...]:
-        """The windows that starts are compared on; with ramps half of them, of few all."""
-        parts = self.price.parts
-        count = max(1, _COMPARED * parts // len(self.starts))
-        if self.problem.ramp:
-            count = max(_FEW, parts // 2)
-        return tuple(range(count)) if count < parts else (None,)
-
-    @property
-    def _spent(self) -> float:
-        return sum(self.price.of(trial) for trial in self._told)
-
-    def _affordable(self, start_tokens: int) -> int:
-        """Steps that the budget leaves beside what is spent, and the evaluations after them."""
-        one = 1 / self.price.parts
-        around = 1.0 if self._alone else 2.0  # the last point; and of several windows the mean
-        if start_tokens:
-            around += (start_tokens + 1) * one + 1
-        step = self.price.slope * one * min(self.settings.windows_per_step, self.price.parts)
-        left = self.settings.budget - self._spent - around
-        return max(0, math.floor(left / step + _ROUNDING))
-
-    def _part(self) -> int | None:
-        """The next window of a shuffled round; None where there is one."""
-        if self._alone:
-            return None
-        if not self._order:
-            self._order = list(range(self.price.parts))
-            self._rng.shuffle(self._order)
-        return self._order.pop()
-
-    def _move(self, outcomes: Sequence[Outcome]) -> None:
-        """One step of Adam with a falling rate, and back into the space."""
-        self._step += 1
-        slope = np.mean([outcome.slope for outcome in outcomes], axis=0)
-        if not np.isfinite(slope).all():
-            slope = np.zeros_like(self._point)
-        slope = np.clip(slope, -_CLIP, _CLIP)
-        slope[: self._fixed] = 0
-        slope[self._fixed :] = _blurred(slope[self._fixed :])
-        self._mean = _BETA1 * self._mean + (1 - _BETA1) * slope
-        self._square = _BETA2 * self._square + (1 - _BETA2) * slope**2
-        mean = self._mean / (1 - _BETA1**self._step)
-        size = np.sqrt(self._square / (1 - _BETA2**self._step))
-        rate = self.settings.step_size * (_SURE if self._alone else 1)
-        rate *= min(1.0, 2 * (1 - self._step / (self._steps + 1)))
-        self._point = self._monotone(self._point - rate * mean / (size + _SMALL))
-        if self._step > (1 - _TAIL) * self._steps:
-            self._last.append(self._point)
-
-    def _monotone(self, point: np.ndarray) -> np.ndarray:
-        """The nearest point of the space with the fixed dimensions where they are."""
-        fixed = self._point[: self._fixed]
-        low = fixed[-1] if len(fixed) else 0.0
-        rest = np.clip(isotonic(point[self._fixed :]), low, math.log(self.space.top / 100))
-        return np.concatenate([fixed, rest])
-
-    def _here(self, begin: Candidate) -> Candidate:
-        return self._candidate(self._point, begin)
-
-    def _candidate(self, point: np.ndarray, begin: Candidate) -> Candidate:
-        return self.space.rounded(np.exp(point), begin.start_tokens)
+            break
+        ramp = problem.ramp(*rotations)
+        named = {"ramp {:g}-{:g}".format(*rotations): ramp}
+        losses |= _losses(evaluate, [ramp], schedule.compared, named)
+        loss = losses[ramp]
+    return _least(losses)
 
 
-def _blurred(values: np.ndarray) -> np.ndarray:
-    """A share of each number goes to its neighbours; at the ends it stays."""
+def _losses(
+    evaluate: Evaluate,
+    candidates: list[Candidate],
+    windows: Sequence[int | None],
+    starts: dict[str, Candidate] | None = None,
+) -> dict[Candidate, float]:
+    """Return the sum of each candidate's losses on some windows; infinity if one is not finite."""
+    candidates, size = distinct(candidates), len(windows)
+    requests = [Request(candidate, window) for candidate in candidates for window in windows]
+    losses = [result.loss for result in evaluate(requests, starts)]
+    sums = [sum(losses[i * size : (i + 1) * size]) for i in range(len(candidates))]
+    # Rounded, so that the last bits of a sum decide nothing; the earlier candidate wins a tie.
+    ranks = [round(total, 6) if math.isfinite(total) else math.inf for total in sums]
+    return dict(zip(candidates, ranks, strict=True))
+
+
+def _least(losses: dict[Candidate, float]) -> Candidate:
+    return min(losses, key=losses.__getitem__)
+
+
+def _window_order(windows: int, rng: random.Random) -> Iterator[int | None]:
+    """Yield window numbers in shuffled rounds without end; None where there is only one window."""
+    while True:
+        order: list[int | None] = [None] if windows == 1 else list(range(windows))
+        if windows > 1:
+            rng.shuffle(order)
+        yield from reversed(order)
+
+
+def _descend(
+    evaluate: Evaluate,
+    space: Space,
+    config: GradientSearchConfig,
+    schedule: Schedule,
+    begin: Candidate,
+    windows: Iterator[int | None],
+) -> list[np.ndarray]:
+    """Return ln λ after each step of Adam, shape (dimensions,).
+
+    The step size falls linearly to 0 over the second half. Gradients that are not finite count as
+    zero.
+    """
+    point, fixed = np.log(space.multipliers(begin)), _fixed_dimensions(space)
+    mean, square = np.zeros_like(point), np.zeros_like(point)
+    points = []
+    for step in range(1, schedule.steps + 1):
+        here = space.rounded(np.exp(point), begin.start_tokens)
+        chosen = dict.fromkeys(next(windows) for _ in range(config.windows_per_step))
+        results = evaluate([Request(here, window, grad=True) for window in chosen])
+        grad = np.mean([result.grad for result in results], axis=0)
+        if not np.isfinite(grad).all():
+            grad = np.zeros_like(point)
+        grad = np.clip(grad, -_CLIP, _CLIP)
+        grad[:fixed] = 0
+        grad[fixed:] = _smoothed(grad[fixed:])
+        mean = _BETA1 * mean + (1 - _BETA1) * grad
+        square = _BETA2 * square + (1 - _BETA2) * grad**2
+        direction = mean / (1 - _BETA1**step)
+        scale = np.sqrt(square / (1 - _BETA2**step))
+        size = schedule.step_size * min(1.0, 2 * (1 - step / (schedule.steps + 1)))
+        point = _projected(point - size * direction / (scale + _SMALL), point, space)
+        points.append(point)
+    return points
+
+
+def _fixed_dimensions(space: Space) -> int:
+    """Return the number of first dimensions that keep their factors."""
+    start = space.start
+    rotations = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
+    return int((rotations > _ROTATIONS).sum())
+
+
+def _projected(point: np.ndarray, before: np.ndarray, space: Space) -> np.ndarray:
+    """Return the nearest point of the space, with the fixed dimensions as they were before."""
+    number = _fixed_dimensions(space)
+    fixed = before[:number]
+    low = fixed[-1] if len(fixed) else 0.0
+    rest = np.clip(isotonic(point[number:]), low, math.log(space.top / 100))
+    return np.concatenate([fixed, rest])
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Share a fraction of each number with its neighbours; at the ends it stays."""
     wide = np.pad(values, 1, mode="edge")
     return (1 - 2 * _SHARED) * values + _SHARED * (wide[:-2] + wide[2:])
 
 
 def isotonic(values: np.ndarray) -> np.ndarray:
-    """The nearest never-decreasing sequence in the sum of squares (pool adjacent violators)."""
+    """Return the nearest never-decreasing sequence by least squares (pool adjacent violators)."""
     means: list[float] = []
     counts: list[int] = []
     for value in values:

@@ -1,4 +1,4 @@
-"""What the search minimises: the loss of windows of text, and of answers, under a candidate."""
+"""The search objective: mean loss of text windows and of passkey answers."""
 
 import math
 import random
@@ -13,17 +13,17 @@ from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
-from longrope.search.space import Outcome
+from longrope.search.space import Result
 
 
 class Objective:
     """Mean negative log-likelihood in nats per token (the log of perplexity).
 
-    With questions, the mean loss of their answers' tokens is added: perplexity alone does
-    not see whether a model still finds what stands far back (after LongRoPE2's
-    needle-driven perplexity, which takes the answers alone).
+    With questions, the mean loss of their answer tokens is added: perplexity alone does not
+    measure long-range retrieval (after LongRoPE2's needle-driven perplexity, which uses the
+    answers alone).
 
-    A part is one window, with its share of the questions.
+    A single window is evaluated with its share of the questions.
 
     Args:
         forward: the model's long forward.
@@ -35,34 +35,34 @@ class Objective:
         self.windows = windows
         self.questions = questions
 
-    def __call__(self, rescale: Rescale, part: int | None = None, slope: bool = False) -> Outcome:
-        """The loss; NaN where the model's losses are not finite. And its slope, where asked for."""
+    def __call__(self, rescale: Rescale, window: int | None = None, grad: bool = False) -> Result:
+        """Return the loss, NaN if not finite, and the gradient by ln λ if requested."""
         windows, questions, share = self.windows, list(self.questions), 1
-        if part is not None:
+        if window is not None:
             share = len(windows)
-            windows, questions = windows[part : part + 1], questions[part::share]
-        # Weighed so that the whole is the mean of its parts: by tokens, windows being equally long.
+            windows, questions = windows[window : window + 1], questions[window::share]
+        # Weighted by tokens, so that the loss on all windows is the mean of the single ones.
         answer_tokens = sum(question.answer_tokens for question in self.questions)
         weights = [share * q.answer_tokens / answer_tokens for q in questions]
-        if slope:
-            return self._slope(rescale, windows, questions, weights)
+        if grad:
+            return self._gradient(rescale, windows, questions, weights)
         with rescaled(self.forward.model, rescale):
             loss = _mean(self.forward.batches(windows))
             for question, weight in zip(questions, weights, strict=True):
                 loss += weight * _mean([self._answer(question)])
-        return Outcome(loss if math.isfinite(loss) else math.nan)
+        return Result(loss if math.isfinite(loss) else math.nan)
 
     def _answer(self, question: Prompt) -> torch.Tensor:
         ids = torch.from_numpy(question.ids)[None]
         return self.forward.losses(ids)[:, -question.answer_tokens :]
 
-    def _slope(
+    def _gradient(
         self,
         rescale: Rescale,
         windows: np.ndarray,
         questions: Sequence[Prompt],
         weights: Sequence[float],
-    ) -> Outcome:
+    ) -> Result:
         loss, by_factor = 0.0, torch.zeros(len(rescale.factors), dtype=torch.float64)
         texts = [(ids, 0, 1 / len(windows)) for ids in windows]
         answers = [(q.ids, q.answer_tokens, w) for q, w in zip(questions, weights, strict=True)]
@@ -73,14 +73,14 @@ class Objective:
                 loss += weight * found.loss
                 by_factor += weight * found.grad
         rotated = by_factor[: rescale.rotated].tolist()
-        return Outcome(loss if math.isfinite(loss) else math.nan, tuple(rotated))
+        return Result(loss if math.isfinite(loss) else math.nan, tuple(rotated))
 
 
 def passkey_questions(tokenizer: Any, length: int, count: int, seed: int) -> list[Prompt]:
-    """Passkey prompts to search on; never those that an evaluation with this seed asks.
+    """Return passkey prompts to search on, never those of an evaluation with this seed.
 
     Raises:
-        ValueError: the length does not hold a question.
+        ValueError: the length is too short for a question.
     """
     if count:
         require_room("passkey_prompts", tokenizer, length)

@@ -24,12 +24,13 @@ from longrope.progress import Advance, console, progress
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import forwards as gradient_cost
 from longrope.search.evaluator import Progress, SearchResult
+from longrope.search.gradient_search import Schedule
 from longrope.search.history import SearchIdentity, refuse_another_s
 from longrope.search.loop import search
 from longrope.search.objective import Objective, passkey_questions
 from longrope.search.problem import Problem, first_search, require_start_tokens
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
-from longrope.search.space import START_TOKENS, Price
+from longrope.search.space import START_TOKENS, EvaluationCost
 from longrope.units import duration
 from longrope.version import __version__
 
@@ -147,7 +148,7 @@ def search_stage(
     forward = loaded.forward(chunk, offload_activations)
     if config.algorithm == "gradient":
         check_gradient_support(forward, start, length)
-    slope = (
+    grad = (
         gradient_cost(info, length, forward.chunk) if config.algorithm == "gradient" else math.nan
     )
     headline = _headline(info, start, windows, questions)
@@ -157,7 +158,7 @@ def search_stage(
             problem,
             Objective(forward, windows.ids, questions),
             out,
-            price=Price(len(windows.ids), slope),
+            cost=EvaluationCost(len(windows.ids), grad),
             ranks=ranks,
             provenance={
                 "model": info.name,
@@ -167,9 +168,14 @@ def search_stage(
                 "python": platform.python_version(),
             },
             report=_Reporter(headline, advance) if ranks.first else lambda now: None,
+            show=_print_schedule if ranks.first else lambda schedule: None,
         )
         advance(config.forwards, f"best {result.best_loss:.4f}")
         return result
+
+
+def _print_schedule(schedule: Schedule) -> None:
+    console.print(str(schedule), highlight=False)
 
 
 def _headline(

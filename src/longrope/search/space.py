@@ -1,4 +1,4 @@
-"""The search space: candidates, mutation and crossover, and evaluation requests.
+"""The search space: candidates, mutation and crossover, and requests for evaluations.
 
 LongRoPE's space (table 4): factors λ in [1, 1.25 · s] in steps of 0.01 that never
 decrease with the dimension, and a number n̂ of start tokens from a fixed set.
@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -31,38 +32,51 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """One evaluation: of a candidate on all search windows, or on one of them alone.
+class Request:
+    """One evaluation of a candidate.
 
-    ``part`` is that window's number; ``slope`` asks for the loss's slope by ln λ too.
+    Attributes:
+        window: number of the only search window to evaluate; None for all windows.
+        grad: whether the gradient of the loss by ln λ is requested too.
     """
 
     candidate: Candidate
-    part: int | None = None
-    slope: bool = False
+    window: int | None = None
+    grad: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The loss of a trial in nats per token (NaN where there is none), and the slope asked for."""
+class Result:
+    """The loss of a request in nats per token, NaN if not finite, and the requested gradient."""
 
     loss: float
-    slope: tuple[float, ...] = ()
+    grad: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Price:
-    """What trials cost, in forward equivalents: all search windows once are one.
+class EvaluationCost:
+    """The cost of requests, in forward passes over all search windows.
 
-    ``parts`` windows can be asked alone; a ``slope`` costs so many forwards of its window.
+    Attributes:
+        windows: number of search windows.
+        grad: cost of a gradient, in forward passes over the same windows.
     """
 
-    parts: int = 1
-    slope: float = 3.0
+    windows: int = 1
+    grad: float = 3.0
 
-    def of(self, trial: Trial) -> float:
-        whole = 1.0 if trial.part is None else 1.0 / self.parts
-        return whole * (self.slope if trial.slope else 1.0)
+    def of(self, request: Request) -> float:
+        """Return the cost of one request."""
+        whole = 1.0 if request.window is None else 1.0 / self.windows
+        return whole * (self.grad if request.grad else 1.0)
+
+
+class Evaluate(Protocol):
+    """Evaluates requests; ``starts`` names candidates for reports. Raises to end the search."""
+
+    def __call__(
+        self, requests: Sequence[Request], starts: dict[str, Candidate] | None = None, /
+    ) -> list[Result]: ...
 
 
 @dataclasses.dataclass(frozen=True)
