@@ -139,12 +139,18 @@ def test_scaling_that_is_there_is_kept_or_replaced_as_told(
     assert (found["keep"] - expected).abs().max() > 0.1
 
 
-def test_the_static_export_has_one_set_and_no_boundary(checkpoints, micro_models, ids, tmp_path):
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_static_export_has_one_set_and_no_boundary(
+    checkpoints, micro_models, ids, tmp_path, fold
+):
     made, model = pair(micro_models("llama")), micro_models("llama")
-    named = files(made, tmp_path)
+    named = files(made, tmp_path) | {"fold_attention_factor": fold}
     export(ExportOptions(str(checkpoints("llama")), tmp_path / "out", "hf-static", **named))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["rope_scaling"]["attention_factor"] == 1  # what engines make of no boundary
+    theirs = 1  # what engines compute without a boundary
+    assert config["rope_scaling"]["attention_factor"] == (
+        theirs if fold else made.long.attention_factor
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     for tokens in (40, 97):
         with rescaled(model, made.long):

@@ -40,15 +40,7 @@ def test_export(checkpoints, micro_models, tmp_path, counts):
     made.long.save(tmp_path / "long.json")
     made.short.save(tmp_path / "short.json")
     factors = ["--rescale", tmp_path / "long.json", "--short", tmp_path / "short.json"]
-    go(
-        "export",
-        checkpoints("llama"),
-        "--out",
-        tmp_path / "out",
-        *factors,
-        "--attention-factors",
-        "field",
-    )
+    go("export", checkpoints("llama"), "--out", tmp_path / "out", *factors)
     assert counts == {"inspected": 1, "loaded": 0}
 
 
