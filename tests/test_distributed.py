@@ -245,7 +245,7 @@ def test_a_group_runs_the_gradient_search(small, tmp_path):
     group = ["--sequence-parallel", 2, "--offload-activations", tmp_path]
     succeeds(*search, *group, "--out", tmp_path / "two", launcher=launcher, env=env)
     lines = list(zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True))
-    assert sum("slope" in found for found, _ in lines) >= 3
+    assert sum("grad" in found for found, _ in lines) >= 3
     for found, expected in lines:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
         assert found["factors"] == pytest.approx(expected["factors"], rel=1e-2)

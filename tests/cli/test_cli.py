@@ -63,7 +63,7 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
     assert min(line["loss"] for line in history) == best.provenance["loss"] == summary["loss"]
     assert Rescale.load(out / "portable.json").start_tokens == 0
 
-    assert "already done: 6 forwards" in succeeds(*small_search, "--out", out, "--budget", 6)
+    assert "already done: 6 forward passes" in succeeds(*small_search, "--out", out, "--budget", 6)
     assert len((out / "history.jsonl").read_text().splitlines()) == 6
 
     data = ["--data", texts, "--lengths", "256,512"]

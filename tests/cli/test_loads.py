@@ -59,7 +59,7 @@ def test_export_of_another_format(checkpoints, micro_models, tmp_path, counts):
 
 def test_search_and_evaluate(checkpoints, texts, tmp_path, counts):
     model, data = checkpoints("llama"), ["--data", texts, "--device", "cpu"]
-    search = ["--target", "2x", "--out", tmp_path / "out", "--samples", 1, "--budget", 6]
+    search = ["--target", "2x", "--out", tmp_path / "out", "--windows", 1, "--budget", 6]
     go("search", model, *search, *data)
     assert counts == {"inspected": 1, "loaded": 1}
     go("evaluate", model, "--lengths", "64", "--tokens-per-document", 64, *data)

@@ -170,7 +170,7 @@ def test_a_search_is_unchanged_and_leaves_no_file_when_killed(texts, tmp_path):
     for name in ("history.jsonl", "rescale.json"):
         found, expected = ((tmp_path / side / name).read_text() for side in ("disk", "memory"))
         assert found == expected
-    assert '"slope"' in history.read_text()
+    assert '"grad"' in history.read_text()
 
 
 def test_the_plan_asks_the_disk(tmp_path):
