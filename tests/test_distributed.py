@@ -264,7 +264,7 @@ def test_one_gpu_for_several_processes_is_refused(tmp_path, asked):
 
 
 def test_a_group_larger_than_the_run_is_refused(small, tmp_path):
-    assert "sequence_parallel is 2" in refused(
+    assert "--sequence-parallel is 2" in refused(
         *small, "--sequence-parallel", 2, "--out", tmp_path / "out"
     )
 

@@ -99,7 +99,7 @@ def test_mistakes_are_one_line(exported, tmp_path):
             "--target is missing",
         ),
         (["export", "bundled", "--out", exported, "--rescale", "yarn"], "is there already"),
-        (["export", "bundled", "--out", tmp_path / "x", "--format", "onnx"], "--format onnx"),
+        (["export", "bundled", "--out", tmp_path / "x", "--format", "onnx"], "--format is 'onnx'"),
         (["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"], "ends in .gguf"),
         (["verify", exported, "--prompts", "0"], "--prompts is 0"),
         (["verify", exported, "--dtype", "auto"], "--dtype is auto"),

@@ -234,7 +234,7 @@ def test_start_tokens_stay_with_our_own_runtime(arguments, tmp_path, checkpoints
     file, out = tmp_path / "r.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(recipe))
     done = run("--recipe", file, "--out", out)
-    assert "start_tokens 4 is in rescale.json" in done.stderr
+    assert "start_tokens is 4 in rescale.json" in done.stderr
     assert Rescale.load(out / "rescale.json").start_tokens == 4
     config = json.loads((out / "model" / "config.json").read_text())
     long = Rescale.load(out / "rescale.json")

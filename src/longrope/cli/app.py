@@ -65,7 +65,8 @@ def _as_options(message: str, arguments: list[str]) -> str:
     """Write the parameters that a library error names as options of the verb."""
     commands = getattr(typer.main.get_command(app), "commands", {})
     verb = commands.get(arguments[0])
-    options = {p.name: p.opts[0] for p in verb.params if p.opts[0][:2] == "--"} if verb else {}
+    flags = [p.opts[0] for p in verb.params if p.opts[0][:2] == "--"] if verb else []
+    options = {flag[2:].replace("-", "_"): flag for flag in flags}
 
     def option(found: re.Match[str]) -> str:
         name, value = found["name"], found["value"]

@@ -118,6 +118,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure perplexity, retrieval or benchmarks of a model under one choice of factors."""
+    from longrope.checkpoints.importer import find_pair
     from longrope.data.documents import check_sources
     from longrope.distributed import local_device, ranks
     from longrope.evaluate import compare
@@ -208,9 +209,9 @@ def evaluate(
             "trust_remote_code": trust_remote_code,
         }
         if rescale is None and existing_scaling is None:
-            info, pair = inspect_extended(model, **inspecting)
-            if pair:
+            if find_pair(model, trust_remote_code):
                 _refuse_for_a_pair(model, target, attention_factor)
+            info, pair = inspect_extended(model, **inspecting)
         else:
             scaling = existing_choice(existing_scaling)
             info = inspect_weights(model, existing_scaling=scaling, **inspecting)
