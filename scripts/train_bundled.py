@@ -1,6 +1,6 @@
 """Train the model that ships with longrope, from nothing, in under an hour on 2 cores.
 
-    python scripts/train_bundled.py --out src/longrope/bundled
+    python scripts/train_bundled.py --out src/longrope/models/bundled
 
 Text: the Python library of the machine, less the packages of
 ``longrope.data.stdlib.HELD_OUT``, and a share of generated retrieval documents so
