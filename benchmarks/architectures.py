@@ -9,7 +9,7 @@ forward without a cache,
 
 - forward: the long forward's losses, 200 tokens in chunks of 70, in float64; the largest difference
   in nats;
-- slope: of the loss by each factor, in chunks of 40, in float64; the relative error;
+- gradient: of the loss by each factor, in chunks of 40, in float64; the relative error;
 - trained: a step of the training loss gives every weight a gradient that is finite;
 - exported: transformers loads what is exported; the largest difference of a logit, to 200 tokens;
 - generated: 20 tokens across the boundary of the short factors, each as it is without a cache.
@@ -172,7 +172,7 @@ def forward(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
     return (ours - exact).abs().max().item()
 
 
-def slope(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
+def grad(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
     model, row = loaded.model, ids[:, :150]
     before = model.config._attn_implementation
     with rescaled(model, pair.long, always=True):
@@ -231,7 +231,7 @@ def generated(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> bool
 
 
 Trial = Callable[[LoadedModel, RescalePair, torch.Tensor], Any]
-IN_FLOAT64: dict[str, Trial] = {"forward": forward, "slope": slope}
+IN_FLOAT64: dict[str, Trial] = {"forward": forward, "gradient": grad}
 IN_FLOAT32: dict[str, Trial] = {"trained": trained, "exported": exported, "generated": generated}
 
 

@@ -75,7 +75,7 @@ def shared(args: argparse.Namespace) -> None:
         forward, found = loaded.forward(1024), {}
         with rescaled(loaded.model, loaded.info.rescale("yarn", 16_384), always=True):
             work = {"one sequence of 16,384": forward.losses}
-            work["its slope"] = partial(gradient, forward)
+            work["its gradient"] = partial(gradient, forward)
             for name, compute in work.items():
                 these.gather(0.0)
                 started = time.perf_counter()

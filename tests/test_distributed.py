@@ -75,14 +75,14 @@ def shared_forward(group, families, chunk=9):
         with rescaled(model, yarn(model), always=True):
             for tokens, counted in ((3, 0), (40, 0), (97, 0), (97, 5)):
                 grad = gradient(forward, ids[:1, :tokens], counted)
-                found[f"{family} slope {tokens} {counted}"] = [
+                found[f"{family} gradient {tokens} {counted}"] = [
                     grad.loss,
                     *grad.grad.tolist(),
                 ]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("longrope.layerwise.split_attention.heads_at_once", lambda *_: 1)
                 grad = gradient(forward, ids[1:])
-            found[f"{family} slope by heads"] = grad.grad.tolist()
+            found[f"{family} gradient by heads"] = grad.grad.tolist()
     return found
 
 
@@ -97,7 +97,7 @@ def test_a_group_computes_what_one_process_does(tmp_path, members):
     assert found.keys() == expected.keys()
     for name in expected:
         ours, theirs = (torch.tensor(side[name]) for side in (found, expected))
-        atol = 1e-4 * max(theirs.abs().max().item(), 0.01) if "slope" in name else 1e-4
+        atol = 1e-4 * max(theirs.abs().max().item(), 0.01) if "gradient" in name else 1e-4
         assert_close(ours, theirs, rtol=1e-4, atol=atol, msg=name)
 
 

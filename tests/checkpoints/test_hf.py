@@ -103,7 +103,7 @@ def test_folding_that_changes_the_model_is_refused(
 def test_scaling_that_is_there_is_kept_or_replaced_as_told(
     kind, checkpoints, micro_models, ids, tmp_path
 ):
-    """A method goes on from it, or starts over; a file has the whole of it in its factors."""
+    """A known method keeps or replaces the scaling; a rescale file includes it."""
     source = tmp_path / "source"
     shutil.copytree(checkpoints("llama"), source)
     config = json.loads((source / "config.json").read_text())

@@ -97,7 +97,10 @@ def test_a_checkpoint_on_disk(checkpoints, ids):
     assert loaded.fingerprint() == resident.fingerprint()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is held")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="reads memory use from /proc, which only Linux has",
+)
 @pytest.mark.slow
 def test_host_memory_does_not_hold_the_weights(tmp_path):
     """A forward pass of a 240 MB checkpoint uses less than half of that memory."""

@@ -78,14 +78,16 @@ def test_a_lost_rank_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="a folder in memory")
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="/dev/shm is not mounted")
 def test_a_directory_in_memory_is_warned_of(tmp_path, caplog):
     warn_if_in_memory.cache_clear()
     assert find_offload_target("--offload-activations", "/dev/shm") == Path("/dev/shm")
     assert "offload_activations /dev/shm" in caplog.text
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux says what is open")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="reads open files from /proc, which only Linux has"
+)
 def test_no_file_stays_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     tensors = [allocate(tmp_path, (10,), torch.float32) for _ in range(20)]
@@ -106,7 +108,10 @@ def test_a_device_or_a_folder(tmp_path):
             find_offload_target("--offload-activations", str(wrong))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is held")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="reads memory use from /proc, which only Linux has",
+)
 @pytest.mark.slow
 def test_memory_does_not_hold_offloaded_activations(tmp_path):
     """Sixteen layers on 1,000 tokens keep 90 MB, in memory or in a directory."""

@@ -227,7 +227,7 @@ def test_training_on_another_gpu_than_the_first_is_refused(info, tmp_path):
     check_settings(run, [stage for stage in run.plan.stages if stage.kind != "finetune"])
 
 
-def test_float16_is_refused_where_a_search_takes_slopes(info):
+def test_float16_is_refused_for_a_gradient_search(info):
     with pytest.raises(ValueError, match=r"dtype is float16.*search"):
         plan(info, target="8x", dtype="float16")
     paper = {"algorithm": "evolution"}

@@ -42,7 +42,8 @@ class ExportOptions:
             and fold the rest into the query projections. Only mlx-lm needs it: transformers,
             vLLM and SGLang read the attention factor from the config.
         drop_start_tokens: export factors that were searched with n̂ > 0 as if it were 0.
-        existing_scaling: what a method goes on from; a rescale file has it in its factors.
+        existing_scaling: keep or replace the scaling of the model. It applies to known methods;
+            the factors of a rescale file include it.
         force: replace what is at ``out``.
     """
 

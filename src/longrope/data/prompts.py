@@ -45,21 +45,15 @@ def passkey_prompt(
         ValueError: ``length`` is too short for the question.
     """
     key = "".join(rng.choice("0123456789") for _ in range(digits))
-    needle = f"The pass key is {key}. Remember it. {key} is the pass key.\n"
-    question = "What is the pass key? The pass key is"
-    return _prompt(tokenizer, repeat(FILLER), needle, question, key, length, depth)
+    return _prompt(tokenizer, repeat(FILLER), *_passkey_texts(key), key, length, depth)
 
 
 def question_tokens(tokenizer: Any, digits: int = 5) -> int:
     """Return how many tokens the shortest passkey or needle prompt takes, answer included."""
     key = "0" * digits
     city = max(_CITIES, key=len)
-    texts = (
-        f"{TASK}The pass key is {key}. Remember it. {key} is the pass key.\n"
-        f"What is the pass key? The pass key is {key}",
-        f"{TASK}The magic number of {city} is {key}.\n"
-        f"What is the magic number of {city}? The magic number of {city} is {key}",
-    )
+    kinds = (_passkey_texts(key), _needle_texts(key, city))
+    texts = [f"{TASK}{needle}{question} {key}" for needle, question in kinds]
     return max(len(tokenizer(text)["input_ids"]) for text in texts) + digits
 
 
@@ -96,9 +90,19 @@ def needle_prompt(
     """
     key = "".join(rng.choice("0123456789") for _ in range(digits))
     city = rng.choice(_CITIES)
-    needle = f"The magic number of {city} is {key}.\n"
-    question = f"What is the magic number of {city}? The magic number of {city} is"
-    return _prompt(tokenizer, iter(haystack), needle, question, key, length, depth)
+    return _prompt(tokenizer, iter(haystack), *_needle_texts(key, city), key, length, depth)
+
+
+def _passkey_texts(key: str) -> tuple[str, str]:
+    """Return the paper's sentence that hides a passkey, and its question."""
+    needle = f"The pass key is {key}. Remember it. {key} is the pass key.\n"
+    return needle, "What is the pass key? The pass key is"
+
+
+def _needle_texts(key: str, city: str) -> tuple[str, str]:
+    """Return the sentence that hides the number of a city, and its question."""
+    about = f"the magic number of {city}"
+    return f"The{about[3:]} is {key}.\n", f"What is {about}? The{about[3:]} is"
 
 
 def _prompt(

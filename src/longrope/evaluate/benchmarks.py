@@ -26,7 +26,7 @@ SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc1": 0}
 # The first of these that a task has is used.
 _METRICS = ("acc_norm", "acc", "exact_match")
 
-# Below so many tokens, RULER's generators never fit their own example into the text.
+# The shortest text that RULER can generate: below it, its own example does not fit.
 RULER_TOKENS = 2048
 
 # Score of each question, 0 to 1.

@@ -90,7 +90,7 @@ class Costs:
                 )
             stage = dataclasses.replace(
                 stage,
-                **self._places(*self._slope_memory(length)),
+                **self._places(*self._gradient_memory(length)),
                 helps=(f"{key}.algorithm evolution", *stage.helps),
             )
         return stage
@@ -215,7 +215,7 @@ class Costs:
         outside = (1 if info.tied else 2) * info.vocabulary * info.hidden_size * self.size
         return outside + 2 * (self.weights - outside) // info.layers
 
-    def _slope_memory(self, length: int) -> tuple[float, float]:
+    def _gradient_memory(self, length: int) -> tuple[float, float]:
         """Return the bytes of a long gradient: those in use, and those that can be offloaded.
 
         In use: weights, angles and their gradients, and the largest of a forward, one chunk's

@@ -1,10 +1,10 @@
-"""One slope of a model's shape, random weights: time against its forward's, and memory.
+"""One gradient of a model's shape, random weights: time against its forward's, and memory.
 
-    python benchmarks/long_slope.py --shape smollm2 --layers 4 --tokens 4096,8192,16384
-    python benchmarks/long_slope.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1
-    python benchmarks/long_slope.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1 \\
+    python benchmarks/long_gradient.py --shape smollm2 --layers 4 --tokens 4096,8192,16384
+    python benchmarks/long_gradient.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1
+    python benchmarks/long_gradient.py --shape llama2-7b --layers 2 --tokens 4096,8192 --runs 1 \\
         --offload-activations /a/folder
-    python benchmarks/long_slope.py --shape llama2-7b --layers 4 --tokens 131072      # a GPU
+    python benchmarks/long_gradient.py --shape llama2-7b --layers 4 --tokens 131072      # a GPU
 
 *Priced* is what a search counts for it, in forwards by FLOPs; *predicted* the dry run's peak memory
 and bytes that wait elsewhere. On a CPU the peak is that of memory which no file backs, sampled
@@ -71,7 +71,7 @@ def held() -> int:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """In a child: a forward and a slope, a few times."""
+    """In a child: time a forward and a gradient several times."""
     tokens, device, before = int(args.tokens), torch.device(args.device), held()
     shape = long_forward.SHAPES[args.shape]
     shape = shape | ({"num_hidden_layers": args.layers} if args.layers else {})
@@ -107,16 +107,16 @@ def measure(args: argparse.Namespace) -> dict:
             loss = forward.losses(ids).mean().item()
             between = time.perf_counter()
             with Peak(device, before) as peak:
-                slope = gradient(forward, ids)
+                found = gradient(forward, ids)
                 long_forward.wait(device)
             times.append((between - started, time.perf_counter() - between))
-    assert abs(slope.loss - loss) < 1e-3 * loss, (slope.loss, loss)
+    assert abs(found.loss - loss) < 1e-3 * loss, (found.loss, loss)
     seconds = [statistics.median(part) for part in zip(*times, strict=True)]
     return {
         "tokens": tokens,
         "chunk": forward.chunk,
         "forward_seconds": seconds[0],
-        "slope_seconds": seconds[1],
+        "gradient_seconds": seconds[1],
         "forwards": statistics.median(b / a for a, b in times),
         "priced": forwards(info, tokens, forward.chunk),
         "peak_bytes": peak.bytes,
@@ -159,19 +159,17 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     rows = [child(args, tokens) for tokens in map(int, args.tokens.split(","))]
-    print(
-        "| tokens | forward | slope | in forwards | priced | peak | predicted | waits elsewhere |"
-    )
+    print("| tokens | forward | gradient | in forwards | priced | peak | predicted | offloaded |")
     print("|---" * 8 + "|")
     for row in rows:
         print(
-            f"| {row['tokens']:,} | {row['forward_seconds']:.2f} s | {row['slope_seconds']:.2f} s "
+            f"| {row['tokens']:,} | {row['forward_seconds']:.2f} s | {row['gradient_seconds']:.2f} s "
             f"| {row['forwards']:.2f} | {row['priced']:.2f} | {row['peak_bytes'] / 1e9:.2f} GB "
             f"| {row['predicted_bytes'] / 1e9:.2f} GB | {row['waiting_bytes'] / 1e9:.2f} GB |"
         )
     kind = (f"-{args.layers}-layers" if args.layers else "") + ("-offload" if args.offload else "")
     kind += "-elsewhere" if args.offload_activations else ""
-    print(record.write(f"long-slope-{args.shape}{kind}", vars(args), rows))
+    print(record.write(f"long-gradient-{args.shape}{kind}", vars(args), rows))
 
 
 if __name__ == "__main__":
