@@ -101,8 +101,8 @@ def _passkey_texts(key: str) -> tuple[str, str]:
 
 def _needle_texts(key: str, city: str) -> tuple[str, str]:
     """Return the sentence that hides the number of a city, and its question."""
-    about = f"the magic number of {city}"
-    return f"The{about[3:]} is {key}.\n", f"What is {about}? The{about[3:]} is"
+    number = f"magic number of {city}"
+    return f"The {number} is {key}.\n", f"What is the {number}? The {number} is"
 
 
 def _prompt(
