@@ -163,7 +163,8 @@ def main() -> None:
     print("|---" * 8 + "|")
     for row in rows:
         print(
-            f"| {row['tokens']:,} | {row['forward_seconds']:.2f} s | {row['gradient_seconds']:.2f} s "
+            f"| {row['tokens']:,} | {row['forward_seconds']:.2f} s "
+            f"| {row['gradient_seconds']:.2f} s "
             f"| {row['forwards']:.2f} | {row['priced']:.2f} | {row['peak_bytes'] / 1e9:.2f} GB "
             f"| {row['predicted_bytes'] / 1e9:.2f} GB | {row['waiting_bytes'] / 1e9:.2f} GB |"
         )
