@@ -69,8 +69,6 @@ def compare(
     The same command resumes an interrupted comparison.
     """
     from longrope.data.documents import check_sources
-    from longrope.data.windows import bos_token, load_documents
-    from longrope.data.windows import pack as packed
     from longrope.distributed import Ranks, require_one_process
     from longrope.evaluate import compare as comparing
     from longrope.evaluate.cache import measurement_cache
@@ -123,12 +121,10 @@ def compare(
         info=info,
         trust_remote_code=trust_remote_code,
     )
-    tokenizer = loaded.tokenizer
     with measurement_cache(directory) as cache:
-        documents = load_documents(tokenizer, data or (), field=field, held_out=True)
-        documents = comparing.held_out(documents, names, exclude=True)
-        if pack:
-            documents = [packed(documents, bos_token(tokenizer), tokenizer.eos_token_id)]
+        documents = comparing.perplexity_documents(
+            loaded.tokenizer, data or (), names, field=field, pack=pack, exclude=True
+        )
         comparison = comparing.compare_perplexity(
             loaded,
             entries,

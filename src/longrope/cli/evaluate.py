@@ -118,7 +118,6 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure perplexity, retrieval or benchmarks of a model under one choice of factors."""
-    from longrope.checkpoints.importer import find_pair
     from longrope.data.documents import check_sources
     from longrope.distributed import local_device, ranks
     from longrope.evaluate import compare
@@ -209,8 +208,8 @@ def evaluate(
             "trust_remote_code": trust_remote_code,
         }
         if rescale is None and existing_scaling is None:
-            if find_pair(model, trust_remote_code):
-                _refuse_for_a_pair(model, target, attention_factor)
+            method_options = {"--target": target, "--attention-factor": attention_factor}
+            _refuse_for_a_pair(model, method_options, trust_remote_code)
             info, pair = inspect_extended(model, **inspecting)
         else:
             scaling = existing_choice(existing_scaling)
@@ -263,22 +262,22 @@ def _documents(
     tokenizer: Any, kind: str, sources: tuple[str, ...], field: str, pack: bool, method: str
 ) -> Any:
     """Return the documents of a measurement; warn about those that were searched on."""
-    from longrope.data import windows
-    from longrope.evaluate.compare import held_out
+    from longrope.data.windows import load_documents
+    from longrope.evaluate.compare import perplexity_documents
 
     if kind == "passkey":
         return ()
-    documents = windows.load_documents(tokenizer, sources, field=field, held_out=True)
-    if kind == "perplexity":
-        documents = held_out(documents, [method], exclude=False)
-        if pack:
-            return [windows.pack(documents, windows.bos_token(tokenizer), tokenizer.eos_token_id)]
-    return documents
+    if kind == "needle":
+        return load_documents(tokenizer, sources, field=field, held_out=True)
+    return perplexity_documents(tokenizer, sources, [method], field=field, pack=pack, exclude=False)
 
 
-def _refuse_for_a_pair(model: str, target: str | None, attention_factor: float | None) -> None:
-    for name, value in (("--target", target), ("--attention-factor", attention_factor)):
-        if value is not None:
+def _refuse_for_a_pair(model: str, options: dict[str, Any], trust_remote_code: bool) -> None:
+    """Refuse options of a method for a model that has factors of its own."""
+    from longrope.checkpoints.importer import find_pair
+
+    for name, value in options.items():
+        if value is not None and find_pair(model, trust_remote_code):
             raise ValueError(
                 f"{name} is {value}, which needs a method, and {model} has its own factors: omit "
                 "it, or give --rescale"

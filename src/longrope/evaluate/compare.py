@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.data.windows import TokenDocument, unseen
+from longrope.data.windows import TokenDocument, bos_token, load_documents, unseen
+from longrope.data.windows import pack as packed
 from longrope.evaluate.benchmarks import BenchmarkOptions
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.lm_eval_tasks import is_ruler
@@ -164,7 +165,34 @@ def check_same_comparison(
         )
 
 
-def held_out(
+def perplexity_documents(
+    tokenizer: Any,
+    data: Sequence[str],
+    methods: Sequence[str],
+    *,
+    field: str,
+    pack: bool,
+    exclude: bool,
+) -> list[TokenDocument]:
+    """Load the documents to measure perplexity on.
+
+    Args:
+        data: sources; without any, packages of the Python library that the bundled model never saw.
+        methods: methods and rescale files; documents that a file was searched on are left out
+            with ``exclude``, else warned about.
+        pack: join all documents into one.
+
+    Raises:
+        ValueError: the data cannot be read, or every document was searched on.
+    """
+    documents = load_documents(tokenizer, data, field=field, held_out=True)
+    documents = _not_searched_on(documents, methods, exclude=exclude)
+    if pack:
+        return [packed(documents, bos_token(tokenizer), tokenizer.eos_token_id)]
+    return documents
+
+
+def _not_searched_on(
     documents: list[TokenDocument], methods: Sequence[str], *, exclude: bool
 ) -> list[TokenDocument]:
     """Return the documents that none of the rescale files was searched on.
