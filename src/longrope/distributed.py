@@ -26,7 +26,7 @@ _TIMEOUT = datetime.timedelta(days=7)
 
 
 def sharded() -> bool:
-    """Whether accelerate shards the trained model over the processes (FSDP)."""
+    """Return whether the processes of this run shard the trained model (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 

@@ -256,7 +256,7 @@ def _rescale(name: str, options: ExportOptions, factors: _Factors, info: ModelIn
 
 
 def _cost_of_none(file: Path, rescale: Rescale) -> str:
-    """Return what start_tokens 0 costs, if a search left portable.json beside the file."""
+    """Return the loss added by exporting with start_tokens 0, if portable.json tells it."""
     beside = file.with_name("portable.json")
     if not beside.exists():
         return ""

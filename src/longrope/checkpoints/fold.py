@@ -49,7 +49,7 @@ def _stacks(names: list[str]) -> Counter[str]:
 
 
 def tensor_names(source: Path) -> list[str]:
-    """List the names of all tensors in a directory's safetensors, from their headers."""
+    """List the tensors of a checkpoint, to find the query projections to fold into."""
     names = []
     for file in weight_files(source):
         with safe_open(file, framework="pt") as weights:

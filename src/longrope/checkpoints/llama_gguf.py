@@ -23,7 +23,7 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def llama_metadata(directory: Path) -> tuple[str, Metadata]:
-    """Return the architecture's name, and every key-value pair except those of the scaling.
+    """Return the GGUF architecture and metadata of a Llama checkpoint, without RoPE scaling.
 
     Raises:
         ValueError: another architecture, attention or tokenizer than this converter knows.

@@ -77,7 +77,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Any) -> "Manifest":
-        """Read what :meth:`to_json` gave.
+        """Read a manifest from its JSON.
 
         Raises:
             ValueError: something else.

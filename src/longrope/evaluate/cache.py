@@ -72,7 +72,7 @@ def measurement_cache(directory: Path | None, group_size: int = 1) -> Iterator[M
 
 
 def require_same(file: Path, of: dict[str, Any]) -> None:
-    """Check that an existing file of measurements has the same settings.
+    """Check that measurements stored in a file have the same settings.
 
     Raises:
         ValueError: other settings, or no measurements in it.

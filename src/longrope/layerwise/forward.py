@@ -108,7 +108,7 @@ class LongForward:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The model's decoder layers."""
+        """The decoder layers that the long forward runs one after another."""
         return getattr(self.decoder, self._layers_name)
 
     def losses(self, input_ids: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class LongForward:
             ).logits
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Allocate an uninitialised tensor where hidden states are offloaded to."""
+        """Allocate an uninitialised tensor where the long forward keeps hidden states."""
         return allocate(self.offload_activations, shape, dtype)
 
     def chunks(self, tokens: int) -> Chunks:

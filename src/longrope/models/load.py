@@ -58,7 +58,7 @@ class LoadedModel:
         return LongForward(self.model, chunk, hidden, offloaded=self.offloaded, group=self.group)
 
     def fingerprint(self) -> str:
-        """Return a hash of a sample of every weight, which identifies the model."""
+        """Return the fingerprint of a loaded model: a hash of a sample of every weight."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             flat = tensor.detach().flatten()

@@ -175,10 +175,11 @@ class Costs:
             helps=tuple(helps),
         )
 
-    def _places(self, work: float, waits: float) -> dict[str, int]:
-        """Split bytes over device, host and disk; ``waits`` can be offloaded."""
-        here = 0 if self.on_host or self.on_disk else waits
-        host, disk = waits if self.on_host else 0, waits if self.on_disk else 0
+    def _places(self, work: float, offloadable: float) -> dict[str, int]:
+        """Split bytes over device, host and disk, as the recipe offloads them."""
+        here = 0 if self.on_host or self.on_disk else offloadable
+        host = offloadable if self.on_host else 0
+        disk = offloadable if self.on_disk else 0
         return {"memory": int(work + here), "host": int(host), "disk": int(disk)}
 
     def _forward_memory(self, length: int) -> int:

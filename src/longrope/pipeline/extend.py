@@ -185,14 +185,14 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     loaded = run.model_before(stage.name, offload=False)
     tuning, original = run.recipe.finetune, run.plan.original
     settings = tuning.model_copy(update={"steps": stage.steps})
-    settles, seed = stage.name == "settle", run.recipe.seed
-    pieces = LongContextDataset(
+    is_final, seed = stage.name == "settle", run.recipe.seed
+    dataset = LongContextDataset(
         run.splits.training,
         loaded.tokenizer,
         stage.length,
         stage.steps * tuning.batch,
-        reach=round(tuning.settle_reach * run.plan.target) if settles else 0,
-        seed=seed + settles,  # other sequences than fine-tuning's
+        reach=round(tuning.settle_reach * run.plan.target) if is_final else 0,
+        seed=seed + is_final,  # other sequences than fine-tuning's
         passkey_share=tuning.passkey_share,
         answer_share=tuning.answer_share,
         short=tuning.short_share * stage.length / original,
@@ -204,12 +204,12 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     # Short windows are trained as they will be used: with the exported attention factor.
     short = run.info.rescale("none", original)
     short = short.replace(attention_factor=run.attention_factor(run.plan.target))
-    teacher = run.teacher() if tuning.distill and pieces.has_short_windows else None
+    teacher = run.teacher() if tuning.distill and dataset.has_short_windows else None
     lines = finetune(
         loaded,
         run.rescale(searched),
         short,
-        pieces,
+        dataset,
         settings,
         run.directory(stage.name),
         run.ranks,
@@ -217,7 +217,11 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
         seed=seed,
     )
     run.forget()
-    return {"first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"], "epochs": pieces.epochs}
+    return {
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+        "epochs": dataset.epochs,
+    }
 
 
 def _choose(run: Run, stage: Stage) -> dict[str, Any]:

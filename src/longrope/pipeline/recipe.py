@@ -1,4 +1,4 @@
-"""The recipe of an extension: one YAML file, every key known, every default the paper's."""
+"""The recipe of an extension: every setting of `longrope extend`, read from a YAML file."""
 
 import json
 from pathlib import Path
@@ -31,9 +31,10 @@ class _Section(BaseModel):
 
 
 class Search(_Section):
-    """One search: its configuration, or a ``method`` whose factors are taken instead.
+    """Recipe section of one search.
 
-    In a recipe, the options of the configuration stand beside ``method``.
+    ``method`` other than ``search`` uses that method's factors and searches nothing. In YAML, the
+    options of the search configuration stand beside ``method``.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
@@ -58,15 +59,18 @@ class Search(_Section):
 
 
 class Finetune(FinetuneSettings):
-    """Training, and at which lengths.
+    """Recipe section of fine-tuning: the training configuration and the lengths to train at.
 
-    ``enabled`` null: where the target is beyond 8 times the original length. ``length``, such
-    as 128k or 8x, is the one to train at, by default an eighth of such a target. With
-    ``through`` the model is trained at that length first, for ``through_steps`` (the paper
-    goes to 256k by way of 128k). After the second search ``settle_steps`` more are under the
-    target's factors, on pieces of ``settle_length`` (by default ``length``) whose positions jump
-    as far as ``settle_reach`` times the target, so that the target is not the edge of what was
-    seen (ours: the paper stops at the search).
+    Args:
+        enabled: whether to train; null trains where the target is beyond 8 times the original.
+        length: training length, such as 128k or 8x. Default: an eighth of the target.
+        through: a shorter length to train at first (the paper trains at 128k before 256k).
+        through_steps: steps at that length.
+        settle_steps: steps of a final fine-tuning under the target's factors, after the second
+            search. Not in the paper.
+        settle_length: tokens of its sequences. Default: ``length``.
+        settle_reach: largest position in them, as a multiple of the target. Training beyond the
+            target avoids an untrained edge there.
     """
 
     enabled: bool | None = None
@@ -79,7 +83,7 @@ class Finetune(FinetuneSettings):
 
 
 class Recovery(Search):
-    """The two searches for the short context."""
+    """Recipe section of the two searches for the short context."""
 
     defaults: ClassVar[dict[str, Any]] = {"windows": 20}
 
@@ -87,10 +91,10 @@ class Recovery(Search):
 
 
 class Evaluate(_Section):
-    """What is measured at the end; any of it may be changed in a finished run.
+    """Recipe section of the final evaluation. It may be changed in a finished run.
 
-    Without ``none`` among the methods the unscaled model is measured at the short lengths alone,
-    which recovery is judged by.
+    Recovery is compared with the unscaled model, so that is measured at the short lengths even
+    without ``none`` among the methods.
     """
 
     methods: tuple[str, ...] = ("none", "pi", "ntk", "yarn")
@@ -108,10 +112,12 @@ class Evaluate(_Section):
 
 
 class Recipe(_Section):
-    """All that decides a run of ``longrope extend``.
+    """All settings of a run of ``longrope extend``.
 
-    With ``offload: weights`` all but training keeps two layers at a time on the device. ``chunk``
-    null is what fits the device: 2,048 tokens, on a GPU 8,192.
+    Args:
+        offload: ``weights`` keeps the weights of two layers at a time on the device, except in
+            training.
+        chunk: tokens per forward pass of one layer. Default: 2,048, on a GPU 8,192.
     """
 
     model: str = "bundled"

@@ -247,7 +247,7 @@ class Run:
 
 
 def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections to dotted keys such as ``search.budget``."""
+    """Flatten a recipe to dotted keys, to name the keys in which two runs differ."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         inner = isinstance(value, dict)

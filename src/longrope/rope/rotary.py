@@ -205,7 +205,7 @@ def scaled_length(parameters: dict[str, Any], longest: int) -> int:
 
 
 def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
-    """Whether a rescale equals the model's own scaling."""
+    """Return whether a rescale computes the same as a rotary module does by itself."""
     return (
         site.rope_type in _STATIC
         and rescale.attention_factor == site.attention_factor
@@ -220,7 +220,7 @@ def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
 
 
 def unscaled_factors(site: RotarySite) -> np.ndarray:
-    """Return the factors of the model without scaling, (d/2,): 1 where it rotates."""
+    """Return the factors of a rotary module without scaling, (d/2,): 1 where it rotates."""
     if site.rope_type == "proportional":
         return existing_factors(site)
     return np.ones(len(site.inv_freq))

@@ -17,7 +17,7 @@ from longrope.search.space import Result
 
 
 class Objective:
-    """Mean negative log-likelihood in nats per token (the log of perplexity).
+    """The objective of a search: mean loss of its windows in nats per token.
 
     With questions, the mean loss of their answer tokens is added: perplexity alone does not
     measure long-range retrieval (after LongRoPE2's needle-driven perplexity, which uses the

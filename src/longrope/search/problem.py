@@ -94,7 +94,7 @@ def second_search(
     attention_factor: float | None = None,
     max_factor: float | None = None,
 ) -> Problem:
-    """Return the search from a fine-tuned length to ``target``, without training (section 3.4).
+    """Return the second search, from a fine-tuned length to ``target`` (section 3.4).
 
     The multipliers on the fine-tuned factors are in [1, 1.25 · s₂], s₂ = target / fine-tuned
     length. The starts are PI, NTK and YaRN with the fine-tuned length as original length.

@@ -66,7 +66,7 @@ class EvaluationCost:
     grad: float = 3.0
 
     def of(self, request: Request) -> float:
-        """Return the cost of one request."""
+        """Return the cost of a search request in forward passes over all windows."""
         whole = 1.0 if request.window is None else 1.0 / self.windows
         return whole * (self.grad if request.grad else 1.0)
 
