@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -215,6 +216,11 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise _cannot_write(path, error) from None
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a number for a JSON file: itself if finite, else None."""
+    return value if math.isfinite(value) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

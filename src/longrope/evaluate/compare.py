@@ -19,8 +19,8 @@ from longrope.evaluate.measure import (
     model_identity,
 )
 from longrope.evaluate.perplexity import Scores, paired_difference
-from longrope.evaluate.statistics import finite_or_none, paired
-from longrope.files import write_atomically
+from longrope.evaluate.statistics import paired
+from longrope.files import finite_or_none, write_atomically
 from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
 from longrope.models.target import starting_point

@@ -9,11 +9,6 @@ import numpy as np
 from longrope.evaluate.benchmarks import QuestionScores
 
 
-def finite_or_none(value: float) -> float | None:
-    """Return a finite value as it is, others as None: JSON has no infinity and no NaN."""
-    return value if math.isfinite(value) else None
-
-
 def paired(task: str, original: QuestionScores, extended: QuestionScores) -> dict[str, Any]:
     """Compare two models on the same questions.
 

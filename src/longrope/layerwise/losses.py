@@ -12,7 +12,7 @@ _LOGITS_AT_ONCE = 2**20
 
 
 class ContinuationScore(NamedTuple):
-    """The log-likelihood of a continuation in nats, and whether greedy decoding yields it."""
+    """The log-likelihood of a continuation in nats, and whether it has the least loss (greedy)."""
 
     log_likelihood: float
     greedy: bool

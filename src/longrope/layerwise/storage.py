@@ -74,7 +74,7 @@ def allocate(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtyp
 
 @functools.cache
 def warn_if_in_memory(folder: Path) -> None:
-    """Warn once if the files of an offload directory are kept in memory."""
+    """Warn once if the storage directory for hidden states is itself in memory."""
     if in_memory(folder):
         log.warning("offload_activations %s: its files are kept in memory, not on a disk", folder)
 

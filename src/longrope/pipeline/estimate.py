@@ -38,7 +38,7 @@ class Rates:
 
 
 def calibrate(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure the rates of a device on the shapes of a model."""
+    """Measure the FLOPs per second of a device, to estimate times."""
     # A GPU needs large products to be busy; on a CPU those can take minutes in bfloat16.
     most, rows = (4096, 2048) if device.type == "cuda" else (1024, 256)
     width = min(info.hidden_size, most)
@@ -194,7 +194,7 @@ class Estimate:
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """Return the same as plain data."""
+        """Return the estimate of a plan as plain data."""
         return {
             "memory": dataclasses.asdict(self.memory),
             "stages": [

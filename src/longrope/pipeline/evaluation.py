@@ -17,8 +17,7 @@ from longrope.data.windows import TokenDocument
 from longrope.evaluate.benchmarks import RULER_TOKENS, BenchmarkOptions
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.measure import Measurement, PerplexityOptions, RetrievalOptions, measure
-from longrope.evaluate.statistics import finite_or_none
-from longrope.files import JsonlStore, write_atomically
+from longrope.files import JsonlStore, finite_or_none, write_atomically
 from longrope.labels import RESULT, WITHOUT
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.plan import evaluation_lengths

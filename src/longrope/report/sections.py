@@ -39,7 +39,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading with its text, figures, tables and code."""
+    """A section of the report: heading, text, figures, tables and code."""
 
     title: str
     text: Sequence[str] = ()

@@ -191,7 +191,7 @@ class _Switch:
         return lengths > self.recovery_length
 
     def generate(self, original: Any, inputs: Any = None, *args: Any, **options: Any) -> Any:
-        """Call the model's own ``generate``, refusing modes that cannot be exact.
+        """``generate`` of a model with the switch: refuse modes in which the switch is not exact.
 
         Raises:
             ValueError: assisted generation, beam search or a static cache.

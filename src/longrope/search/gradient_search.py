@@ -290,7 +290,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def isotonic(values: np.ndarray) -> np.ndarray:
-    """Return the nearest never-decreasing sequence by least squares (pool adjacent violators)."""
+    """Project the point of a gradient step to the nearest never-decreasing one (least squares)."""
     means: list[float] = []
     counts: list[int] = []
     for value in values:

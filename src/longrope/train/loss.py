@@ -141,7 +141,7 @@ class _SplitModel:
         return output.last_hidden_state
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
-        """Use our attention where transformers needs a mask or materialises all scores.
+        """Train through our attention where transformers needs a mask or materialises all scores.
 
         That is, with sliding windows, sinks (GPT-OSS) or soft-caps (Gemma 2). A mask has an entry
         per pair of tokens. Attention dropout is not supported by ours.
