@@ -95,6 +95,26 @@ def test_no_file_stays_open(tmp_path):
     assert sum(tensor.fill_(1).sum().item() for tensor in tensors) == 200
 
 
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_a_file_has_no_name_where_the_system_can_do_without(tmp_path, monkeypatch, unnamed):
+    """While it is mapped too: a kill there must leave nothing behind."""
+    if unnamed and not hasattr(os, "O_TMPFILE"):
+        pytest.skip("only Linux has unnamed files")
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    mapped, seen = torch.from_file, []
+
+    def from_file(*args, **options):
+        seen.append(len(list(tmp_path.iterdir())))
+        return mapped(*args, **options)
+
+    monkeypatch.setattr(torch, "from_file", from_file)
+    tensor = allocate(tmp_path, (3, 4), torch.float32)
+    assert tensor.fill_(2).sum().item() == 24
+    assert seen == [0 if unnamed else 1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_device_or_a_folder(tmp_path):
     assert [is_directory(name) for name in ("cpu", "cuda:3", "/scratch", "scratch")] == [
         False, False, True, True,

@@ -5,6 +5,7 @@ LLaMA2-7B's shape at two million tokens. All of it is written once and read a fe
 at a time, which suits disks. The operating system caches the files in free memory.
 """
 
+import contextlib
 import errno
 import functools
 import logging
@@ -21,6 +22,8 @@ from torch import Tensor
 from longrope.distributed import local_processes
 
 log = logging.getLogger(__name__)
+
+_DESCRIPTORS = "/proc/self/fd"
 
 
 def is_directory(name: str) -> bool:
@@ -50,13 +53,14 @@ def allocate(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtyp
     count = math.prod(shape)
     size = count * dtype.itemsize
     try:
-        descriptor, name = tempfile.mkstemp(prefix="longrope-", dir=where)
+        descriptor, name = _new_file(where)
         try:
             try:
                 os.truncate(descriptor, size)
                 tensor = torch.from_file(name, shared=True, size=count, dtype=dtype)
             finally:
-                os.unlink(name)
+                if not name.startswith(_DESCRIPTORS):
+                    os.unlink(name)
             # Without reserved space, writing to a full disk would kill the process (SIGBUS).
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, size)
@@ -70,6 +74,19 @@ def allocate(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtyp
             f"use a directory on a {'larger disk' if full else 'disk with memory-mapped files'}"
         ) from None
     return tensor.view(shape)
+
+
+def _new_file(directory: Path) -> tuple[int, str]:
+    """Create a file to map; return its descriptor and a path to open it by.
+
+    On Linux the file never has a name, so a kill at any point leaves nothing behind. Where that
+    is not supported the path is a name, which the caller deletes once the file is mapped.
+    """
+    if hasattr(os, "O_TMPFILE") and os.path.isdir(_DESCRIPTORS):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+            return descriptor, f"{_DESCRIPTORS}/{descriptor}"
+    return tempfile.mkstemp(prefix="longrope-", dir=directory)
 
 
 @functools.cache
