@@ -1,9 +1,6 @@
 """Sequence parallelism: a group of processes computes what one process does."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,11 +20,9 @@ from longrope.layerwise.chunks import Chunks
 from longrope.layerwise.forward import Continuation, LongForward
 from longrope.layerwise.split_attention import SplitAttention
 from longrope.rope.apply import rescaled
-from program import history, refused, run, succeeds
+from program import TORCHRUN, history, interpreter, refused, succeeds
 
 PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
 import json
 from test_distributed import shared_forward
 from longrope.distributed import ranks
@@ -39,13 +34,6 @@ with ranks({members}) as these:
 """
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt_neox"]  # sliding windows and soft-caps among them
-
-
-def torchrun(processes):
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes),
-    ]  # fmt: skip
 
 
 def shared_forward(group, families, chunk=9):
@@ -88,11 +76,9 @@ def shared_forward(group, families, chunk=9):
 
 @pytest.mark.parametrize("members", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_group_computes_what_one_process_does(tmp_path, members):
-    out, program = tmp_path / "found.json", tmp_path / "program.py"
-    names = {"tests": os.path.dirname(__file__), "families": FAMILIES, "out": str(out)}
-    program.write_text(PROGRAM.format(members=members, **names))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun(members), program], check=True, timeout=300, env=env)
+    out = tmp_path / "found.json"
+    code = PROGRAM.format(members=members, families=FAMILIES, out=str(out))
+    succeeds(code=code, ranks=members)
     found, expected = json.loads(out.read_text()), shared_forward(SequenceParallelGroup(), FAMILIES)
     assert found.keys() == expected.keys()
     for name in expected:
@@ -217,33 +203,29 @@ def small(texts):
 def test_search_and_evaluate_with_sequence_parallel(small, tmp_path):
     """A search of four processes in two groups, and an evaluation of two in one."""
     options = ["--budget", 4, "--chunk", 50]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    succeeds(*small, *options, "--out", tmp_path / "one", env=env)
-    launcher = [*torchrun(4), "-m", "longrope"]
+    succeeds(*small, *options, "--out", tmp_path / "one")
     group = ["--sequence-parallel", 2]
-    succeeds(*small, *options, *group, "--out", tmp_path / "many", launcher=launcher, env=env)
+    succeeds(*small, *options, *group, "--out", tmp_path / "many", ranks=4)
     lines = zip(history(tmp_path / "many"), history(tmp_path / "one"), strict=True)
     for found, expected in lines:  # the chunks differ, so the last digits may
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["factors"] == expected["factors"]
     model, texts = small[1], small[small.index("--data") + 1]
     asked = ["evaluate", model, "--lengths", "512", "--data", texts, "--chunk", 100, "--json"]
-    launcher = [*torchrun(2), "-m", "longrope"]
-    alone = json.loads(succeeds(*asked, env=env))
-    together = json.loads(succeeds(*asked, *group, launcher=launcher, env=env))
+    alone = json.loads(succeeds(*asked))
+    together = json.loads(succeeds(*asked, *group, ranks=2))
     (one,), (two,) = alone["perplexity"], together["perplexity"]
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
     assert two["tokens"] == one["tokens"]
 
 
 def test_a_group_runs_the_gradient_search(small, tmp_path):
-    """Two processes share each window, with activations in files."""
+    """Two processes of torchrun share each window, with activations in files."""
     search = [*small[: small.index("--algorithm")], "--budget", 16, "--chunk", 50]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    succeeds(*search, "--out", tmp_path / "one", env=env)
-    launcher = [*torchrun(2), "-m", "longrope"]
+    succeeds(*search, "--out", tmp_path / "one")
     group = ["--sequence-parallel", 2, "--offload-activations", tmp_path]
-    succeeds(*search, *group, "--out", tmp_path / "two", launcher=launcher, env=env)
+    done = interpreter(*TORCHRUN, 2, "-m", "longrope", *search, *group, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
     lines = list(zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True))
     assert sum("grad" in found for found, _ in lines) >= 3
     for found, expected in lines:
@@ -255,9 +237,8 @@ def test_a_group_runs_the_gradient_search(small, tmp_path):
     "asked", [["search", "bundled"], pytest.param(["extend"], marks=pytest.mark.slow)]
 )
 def test_one_gpu_for_several_processes_is_refused(tmp_path, asked):
-    launcher = [*torchrun(2), "-m", "longrope"]
     options = ["--target", "2x", "--device", "cuda:1", "--out", tmp_path / "out"]
-    done = run(*asked, *options, launcher=launcher)
+    done = interpreter(*TORCHRUN, 2, "-m", "longrope", *asked, *options)
     assert done.returncode != 0
     assert "cuda:1" in done.stderr
     assert "2 processes" in done.stderr

@@ -1,7 +1,6 @@
 """A run of every stage on a model of two layers: its recipe, and how it is asked for."""
 
 import json
-import os
 
 import program
 
@@ -45,12 +44,8 @@ RECIPE = {
 }
 
 
-def command(*arguments, verb="extend"):
-    return [*program.LONGROPE, verb, *map(str, arguments)]
-
-
-def run(*arguments, verb="extend", code=0):
-    done = program.run(verb, *arguments, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def run(*arguments, verb="extend", code=0, ranks=1):
+    done = program.run(verb, *arguments, ranks=ranks)
     assert done.returncode == code, done.stderr[-3000:]
     return done
 

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from longrope.models.info import inspect_model
 from longrope.rope.apply import rescaled
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale, default_attention_factor
+from program import run
 
 
 def files(made, where):
@@ -258,8 +257,7 @@ os.fsync = lambda handle: os.kill(os.getpid(), 9)
 export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
        {"gguf" if suffix else "hf"!r}, **{named!r}))
 """
-    died = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
-    assert died.returncode == -signal.SIGKILL
+    assert run(code=code).returncode == -signal.SIGKILL
     assert not out.exists()
 
 

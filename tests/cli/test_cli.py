@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 
 import pytest
 import torch
 
 from longrope.rope.rescale import Rescale
-from program import refused, succeeds
+from program import interpreter, refused, succeeds
 
 
 def test_help_imports_nothing_heavy():
@@ -18,9 +17,9 @@ def test_help_imports_nothing_heavy():
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
     )
-    out = succeeds("-c", code, launcher=[sys.executable])
-    assert "search" in out
-    assert out.strip().endswith("[]")
+    done = interpreter("-c", code)
+    assert "search" in done.stdout
+    assert done.stdout.strip().endswith("[]")
 
 
 def test_recipes_import_neither_torch_nor_transformers():
@@ -28,7 +27,7 @@ def test_recipes_import_neither_torch_nor_transformers():
         "import sys, longrope.pipeline.recipe, longrope.search.settings, longrope.train.config\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
-    assert succeeds("-c", code, launcher=[sys.executable]).strip() == "[]"
+    assert interpreter("-c", code).stdout.strip() == "[]"
 
 
 def test_inspect(checkpoints):

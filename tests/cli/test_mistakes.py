@@ -1,8 +1,6 @@
 """A user's mistake: exit code 2, and one line with the field, its value and the remedy."""
 
 import json
-import os
-import sys
 
 from longrope.rope.rescale import Rescale
 from program import each_refused, refused, run, succeeds
@@ -133,8 +131,7 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
         assert "give another --out" in line
     another = [*compare, *both, "--methods", "none,pi", "--attention-factor", 1.2]
     assert "(of attention_factor None)" in refused(*another)
-    group = os.environ | {"WORLD_SIZE": "2"}
-    assert "compare supports one process" in refused(*another, env=group)
+    assert "compare supports one process" in refused(*another, env={"WORLD_SIZE": "2"})
     assert (compared / "compare.json").read_bytes() == before
     succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
     evaluate = ["evaluate", "--data", texts, "--tokens-per-document", 512, "--lengths", "512"]
@@ -150,15 +147,14 @@ def test_full_disk(small_search, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "from longrope.cli import main; main()"
     )
-    launcher = [sys.executable, "-c", code]
-    done = run(*small_search, "--budget", 9, "--out", tmp_path / "a", launcher=launcher)
+    done = run(*small_search, "--budget", 9, "--out", tmp_path / "a", code=code)
     assert done.returncode == 2
     assert "cannot be written" in done.stderr.splitlines()[-1]
     assert "run the same command again" in done.stderr.splitlines()[-1]
     summary = json.loads(succeeds(*small_search, "--budget", 9, "--out", tmp_path / "a", "--json"))
     assert summary["evaluations"] == 9
     comparison = ["compare", "--target", "2x", *small_search[4:6], "--out", tmp_path / "b"]
-    done = run(*comparison, launcher=launcher)
+    done = run(*comparison, code=code)
     assert done.returncode == 2
     assert "cannot be written" in done.stderr.splitlines()[-1]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -28,11 +27,6 @@ def exported(tmp_path_factory):
     named = {"rescale": str(directory / "long.json"), "short": str(directory / "short.json")}
     export(ExportOptions("bundled", directory / "hf", **named))
     return directory / "hf"
-
-
-def longrope(*arguments):
-    command = [sys.executable, "-m", "longrope", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def wrapper(path, change):
@@ -64,7 +58,7 @@ def test_transformers_switches_at_the_boundary(exported):
 def test_an_engine_that_drops_the_factors_is_found_out(exported, tmp_path):
     """transformers itself, given the unscaled model in place of the export: exit code 1."""
     python = wrapper(tmp_path / "python", f"q['path'] = {str(BUNDLED)!r}")
-    ended = longrope("verify", exported, "--python", python, "--lengths", "400,1k", "--json")
+    ended = program.run("verify", exported, "--python", python, "--lengths", "400,1k", "--json")
     assert ended.returncode == 1, ended.stderr
     verdict = json.loads(ended.stdout)
     assert not verdict["right"]
@@ -112,12 +106,12 @@ def test_mistakes_are_one_line(exported, tmp_path):
 
 
 def test_import_writes_what_was_exported(exported, tmp_path):
-    assert longrope("import", exported, "--out", tmp_path).returncode == 0
+    program.succeeds("import", exported, "--out", tmp_path)
     for name, theirs in (("rescale", "long"), ("short", "short")):
         assert Rescale.load(tmp_path / f"{name}.json") == Rescale.load(
             exported.parent / f"{theirs}.json"
         )
-    assert longrope("import", exported, "--out", tmp_path).returncode == 2
+    program.refused("import", exported, "--out", tmp_path)
 
 
 @pytest.mark.slow

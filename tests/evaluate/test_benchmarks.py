@@ -18,6 +18,7 @@ from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
 from longrope.rope.pair import RescalePair
+from program import refused, succeeds
 
 pytestmark = [
     # lm-eval's and its data libraries' own
@@ -276,17 +277,9 @@ def test_from_the_command_line(benchmark_data):
     command = "evaluate bundled --benchmarks arc_challenge --questions 4 --shots 1 --json"
     command += f" --benchmark-data {benchmark_data} --rescale yarn"
 
-    def run(*target):
-        line = [sys.executable, "-m", "longrope", *command.split(), *target]
-        return subprocess.run(line, capture_output=True, text=True, timeout=300)
-
-    done = run("--target", "8x")
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)["benchmarks"]
+    (row,) = json.loads(succeeds(*command.split(), "--target", "8x"))["benchmarks"]
     assert (row["task"], row["questions"]) == ("arc_challenge", 4)
-    done = run()
-    assert done.returncode == 2
-    assert "--target is missing; give the target length of yarn" in done.stderr
+    assert "--target is missing" in refused(*command.split())
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -62,15 +60,8 @@ def test_an_export_generates_the_same_in_a_process_of_its_own(bundled, tmp_path)
     book.write_text("import os\n" * 80)
     texts = []
     for source in (tmp_path, tmp_path / "model"):
-        command = [sys.executable, "-m", "longrope", "generate", source, "--prompt-file", book]
-        done = subprocess.run(
-            [*map(str, command), "--prompt", "import", "--max-new-tokens", "9"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        texts.append(done.stdout)
+        prompt = ["--prompt-file", book, "--prompt", "import"]
+        texts.append(succeeds("generate", source, *prompt, "--max-new-tokens", 9))
     loaded, loaded_pair = load_extended(str(tmp_path))
     assert loaded_pair == made
     ids = loaded.tokenizer(book.read_text() + "import")["input_ids"]

@@ -1,8 +1,5 @@
 """Weight offloading: identical results, with at most two layers on the device."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from longrope.models.load import load_model
 from longrope.pipeline.plan import make_plan
 from longrope.pipeline.recipe import make_recipe
 from longrope.rope.apply import rescaled
-from program import succeeds
+from program import interpreter, succeeds
 
 CPU = torch.device("cpu")
 
@@ -125,10 +122,7 @@ def test_host_memory_does_not_hold_the_weights(tmp_path):
         "loaded.forward(64).losses(torch.arange(3, 300)[None])\n"
         "print(max(most) - before)\n"
     )
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, env=env
-    )
+    done = interpreter("-c", program, tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < size / 2
 

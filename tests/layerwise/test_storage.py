@@ -3,9 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +21,7 @@ from longrope.pipeline.costs import Costs
 from longrope.pipeline.estimate import Memory, available, check_memory
 from longrope.pipeline.recipe import make_recipe
 from longrope.rope.apply import rescaled
-from program import LONGROPE, succeeds
+from program import interpreter, lines, start, succeeds
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,13 +161,8 @@ def test_memory_does_not_hold_offloaded_activations(tmp_path):
         "        gradient(LongForward(model, 256, where), torch.randint(3, 1500, (1, 1001)))\n"
         "        print(max(seen) - before)\n"
     )
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path, Path(__file__).parents[1]],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
+    tests = Path(__file__).parents[1]
+    done = interpreter("-c", program, tmp_path, tests, env={"MALLOC_TRIM_THRESHOLD_": "0"})
     assert done.returncode == 0, done.stderr
     in_folder, in_memory = map(int, done.stdout.split())
     assert in_memory > 80e6
@@ -183,15 +175,12 @@ def test_a_search_is_unchanged_and_leaves_no_file_when_killed(texts, tmp_path):
     folder = tmp_path / "scratch"
     folder.mkdir()
     succeeds(*search, "--out", tmp_path / "memory")
-    on_disk = [*LONGROPE, *search, "--offload-activations", folder, "--out", tmp_path / "disk"]
-    process = subprocess.Popen(list(map(str, on_disk)), stderr=subprocess.DEVNULL)
+    on_disk = [*search, "--offload-activations", folder, "--out", tmp_path / "disk"]
     history = tmp_path / "disk" / "history.jsonl"
-    while process.poll() is None and (not history.exists() or history.read_text().count("\n") < 5):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    killed = start(*on_disk).kill_when(lambda: lines(history) >= 5)
+    assert killed.returncode == -signal.SIGKILL
     assert not list(folder.iterdir())
-    succeeds(*on_disk[len(LONGROPE) :])
+    succeeds(*on_disk)
     for name in ("history.jsonl", "rescale.json"):
         found, expected = ((tmp_path / side / name).read_text() for side in ("disk", "memory"))
         assert found == expected

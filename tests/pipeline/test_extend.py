@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from longrope.distributed import Ranks
 from longrope.pipeline.extend import _finetune, open_run
 from longrope.pipeline.recipe import load_recipe, make_recipe
 from longrope.rope.rescale import Rescale
-from program import refused
+from program import refused, succeeds
 from whole_run import RECIPE, STAGES, evaluated, run
 
 
@@ -166,14 +164,9 @@ def test_the_readme_goes_on_from_a_run(finished, tmp_path):
     (line,) = [line for line in readme.splitlines() if line.startswith("longrope generate")]
     (tmp_path / "long.py").write_text("import os\n" * 60)
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if str(out) in c]
-    module = ["-m", *shlex.split(line), "--max-new-tokens", "5"]
-    for asked in (module, ["-c", code]):
-        done = subprocess.run(
-            [sys.executable, *asked], cwd=tmp_path, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
-    assert done.stdout.startswith("<|bos|>import os")
+    verb = shlex.split(line)[1:]
+    assert succeeds(*verb, "--max-new-tokens", 5, cwd=tmp_path).strip()
+    assert succeeds(code=code, cwd=tmp_path).startswith("<|bos|>import os")
 
 
 def test_other_weights_under_the_same_name_are_no_resumption(checkpoints, texts, tmp_path):

@@ -1,18 +1,14 @@
 """A run gone on with: killed in every stage, by more processes, or with another evaluation."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import yaml
 
 from longrope.rope.rescale import Rescale
-from whole_run import STAGES, command, evaluated, results, run
+from program import lines, start
+from whole_run import STAGES, evaluated, results, run
 
 
 def test_run_again_it_computes_nothing(finished, arguments):
@@ -55,24 +51,10 @@ EVERY_STAGE = [
 )
 def test_killed_it_ends_the_same(finished, arguments, tmp_path, signs, surely):
     out = tmp_path / "killed"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     within = []  # the stages that had begun and were not done
-    for name, lines in signs:
-        process = subprocess.Popen(
-            command(*arguments, "--out", out),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        file = out / name
-        deadline = time.monotonic() + 120
-        while not (file.exists() and file.read_bytes().count(b"\n") >= lines):
-            if process.poll() is not None:
-                break
-            assert time.monotonic() < deadline, name
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for name, number in signs:
+        process = start("extend", *arguments, "--out", out)
+        process.kill_when(lambda file=out / name, least=number: lines(file) >= least)
         within += [s for s in STAGES if (out / s).exists() and not (out / s / "done.json").exists()]
     # The others may be over before the signal.
     assert surely <= set(within), within
@@ -100,15 +82,7 @@ def test_processes_share_the_evaluation(finished, arguments, tmp_path):
     for name in ("evaluate", "report"):
         shutil.rmtree(out / name)
     # Three cannot train a batch of two, but here it is trained.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *command(*arguments, "--out", out)[1:]],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(*arguments, "--out", out, ranks=3)
     shares = [
         len((out / "evaluate" / name).read_text().splitlines())
         for name in ("cells.jsonl", "cells.1.jsonl", "cells.2.jsonl")
@@ -126,16 +100,7 @@ def test_a_group_shares_each_sequence_of_the_evaluation(finished, arguments, tmp
     shutil.copytree(whole, out)
     for name in ("evaluate", "report"):
         shutil.rmtree(out / name)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    group = ["--sequence-parallel", "2", "--out", out]
-    done = subprocess.run(
-        [sys.executable, *launcher, *command(*arguments, *group)[1:]],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(*arguments, "--sequence-parallel", 2, "--out", out, ranks=4)
     leaders = [(out / "evaluate" / name).read_text() for name in ("cells.jsonl", "cells.2.jsonl")]
     others = [(out / "evaluate" / name).read_text() for name in ("cells.1.jsonl", "cells.3.jsonl")]
     assert all(leaders)

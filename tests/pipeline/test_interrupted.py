@@ -1,38 +1,29 @@
 """Searches that are stopped, killed, or shared by processes: real signals, real ranks."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from program import LONGROPE, history, run, succeeds
+from program import history, lines, run, start, succeeds
 
 PAPER = ["--population", 4, "--mutations", 2, "--crossovers", 1]
 FAST = ["--algorithm", "gradient"]
 
 
 def test_ctrl_c_is_no_success(small_search, tmp_path):
-    process = subprocess.Popen(
-        [*LONGROPE, *map(str, small_search), "--out", tmp_path],
-        stderr=subprocess.PIPE,
-        text=True,
-        # what a shell starts in the background ignores it, and so would this
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start(*small_search, "--out", tmp_path)
     while not (tmp_path / "history.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.splitlines()[-1].startswith("longrope: error: stopped; ")
+    done = process.wait()
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1].startswith("longrope: error: stopped; ")
 
 
 @pytest.mark.parametrize(
@@ -47,20 +38,10 @@ def test_ctrl_c_is_no_success(small_search, tmp_path):
 def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
     options = ["--budget", 9, *algorithm]
     succeeds(*small_search, *options, "--out", tmp_path / "whole")
-    cut, lines = tmp_path / "cut", tmp_path / "cut" / "history.jsonl"
-    process = subprocess.Popen(
-        [*LONGROPE, *map(str, small_search), *map(str, options), "--out", cut],
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        # Whole ones: another may be half written when it is read.
-        if lines.exists() and lines.read_text().count("\n") >= after:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    known = lines.read_text().count("\n")
+    cut = tmp_path / "cut"
+    process = start(*small_search, *options, "--out", cut)
+    process.kill_when(lambda: lines(cut / "history.jsonl") >= after)
+    known = lines(cut / "history.jsonl")
     summary = json.loads(succeeds(*small_search, *options, "--out", cut, "--json"))
     assert summary["computed"] == len(history(tmp_path / "whole")) - known
     for name in ("history.jsonl", "rescale.json", "portable.json", "state.json"):
@@ -79,20 +60,12 @@ def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
     ],
 )
 def test_kill_9_of_a_measurement_costs_what_was_under_way(texts, tmp_path, verb, result):
-    options = [*map(str, verb), "--data", str(texts), "--chunk", "64"]
+    options = [*verb, "--data", texts, "--chunk", 64]
     succeeds(*options, "--out", tmp_path / "whole")
     cut, other = tmp_path / "cut", tmp_path / "other"
-    process = subprocess.Popen(
-        [*LONGROPE, *options, "--out", str(cut)], stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    kept, deadline = cut / "unfinished", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(measured(kept)):
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    kept = cut / "unfinished"
+    killed = start(*options, "--out", cut).kill_when(lambda: any(measured(kept)))
+    assert killed.returncode == -signal.SIGKILL
     assert not (cut / result).exists()
     shutil.copytree(cut, other)
     succeeds(*options, "--out", cut)
@@ -128,13 +101,8 @@ def measured(kept):
 )
 def test_ranks_agree_candidate_for_candidate(small_search, tmp_path, algorithm, processes):
     options = ["--budget", 8, *algorithm]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    succeeds(*small_search, *options, "--out", tmp_path / "one", env=env)
-    torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), "-m", "longrope",
-    ]  # fmt: skip
-    succeeds(*small_search, *options, "--out", tmp_path / "many", launcher=torchrun, env=env)
+    succeeds(*small_search, *options, "--out", tmp_path / "one")
+    succeeds(*small_search, *options, "--out", tmp_path / "many", ranks=processes)
     assert history(tmp_path / "many") == history(tmp_path / "one")
     for name in ("rescale.json", "portable.json", "state.json"):
         assert (tmp_path / "many" / name).read_text() == (tmp_path / "one" / name).read_text()
@@ -142,7 +110,6 @@ def test_ranks_agree_candidate_for_candidate(small_search, tmp_path, algorithm, 
 
 def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small_search, tmp_path):
     options = ["--budget", 40, "--out", tmp_path / "out"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     code = (
         "import os, signal, sys, longrope.search.objective as o\n"
         "original, calls = o.Objective.__call__, []\n"
@@ -154,18 +121,12 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small_search, tmp
         "o.Objective.__call__ = dying\n"
         "from longrope.cli import main\nmain()\n"
     )
-    script = tmp_path / "dying.py"
-    script.write_text(code)
-    torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", "2", str(script),
-    ]  # fmt: skip
-    done = run(*small_search, *options, launcher=torchrun, env=env)
+    done = run(*small_search, *options, code=code, ranks=2)
     assert done.returncode != 0
     assert "longrope: error: another process of this run died" in done.stderr
     known = history(tmp_path / "out")
     assert len(known) == 4
     options[1] = 6
-    summary = json.loads(succeeds(*small_search, *options, "--json", env=env))
+    summary = json.loads(succeeds(*small_search, *options, "--json"))
     assert (summary["evaluations"], summary["computed"]) == (6, 2)
     assert history(tmp_path / "out")[:4] == known

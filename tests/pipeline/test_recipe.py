@@ -1,9 +1,5 @@
 """The recipes that longrope carries: each runs whole in miniature, and is priced at true size."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
@@ -13,6 +9,7 @@ from longrope.models.bundled import BUNDLED
 from longrope.models.info import inspect_model
 from longrope.pipeline.plan import make_plan
 from longrope.pipeline.recipe import RECIPES, load_recipe, make_recipe, resolve_recipe
+from program import succeeds
 
 SHAPES = {
     "llama2-7b": lambda: transformers.LlamaConfig(
@@ -97,15 +94,7 @@ def test_runs_end_to_end_on_two_layers(name, texts, tmp_path):
         (checkpoint / file.name).write_bytes(file.read_bytes())
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(scaled_down(name, str(checkpoint), str(texts))))
-    command = [sys.executable, "-m", "longrope", "extend", "--recipe", recipe, "--out", out]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeeds("extend", "--recipe", recipe, "--out", out)
     for file in ("results.json", "report.html", "report.md", "model/config.json", "short.json"):
         assert (out / file).exists()
 

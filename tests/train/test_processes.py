@@ -1,24 +1,20 @@
 """Fine-tuning by two processes: equal to one, with and without FSDP, and after a death."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from program import run, succeeds
 from small_training import FAST, TAUGHT, weights
-
-TESTS = str(Path(__file__).parents[1])
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from longrope.distributed import ranks
 from longrope.train.config import FinetuneSettings
+from program import run, succeeds
 from small_training import train
 model, data, out, changes = sys.argv[1:]
 with ranks() as these:
@@ -56,19 +52,6 @@ LongContextDataset.__getitem__ = dying
 """
 
 
-def launched(*command, code=0, **environment):
-    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
-    )
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
-
-
 @pytest.mark.parametrize(
     ("sharded", "distill"),
     [
@@ -83,8 +66,6 @@ def test_two_processes_train_as_one(
 ):
     one = taught if distill else trained
     changes = (TAUGHT if distill else FAST).model_dump()
-    program = tmp_path / "program.py"
-    program.write_text(SHARDED + PROGRAM if sharded else PROGRAM)
     environment = {}
     if sharded:
         environment = {
@@ -97,8 +78,8 @@ def test_two_processes_train_as_one(
             "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # the launcher's default
         }
     out = tmp_path / "out"
-    command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program)
-    launched(*command, checkpoints("llama"), texts, out, json.dumps(changes), **environment)
+    asked = checkpoints("llama"), texts, out, json.dumps(changes)
+    succeeds(*asked, code=SHARDED + PROGRAM if sharded else PROGRAM, ranks=2, env=environment)
     lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
     expected = one[1]
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
@@ -115,10 +96,8 @@ def test_two_processes_train_as_one(
 @pytest.mark.slow
 def test_parameters_that_text_does_not_use_are_frozen(checkpoints, texts, tmp_path):
     """DDP waits for the gradients of all trained parameters."""
-    program, out, before = tmp_path / "program.py", tmp_path / "out", checkpoints("mistral3")
-    program.write_text(PROGRAM)
-    command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program)
-    launched(*command, before, texts, out, json.dumps(FAST.model_dump()))
+    out, before = tmp_path / "out", checkpoints("mistral3")
+    succeeds(before, texts, out, json.dumps(FAST.model_dump()), code=PROGRAM, ranks=2)
     first, last = (load_file(path / "model.safetensors") for path in (before, out / "model"))
     stayed = {name for name, weight in first.items() if torch.equal(last[name], weight)}
     assert any("vision" in name for name in stayed)
@@ -126,18 +105,14 @@ def test_parameters_that_text_does_not_use_are_frozen(checkpoints, texts, tmp_pa
 
 
 def test_training_resumes_after_a_process_died(checkpoints, texts, tmp_path, trained):
-    program, out = tmp_path / "program.py", tmp_path / "out"
-    program.write_text(DYING + PROGRAM)
-    command = (
-        *("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", program),
-        *(checkpoints("llama"), texts, out, json.dumps(FAST.model_dump())),
-    )
-    done = launched(*command, code=1)
+    out = tmp_path / "out"
+    asked = checkpoints("llama"), texts, out, json.dumps(FAST.model_dump())
+    done = run(*asked, code=DYING + PROGRAM, ranks=2)
+    assert done.returncode != 0
     assert "another process of this run died" in done.stderr
     assert "cannot be written" not in done.stderr
     whole = [c.parent.name for c in (out / "checkpoints").glob("*/complete.json")]
     assert whole == ["checkpoint-2"]
-    program.write_text(PROGRAM)
-    launched(*command)
+    succeeds(*asked, code=PROGRAM, ranks=2)
     lines = [json.loads(line)["loss"] for line in (out / "loss.jsonl").read_text().splitlines()]
     assert lines == pytest.approx([line["loss"] for line in trained[1]], abs=2e-3)
