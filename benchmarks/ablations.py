@@ -25,6 +25,7 @@ from longrope.distributed import Ranks
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.compare import compare_perplexity, method_entries, resolve_lengths
 from longrope.evaluate.measure import PerplexityOptions
+from longrope.execution import ExecutionConfig
 from longrope.models.load import load_model
 from longrope.pipeline.extend import extend
 from longrope.pipeline.recipe import make_recipe
@@ -149,7 +150,7 @@ def _percent(perplexity: float, results: dict[str, Any]) -> str:
 
 def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[str, Any]:
     """The same search with several seeds: the loss it ends with, and what that is worth."""
-    loaded = load_model("bundled", dtype=args.dtype)
+    loaded = load_model("bundled", ExecutionConfig(dtype=args.dtype))
     losses, starts, files = [], [], []
     for seed in seeds:
         directory = args.out / f"untrained-{target}-{seed}"

@@ -39,6 +39,7 @@ from longrope import load_model
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.compat import auto_class
+from longrope.execution import ExecutionConfig
 from longrope.inference.generate import stream
 from longrope.layerwise.backward import gradient
 from longrope.models.bundled import BUNDLED
@@ -244,7 +245,7 @@ def tried(kind: str) -> dict[str, Any]:
             return row | {"made": False, "reason": reason}
         how: dict[str, Any] = {"existing_scaling": "replace", "original_length": ORIGINAL}
         try:
-            loaded = load_model(directory, dtype="float32", **how)
+            loaded = load_model(directory, ExecutionConfig(dtype="float32"), **how)
         except ValueError as error:
             reason = str(error).replace(directory, "").partition("cannot be extended: ")[2]
             return row | {"made": True, "reason": reason or str(error).replace(directory, kind)}

@@ -29,12 +29,13 @@ def measure(args: argparse.Namespace) -> None:
     import torch
     from smollm2 import model_path
 
-    from longrope.layerwise.forward import LongForward
+    from longrope.execution import ExecutionConfig
+from longrope.layerwise.forward import LongForward
     from longrope.models.load import load_model
     from longrope.rope.apply import rescaled
 
     torch.manual_seed(0)
-    loaded = load_model(model_path(args.model), dtype=args.dtype, device=args.device)
+    loaded = load_model(model_path(args.model), ExecutionConfig(dtype=args.dtype, device=args.device))
     model, info = loaded.model, loaded.info
     tokens = int(args.tokens)
     ids = torch.randint(10, info.vocabulary, (1, tokens + 1))

@@ -24,6 +24,7 @@ import transformers
 
 from longrope.data.windows import bos_token, load_documents, search_windows
 from longrope.distributed import Ranks, ranks
+from longrope.execution import ExecutionConfig
 from longrope.layerwise.backward import gradient
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
@@ -56,7 +57,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def _search(config: GradientSearchConfig | EvolutionSearchConfig, these: Ranks, out: Path) -> float:
-    loaded = load_model("bundled", dtype="float32", device="cpu")
+    loaded = load_model("bundled", ExecutionConfig(dtype="float32", device="cpu"))
     documents = load_documents(loaded.tokenizer, (), field="text", held_out=False)
     windows = search_windows(documents, 2048, config.windows, 0, bos_token(loaded.tokenizer))
     problem = first_search(loaded.info, 2048)
@@ -70,7 +71,7 @@ def shared(args: argparse.Namespace) -> None:
     """One process of a group: seconds of a forward pass of one sequence, and of its gradient."""
     torch.set_num_threads(1)
     with ranks(int(os.environ.get("WORLD_SIZE", "1"))) as these:
-        loaded = load_model("bundled", dtype="float32", device="cpu", group=these.group)
+        loaded = load_model("bundled", ExecutionConfig(dtype="float32", device="cpu"), group=these.group)
         ids = torch.randint(3, 1536, (1, 16_385), generator=torch.Generator().manual_seed(0))
         forward, found = loaded.forward(1024), {}
         with rescaled(loaded.model, loaded.info.rescale("yarn", 16_384), always=True):

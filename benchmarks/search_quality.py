@@ -33,6 +33,7 @@ from longrope.data.windows import (
     with_bos,
 )
 from longrope.distributed import Ranks, local_device, ranks
+from longrope.execution import ExecutionConfig
 from longrope.files import read_lines, write_atomically
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import LoadedModel, load_model
@@ -74,7 +75,7 @@ def main() -> None:
 
 def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[str, Any]]]:
     """What was asked, and a row for every search; the first process alone measures held out."""
-    loaded = load_model(model_path(args.model), device=local_device(None), dtype=args.dtype)
+    loaded = load_model(model_path(args.model), ExecutionConfig(device=local_device(None), dtype=args.dtype))
     length, bos = parse_extension(args.target, loaded.info), bos_token(loaded.tokenizer)
     documents = load_documents(loaded.tokenizer, args.data, held_out=False)
     windows = search_windows(documents, length, args.windows, 0, bos)

@@ -16,6 +16,7 @@ from smollm2 import model_path
 
 from longrope.data.windows import bos_token, load_documents
 from longrope.evaluate.perplexity import paired_difference, score
+from longrope.execution import ExecutionConfig
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
 from longrope.models.target import starting_point
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-document", type=int, default=8192)
     args = parser.parse_args()
 
-    loaded = load_model(model_path(args.model), dtype=args.dtype)
+    loaded = load_model(model_path(args.model), ExecutionConfig(dtype=args.dtype))
     documents = load_documents(loaded.tokenizer, args.data, held_out=True)
     bos = bos_token(loaded.tokenizer)
     forward = LongForward(loaded.model)

@@ -4,20 +4,21 @@ from transformers import AutoModelForCausalLM
 
 from longrope.data.windows import load_documents
 from longrope.distributed import Ranks
+from longrope.execution import ExecutionConfig
 from longrope.models.load import load_model
-from longrope.train.config import FinetuneSettings
+from longrope.train.config import FinetuneConfig
 from longrope.train.dataset import LongContextDataset
 from longrope.train.trainer import finetune
 
 LENGTH = 128
-FAST = FinetuneSettings(
+FAST = FinetuneConfig(
     steps=6, batch=2, learning_rate=1e-3, warmup=2, precision="float32", save_every=2
 )
 TAUGHT = FAST.model_copy(update={"distill": True})
 
 
 def train(checkpoint, texts, out, settings=FAST, ranks=None, **changes):
-    loaded = load_model(str(checkpoint), dtype="float32")
+    loaded = load_model(str(checkpoint), ExecutionConfig(dtype="float32"))
     documents = load_documents(loaded.tokenizer, [str(texts)], held_out=False)
     windows = (
         {"short": 1.5, "short_length": 64, "batch": settings.batch} if settings.distill else {}

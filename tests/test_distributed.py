@@ -202,7 +202,7 @@ def small(texts):
 @pytest.mark.slow
 def test_search_and_evaluate_with_sequence_parallel(small, tmp_path):
     """A search of four processes in two groups, and an evaluation of two in one."""
-    options = ["--budget", 4, "--chunk", 50]
+    options = ["--budget", 4, "--chunk-size", 50]
     succeeds(*small, *options, "--out", tmp_path / "one")
     group = ["--sequence-parallel", 2]
     succeeds(*small, *options, *group, "--out", tmp_path / "many", ranks=4)
@@ -211,7 +211,18 @@ def test_search_and_evaluate_with_sequence_parallel(small, tmp_path):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["factors"] == expected["factors"]
     model, texts = small[1], small[small.index("--data") + 1]
-    asked = ["evaluate", model, "--lengths", "512", "--data", texts, "--chunk", 100, "--json"]
+    asked = [
+        "evaluate",
+        "perplexity",
+        model,
+        "--lengths",
+        "512",
+        "--data",
+        texts,
+        "--chunk-size",
+        100,
+        "--json",
+    ]
     alone = json.loads(succeeds(*asked))
     together = json.loads(succeeds(*asked, *group, ranks=2))
     (one,), (two,) = alone["perplexity"], together["perplexity"]
@@ -221,7 +232,7 @@ def test_search_and_evaluate_with_sequence_parallel(small, tmp_path):
 
 def test_a_group_runs_the_gradient_search(small, tmp_path):
     """Two processes of torchrun share each window, with activations in files."""
-    search = [*small[: small.index("--algorithm")], "--budget", 16, "--chunk", 50]
+    search = [*small[: small.index("--algorithm")], "--budget", 16, "--chunk-size", 50]
     succeeds(*search, "--out", tmp_path / "one")
     group = ["--sequence-parallel", 2, "--offload-activations", tmp_path]
     done = interpreter(*TORCHRUN, 2, "-m", "longrope", *search, *group, "--out", tmp_path / "two")

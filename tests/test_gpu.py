@@ -10,6 +10,7 @@ from conftest import FAMILIES, micro_model
 from layerwise.test_forward import plain_losses, yarn
 from longrope.attention import cudnn
 from longrope.attention.chunked import _online_softmax, causal_attention_with_lse
+from longrope.execution import ExecutionConfig
 from longrope.inference.generate import stream
 from longrope.inference.load import load_extended
 from longrope.layerwise.backward import gradient
@@ -131,7 +132,7 @@ def test_the_chunk_size_is_halved_until_it_fits():
         losses = forward.losses(ids)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert 512 < forward.chunk < 65_536
+    assert 512 < forward.chunk_size < 65_536
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -167,13 +168,15 @@ def test_a_whole_extension(checkpoints, texts, tmp_path, precision):
     tuning = json.loads((out / "finetune" / "done.json").read_text())
     assert tuning["last_loss"] < tuning["first_loss"]
     measured = [
-        evaluated(out, "--data", texts, "--lengths", "64,1024", "--device", device, "--json")
+        evaluated(
+            "perplexity", out, "--data", texts, "--lengths", "64,1024", "--device", device, "--json"
+        )
         for device in ("cuda", "cpu")
     ]
     assert len(measured[0]["perplexity"]) > 1
     for there, here in zip(*(found["perplexity"] for found in measured), strict=True):
         assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-3)
-    loaded, both = load_extended(str(out), device="cuda", dtype="float32")
+    loaded, both = load_extended(str(out), ExecutionConfig(device="cuda", dtype="float32"))
     assert both is not None
     loaded.model.generation_config.eos_token_id = None
     prompt = list(range(100, 96 + both.recovery_length))  # four more cross the boundary

@@ -19,7 +19,7 @@ STAGES = [
 SMALL = {"population": 6, "mutations": 2, "crossovers": 2, "iterations": 3, "parents": 4}
 RECIPE = {
     "target": "16x",
-    "dtype": "float32",
+    "execution": {"dtype": "float32"},
     "search": {"windows": 2, "budget": 9},
     "finetune": {
         "steps": 6,

@@ -12,6 +12,7 @@ from longrope.checkpoints.gguf import LONG, SHORT
 from longrope.checkpoints.gguf_io import read_metadata, read_tensors, write_file
 from longrope.checkpoints.importer import import_pair
 from longrope.engines.check import Reference, verify
+from longrope.execution import ExecutionConfig
 from longrope.models.load import load_model
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
@@ -56,11 +57,11 @@ def test_weights_are_the_checkpoints_own(made, tmp_path):
     export(options(tmp_path, "bundled", "model.gguf", "gguf"))
     found = load_model(
         str(tmp_path / "model.gguf"),
-        dtype="float32",
+        ExecutionConfig(dtype="float32"),
         existing_scaling="replace",
         original_length=256,
     )
-    own = load_model("bundled", dtype="float32")
+    own = load_model("bundled", ExecutionConfig(dtype="float32"))
     for name, tensor in own.model.state_dict().items():
         torch.testing.assert_close(found.model.state_dict()[name], tensor, rtol=0, atol=0)
     text = "def main(argv=None):\n    return 12345  # é€\n"

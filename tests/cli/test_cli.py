@@ -58,7 +58,7 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
     assert all(keys <= line.keys() for line in history)
     best = Rescale.load(out / "rescale.json")
     if not torch.cuda.is_available():  # in the header, so that histories from before go on
-        assert json.loads((out / "state.json").read_text())["config"]["chunk"] == 2048
+        assert json.loads((out / "state.json").read_text())["config"]["chunk_size"] == 2048
     assert min(line["loss"] for line in history) == best.provenance["loss"] == summary["loss"]
     assert Rescale.load(out / "portable.json").start_tokens == 0
 
@@ -68,7 +68,7 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
     data = ["--data", texts, "--lengths", "256,512"]
     rows = {}
     for method in ("yarn", out / "rescale.json"):
-        found = json.loads(succeeds("evaluate", "--rescale", method, *data, "--json"))
+        found = json.loads(succeeds("evaluate", "perplexity", "--rescale", method, *data, "--json"))
         rows[str(method)] = found["perplexity"]
         assert [row["length"] for row in found["perplexity"]] == [256, 512]
         assert {"method", "perplexity", "standard_error", "tokens", "windows"} <= found[
@@ -99,10 +99,13 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
 
 def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):
     (tmp_path / "pi.csv").write_text(",".join(["2.0"] * 32))
-    options = ["--lengths", 512, "--data", texts, "--json"]
-    ours = json.loads(succeeds("evaluate", "--rescale", tmp_path / "pi.csv", *options))
+    options, perplexity = (
+        ["--lengths", 512, "--data", texts, "--json"],
+        ["evaluate", "perplexity", "--rescale"],
+    )
+    ours = json.loads(succeeds(*perplexity, tmp_path / "pi.csv", *options))
     theirs = json.loads(
-        succeeds("evaluate", "--rescale", "pi", *options, "--attention-factor", (1 + 1 / 8) ** 0.5)
+        succeeds(*perplexity, "pi", *options, "--attention-factor", (1 + 1 / 8) ** 0.5)
     )
     assert ours["perplexity"][0]["perplexity"] == theirs["perplexity"][0]["perplexity"]
 
@@ -119,8 +122,8 @@ def test_documents_may_be_packed(texts, tmp_path):
 
 
 def test_retrieval_from_the_command_line(tmp_path):
-    arguments = ["evaluate", "bundled", "--lengths", "200,512", "--trials", 6, "--passkey"]
-    found = json.loads(succeeds(*arguments, "--json"))["passkey"]
+    arguments = ["bundled", "--lengths", "200,512", "--trials", 6]
+    found = json.loads(succeeds("evaluate", "passkey", *arguments, "--json"))["passkey"]
     assert {row["length"] for row in found} == {200, 512}
     right = {
         length: sum(row["correct"] for row in found if row["length"] == length)
@@ -128,8 +131,8 @@ def test_retrieval_from_the_command_line(tmp_path):
     }
     assert right[200] >= 5
     assert right[512] <= 3  # beyond its window, unscaled
-    out = succeeds(*arguments, "--rescale", "yarn", "--out", tmp_path)
+    out = succeeds("evaluate", "passkey", *arguments, "--rescale", "yarn", "--out", tmp_path)
     assert "95% interval" in out
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(succeeds(*arguments[:-1], "--needle", "--json"))["needle"]
+    found = json.loads(succeeds("evaluate", "needle", *arguments, "--json"))["needle"]
     assert sum(row["trials"] for row in found) == 12

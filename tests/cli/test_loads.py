@@ -62,7 +62,7 @@ def test_search_and_evaluate(checkpoints, texts, tmp_path, counts):
     search = ["--target", "2x", "--out", tmp_path / "out", "--windows", 1, "--budget", 6]
     go("search", model, *search, *data)
     assert counts == {"inspected": 1, "loaded": 1}
-    go("evaluate", model, "--lengths", "64", "--tokens-per-document", 64, *data)
+    go("evaluate", "perplexity", model, "--lengths", "64", "--tokens-per-document", 64, *data)
     assert counts == {"inspected": 2, "loaded": 2}
 
 
@@ -72,7 +72,7 @@ def test_extend(checkpoints, texts, tmp_path, counts):
             "model": str(checkpoints("llama")),
             "target": "2x",
             "data": [str(texts)],
-            "device": "cpu",
+            "execution": {"device": "cpu"},
             "search": {"method": "yarn"},
             "evaluate": {"documents": 1, "lengths": ["64"], "passkey_trials": 0, "methods": []},
         }

@@ -19,7 +19,7 @@ def test_target(tmp_path):
         [*search, "256"],
         [*search, "much"],
         ["compare", *less, "--methods", "none,yarn"],
-        ["evaluate", *less, "--rescale", "yarn"],
+        ["evaluate", "perplexity", *less, "--rescale", "yarn"],
     )
     assert all("--target is 64, and the model handles 256 tokens" in line for line in nothing)
     assert "--target is 256" in small
@@ -54,7 +54,7 @@ def test_settings(small_search, tmp_path):
         ("--budget", 0),
         ("--population", 0),
         ("--mutation-probability", 2),
-        ("--chunk", 0),
+        ("--chunk-size", 0),
         ("--start-tokens", -1),
         ("--start-tokens", 257),
         ("--max-factor", 0.5),
@@ -84,7 +84,9 @@ def test_rescale_files(texts, tmp_path):
         wrong: "factors has 16 numbers; this model needs 32",
         without: "without.json: a rescale needs the key 'factors'",
     }
-    lines = each_refused(*(["evaluate", "--rescale", name, *data] for name in messages))
+    lines = each_refused(
+        *(["evaluate", "perplexity", "--rescale", name, *data] for name in messages)
+    )
     for line, message in zip(lines, messages.values(), strict=True):
         assert message in line
 
@@ -134,7 +136,16 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
     assert "compare supports one process" in refused(*another, env={"WORLD_SIZE": "2"})
     assert (compared / "compare.json").read_bytes() == before
     succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
-    evaluate = ["evaluate", "--data", texts, "--tokens-per-document", 512, "--lengths", "512"]
+    evaluate = [
+        "evaluate",
+        "perplexity",
+        "--data",
+        texts,
+        "--tokens-per-document",
+        512,
+        "--lengths",
+        "512",
+    ]
     evaluate += ["--target", "2x", "--out", tmp_path / "evaluated", "--rescale"]
     succeeds(*evaluate, "pi")
     assert "another measurement (rescale pi)" in refused(*evaluate, "ntk")
@@ -160,11 +171,12 @@ def test_full_disk(small_search, tmp_path):
 
 
 def test_retrieval_and_generation(tmp_path):
-    base = ["evaluate", "bundled", "--lengths", "512"]
+    base = ["evaluate", "passkey", "bundled", "--lengths"]
     messages = {
-        (*base, "--passkey", "--needle"): "choose one",
-        (*base, "--passkey", "--trials", 0): "--trials is 0",
-        (*base[:-1], "40", "--passkey"): "too few for the question",
+        (*base, 512, "--trials", 0): "--trials is 0",
+        (*base, 512, "--data", "x"): "--data",
+        (*base, 40): "too few for the question",
+        ("evaluate", "benchmarks", "--tasks", "mmlu", "--limit", 0): "--limit is 0",
         ("generate", "bundled", "--max-new-tokens", 0): "--max-new-tokens is 0",
         ("generate", "bundled"): "--prompt is empty",
         ("generate", "runs/nowhere", "--prompt", "a"): "runs/nowhere: no such directory, nor read",
@@ -182,21 +194,23 @@ def test_memory(tmp_path):
     line = refused(*search, "--out", tmp_path / "out")
     assert "search at 256,000,000 tokens needs about" in line
     assert (
-        "try --algorithm evolution, --offload-activations FOLDER, --offload weights, a smaller"
+        "try --algorithm evolution, --offload-activations DIRECTORY, --offload-weights, a smaller"
         in line
     )
     assert not (tmp_path / "out").exists()
     long = ["--device", "cpu", "--lengths", "2048,1000000x"]
     measuring = [
         ("compare", "--target", "2x", *long),
-        *(("evaluate", *long, *what) for what in ([], ["--passkey"], ["--needle"])),
-        ("evaluate", *long, "--benchmarks", "niah_single_1"),
+        *(("evaluate", what, *long) for what in ("perplexity", "passkey", "needle")),
+        ("evaluate", "benchmarks", *long, "--tasks", "niah_single_1"),
     ]
     for line in each_refused(*measuring):
         assert "measuring at 256,000,000 tokens needs about" in line
-        assert "try --offload-activations FOLDER, --offload weights, shorter --lengths" in line
-    line = refused("evaluate", "--lengths", 512, "--offload-activations", tmp_path / "nowhere")
-    assert "nowhere: no device, and no folder that can be written" in line
+        assert "try --offload-activations DIRECTORY, --offload-weights, shorter --lengths" in line
+    line = refused(
+        "evaluate", "passkey", "--lengths", 512, "--offload-activations", tmp_path / "nowhere"
+    )
+    assert "nowhere', which is neither a device nor a directory" in line
 
 
 def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):

@@ -7,12 +7,14 @@ import warnings
 
 import pytest
 
-from longrope.evaluate.benchmarks import BenchmarkOptions, score_benchmark
+from longrope.evaluate.benchmarks import check_benchmarks, require_benchmark_data, score_benchmark
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.compare import compare_benchmarks
 from longrope.evaluate.lm_eval_tasks import manager, task_parts
 from longrope.evaluate.local_data import read_dataset
+from longrope.evaluate.settings import BenchmarkConfig
 from longrope.evaluate.statistics import paired
+from longrope.execution import ExecutionConfig
 from longrope.files import JsonlStore
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
@@ -31,12 +33,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load_model("bundled", dtype="float32")
+    return load_model("bundled", ExecutionConfig(dtype="float32"))
 
 
 def options(folder, **changes):
-    fields = {"tasks": ("arc_challenge",), "shots": 2, "data": str(folder), "questions": 8}
-    return BenchmarkOptions(**fields | changes)
+    fields = {"tasks": ("arc_challenge",), "num_fewshot": 2, "datasets": str(folder), "limit": 8}
+    return BenchmarkConfig(**fields | changes)
 
 
 def reference(loaded, rescale, task, data, shots, questions):
@@ -179,7 +181,7 @@ def test_no_question_is_its_own_example(tmp_path):
 
 def test_a_model_against_itself_differs_in_nothing(bundled, benchmark_data):
     unscaled = bundled.info.rescale("none", 256)
-    asked = options(benchmark_data, tasks=("hellaswag",), shots=0)
+    asked = options(benchmark_data, tasks=("hellaswag",), num_fewshot=0)
     (row,) = compare_benchmarks(
         bundled, lambda tokens: unscaled, 256, None, asked, MeasurementCache()
     )
@@ -197,7 +199,7 @@ def test_the_interval_is_that_of_paired_differences():
 @pytest.mark.slow
 def test_ruler_makes_its_texts_at_the_lengths_asked(bundled, capsys):
     yarn = bundled.info.rescale("yarn", 4096)
-    asked = BenchmarkOptions(("ruler_vt",), questions=1, shots=0, lengths=(2048, 3072))
+    asked = BenchmarkConfig(tasks=("ruler_vt",), limit=1, num_fewshot=0, ruler_lengths=(2048, 3072))
     found = score_benchmark(bundled, lambda tokens: yarn, 4096, "ruler_vt", asked)
     assert list(found) == ["ruler_vt at 2,048", "ruler_vt at 3,072"]
     assert all(len(scores) == 1 for scores in found.values())
@@ -223,17 +225,15 @@ def test_other_questions_are_not_paired():
     ("changes", "message"),
     [
         ({"tasks": ("arc_chalenge",)}, "no task 'arc_chalenge'.*arc_challenge"),
-        ({"questions": 0}, "--questions is 0"),
-        ({"shots": -1}, "--shots is -1"),
-        ({"data": "nowhere"}, "benchmark data nowhere: no such directory"),
+        ({"datasets": "nowhere"}, "datasets is 'nowhere'"),
         ({"tasks": ("niah_single_1",)}, "benchmark niah_single_1 .* lengths"),
-        ({"tasks": ("ruler_vt",), "lengths": (1024,)}, "lengths of 2,048 tokens or more"),
-        ({"tasks": ("longcxt",), "lengths": (2048,)}, "choose ruler itself"),
+        ({"tasks": ("ruler_vt",), "ruler_lengths": (1024,)}, "lengths of 2,048 tokens or more"),
+        ({"tasks": ("longcxt",), "ruler_lengths": (2048,)}, "choose ruler itself"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(benchmark_data, changes, message):
     with pytest.raises(ValueError, match=message):
-        options(benchmark_data, **changes).check()
+        check_benchmarks(options(benchmark_data, **changes))
 
 
 def test_what_cannot_be_compared_is_refused_before_it_is_asked(bundled, benchmark_data, tmp_path):
@@ -242,10 +242,10 @@ def test_what_cannot_be_compared_is_refused_before_it_is_asked(bundled, benchmar
     def refused(message, **changes):
         asked = options(benchmark_data, **changes)
         with pytest.raises(ValueError, match=message):
-            asked.require_data(bundled.tokenizer, 256)
+            require_benchmark_data(asked, bundled.tokenizer, 256)
 
-    options(benchmark_data).require_data(bundled.tokenizer, 256)
-    refused("arc_challenge has 3 examples for 25 shots.*--shots", shots=25)
+    require_benchmark_data(options(benchmark_data), bundled.tokenizer, 256)
+    refused("arc_challenge has 3 examples for 25 shots.*num_fewshot", num_fewshot=25)
     for owner, name, rows in (
         ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", [{"page": "x"}] * 4),
         ("openai/gsm8k", "main", [{"question": "1 + 1?", "answer": "#### 2"}] * 12),
@@ -253,9 +253,9 @@ def test_what_cannot_be_compared_is_refused_before_it_is_asked(bundled, benchmar
         folder = tmp_path / owner / name
         folder.mkdir(parents=True)
         datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
-    refused("wikitext is measured by word_perplexity", tasks=("wikitext",), data=str(tmp_path))
+    refused("wikitext is measured by word_perplexity", tasks=("wikitext",), datasets=str(tmp_path))
     message = "gsm8k takes answers of 256 tokens, and a model has a window of 256"
-    refused(message, tasks=("gsm8k",), data=str(tmp_path))
+    refused(message, tasks=("gsm8k",), datasets=str(tmp_path))
 
 
 def test_a_task_read_in_several_ways_counts_by_the_first(bundled, tmp_path):
@@ -265,7 +265,7 @@ def test_a_task_read_in_several_ways_counts_by_the_first(bundled, tmp_path):
     folder.mkdir(parents=True)
     rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
     datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
-    asked = options(tmp_path, tasks=("gsm8k",), shots=0, questions=2)
+    asked = options(tmp_path, tasks=("gsm8k",), num_fewshot=0, limit=2)
     yarn = bundled.info.rescale("yarn", 1024)
     found = score_benchmark(bundled, lambda _: yarn, 1024, "gsm8k", asked)
     assert list(found["gsm8k"].values()) == [0, 0]
@@ -274,8 +274,8 @@ def test_a_task_read_in_several_ways_counts_by_the_first(bundled, tmp_path):
 @pytest.mark.slow
 def test_from_the_command_line(benchmark_data):
     """Against the same weights unscaled; what a method is made for must be said."""
-    command = "evaluate bundled --benchmarks arc_challenge --questions 4 --shots 1 --json"
-    command += f" --benchmark-data {benchmark_data} --rescale yarn"
+    command = "evaluate benchmarks bundled --tasks arc_challenge --limit 4 --num-fewshot 1 --json"
+    command += f" --datasets {benchmark_data} --rescale yarn"
 
     (row,) = json.loads(succeeds(*command.split(), "--target", "8x"))["benchmarks"]
     assert (row["task"], row["questions"]) == ("arc_challenge", 4)
@@ -284,7 +284,7 @@ def test_from_the_command_line(benchmark_data):
 
 @pytest.mark.slow
 def test_without_a_hub_one_line_says_what_to_do(tmp_path):
-    command = "evaluate bundled --benchmarks arc_challenge --questions 2 --shots 0"
+    command = "evaluate benchmarks bundled --tasks arc_challenge --limit 2 --num-fewshot 0"
     done = subprocess.run(
         [sys.executable, "-m", "longrope", *command.split()],
         capture_output=True,
@@ -295,4 +295,4 @@ def test_without_a_hub_one_line_says_what_to_do(tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "benchmark arc_challenge: its data cannot be read" in done.stderr
-    assert "--benchmark-data" in done.stderr
+    assert "--datasets" in done.stderr

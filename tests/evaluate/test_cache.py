@@ -10,8 +10,8 @@ from longrope.evaluate.cache import MeasurementCache, measurement_cache
 from longrope.evaluate.compare import compare_perplexity, method_entries
 from longrope.evaluate.measure import (
     Measurement,
-    PerplexityOptions,
-    RetrievalOptions,
+    PerplexityConfig,
+    RetrievalConfig,
     measure,
     model_identity,
 )
@@ -43,7 +43,7 @@ def compared(bundled, texts, directory, methods, lengths=(256, 512), **options):
         method_entries(bundled.info, methods, 512),
         512,
         load_documents(bundled.tokenizer, [str(texts)], held_out=True),
-        PerplexityOptions(lengths, **options),
+        PerplexityConfig(lengths=lengths, **options),
         MeasurementCache(directory),
     )
 
@@ -77,7 +77,7 @@ def test_answers(bundled, tmp_path, forwards):
     model = model_identity(bundled)
 
     def asked(seed=0, method="yarn"):
-        rescale, options = bundled.info.rescale(method, 512), RetrievalOptions(4, seed=seed)
+        rescale, options = bundled.info.rescale(method, 512), RetrievalConfig(trials=4, seed=seed)
         cache = MeasurementCache(tmp_path)
         return [
             measure(bundled, Measurement("passkey", model, lambda _: rescale, n, options), cache)
@@ -100,9 +100,11 @@ def test_a_stopped_measurement_resumes_within(bundled, texts, tmp_path, monkeypa
         load_documents(bundled.tokenizer, [str(texts)], held_out=True),
     )
     wanted = [
-        Measurement("perplexity", "m", lambda _: yarn, 256, PerplexityOptions((256,)), documents),
-        Measurement("passkey", "m", lambda _: yarn, 256, RetrievalOptions(6)),
-        Measurement("needle", "m", lambda _: yarn, 256, RetrievalOptions(6), documents),
+        Measurement(
+            "perplexity", "m", lambda _: yarn, 256, PerplexityConfig(lengths=(256,)), documents
+        ),
+        Measurement("passkey", "m", lambda _: yarn, 256, RetrievalConfig(trials=6)),
+        Measurement("needle", "m", lambda _: yarn, 256, RetrievalConfig(trials=6), documents),
     ]
     expected = [measure(bundled, one, MeasurementCache()) for one in wanted]
     monkeypatch.setattr("longrope.evaluate.retrieval.BATCH_TOKENS", 256)
@@ -135,10 +137,10 @@ def test_a_stopped_measurement_resumes_within(bundled, texts, tmp_path, monkeypa
 
 def test_the_key_is_of_the_content():
     rescale = load_model("bundled").info.rescale("yarn", 512)
-    plain = Measurement("passkey", "a", lambda _: rescale, 256, RetrievalOptions(4))
-    same = Measurement("passkey", "a", lambda length: rescale, 256, RetrievalOptions(4)).key
+    plain = Measurement("passkey", "a", lambda _: rescale, 256, RetrievalConfig(trials=4))
+    same = Measurement("passkey", "a", lambda length: rescale, 256, RetrievalConfig(trials=4)).key
     others = [
-        dataclasses.replace(plain, options=RetrievalOptions(5)),
+        dataclasses.replace(plain, options=RetrievalConfig(trials=5)),
         dataclasses.replace(plain, model="b"),
         dataclasses.replace(plain, kind="needle"),
         dataclasses.replace(plain, choose=lambda _: rescale.replace(attention_factor=2.0)),

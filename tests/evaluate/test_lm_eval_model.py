@@ -6,6 +6,7 @@ import torch
 
 from conftest import RECOVERY, pair
 from longrope.evaluate import lm_eval_model as harness
+from longrope.execution import ExecutionConfig
 from longrope.models.load import load_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gemma2", "gemma3", "gpt_neox", "glm", "cohere")
@@ -26,7 +27,7 @@ def ask(model, requests, monkeypatch, long):
 
 @pytest.mark.parametrize("family", FAMILIES + STATEFUL)
 def test_answers_after_one_text(checkpoints, family, monkeypatch):
-    loaded = load_model(str(checkpoints(family)), dtype="float32")
+    loaded = load_model(str(checkpoints(family)), ExecutionConfig(dtype="float32", chunk_size=32))
     rng = np.random.default_rng(0)
     # Of the middle text's answers some fit the recovery length and some do not.
     texts = [rng.integers(3, 1500, n).tolist() for n in (30, RECOVERY - 4, RECOVERY + 9)]
@@ -36,7 +37,7 @@ def test_answers_after_one_text(checkpoints, family, monkeypatch):
     requests += [(("", ""), texts[0], [token]) for token in (5, 6)]
     order = rng.permutation(len(requests))
     requests = [requests[i] for i in order]
-    model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, 32, "", None)
+    model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, "")
     rows, never = ask(model, requests, monkeypatch, 10_000)
     once, prefilled = ask(model, requests, monkeypatch, 20)
     assert never == []
@@ -54,8 +55,8 @@ def test_answers_after_one_text(checkpoints, family, monkeypatch):
 
 def test_the_greedy_answer_is_known_as_one(checkpoints, monkeypatch):
     """The only way to True: the model's own tokens."""
-    loaded = load_model(str(checkpoints("llama")), dtype="float32")
-    model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, 32, "", None)
+    loaded = load_model(str(checkpoints("llama")), ExecutionConfig(dtype="float32", chunk_size=32))
+    model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, "")
     text = list(range(3, 120))
     answer: list[int] = []
     with torch.inference_mode(), harness.rescaled(loaded.model, model.choose(len(text) + 4)):
@@ -71,8 +72,8 @@ def test_the_greedy_answer_is_known_as_one(checkpoints, monkeypatch):
 
 def test_no_room_for_every_layers_keys(checkpoints, monkeypatch):
     """A GPU that cannot hold them: every answer in a row of its own, with the same result."""
-    loaded = load_model(str(checkpoints("llama")), dtype="float32")
-    model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, 32, "", None)
+    loaded = load_model(str(checkpoints("llama")), ExecutionConfig(dtype="float32", chunk_size=32))
+    model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, "")
     requests = [(("", ""), list(range(3, 90)), answer) for answer in ([7, 8], [9, 10, 11])]
     expected, _ = ask(model, requests, monkeypatch, 20)
 
@@ -88,10 +89,13 @@ def test_no_room_for_every_layers_keys(checkpoints, monkeypatch):
 def test_offloaded_weights_come_once_for_all_answers(checkpoints, monkeypatch):
     requests = [(("", ""), list(range(3, 90)), answer) for answer in ([7, 8], [9, 10, 11])]
     found = {}
-    for offload in (None, "weights"):
-        loaded = load_model(str(checkpoints("llama")), dtype="float32", offload=offload)
-        model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, 32, "", None)
+    for offload in (False, True):
+        loaded = load_model(
+            str(checkpoints("llama")),
+            ExecutionConfig(dtype="float32", chunk_size=32, offload_weights=offload),
+        )
+        model = harness.HarnessModel(loaded, pair(loaded.model).choose, 512, "")
         found[offload], prefilled = ask(model, requests, monkeypatch, 20)
         assert prefilled == ([] if offload else [87])
-    for (one, _), (other, _) in zip(found[None], found["weights"], strict=True):
+    for (one, _), (other, _) in zip(found[False], found[True], strict=True):
         assert one == pytest.approx(other, abs=1e-4)

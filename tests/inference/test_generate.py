@@ -11,6 +11,7 @@ from conftest import pair
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.checkpoints.run_layout import original_of
+from longrope.execution import ExecutionConfig
 from longrope.inference.generate import decode_stream, stream
 from longrope.inference.load import load_extended
 from longrope.models.load import LoadedModel, load_model
@@ -34,10 +35,11 @@ def pair_for(info):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3", "gemma2", "cohere"])
 def test_stream_equals_generate_without_a_cache(checkpoints, ids, family):
-    loaded = load_model(str(checkpoints(family)), dtype="float32")
+    execution = ExecutionConfig(dtype="float32", chunk_size=20)
+    loaded = load_model(str(checkpoints(family)), execution)
     both, prompt = pair(loaded.model), ids[0, :75].tolist()
     loaded.model.generation_config.eos_token_id = None
-    found = list(stream(loaded, both.choose, prompt, max_new_tokens=12, chunk=20))
+    found = list(stream(loaded, both.choose, prompt, max_new_tokens=12))
     with switched(loaded.model, both):
         expected = loaded.model.generate(
             ids[:1, :75],
@@ -75,7 +77,7 @@ def test_plain_transformers_reads_the_exported_pair(bundled, tmp_path):
     made = pair_for(bundled.info)
     export_model(bundled, Manifest("hf", "bundled", made), tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    own = load_model("bundled", dtype="float32").model
+    own = load_model("bundled", ExecutionConfig(dtype="float32")).model
     ids = torch.randint(3, 1500, (1, 700), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         unscaled = own(input_ids=ids).logits
@@ -130,12 +132,13 @@ def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp
     source = str(tmp_path / "m")
     with pytest.raises(ValueError, match="choose existing_scaling='keep'"):
         load_extended(source)
-    loaded, none = load_extended(source, existing_scaling="keep", dtype="float32")
+    execution = ExecutionConfig(dtype="float32", chunk_size=20)
+    loaded, none = load_extended(source, execution, existing_scaling="keep")
     assert none is None
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for model in (loaded.model, plain):
         model.generation_config.eos_token_id = None
-    found = list(stream(loaded, None, ids[0].tolist(), max_new_tokens=8, chunk=20))
+    found = list(stream(loaded, None, ids[0].tolist(), max_new_tokens=8))
     told = {"attention_mask": torch.ones_like(ids[:1]), "pad_token_id": 2}
     expected = plain.generate(ids[:1], max_new_tokens=8, do_sample=False, **told)
     assert found == expected[0, ids.shape[1] :].tolist()
@@ -168,7 +171,7 @@ def test_the_original_of_a_run_is_loaded_as_the_run_did(tmp_path):
             "target": "8x",
             "existing_scaling": "keep",
             "original_length": 512,
-            "trust_remote_code": True,
+            "execution": {"trust_remote_code": True},
         }
     )
     recipe.save(tmp_path / "recipe.yaml")

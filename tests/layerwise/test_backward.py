@@ -19,6 +19,7 @@ from longrope.attention import backward as kernels
 from longrope.attention.autograd import differentiable_attention
 from longrope.attention.chunked import Options, attention_with_lse
 from longrope.distributed import SequenceParallelGroup
+from longrope.execution import ExecutionConfig
 from longrope.layerwise import backward as module
 from longrope.layerwise import split_attention
 from longrope.layerwise.backward import check_gradient_support, gradient
@@ -127,7 +128,7 @@ def test_out_of_memory_halves_the_chunk(micro_models, ids, monkeypatch):
     own = LongForward.embed
 
     def embed(self, *args):
-        if self.chunk > 20:
+        if self.chunk_size > 20:
             raise torch.cuda.OutOfMemoryError("no room")
         return own(self, *args)
 
@@ -135,7 +136,7 @@ def test_out_of_memory_halves_the_chunk(micro_models, ids, monkeypatch):
         expected = gradient(LongForward(model, 16), ids[:1])
         monkeypatch.setattr(LongForward, "embed", embed)
         found = gradient(forward, ids[:1])
-    assert forward.chunk == 16
+    assert forward.chunk_size == 16
     assert_close(found.grad, expected.grad)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -329,7 +330,7 @@ def test_the_gpu_kernel_is_called_with_this_torch_s_signature(causal):
 
 def test_the_estimated_cost_matches_the_flops(monkeypatch):
     """By torch's count of matrix products."""
-    loaded = load_model("bundled", dtype="float32")
+    loaded = load_model("bundled", ExecutionConfig(dtype="float32"))
     row = torch.randint(3, 1500, (1, 513), generator=torch.Generator().manual_seed(0))
     info = loaded.info
     linear, attention = info.forward_flops(512)

@@ -202,7 +202,7 @@ def test_the_chunk_size_is_halved_when_out_of_memory(micro_models, ids, monkeypa
 
     monkeypatch.setattr(type(forward.layers[0]), "forward", short_of_memory)
     assert_close(forward.losses(ids), expected, rtol=1e-4, atol=1e-4)
-    assert forward.chunk == 16
+    assert forward.chunk_size == 16
     assert "chunk size 32" in caplog.text
     assert "chunk size 16" in caplog.text
 
@@ -225,7 +225,7 @@ def test_keys_and_values_are_allocated_once(micro_models, ids, monkeypatch):
 
 
 def test_refusals(micro_models):
-    with pytest.raises(ValueError, match="chunk is 0"):
+    with pytest.raises(ValueError, match="chunk_size is 0"):
         LongForward(micro_models("llama"), 0)
     with pytest.raises(ValueError, match="no list of decoder layers"):
         LongForward(torch.nn.Linear(2, 2))

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from conftest import FAMILIES, micro_model
 from layerwise.test_forward import plain_losses, yarn
+from longrope.execution import ExecutionConfig
 from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
 from longrope.layerwise.offload import offload
@@ -87,10 +88,11 @@ def test_at_most_two_layers_are_on_the_device(ids, monkeypatch):
 
 
 def test_a_checkpoint_on_disk(checkpoints, ids):
-    resident = load_model(str(checkpoints("llama")))
-    loaded = load_model(str(checkpoints("llama")), offload="weights")
+    source, small = str(checkpoints("llama")), ExecutionConfig(chunk_size=20)
+    resident = load_model(source, small)
+    loaded = load_model(source, small.model_copy(update={"offload_weights": True}))
     assert loaded.fingerprint() == resident.fingerprint()
-    assert_close(loaded.forward(20).losses(ids), resident.forward(20).losses(ids), rtol=0, atol=0)
+    assert_close(loaded.forward().losses(ids), resident.forward().losses(ids), rtol=0, atol=0)
     assert loaded.fingerprint() == resident.fingerprint()
 
 
@@ -110,16 +112,17 @@ def test_host_memory_does_not_hold_the_weights(tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     program = (
         "import sys, threading, torch\n"
+        "from longrope.execution import ExecutionConfig\n"
         "from longrope.models.load import load_model\n"
         "def held():\n"
         "    status = open('/proc/self/status').read()\n"
         "    return int(status.split('RssAnon:')[1].split()[0]) * 1024\n"
         "load_model('bundled')\n"  # import everything that loading needs
         "before, most = held(), []\n"
-        "loaded = load_model(sys.argv[1], offload='weights')\n"
+        "loaded = load_model(sys.argv[1], ExecutionConfig(offload_weights=True, chunk_size=64))\n"
         "for layer in loaded.model.model.layers:\n"
         "    layer.register_forward_hook(lambda *_: most.append(held()))\n"
-        "loaded.forward(64).losses(torch.arange(3, 300)[None])\n"
+        "loaded.forward().losses(torch.arange(3, 300)[None])\n"
         "print(max(most) - before)\n"
     )
     done = interpreter("-c", program, tmp_path)
@@ -132,9 +135,9 @@ def test_host_memory_does_not_hold_the_weights(tmp_path):
 )
 def test_a_search_finds_the_same(texts, tmp_path, algorithm):
     search = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
-    search += ["--budget", 4, "--algorithm", algorithm, "--chunk", 200, "--dtype", "float32"]
+    search += ["--budget", 4, "--algorithm", algorithm, "--chunk-size", 200, "--dtype", "float32"]
     succeeds(*search, "--out", tmp_path / "resident")
-    succeeds(*search, "--out", tmp_path / "host", "--offload", "weights")
+    succeeds(*search, "--out", tmp_path / "host", "--offload-weights")
     for name in ("history.jsonl", "rescale.json"):
         found, expected = ((tmp_path / side / name).read_text() for side in ("host", "resident"))
         assert found == expected
@@ -142,18 +145,17 @@ def test_a_search_finds_the_same(texts, tmp_path, algorithm):
 
 def test_the_plan_counts_what_is_on_the_device():
     info = inspect_model("bundled")
-    asked = {"target": "8x", "chunk": 512}  # several chunks: no graph is kept either way
-    whole = make_plan(info, make_recipe(asked))["search"].memory
-    less = make_plan(info, make_recipe(asked | {"offload": "weights"}))["search"].memory
+
+    def recipe(**execution):
+        # several chunks: no graph is kept either way
+        return make_recipe({"target": "8x", "execution": {"chunk_size": 512} | execution})
+
+    whole = make_plan(info, recipe())["search"].memory
+    less = make_plan(info, recipe(offload_weights=True))["search"].memory
     layers = info.parameters - info.vocabulary * info.hidden_size * (1 if info.tied else 2)
     assert whole - less == pytest.approx(4 * layers * (info.layers - 2) / info.layers, rel=0.01)
-    converted = asked | {"dtype": "bfloat16"}  # converted weights are held in memory in any case
-    moved = make_recipe(converted | {"offload": "weights"})
-    whole = make_plan(info, make_recipe(converted), on_cpu=True)["search"].memory
+    # converted weights are held in memory in any case
+    moved = recipe(dtype="bfloat16", offload_weights=True)
+    whole = make_plan(info, recipe(dtype="bfloat16"), on_cpu=True)["search"].memory
     assert make_plan(info, moved, on_cpu=True)["search"].memory == whole
     assert make_plan(info, moved)["search"].memory < whole
-
-
-def test_a_mistake_is_refused():
-    with pytest.raises(ValueError, match=r"offload is .layers."):
-        load_model(offload="layers")

@@ -78,7 +78,7 @@ def test_a_lost_rank_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="/dev/shm is not mounted")
 def test_a_directory_in_memory_is_warned_of(tmp_path, caplog):
     warn_if_in_memory.cache_clear()
-    assert find_offload_target("--offload-activations", "/dev/shm") == Path("/dev/shm")
+    assert find_offload_target("/dev/shm") == Path("/dev/shm")
     assert "offload_activations /dev/shm" in caplog.text
 
 
@@ -116,13 +116,11 @@ def test_a_device_or_a_folder(tmp_path):
     assert [is_directory(name) for name in ("cpu", "cuda:3", "/scratch", "scratch")] == [
         False, False, True, True,
     ]  # fmt: skip
-    assert find_offload_target("--offload-activations", "cpu") == torch.device("cpu")
-    assert find_offload_target("--offload-activations", str(tmp_path)) == tmp_path
+    assert find_offload_target("cpu") == torch.device("cpu")
+    assert find_offload_target(str(tmp_path)) == tmp_path
     for wrong in (tmp_path / "gone", "moon"):
-        with pytest.raises(
-            ValueError, match=f"--offload-activations {wrong}: no device, and no folder"
-        ):
-            find_offload_target("--offload-activations", str(wrong))
+        with pytest.raises(ValueError, match=f"offload_activations is '{wrong}'"):
+            find_offload_target(str(wrong))
 
 
 @pytest.mark.skipif(
@@ -171,7 +169,7 @@ def test_memory_does_not_hold_offloaded_activations(tmp_path):
 
 def test_a_search_is_unchanged_and_leaves_no_file_when_killed(texts, tmp_path):
     search = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
-    search += ["--budget", 14, "--chunk", 200, "--dtype", "float32"]
+    search += ["--budget", 14, "--chunk-size", 200, "--dtype", "float32"]
     folder = tmp_path / "scratch"
     folder.mkdir()
     succeeds(*search, "--out", tmp_path / "memory")
@@ -191,7 +189,7 @@ def test_the_plan_asks_the_disk(tmp_path):
     info = inspect_model("bundled")
 
     def search(on_cpu, **changes):
-        recipe = make_recipe({"target": "8x", "chunk": 512, **changes})
+        recipe = make_recipe({"target": "8x", "execution": {"chunk_size": 512} | changes})
         return Costs(info, recipe, on_cpu).search("search", 2048)
 
     here, there = search(False), search(False, offload_activations=str(tmp_path))
@@ -201,16 +199,17 @@ def test_the_plan_asks_the_disk(tmp_path):
     assert on_cpu[1].disk == on_cpu[0].memory - on_cpu[1].memory > 0
     check_memory([there], Memory(10**9, host=0, disk=there.disk))
     with pytest.raises(
-        ValueError, match=r"keeps about .* in files, .* a folder of a larger one, search.algorithm"
+        ValueError,
+        match=r"keeps about .* in files, .* on a larger one, search.algorithm",
     ):
         check_memory([there], Memory(10**9, disk=there.disk - 1))
     with pytest.raises(
-        ValueError, match=r"try --algorithm evolution, --offload-activations FOLDER, --off"
+        ValueError, match=r"try --algorithm evolution, --offload-activations DIRECTORY, --off"
     ):
         check_memory([on_cpu[0]], Memory(10**6), options=True)
     host = search(False, offload_activations="cpu")
     with pytest.raises(
-        ValueError, match=r"the host's .* try --offload-activations FOLDER, --algorithm"
+        ValueError, match=r"the host's .* try --offload-activations DIRECTORY, --algorithm"
     ):
         check_memory([host], Memory(10**9, host=10**6), options=True)
     cpu = torch.device("cpu")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import FAMILIES, FOR_PICTURES, ORIGINAL, ROTARY_DIM, THETA, micro_model
 from longrope.distributed import SequenceParallelGroup
+from longrope.execution import ExecutionConfig
 from longrope.models.bundled import BUNDLED
 from longrope.models.compatibility import effective_window, incompatibility, warn_if_out_of_reach
 from longrope.models.info import inspect_model
@@ -195,7 +196,7 @@ def test_weights_of_four_bits_are_dequantised(checkpoints, tmp_path):
     quantization = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     config = json.loads(config_file.read_text()) | {"quantization_config": quantization}
     config_file.write_text(json.dumps(config))
-    loaded = load_model(str(tmp_path / "m"), device="cpu")
+    loaded = load_model(str(tmp_path / "m"), ExecutionConfig(device="cpu"))
     assert loaded.info.quantized
     magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     numbers = torch.cat([magnitudes, -magnitudes])
@@ -245,14 +246,20 @@ def test_full_attention_layers_without_rope_do_not_extend_the_effective_window()
     assert effective_window(model, rescale) == 24
 
 
-@pytest.mark.parametrize(("option", "value"), [("device", "cuda:7"), ("dtype", "int8")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("device", "cuda:7"), ("dtype", "int8"), ("chunk_size", 0), ("offload_weights", "some")],
+)
 def test_wrong_options_are_named(checkpoints, option, value):
-    with pytest.raises(ValueError, match=f"^{option} .*{value}"):
-        load_model(str(checkpoints("llama")), **{option: value})
+    with pytest.raises(ValueError, match=f"^{option} is .*{value}"):
+        load_model(str(checkpoints("llama")), ExecutionConfig.make({option: value}))
 
 
 def test_dtype(checkpoints):
-    assert load_model(str(checkpoints("llama")), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert (
+        load_model(str(checkpoints("llama")), ExecutionConfig(dtype="bfloat16")).model.dtype
+        == torch.bfloat16
+    )
 
 
 def test_bundled_is_what_its_card_says():

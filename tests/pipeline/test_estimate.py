@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from longrope.execution import ExecutionConfig
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.pipeline.costs import Costs
@@ -34,10 +35,10 @@ def test_training_may_be_spread_over_devices_and_a_forward_not(info):
     check_memory([made["finetune"]], eight)
     with pytest.raises(
         ValueError,
-        match=r"second-search .* try second_search.algorithm evolution, offload_activations cpu",
+        match=r"second-search .* second_search.algorithm evolution, .*offload_activations cpu",
     ):
         check_memory([made["second-search"]], eight)
-    kept = plan(info, target="64x", offload_activations="cpu")
+    kept = plan(info, target="64x", execution={"offload_activations": "cpu"})
     check_memory([kept["second-search"]], eight)
 
 
@@ -73,7 +74,7 @@ def test_the_estimate_has_a_time_for_every_stage_that_computes(info):
 
 
 def test_a_price_for_gpus_is_theirs_on_a_machine_without_one(info):
-    recipe = make_recipe({"target": "8x", "offload_activations": "cpu"})
+    recipe = make_recipe({"target": "8x", "execution": {"offload_activations": "cpu"}})
     here = dry_run(make_plan(info, recipe, on_cpu=True), info, recipe)
     there = dry_run(make_plan(info, recipe, on_cpu=True), info, recipe, "80")
     assert there.plan["search"].memory < here.plan["search"].memory
@@ -88,19 +89,25 @@ def test_where_bfloat16_is_slow_it_is_said(info, monkeypatch):
         return Rates(1e9 if dtype == torch.bfloat16 else 1e11, 1e11)
 
     monkeypatch.setattr("longrope.pipeline.estimate.calibrate", calibrated)
-    recipe = make_recipe({"target": "64x", "dtype": "bfloat16"})
+    recipe = make_recipe({"target": "64x", "execution": {"dtype": "bfloat16"}})
     found = dry_run(make_plan(info, recipe), info, recipe).advice
     assert "100 times as fast" in found
-    assert "dtype: float32 and finetune.precision: float32" in found
-    exact = make_recipe({"target": "8x", "dtype": "float32"})
+    assert "execution.dtype: float32 and finetune.precision: float32" in found
+    exact = make_recipe({"target": "8x", "execution": {"dtype": "float32"}})
     assert not dry_run(make_plan(info, exact), info, exact).advice
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_grows_with_each_token_as_the_long_forward_s_does(dtype):
     """Whose own figure is held to what it allocates by test_forward."""
-    loaded = load_model("bundled", dtype=dtype)
-    recipe = make_recipe({"target": "8x", "dtype": dtype, "search": {"algorithm": "evolution"}})
+    loaded = load_model("bundled", ExecutionConfig(dtype=dtype))
+    recipe = make_recipe(
+        {
+            "target": "8x",
+            "execution": {"dtype": dtype},
+            "search": {"algorithm": "evolution"},
+        }
+    )
     cost = Costs(loaded.info, recipe, on_cpu=True)
     near, far = (cost.search("search", length).memory for length in (4096, 8192))
     assert far - near == 4096 * loaded.forward().bytes_per_token()
@@ -108,7 +115,7 @@ def test_memory_grows_with_each_token_as_the_long_forward_s_does(dtype):
 
 def test_hidden_states_wait_on_the_host_of_a_gpu_alone(info):
     def search(on_cpu, **changes):
-        recipe = make_recipe({"target": "8x", **changes})
+        recipe = make_recipe({"target": "8x", "execution": changes})
         return Costs(info, recipe, on_cpu).search("search", 2048)
 
     here, there = search(False), search(False, offload_activations="cpu")
@@ -123,23 +130,22 @@ def test_hidden_states_wait_on_the_host_of_a_gpu_alone(info):
 
 
 def test_what_helps_is_what_is_not_done_yet(info):
-    def helps(on_cpu, **changes):
-        recipe = make_recipe({"target": "8x", **changes})
+    def helps(on_cpu, search=None, **execution):
+        recipe = make_recipe({"target": "8x", "execution": execution, "search": search or {}})
         return Costs(info, recipe, on_cpu).search("search", 2048).helps
 
     assert helps(False) == (
         "search.algorithm evolution",
-        "offload_activations cpu",
-        "offload weights",
-        "chunk 2048",
+        "execution.offload_activations cpu",
+        "execution.offload_weights true",
+        "execution.chunk_size 2048",
     )
-    assert helps(True, offload="weights") == (
+    assert helps(True, offload_weights=True) == (
         "search.algorithm evolution",
-        "offload_activations FOLDER",
+        "execution.offload_activations DIRECTORY",
     )
-    done = {"offload_activations": "cpu", "offload": "weights", "chunk": 2048}
-    done["search"] = {"algorithm": "evolution"}
-    assert helps(False, **done) == ()
+    done = {"offload_activations": "cpu", "offload_weights": True, "chunk_size": 2048}
+    assert helps(False, {"algorithm": "evolution"}, **done) == ()
 
 
 def test_a_group_shares_hidden_states(info):
@@ -148,7 +154,9 @@ def test_a_group_shares_hidden_states(info):
         Costs(info, recipe, True, group_size).search("search", 2048) for group_size in (1, 4)
     )
     assert one.memory - four.memory == 2048 * info.hidden_size * 4 * 3 // 4
-    recipe = make_recipe({"target": "8x", "chunk": 512, "offload_activations": "cpu"})
+    recipe = make_recipe(
+        {"target": "8x", "execution": {"chunk_size": 512, "offload_activations": "cpu"}}
+    )
     one, four = (
         Costs(info, recipe, False, group_size).search("search", 2048) for group_size in (1, 4)
     )

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from longrope.distributed import Ranks
+from longrope.execution import ExecutionConfig
 from longrope.pipeline.extend import _finetune, open_run
 from longrope.pipeline.recipe import load_recipe, make_recipe
 from longrope.rope.rescale import Rescale
@@ -108,7 +109,7 @@ def test_the_checkpoint_computes_what_was_measured(finished):
 
     out, _ = finished
     plain = AutoModelForCausalLM.from_pretrained(out / "model").eval()
-    loaded, pair = load_extended(str(out), dtype="float32")
+    loaded, pair = load_extended(str(out), ExecutionConfig(dtype="float32"))
     assert loaded.info.original_max_position_embeddings == 64  # not the recovery length
     ids = torch.randint(3, 1500, (1, 600), generator=torch.Generator().manual_seed(0))
     for tokens in (50, pair.recovery_length, pair.recovery_length + 1, 600):
@@ -151,7 +152,7 @@ def test_what_is_published_names_no_folder(finished):
 def test_a_run_takes_no_factors_of_a_method(finished):
     out, _ = finished
     for name, value in (("--target", "8x"), ("--attention-factor", 0.0)):
-        line = refused("evaluate", out, "--lengths", "64", name, value)
+        line = refused("evaluate", "perplexity", out, "--lengths", "64", name, value)
         assert f"{name} is {value}, which needs a method, and {out} has its own factors" in line
 
 
@@ -242,11 +243,13 @@ def test_a_run_s_weights_under_another_rescale(finished, texts):
     """A run is a model too: its weights, as if they were not scaled, at its original length."""
     out, _ = finished
     asked = ["--lengths", "128,512", "--data", texts, "--json", "--target", "8x"]
-    run_s = evaluated(out, *asked, "--rescale", "yarn")["perplexity"]
+    run_s = evaluated("perplexity", out, *asked, "--rescale", "yarn")["perplexity"]
     told = ["--existing-scaling", "replace", "--original-length", 64]
-    model_s = evaluated(out / "model", *asked, "--rescale", "yarn", *told)["perplexity"]
+    model_s = evaluated("perplexity", out / "model", *asked, "--rescale", "yarn", *told)[
+        "perplexity"
+    ]
     assert run_s == model_s
-    plain = evaluated(out, *asked[:4], "--json")["perplexity"]
+    plain = evaluated("perplexity", out, *asked[:4], "--json")["perplexity"]
     assert plain[1]["perplexity"] != run_s[1]["perplexity"]
 
 

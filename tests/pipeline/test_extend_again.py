@@ -120,8 +120,8 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     recipe["evaluate"] |= {"passkey_trials": 2, "needle_trials": 1}
     recipe["evaluate"]["lengths"] = ["128", "512", "1024", "64", "256"]
-    recipe["evaluate"] |= {"benchmarks": ["arc_challenge"], "benchmark_data": str(benchmark_data)}
-    recipe["evaluate"] |= {"benchmark_questions": 4, "benchmark_shots": 1}
+    asked = {"tasks": ["arc_challenge"], "datasets": str(benchmark_data)}
+    recipe["evaluate"]["benchmarks"] = asked | {"limit": 4, "num_fewshot": 1}
     file = tmp_path / "more.yaml"
     file.write_text(yaml.safe_dump(recipe))
     before = (out / "search" / "done.json").stat().st_mtime_ns
@@ -141,17 +141,17 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     assert 0 <= row["without"] <= 1
     assert "| arc_challenge | 4 |" in (out / "report.md").read_text()
     # What the other verb asks of a run: the same questions, of the same two models.
-    asked = ["--benchmarks", "arc_challenge", "--benchmark-data", benchmark_data, "--json"]
-    (again,) = evaluated(out, *asked, "--questions", 4, "--shots", 1)["benchmarks"]
+    asked = ["--tasks", "arc_challenge", "--datasets", benchmark_data, "--json"]
+    (again,) = evaluated("benchmarks", out, *asked, "--limit", 4, "--num-fewshot", 1)["benchmarks"]
     assert (again["task"], again["questions"]) == ("arc_challenge", 4)
     assert again["original"] == row["original"]
-    keys = evaluated(out, "--passkey", "--lengths", "128", "--trials", 2, "--json")["passkey"]
+    keys = evaluated("passkey", out, "--lengths", "128", "--trials", 2, "--json")["passkey"]
     own = [(r["correct"], r["trials"]) for r in found["passkey"] if r["length"] == 128]
     assert [(r["correct"], r["trials"]) for r in keys] == own
-    recipe["evaluate"]["benchmark_data"] = "nowhere"
+    recipe["evaluate"]["benchmarks"]["datasets"] = "nowhere"
     file.write_text(yaml.safe_dump(recipe))
     before = (out / "recipe.yaml").read_text()
-    assert "nowhere: no such directory" in run("--recipe", file, "--out", out, code=2).stderr
+    assert "'nowhere', which is no directory" in run("--recipe", file, "--out", out, code=2).stderr
     # What cannot be measured leaves what was.
     assert (out / "evaluate" / "done.json").exists()
     assert (out / "recipe.yaml").read_text() == before

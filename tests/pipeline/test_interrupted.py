@@ -56,11 +56,12 @@ def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
             "compare.json",
             marks=pytest.mark.slow,
         ),
-        (["evaluate", "--lengths", "256,512", "--passkey", "--trials", 40], "passkey.json"),
+        (["evaluate", "passkey", "--lengths", "256,512", "--trials", 40], "passkey.json"),
     ],
 )
 def test_kill_9_of_a_measurement_costs_what_was_under_way(texts, tmp_path, verb, result):
-    options = [*verb, "--data", texts, "--chunk", 64]
+    options = [*verb, "--chunk-size", 64]
+    options += ["--data", texts] if "compare" in verb else []
     succeeds(*options, "--out", tmp_path / "whole")
     cut, other = tmp_path / "cut", tmp_path / "other"
     kept = cut / "unfinished"

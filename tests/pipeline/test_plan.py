@@ -220,7 +220,7 @@ def test_a_sliding_window_s_layers_cost_what_they_see(checkpoints):
 
 
 def test_training_on_another_gpu_than_the_first_is_refused(info, tmp_path):
-    recipe = make_recipe({"target": "64x", "device": "cuda:1"})
+    recipe = make_recipe({"target": "64x", "execution": {"device": "cuda:1"}})
     run = Run(recipe, info, make_plan(info, recipe), tmp_path, Ranks())
     with pytest.raises(ValueError, match=r"device is cuda:1, .* CUDA_VISIBLE_DEVICES=1"):
         check_settings(run, run.plan.stages)
@@ -228,10 +228,11 @@ def test_training_on_another_gpu_than_the_first_is_refused(info, tmp_path):
 
 
 def test_float16_is_refused_for_a_gradient_search(info):
+    half = {"dtype": "float16"}
     with pytest.raises(ValueError, match=r"dtype is float16.*search"):
-        plan(info, target="8x", dtype="float16")
+        plan(info, target="8x", execution=half)
     paper = {"algorithm": "evolution"}
-    plan(info, target="8x", dtype="float16", search=paper, recovery=paper)
+    plan(info, target="8x", execution=half, search=paper, recovery=paper)
 
 
 def test_how_it_is_computed_may_change_on_the_way(info, tmp_path):
@@ -239,9 +240,9 @@ def test_how_it_is_computed_may_change_on_the_way(info, tmp_path):
         recipe = make_recipe({"target": "8x", **changes})
         Run(recipe, info, make_plan(info, recipe), tmp_path, Ranks()).claim()
 
-    claim(chunk=2048)  # as every recipe had it once
+    claim(execution={"chunk_size": 2048})
     claim()
-    claim(offload_activations="cpu", offload="weights", device="cpu")
+    claim(execution={"offload_activations": "cpu", "offload_weights": True, "device": "cpu"})
     with pytest.raises(ValueError, match=r"differs in seed \(there 0, now 5\)"):
         claim(seed=5)
 

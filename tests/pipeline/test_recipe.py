@@ -53,7 +53,7 @@ def tiny(name: str):
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
-        "dtype": "float32",
+        "execution": {"dtype": "float32"},
     }
     for key, value in changes.items():
         setattr(config, key, value)
@@ -63,7 +63,7 @@ def tiny(name: str):
 def scaled_down(name: str, model: str, data: str) -> dict:
     """The recipe with its lengths divided so that the original is 64 tokens, and little work."""
     content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    content |= {"model": model, "data": [data], "dtype": "float32", "target": "16x"}
+    content |= {"model": model, "data": [data], "execution": {"dtype": "float32"}, "target": "16x"}
     for section in ("search", "second_search", "recovery"):
         small = SMALL if content[section].get("algorithm") == "evolution" else {}
         content[section] = {**content[section], **small, "windows": 1, "budget": 5}
@@ -124,12 +124,12 @@ def test_the_command_line_goes_before_the_file(tmp_path):
     assert resolve_recipe(None, "bundled", target="8x").finetune.steps == 260
     for target in ("512x", "131072", "128k"):
         assert resolve_recipe(None, None, target=target).finetune.through == "2k"
-    recipe = resolve_recipe("bundled", None, target="16x", seed=3, finetune=False)
+    recipe = resolve_recipe("bundled", None, target="16x", seed=3, finetune={"enabled": False})
     assert (recipe.target, recipe.seed, recipe.finetune.enabled) == ("16x", 3, False)
     assert resolve_recipe(None, "some/model", target="8x").finetune.learning_rate == 2e-5
-    assert resolve_recipe("bundled", None, lora=8).finetune.lora == 8
+    assert resolve_recipe("bundled", None, finetune={"lora": 8}).finetune.lora == 8
     with pytest.raises(ValueError, match=r"finetune\.lora is 0"):
-        resolve_recipe("bundled", None, lora=0)
+        resolve_recipe("bundled", None, finetune={"lora": 0})
     with pytest.raises(ValueError, match="--target is missing"):
         resolve_recipe(None, "some/model")
 
@@ -142,7 +142,7 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         ("target: 8x\nsearch: {windows: 1, windows: 2}", "'windows' stands twice"),
         ("- target", "a recipe is a mapping"),
         ("target: 8x\nfinetune: {stesp: 3}", "no key 'finetune.stesp'"),
-        ("target: 8x\nchunk: 0", "chunk is 0"),
+        ("target: 8x\nexecution: {chunk_size: 0}", "execution.chunk_size is 0"),
         ("target: 8x\nfinetune: {learning_rate: .inf}", "finetune.learning_rate is inf"),
         ("target: 8x\nfinetune: {schedule: wave}", "finetune.schedule is 'wave': .*'cosine'"),
         ("target: 8x\nmodel: !!python/object/apply:os.getcwd []", "not YAML"),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from longrope.data.prompts import passkey_prompt
 from longrope.evaluate.retrieval import retrieve
+from longrope.execution import ExecutionConfig
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
@@ -15,7 +16,7 @@ from longrope.search.objective import Objective, passkey_questions
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load_model("bundled", dtype="float32")
+    return load_model("bundled", ExecutionConfig(dtype="float32"))
 
 
 def plain(model, ids) -> torch.Tensor:
@@ -30,7 +31,7 @@ def test_windows_and_answers_as_transformers_has_them(bundled):
     windows = np.random.default_rng(0).integers(3, 1500, (2, 300))
     questions = passkey_questions(bundled.tokenizer, 512, 2, seed=0)
     rescale = bundled.info.rescale("pi", 512)
-    found = Objective(LongForward(bundled.model, chunk=128), windows, questions)(rescale).loss
+    found = Objective(LongForward(bundled.model, chunk_size=128), windows, questions)(rescale).loss
     with rescaled(bundled.model, rescale):
         text = torch.cat([plain(bundled.model, window) for window in windows]).mean()
         answers = torch.cat(
@@ -46,7 +47,7 @@ def test_windows_and_answers_as_transformers_has_them(bundled):
 def test_the_loss_on_all_windows_is_the_mean_of_the_single_ones_and_so_is_its_gradient(bundled):
     windows = np.random.default_rng(1).integers(3, 1500, (3, 200))
     questions = passkey_questions(bundled.tokenizer, 256, 2, seed=0)
-    objective = Objective(LongForward(bundled.model, chunk=128), windows, questions)
+    objective = Objective(LongForward(bundled.model, chunk_size=128), windows, questions)
     rescale = bundled.info.rescale("yarn", 512)
     singles = [objective(rescale, window, grad=True) for window in range(3)]
     whole = objective(rescale, grad=True)

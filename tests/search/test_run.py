@@ -28,7 +28,7 @@ def identity(**changes) -> SearchIdentity:
         "seed": 0,
         "dtype": "float32",
         "device": "cpu",
-        "chunk": 2048,
+        "chunk_size": 2048,
         "start": {},
         "bound": 10.0,
         "start_tokens": SPACE.start_tokens,

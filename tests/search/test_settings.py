@@ -1,12 +1,6 @@
-import typing
-
 import pytest
-import typer
 
-from longrope.cli import search as command
-from longrope.cli.app import app
 from longrope.search.settings import (
-    SEARCH_CONFIGS,
     EvolutionSearchConfig,
     GradientSearchConfig,
     make_search_config,
@@ -69,20 +63,3 @@ def test_where_to_stop_is_no_part_of_an_evolution_s_identity():
         EvolutionSearchConfig().identity()
     )
     assert GradientSearchConfig(budget=5).identity() != GradientSearchConfig().identity()
-
-
-def test_the_command_line_has_every_option_and_no_other_default():
-    hints = typing.get_type_hints(command.search)
-    parameters = {p.name: p for p in typer.main.get_command(app).commands["search"].params}
-    assert {"windows", "population"} < set(command.SEARCH_OPTIONS)
-    for model in SEARCH_CONFIGS.values():
-        for name, field in model.model_fields.items():
-            option = parameters[name]
-            assert option.default is None
-            assert option.opts == ["--" + name.replace("_", "-")]
-            assert field.description is not None
-            assert field.description.rstrip(".")[1:] in option.help
-            if name != "algorithm":
-                assert hints[name] in (field.annotation, field.annotation | None)
-            if field.default is not None and name != "algorithm":
-                assert f"default {field.default}" in option.help

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import longrope.train.trainer as finetune_module
+from longrope.execution import ExecutionConfig
 from longrope.models.load import load_model
 from small_training import FAST, train, weights
 
@@ -54,7 +55,7 @@ def test_lora_keeps_tied_embeddings_tied(texts, tmp_path, monkeypatch):
         train("bundled", texts, tmp_path, settings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert model.config.tie_word_embeddings
-    before = load_model("bundled", dtype="float32").model.state_dict()
+    before = load_model("bundled", ExecutionConfig(dtype="float32")).model.state_dict()
     assert not torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
     with torch.no_grad():
         logits = model(input_ids=torch.arange(100, 160)[None]).logits

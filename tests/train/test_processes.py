@@ -13,12 +13,12 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from longrope.distributed import ranks
-from longrope.train.config import FinetuneSettings
+from longrope.train.config import FinetuneConfig
 from program import run, succeeds
 from small_training import train
 model, data, out, changes = sys.argv[1:]
 with ranks() as these:
-    train(model, data, Path(out), FinetuneSettings(**json.loads(changes)), these)
+    train(model, data, Path(out), FinetuneConfig(**json.loads(changes)), these)
 """
 
 # accelerate silently ignores FSDP on CPUs, so it is forced here.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from longrope.execution import ExecutionConfig
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
 from longrope.train.dataset import LongContextDataset
@@ -19,7 +20,7 @@ from small_training import FAST, TAUGHT, train, weights
 def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
     """Adam, clipping and warm-up written out, on the same sequences and rescale."""
     _, lines, sequences = trained
-    loaded = load_model(str(checkpoints("llama")), dtype="float32")
+    loaded = load_model(str(checkpoints("llama")), ExecutionConfig(dtype="float32"))
     model = loaded.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8, weight_decay=0.0)
     expected = []

@@ -10,6 +10,7 @@ import torch
 
 from longrope.checkpoints.fold import largest_difference, tensor_names, why_not_foldable
 from longrope.checkpoints.manifest import Manifest
+from longrope.execution import ExecutionConfig
 from longrope.models.info import ModelInfo
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
@@ -70,10 +71,9 @@ def folding_check(
     def logits(model: Path, *rescales: Rescale) -> list[torch.Tensor]:
         loaded = load_model(
             str(model),
+            # in float32 a large model may fit no GPU
+            ExecutionConfig(device="cpu", dtype="float32", trust_remote_code=trust_remote_code),
             info=dataclasses.replace(info, source=str(model), replaces_scaling=True),
-            device="cpu",  # in float32 a large model may fit no GPU
-            dtype="float32",
-            trust_remote_code=trust_remote_code,
         )
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, info.vocabulary, (1, _PROBE_TOKENS), generator=generator)

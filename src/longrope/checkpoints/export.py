@@ -15,6 +15,7 @@ from longrope.checkpoints.gguf import export_gguf
 from longrope.checkpoints.hf import export_directory
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_layout import is_run, original_of
+from longrope.execution import ExecutionConfig
 from longrope.files import recover_directory, write_atomically
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import load_model
@@ -277,13 +278,14 @@ def _checkpoint(options: ExportOptions, info: ModelInfo, keep_gguf: bool) -> Ite
         yield path
         return
     with tempfile.TemporaryDirectory(dir=_existing(options.out.parent)) as directory:
-        loaded = load_model(
-            info.source,
-            info=info,
-            device="cpu",
-            dtype=options.dtype,
-            trust_remote_code=options.trust_remote_code,
+        execution = ExecutionConfig.make(
+            {
+                "device": "cpu",
+                "dtype": options.dtype,
+                "trust_remote_code": options.trust_remote_code,
+            }
         )
+        loaded = load_model(info.source, execution, info=info)
         with quiet():
             loaded.model.save_pretrained(directory)
             loaded.tokenizer.save_pretrained(directory)

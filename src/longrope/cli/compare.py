@@ -8,31 +8,30 @@ import typer
 from longrope.cli.app import app
 from longrope.cli.options import (
     AttentionFactor,
-    Chunk,
     Data,
-    Device,
-    Dtype,
     ExistingScaling,
     Field,
     Json,
     Model,
-    Offload,
-    OffloadActivations,
     OriginalLength,
     Pack,
     TokensPerDocument,
-    TrustRemoteCode,
+    add_options,
     existing_choice,
+    flag,
 )
 from longrope.cli.tables import console, print_differences, print_json, print_rows
+from longrope.execution import ExecutionConfig
 
 
 @app.command()
+@add_options("execution", {"Execution": ExecutionConfig}, leave_out=("sequence_parallel",))
 def compare(
+    *,
     model: Model = "bundled",
     target: Annotated[
         str, typer.Option(help="Target length of the methods, in tokens or such as 8x.")
-    ] = ...,  # type: ignore[assignment]
+    ],
     methods: Annotated[
         str, typer.Option(help="Comma-separated methods and rescale files.")
     ] = "none,pi,ntk,dynamic-ntk,yarn",
@@ -54,14 +53,9 @@ def compare(
     pack: Pack = False,
     tokens_per_document: TokensPerDocument = None,
     attention_factor: AttentionFactor = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    chunk: Chunk = None,
-    offload_activations: OffloadActivations = None,
-    offload: Offload = None,
+    execution: dict[str, Any],
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
-    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Compare methods and searched factors on held-out documents.
@@ -72,7 +66,7 @@ def compare(
     from longrope.distributed import Ranks, require_one_process
     from longrope.evaluate import compare as comparing
     from longrope.evaluate.cache import measurement_cache
-    from longrope.evaluate.measure import PerplexityOptions
+    from longrope.evaluate.settings import PerplexityConfig
     from longrope.files import require_directory
     from longrope.models.info import ModelInfo, inspect_model
     from longrope.models.load import load_model
@@ -84,10 +78,13 @@ def compare(
     files = [Path(name) for name in names if name not in METHODS]
     directory = out or (files[0].parent if files else Path("compare"))
     require_one_process("compare")
+    how = ExecutionConfig.make(execution, flag)
 
-    def resolve(info: ModelInfo) -> tuple[PerplexityOptions, int, list[comparing.Entry]]:
+    def resolve(info: ModelInfo) -> tuple[PerplexityConfig, int, list[comparing.Entry]]:
         tokens, made_for = comparing.resolve_lengths(info, (lengths or target).split(","), target)
-        options = PerplexityOptions(tuple(tokens), tokens_per_document=tokens_per_document)
+        options = PerplexityConfig.make(
+            {"lengths": tuple(tokens), "tokens_per_document": tokens_per_document}, flag
+        )
         factors = {"attention_factor": attention_factor, "own_attention_factors": True}
         return options, made_for, comparing.method_entries(info, names, made_for, **factors)
 
@@ -100,7 +97,7 @@ def compare(
         model,
         existing_scaling=existing_choice(existing_scaling),
         original_length=original_length,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=how.trust_remote_code,
     )
     info.require_extendable()
     options, made_for, entries = resolve(info)
@@ -110,31 +107,14 @@ def compare(
     file = directory / "compare.json"
     comparing.check_same_comparison(file, entries, options.lengths, made_for, of)
     require_directory(directory)
-    how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
-    how["offload_activations"] = offload_activations
     check_measuring(info, options.lengths[-1], how, Ranks())
-    loaded = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        offload=offload,
-        info=info,
-        trust_remote_code=trust_remote_code,
-    )
+    loaded = load_model(model, how, info=info)
     with measurement_cache(directory) as cache:
         documents = comparing.perplexity_documents(
             loaded.tokenizer, data or (), names, field=field, pack=pack, exclude=True
         )
         comparison = comparing.compare_perplexity(
-            loaded,
-            entries,
-            made_for,
-            documents,
-            options,
-            cache,
-            of,
-            chunk=chunk,
-            offload_activations=offload_activations,
+            loaded, entries, made_for, documents, options, cache, of
         )
         comparison.save(directory / "compare.json")
     figures = write_report(directory)

@@ -1,312 +1,435 @@
-"""The verb ``evaluate``."""
+"""The verbs ``evaluate perplexity``, ``passkey``, ``needle`` and ``benchmarks``."""
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longrope.cli.app import app
 from longrope.cli.options import (
     AttentionFactor,
-    Chunk,
     Data,
-    Device,
-    Dtype,
     ExistingScaling,
     Field,
     Json,
     Model,
-    Offload,
-    OffloadActivations,
     OriginalLength,
     Pack,
-    SequenceParallel,
-    TokensPerDocument,
-    TrustRemoteCode,
+    add_options,
     existing_choice,
+    flag,
 )
 from longrope.cli.tables import console, print_benchmarks, print_json, print_retrieval, print_rows
+from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
+from longrope.execution import ExecutionConfig
+
+if TYPE_CHECKING:
+    from longrope.distributed import Ranks
+    from longrope.evaluate.compare import Entry
+    from longrope.models.info import ModelInfo
+    from longrope.rope.pair import RescalePair
+
+verbs = typer.Typer(help="Measure perplexity, retrieval or benchmarks of a model.")
+app.add_typer(verbs, name="evaluate")
+
+Factors = Annotated[
+    str | None,
+    typer.Option(
+        "--rescale",
+        help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default the factors of an "
+        "extended model, else none.",
+    ),
+]
+Lengths = Annotated[
+    str, typer.Option(help="Comma-separated lengths in tokens, such as 4k,8k or 2x.")
+]
+Target = Annotated[
+    str | None, typer.Option(help="Target length of the method; by default the longest length.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for the results; the same command resumes an interrupted measurement, "
+        "except with --sequence-parallel."
+    ),
+]
+EXECUTION = {"Execution": ExecutionConfig}
 
 
-@app.command()
-def evaluate(
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """The model and the factors that a verb measures."""
+
+    model: str
+    rescale: str | None
+    target: str | None
+    attention_factor: float | None
+    existing_scaling: str | None
+    original_length: int | None
+    execution: ExecutionConfig
+
+    @property
+    def method(self) -> str:
+        return self.rescale or "none"
+
+    def inspect(self) -> "tuple[ModelInfo, RescalePair | None]":
+        """Inspect the model, and read its own factors where no others are asked for."""
+        from longrope.inference.load import inspect_extended, inspect_weights
+
+        how: dict[str, Any] = {
+            "original_length": self.original_length,
+            "trust_remote_code": self.execution.trust_remote_code,
+        }
+        if self.rescale is None and self.existing_scaling is None:
+            self._refuse_options_of_a_method()
+            info, pair = inspect_extended(self.model, **how)
+        else:
+            scaling = existing_choice(self.existing_scaling)
+            info, pair = inspect_weights(self.model, existing_scaling=scaling, **how), None
+        info.require_extendable()
+        return info, pair
+
+    def _refuse_options_of_a_method(self) -> None:
+        """Refuse options of a method for a model that has factors of its own."""
+        from longrope.checkpoints.importer import find_pair
+
+        for name in ("target", "attention_factor"):
+            given = getattr(self, name) is not None
+            if given and find_pair(self.model, self.execution.trust_remote_code):
+                raise ValueError(
+                    f"{flag(name)} is {getattr(self, name)}, which needs a method, and "
+                    f"{self.model} has its own factors: omit it, or give --rescale"
+                )
+
+    def entry(self, info: "ModelInfo", made_for: int, longest: int) -> "Entry":
+        """Return the factors, after checking that they fit the model and the lengths."""
+        from longrope.evaluate.compare import check_entries, method_entries
+
+        factor = self.attention_factor
+        (entry,) = method_entries(info, [self.method], made_for, attention_factor=factor)
+        check_entries(info, [entry], longest)
+        return entry
+
+
+@verbs.command()
+@add_options("scoring", {"": PerplexityConfig}, leave_out=("lengths",))
+@add_options("execution", EXECUTION)
+def perplexity(
+    *,
     model: Model = "bundled",
-    rescale: Annotated[
-        str | None,
-        typer.Option(
-            help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default the factors of "
-            "an extended model, else none."
-        ),
-    ] = None,
-    passkey: Annotated[
-        bool, typer.Option("--passkey", help="Measure passkey retrieval instead of perplexity.")
-    ] = False,
-    needle: Annotated[
-        bool,
-        typer.Option(
-            "--needle", help="Measure retrieval of a sentence hidden among lines of --data."
-        ),
-    ] = False,
-    benchmarks: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated lm-eval tasks to compare with the original model, such as "
-            "arc_challenge,hellaswag,mmlu,truthfulqa_mc1 or RULER's niah_single_1."
-        ),
-    ] = None,
-    benchmark_data: Annotated[
-        Path | None, typer.Option(help="Directory with local copies of the hub's datasets.")
-    ] = None,
-    questions: Annotated[
-        int | None, typer.Option(help="Questions per benchmark at most; by default all.")
-    ] = None,
-    shots: Annotated[
-        int | None,
-        typer.Option(help="Few-shot examples before each question; by default the paper's."),
-    ] = None,
-    original: Annotated[
-        str | None,
-        typer.Option(
-            help="Model to compare benchmarks with; by default the run's original model, else the "
-            "same weights unscaled."
-        ),
-    ] = None,
-    trials: Annotated[
-        int, typer.Option(help="Retrieval trials per length, with stratified depths.")
-    ] = 20,
-    digits: Annotated[int, typer.Option(help="Digits of the hidden number.")] = 5,
-    seed: Annotated[int, typer.Option(help="Random seed of hidden numbers and depths.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory for the results as JSON and the heat map; the same command resumes an "
-            "interrupted measurement, except with --sequence-parallel."
-        ),
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated lengths in tokens, such as 4k,8k or 2x; benchmarks use them only "
-            "for RULER."
-        ),
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Target length of the method; by default the longest length.")
-    ] = None,
+    rescale: Factors = None,
+    lengths: Lengths,
+    target: Target = None,
     data: Data = None,
     field: Field = "text",
     pack: Pack = False,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens between the starts of overlapping windows; by default they do not overlap."
-        ),
-    ] = None,
-    tokens_per_document: TokensPerDocument = None,
+    scoring: dict[str, Any],
     attention_factor: AttentionFactor = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    chunk: Chunk = None,
-    offload_activations: OffloadActivations = None,
-    offload: Offload = None,
-    sequence_parallel: SequenceParallel = 1,
+    out: Out = None,
+    execution: dict[str, Any],
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
-    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Measure perplexity, retrieval or benchmarks of a model under one choice of factors."""
-    from longrope.data.documents import check_sources
-    from longrope.distributed import local_device, ranks
-    from longrope.evaluate import compare
-    from longrope.evaluate.benchmarks import BenchmarkOptions
-    from longrope.evaluate.cache import measurement_cache, require_same
-    from longrope.evaluate.measure import (
-        Measurement,
-        PerplexityOptions,
-        RetrievalOptions,
-        measure_all,
-        model_identity,
+    """Measure perplexity on documents, on the same tokens at every length."""
+    from longrope.evaluate.compare import perplexity_documents, perplexity_row
+
+    how = ExecutionConfig.make(execution, flag)
+    subject = _Subject(
+        model, rescale, target, attention_factor, existing_scaling, original_length, how
     )
-    from longrope.files import require_directory, write_atomically
-    from longrope.inference.load import inspect_extended, inspect_weights
+    sources = tuple(data or ())
+    of = {"data": sources, "field": field, "pack": pack, "attention_factor": attention_factor}
+
+    def load(tokenizer: Any) -> Any:
+        return perplexity_documents(
+            tokenizer, sources, [subject.method], field=field, pack=pack, exclude=False
+        )
+
+    rows = _measure(
+        "perplexity",
+        subject,
+        lengths,
+        sources,
+        of | {"stride": None, "tokens_per_document": None} | scoring,
+        lambda tokens: PerplexityConfig.make(scoring | {"lengths": tuple(tokens)}, flag),
+        load,
+        lambda name, info, scores: [
+            perplexity_row(name, scores, info.original_max_position_embeddings or 0)
+        ],
+        out,
+    )
+    _show("perplexity", rows, print_rows, out, json_)
+
+
+@verbs.command()
+@add_options("retrieval", {"": RetrievalConfig})
+@add_options("execution", EXECUTION)
+def passkey(
+    *,
+    model: Model = "bundled",
+    rescale: Factors = None,
+    lengths: Lengths,
+    target: Target = None,
+    retrieval: dict[str, Any],
+    attention_factor: AttentionFactor = None,
+    out: Out = None,
+    execution: dict[str, Any],
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    json_: Json = False,
+) -> None:
+    """Measure retrieval of a number hidden in repeated sentences."""
+    how = ExecutionConfig.make(execution, flag)
+    subject = _Subject(
+        model, rescale, target, attention_factor, existing_scaling, original_length, how
+    )
+    _retrieve("passkey", subject, lengths, (), "text", retrieval, out, json_)
+
+
+@verbs.command()
+@add_options("retrieval", {"": RetrievalConfig})
+@add_options("execution", EXECUTION)
+def needle(
+    *,
+    model: Model = "bundled",
+    rescale: Factors = None,
+    lengths: Lengths,
+    target: Target = None,
+    data: Data = None,
+    field: Field = "text",
+    retrieval: dict[str, Any],
+    attention_factor: AttentionFactor = None,
+    out: Out = None,
+    execution: dict[str, Any],
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    json_: Json = False,
+) -> None:
+    """Measure retrieval of a sentence hidden among lines of documents."""
+    how = ExecutionConfig.make(execution, flag)
+    subject = _Subject(
+        model, rescale, target, attention_factor, existing_scaling, original_length, how
+    )
+    _retrieve("needle", subject, lengths, tuple(data or ()), field, retrieval, out, json_)
+
+
+@verbs.command()
+@add_options("config", {"": BenchmarkConfig}, leave_out=("tasks", "ruler_lengths"))
+@add_options("execution", EXECUTION)
+def benchmarks(
+    *,
+    model: Model = "bundled",
+    tasks: Annotated[
+        str,
+        typer.Option(help=BenchmarkConfig.model_fields["tasks"].description, metavar="TASK,…"),
+    ],
+    rescale: Factors = None,
+    target: Annotated[
+        str | None, typer.Option(help="Target length of the method, such as 8x.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help=BenchmarkConfig.model_fields["ruler_lengths"].description),
+    ] = None,
+    config: dict[str, Any],
+    original: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to compare with; by default the run's original model, else the same "
+            "weights unscaled."
+        ),
+    ] = None,
+    attention_factor: AttentionFactor = None,
+    out: Out = None,
+    execution: dict[str, Any],
+    existing_scaling: ExistingScaling = None,
+    original_length: OriginalLength = None,
+    json_: Json = False,
+) -> None:
+    """Compare the scores of an extended model in lm-eval tasks with the original model's."""
+    from longrope.distributed import ranks
+    from longrope.evaluate.benchmarks import check_benchmarks
+    from longrope.evaluate.cache import measurement_cache
+    from longrope.evaluate.compare import compare_benchmarks, resolve_lengths
     from longrope.models.load import load_model
+    from longrope.rope.methods import METHODS
+
+    how = ExecutionConfig.make(execution, flag)
+    subject = _Subject(
+        model, rescale, target, attention_factor, existing_scaling, original_length, how
+    )
+    if target is None and rescale in METHODS and rescale != "none":
+        raise ValueError(f"--target is missing; give the target length of {rescale}, such as 8x")
+    ruler = tuple(lengths.split(",")) if lengths else ()
+    asked = BenchmarkConfig.make(config | {"tasks": tuple(tasks.split(","))}, flag)
+    of = _of(subject, asked.model_dump(mode="json") | {"lengths": ruler})
+    with ranks(how.sequence_parallel) as these:
+        info, pair = subject.inspect()
+        (measured,), made_for = resolve_lengths(info, (target or "1x",), target)
+        entry = subject.entry(info, made_for, measured)
+        if ruler:
+            tokens = resolve_lengths(info, ruler, None)[0]
+            asked = asked.model_copy(update={"ruler_lengths": tuple(tokens)})
+        check_benchmarks(asked)
+        # Benchmarks other than RULER have prompts of a few thousand tokens.
+        usual = min(info.original_max_position_embeddings or 0, 4096)
+        _check("benchmarks", subject, info, these, max(asked.ruler_lengths, default=usual), of, out)
+        loaded = load_model(info.source, how, info=info, group=these.group)
+        choose = pair.choose if pair else entry.rescale
+        longest = (pair.long if pair else choose(made_for)).max_position_embeddings
+        with measurement_cache(out, these.group.size) as cache:
+            before = _original(subject.model, original, how)
+            rows = compare_benchmarks(loaded, choose, longest, before, asked, cache)
+            _save("benchmarks", rows, of, out, these)
+        if these.first:
+            _show("benchmarks", rows, print_benchmarks, None, json_)
+
+
+def _retrieve(
+    kind: str,
+    subject: _Subject,
+    lengths: str,
+    sources: tuple[str, ...],
+    field: str,
+    retrieval: dict[str, Any],
+    out: Path | None,
+    json_: bool,
+) -> None:
+    from longrope.data.windows import load_documents
+
+    config = RetrievalConfig.make(retrieval, flag)
+
+    def load(tokenizer: Any) -> Any:
+        if kind == "passkey":
+            return ()
+        return load_documents(tokenizer, sources, field=field, held_out=True)
+
+    rows = _measure(
+        kind,
+        subject,
+        lengths,
+        sources,
+        {"data": sources, "field": field} | config.model_dump(),
+        lambda tokens: config,
+        load,
+        lambda name, info, found: [dataclasses.asdict(row) for row in found],
+        out,
+    )
+    _show(kind, rows, print_retrieval, out, json_)
+
+
+def _measure(
+    kind: str,
+    subject: _Subject,
+    lengths: str,
+    sources: tuple[str, ...],
+    options: dict[str, Any],
+    config_for: Callable[[list[int]], PerplexityConfig | RetrievalConfig],
+    load_documents: Callable[[Any], Any],
+    to_rows: Callable[[str, "ModelInfo", Any], list[dict[str, Any]]],
+    out: Path | None,
+) -> list[dict[str, Any]] | None:
+    """Run one measurement per length; return its rows on the process that prints, else None."""
+    from longrope.data.documents import check_sources
+    from longrope.distributed import ranks
+    from longrope.evaluate.cache import measurement_cache
+    from longrope.evaluate.compare import resolve_lengths
+    from longrope.evaluate.measure import Measurement, measure_all, model_identity
+    from longrope.models.load import load_model
+
+    how, texts = subject.execution, tuple(lengths.split(","))
+    of = _of(subject, options | {"lengths": texts})
+    with ranks(how.sequence_parallel) as these:
+        info, pair = subject.inspect()
+        measured, made_for = resolve_lengths(info, texts, subject.target)
+        config, entry = config_for(measured), subject.entry(info, made_for, measured[-1])
+        check_sources(sources)
+        _check(kind, subject, info, these, measured[-1], of, out)
+        loaded = load_model(info.source, how, info=info, group=these.group)
+        name, choose = ("longrope", pair.choose) if pair else (entry.name, entry.rescale)
+        with measurement_cache(out, these.group.size) as cache:
+            documents, identity = load_documents(loaded.tokenizer), model_identity(loaded)
+            wanted = [
+                Measurement(kind, identity, choose, length, config, documents)
+                for length in measured
+            ]
+            found = measure_all(loaded, wanted, cache)
+            rows = [row for one in found for row in to_rows(name, info, one)]
+            _save(kind, rows, of, out, these)
+        return rows if these.first else None
+
+
+def _of(subject: _Subject, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what a result belongs to, as JSON holds it."""
+    of = {"model": subject.model, "rescale": subject.rescale, "target": subject.target}
+    return json.loads(json.dumps(of | options))
+
+
+def _check(
+    kind: str,
+    subject: _Subject,
+    info: "ModelInfo",
+    these: "Ranks",
+    longest: int,
+    of: dict[str, Any],
+    out: Path | None,
+) -> None:
+    """Refuse a measurement that cannot run, before any weights are read."""
+    from longrope.evaluate.cache import require_same
+    from longrope.files import require_directory
     from longrope.pipeline.checks import check_measuring
 
-    kind = _kind(passkey, needle, benchmarks)
-    measured_at = _target(rescale, target) if kind == "benchmarks" else lengths
-    if measured_at is None:
-        raise ValueError("--lengths is missing; give the tokens to measure at, such as 4k,8k")
-    method, sources, texts = rescale or "none", tuple(data or ()), tuple(measured_at.split(","))
-    tasks = tuple((benchmarks or "").split(","))
-    local = str(benchmark_data) if benchmark_data else None
-    ruler = tuple(lengths.split(",")) if lengths else ()
-
-    of: dict[str, Any] = {"model": model, "rescale": rescale}
-    if kind == "benchmarks":
-        of |= {"tasks": tasks, "questions": questions, "shots": shots}
-        of |= {"data": local, "lengths": ruler}
-    else:
-        of |= {"lengths": texts, "data": sources, "field": field}
-    if kind == "perplexity":
-        of |= {"target": target, "pack": pack, "stride": stride}
-        of |= {"tokens_per_document": tokens_per_document, "attention_factor": attention_factor}
-    elif kind != "benchmarks":
-        of |= {"kind": kind, "trials": trials, "digits": digits, "seed": seed}
-    of = json.loads(json.dumps(of))
-
-    def options_for(info: Any, tokens: list[int]) -> Any:
-        if kind == "perplexity":
-            return PerplexityOptions(tuple(tokens), stride, tokens_per_document)
-        if kind != "benchmarks":
-            return RetrievalOptions(trials, digits, seed)
-        own = compare.resolve_lengths(info, ruler, None)[0] if ruler else []
-        return BenchmarkOptions(tasks, questions, shots, local, tuple(own))
-
-    def entry_for(info: Any, made_for: int) -> compare.Entry:
-        entries = compare.method_entries(
-            info, [method], made_for, attention_factor=attention_factor
+    if these.group_count > 1:
+        raise ValueError(
+            f"--sequence-parallel is {subject.execution.sequence_parallel} with {these.size} "
+            "processes; evaluate requires all processes in one group: give --sequence-parallel "
+            f"{these.size}"
         )
-        return entries[0]
+    if out:
+        require_directory(out)
+        require_same(out / f"{kind}.json", of)
+    check_measuring(info, longest, subject.execution, these)
 
-    def validate(info: Any) -> tuple[list[int], int, Any, compare.Entry]:
-        info.require_extendable()
-        measured, made_for = compare.resolve_lengths(info, texts, target)
-        options, entry = options_for(info, measured), entry_for(info, made_for)
-        compare.check_entries(info, [entry], measured[-1])
-        check_sources(sources)
-        asked = list(measured)
-        if kind == "benchmarks":
-            options.check()
-            asked = list(options.lengths)
-        if out:
-            require_directory(out)
-            require_same(out / f"{kind}.json", of)
-        # Benchmarks other than RULER have prompts of a few thousand tokens.
-        longest = max(asked, default=min(info.original_max_position_embeddings or 0, 4096))
-        how = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
-        check_measuring(info, longest, how | {"offload_activations": offload_activations}, these)
-        return measured, made_for, options, entry
 
-    loading: dict[str, Any] = {
-        "dtype": dtype,
-        "offload": offload,
-        "trust_remote_code": trust_remote_code,
-    }
-    with ranks(sequence_parallel) as these:
-        if these.group_count > 1:
-            raise ValueError(
-                f"--sequence-parallel is {sequence_parallel} with {these.size} processes; evaluate "
-                f"requires all processes in one group: give --sequence-parallel {these.size}"
-            )
-        loading |= {"device": local_device(device), "group": these.group}
-        pair = None
-        inspecting: dict[str, Any] = {
-            "original_length": original_length,
-            "trust_remote_code": trust_remote_code,
-        }
-        if rescale is None and existing_scaling is None:
-            method_options = {"--target": target, "--attention-factor": attention_factor}
-            _refuse_for_a_pair(model, method_options, trust_remote_code)
-            info, pair = inspect_extended(model, **inspecting)
-        else:
-            scaling = existing_choice(existing_scaling)
-            info = inspect_weights(model, existing_scaling=scaling, **inspecting)
-        measured, made_for, options, entry = validate(info)
-        loaded = load_model(info.source, info=info, **loading)
-        name, choose = ("longrope", pair.choose) if pair else (entry.name, entry.rescale)
-        how = {"chunk": chunk, "offload_activations": offload_activations}
-        with measurement_cache(out, these.group.size) as cache:
-            if kind == "benchmarks":
-                before = _original(model, original, loading)
-                longest = (pair.long if pair else choose(made_for)).max_position_embeddings
-                rows = compare.compare_benchmarks(
-                    loaded, choose, longest, before, options, cache, **how
-                )
-            else:
-                documents = _documents(loaded.tokenizer, kind, sources, field, pack, method)
-                identity = model_identity(loaded)
-                wanted = [
-                    Measurement(kind, identity, choose, length, options, documents)
-                    for length in measured
-                ]
-                found = measure_all(loaded, wanted, cache, **how)
-                if kind == "perplexity":
-                    window = loaded.info.original_max_position_embeddings or 0
-                    rows = [compare.perplexity_row(name, scores, window) for scores in found]
-                else:
-                    rows = [dataclasses.asdict(row) for some in found for row in some]
-            figure = None
-            if out and these.first:
-                content = json.dumps({"of": of, kind: rows}, indent=1) + "\n"
-                write_atomically(out / f"{kind}.json", content)
-                if kind in ("passkey", "needle"):
-                    from longrope.report import plots
+def _save(
+    kind: str, rows: list[dict[str, Any]], of: dict[str, Any], out: Path | None, these: "Ranks"
+) -> None:
+    from longrope.files import write_atomically
 
-                    heat_map = plots.retrieval_figure(rows, kind)
-                    figure = plots.save_figure(heat_map, out / f"{kind}.png")
-    if not these.first:
+    if not (out and these.first):
+        return
+    write_atomically(out / f"{kind}.json", json.dumps({"of": of, kind: rows}, indent=1) + "\n")
+    if kind in ("passkey", "needle"):
+        from longrope.report import plots
+
+        plots.save_figure(plots.retrieval_figure(rows, kind), out / f"{kind}.png")
+
+
+def _show(
+    kind: str,
+    rows: list[dict[str, Any]] | None,
+    show: Callable[[list[dict[str, Any]]], None],
+    out: Path | None,
+    json_: bool,
+) -> None:
+    if rows is None:
         return
     if json_:
         print_json({kind: rows})
         return
-    show = {"perplexity": print_rows, "benchmarks": print_benchmarks}.get(kind, print_retrieval)
     show(rows)
-    if figure:
+    if out and (figure := out / f"{kind}.png").exists():
         console.print(str(figure), soft_wrap=True)
 
 
-def _documents(
-    tokenizer: Any, kind: str, sources: tuple[str, ...], field: str, pack: bool, method: str
-) -> Any:
-    """Return the documents of a measurement; warn about those that were searched on."""
-    from longrope.data.windows import load_documents
-    from longrope.evaluate.compare import perplexity_documents
-
-    if kind == "passkey":
-        return ()
-    if kind == "needle":
-        return load_documents(tokenizer, sources, field=field, held_out=True)
-    return perplexity_documents(tokenizer, sources, [method], field=field, pack=pack, exclude=False)
-
-
-def _refuse_for_a_pair(model: str, options: dict[str, Any], trust_remote_code: bool) -> None:
-    """Refuse options of a method for a model that has factors of its own."""
-    from longrope.checkpoints.importer import find_pair
-
-    for name, value in options.items():
-        if value is not None and find_pair(model, trust_remote_code):
-            raise ValueError(
-                f"{name} is {value}, which needs a method, and {model} has its own factors: omit "
-                "it, or give --rescale"
-            )
-
-
-def _target(rescale: str | None, target: str | None) -> str:
-    """Return the target length of a benchmark's model; a rescale file names its own."""
-    from longrope.rope.methods import METHODS
-
-    if target is None and rescale in METHODS and rescale != "none":
-        raise ValueError(f"--target is missing; give the target length of {rescale}, such as 8x")
-    return target or "1x"
-
-
-def _original(model: str, named: str | None, loading: dict[str, Any]) -> Any:
+def _original(model: str, named: str | None, how: ExecutionConfig) -> Any:
     """Load the model that benchmarks compare with; None stands for the same weights."""
     from longrope.checkpoints.run_layout import original_of
     from longrope.models.load import load_model
 
     source: dict[str, Any] | None = {"source": named} if named else original_of(model)
-    if source is None:
-        return None
-    return load_model(**loading, **source)
-
-
-def _kind(passkey: bool, needle: bool, benchmarks: str | None) -> str:
-    asked = {"passkey": passkey, "needle": needle, "benchmarks": bool(benchmarks)}
-    chosen = [name for name, wanted in asked.items() if wanted]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(f'--{name}' for name in chosen)}: choose one")
-    return chosen[0] if chosen else "perplexity"
+    return load_model(execution=how, **source) if source is not None else None

@@ -9,14 +9,16 @@ from rich.table import Table
 
 from longrope.cli.app import app
 from longrope.cli.options import (
-    Chunk,
     ExistingScaling,
     Json,
     OriginalLength,
     TrustRemoteCode,
+    add_options,
     existing_choice,
+    flag,
 )
 from longrope.cli.tables import console, print_json
+from longrope.execution import ExecutionConfig
 
 
 @app.command()
@@ -82,7 +84,13 @@ def export(
 
 
 @app.command()
+@add_options(
+    "execution",
+    {"Execution": ExecutionConfig},
+    leave_out=("offload_activations", "sequence_parallel", "trust_remote_code"),
+)
 def verify(
+    *,
     path: Annotated[str, typer.Argument(help="What export wrote: a directory or a GGUF file.")],
     engine: Annotated[
         str, typer.Option(help="transformers, transformers-legacy, vllm, llamacpp or mlx.")
@@ -94,8 +102,7 @@ def verify(
         str | None, typer.Option(help="Prompts' tokens; by default around the boundary and deep.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="At each length.")] = 2,
-    dtype: Annotated[str, typer.Option(help="That both sides compute in.")] = "float32",
-    chunk: Chunk = None,
+    execution: dict[str, Any],
     json_: Json = False,
 ) -> None:
     """Which factors an engine applies, by its log-probabilities; exit code 1 if not those meant."""
@@ -106,11 +113,12 @@ def verify(
 
     if prompts < 1:
         raise ValueError(f"--prompts is {prompts}; it must be at least 1")
-    if dtype == "auto":
-        raise ValueError("--dtype is auto; name what both sides are to compute in, such as float32")
+    how = ExecutionConfig.make({"dtype": "float32"} | execution, flag)
+    if how.dtype == "auto":
+        raise ValueError("--dtype is auto; name the dtype of both sides, such as float32")
     points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()
     require_engine(path, engine, python)
-    reference = Reference(path, dtype=dtype, chunk=chunk)
+    reference = Reference(path, how)
     verdict = ask(reference, engine, python=python, lengths=points, prompts=prompts)
     if json_:
         print_json(dataclasses.asdict(verdict) | {"right": verdict.right})

@@ -3,30 +3,30 @@
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from longrope.cli.app import app
 from longrope.cli.options import (
-    Chunk,
     Data,
-    Device,
-    Dtype,
     ExistingScaling,
     Json,
     OriginalLength,
-    SequenceParallel,
-    TrustRemoteCode,
+    add_options,
     existing_choice,
+    flag,
 )
 from longrope.cli.tables import console, print_json
+from longrope.execution import ExecutionConfig
 
 log = logging.getLogger(__name__)
 
 
 @app.command()
+@add_options("execution", {"Execution": ExecutionConfig})
 def extend(
+    *,
     model: Annotated[
         str | None,
         typer.Argument(help="Directory, hub id or GGUF file. Default: the recipe's, or 'bundled'."),
@@ -56,15 +56,9 @@ def extend(
         typer.Option(help="Start tokens left unscaled (n̂); only longrope applies them."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
-    device: Device = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="auto, float32, bfloat16 or float16. Default: the recipe's, or auto."),
-    ] = None,
-    sequence_parallel: SequenceParallel = 1,
+    execution: dict[str, Any],
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
-    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the cost of each stage, check --data, and stop."),
@@ -93,16 +87,13 @@ def extend(
         evaluation_data=evaluation_data,
         start_tokens=start_tokens,
         seed=seed,
-        device=device,
-        dtype=dtype,
         existing_scaling=existing_choice(existing_scaling),
         original_length=original_length,
-        trust_remote_code=trust_remote_code or None,
-        finetune=finetune,
-        lora=lora,
+        finetune={"enabled": finetune, "lora": lora},
+        execution=execution,
     )
     directory = out or Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
-    with ranks(sequence_parallel) as these:
+    with ranks(chosen.execution.sequence_parallel) as these:
         run = open_run(chosen, directory, these)
         if lora is not None and run.plan.trained is None:
             raise ValueError(f"--lora is {lora}, but up to 8x nothing is trained; add --finetune")
@@ -139,19 +130,22 @@ def extend(
 
 
 @app.command()
+@add_options(
+    "execution",
+    {"Execution": ExecutionConfig},
+    leave_out=("offload_activations", "sequence_parallel"),
+)
 def generate(
+    *,
     model: Annotated[str, typer.Argument(help="Run of `extend`, or any model.")],
     prompt: Annotated[str, typer.Option(help="Prompt; appended to the prompt file.")] = "",
     prompt_file: Annotated[Path | None, typer.Option(help="Text file with a long prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    chunk: Chunk = None,
+    execution: dict[str, Any],
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text from a prompt of any length, streamed."""
     from longrope.data.documents import read_text
@@ -168,11 +162,9 @@ def generate(
         raise ValueError("--prompt is empty; give a prompt or a --prompt-file")
     loaded, pair = load_extended(
         model,
-        device=device,
-        dtype=dtype,
+        ExecutionConfig.make(execution, flag),
         existing_scaling=existing_choice(existing_scaling),
         original_length=original_length,
-        trust_remote_code=trust_remote_code,
     )
     ids = loaded.tokenizer(text, verbose=False)["input_ids"]
     tokens = stream(
@@ -182,7 +174,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        chunk=chunk,
     )
     for part in decode_stream(loaded, tokens):
         print(part, end="", flush=True)

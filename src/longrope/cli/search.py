@@ -9,44 +9,27 @@ from rich.table import Table
 
 from longrope.cli.app import app
 from longrope.cli.options import (
-    Chunk,
     Data,
-    Device,
-    Dtype,
     ExistingScaling,
     Field,
     Json,
     Model,
-    Offload,
-    OffloadActivations,
     OriginalLength,
     Pack,
-    SequenceParallel,
     TrustRemoteCode,
+    add_options,
     existing_choice,
+    flag,
 )
 from longrope.cli.tables import console, print_json
-from longrope.search.settings import SEARCH_CONFIGS, make_search_config
-
-# Every option of a search configuration, of either algorithm.
-SEARCH_OPTIONS = list(
-    dict.fromkeys(name for model in SEARCH_CONFIGS.values() for name in model.model_fields)
+from longrope.execution import ExecutionConfig
+from longrope.search.settings import (
+    EvolutionSearchConfig,
+    GradientSearchConfig,
+    make_search_config,
 )
 
-
-def _option(name: str) -> Any:
-    """Return the command-line option of a field of the search configurations."""
-    fields = {a: m.model_fields[name] for a, m in SEARCH_CONFIGS.items() if name in m.model_fields}
-    defaults = {a: field.default for a, field in fields.items() if field.default is not None}
-    if name == "algorithm":
-        defaults = {"": "gradient"}
-    text = next(iter(fields.values())).description or ""
-    if len(fields) == 1:
-        text = f"For {next(iter(fields))}: {text[0].lower()}{text[1:]}"
-    for algorithm, default in list(defaults.items())[:1]:
-        only = f" for {algorithm}" if 1 == len(defaults) < len(fields) and algorithm else ""
-        text = f"{text.removesuffix('.')}; default {default}{only}."
-    return typer.Option(help=text)
+SEARCHES = {"Gradient search": GradientSearchConfig, "Evolution search": EvolutionSearchConfig}
 
 
 @app.command()
@@ -80,29 +63,17 @@ def inspect(
 
 
 @app.command()
+@add_options("config", SEARCHES, shared="Search")
+@add_options("execution", {"Execution": ExecutionConfig})
 def search(
+    *,
     model: Model = "bundled",
-    target: Annotated[str, typer.Option(help="Target length in tokens: 131072, 128k or 8x.")] = ...,  # type: ignore[assignment]
-    out: Annotated[
-        Path, typer.Option(help="Output directory; a search that it holds is resumed.")
-    ] = ...,  # type: ignore[assignment]
+    target: Annotated[str, typer.Option(help="Target length in tokens: 131072, 128k or 8x.")],
+    out: Annotated[Path, typer.Option(help="Output directory; a search that it holds is resumed.")],
     data: Data = None,
     field: Field = "text",
     pack: Pack = False,
-    algorithm: Annotated[str | None, _option("algorithm")] = None,
-    windows: Annotated[int | None, _option("windows")] = None,
-    passkey_prompts: Annotated[int | None, _option("passkey_prompts")] = None,
-    max_factor: Annotated[float | None, _option("max_factor")] = None,
-    budget: Annotated[int | None, _option("budget")] = None,
-    step_size: Annotated[float | None, _option("step_size")] = None,
-    windows_per_step: Annotated[int | None, _option("windows_per_step")] = None,
-    patience: Annotated[int | None, _option("patience")] = None,
-    population: Annotated[int | None, _option("population")] = None,
-    mutations: Annotated[int | None, _option("mutations")] = None,
-    crossovers: Annotated[int | None, _option("crossovers")] = None,
-    mutation_probability: Annotated[float | None, _option("mutation_probability")] = None,
-    iterations: Annotated[int | None, _option("iterations")] = None,
-    parents: Annotated[int | None, _option("parents")] = None,
+    config: dict[str, Any],
     seed: Annotated[int, typer.Option(help="Random seed for windows and candidates.")] = 0,
     attention_factor: Annotated[
         float | None,
@@ -112,28 +83,18 @@ def search(
         int | None,
         typer.Option(help="Fixed number of start tokens n̂, searched if not given; engines load 0."),
     ] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    chunk: Chunk = None,
-    offload_activations: OffloadActivations = None,
-    offload: Offload = None,
-    sequence_parallel: SequenceParallel = 1,
+    execution: dict[str, Any],
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
-    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Search the rescale factors for a longer context. Run again to resume."""
-    arguments = dict(locals())
-    from longrope.distributed import local_device, ranks
+    from longrope.distributed import ranks
     from longrope.models.info import inspect_model
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_search
-    from longrope.pipeline.recipe import make_recipe
     from longrope.search.run import SearchOptions, search_factors
 
-    given = {name: arguments[name] for name in SEARCH_OPTIONS if arguments[name] is not None}
-    config = make_search_config(given, lambda name: "--" + name.replace("_", "-"))
     options = SearchOptions(
         target=target,
         out=out,
@@ -143,33 +104,20 @@ def search(
         attention_factor=attention_factor,
         start_tokens=start_tokens,
         seed=seed,
-        chunk=chunk,
-        offload_activations=offload_activations,
-        config=config,
+        config=make_search_config(config, flag),
     )
-
-    with ranks(sequence_parallel) as these:
+    how = ExecutionConfig.make(execution, flag)
+    with ranks(how.sequence_parallel) as these:
         info = inspect_model(
             model,
             existing_scaling=existing_choice(existing_scaling),
             original_length=original_length,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=how.trust_remote_code,
         )
         info.require_extendable()
         options.check(info)
-        work = {"dtype": dtype, "device": device, "chunk": chunk, "offload": offload}
-        where = {"target": target, "offload_activations": offload_activations}
-        where |= {"search": config.model_dump()}
-        check_search(info, make_recipe(work | where), these)
-        loaded = load_model(
-            model,
-            device=local_device(device),
-            dtype=dtype,
-            offload=offload,
-            group=these.group,
-            info=info,
-            trust_remote_code=trust_remote_code,
-        )
+        check_search(info, target, options.config, how, these)
+        loaded = load_model(model, how, group=these.group, info=info)
         result = search_factors(loaded, options, these)
     if not these.first:
         return
@@ -180,7 +128,7 @@ def search(
     console.print(
         f"{state}: {result.forwards:g} forward passes over all windows; loss in nats per token:"
     )
-    if config.algorithm == "gradient":
+    if options.config.algorithm == "gradient":
         console.print("  starts, on the windows of their comparison (ramp F-G: dimensions above F")
         console.print("  rotations are not scaled, below G they are interpolated in full)")
     for name, loss in result.starts.items():

@@ -14,6 +14,7 @@ import torch
 from longrope.checkpoints.importer import import_pair
 from longrope.data.stdlib import library_texts
 from longrope.engines.specs import ENGINES, Engine, query, require_engine
+from longrope.execution import ExecutionConfig
 from longrope.inference.load import load_extended
 from longrope.models.load import LoadedModel
 from longrope.rope.apply import rescaled
@@ -124,22 +125,23 @@ class Reference:
 
     Args:
         path: a directory or a GGUF file with scaled RoPE.
-        dtype: dtype of both sides; llama.cpp ignores it.
-        chunk: tokens that go through a layer at a time.
+        execution: of the reference, by default in float32. Engines use its dtype too, except
+            llama.cpp.
 
     Raises:
         ValueError: no such model, or a RoPE that is not scaled.
     """
 
-    def __init__(self, path: str, *, dtype: str = "float32", chunk: int | None = None):
-        loaded, pair = load_extended(path, dtype=dtype)
+    def __init__(self, path: str, execution: ExecutionConfig | None = None):
+        execution = execution or ExecutionConfig(dtype="float32")
+        loaded, pair = load_extended(path, execution)
         if pair is None:
             raise ValueError(f"{path}: its RoPE is not scaled; there is nothing to verify")
-        self.path, self.dtype, self.pair, self.loaded = path, dtype, pair, loaded
+        self.path, self.dtype, self.pair, self.loaded = path, execution.dtype, pair, loaded
         # A static export records its boundary only in its manifest.
         boundary, target = import_pair(path).recovery_length, pair.long.max_position_embeddings
         self.boundary = boundary if boundary < target else target // 4
-        self.forward = loaded.forward(chunk)
+        self.forward = loaded.forward()
         self.computed: dict[tuple[Rescale, tuple[int, ...]], torch.Tensor] = {}
         none = pair.long.replace(factors=(1.0,) * len(pair.long.factors), attention_factor=1.0)
         self.candidates: dict[str, Rescale] = {"long": pair.long, "none": none}

@@ -4,7 +4,6 @@ Prompts, answers and metrics are lm-eval's; the default shots are the paper's. R
 generate their texts at the lengths given, the same texts for every model.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from longrope.evaluate.lm_eval_tasks import (
     require_harness,
     task_parts,
 )
+from longrope.evaluate.settings import BenchmarkConfig
 from longrope.models.load import LoadedModel
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
@@ -33,67 +33,46 @@ RULER_TOKENS = 2048
 QuestionScores = dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchmarkOptions:
-    """Options of benchmark measurements.
+def check_benchmarks(config: BenchmarkConfig) -> None:
+    """Check that the tasks exist and can be measured, before any weight is read.
+
+    Raises:
+        ValueError: names the parameter, its value and the remedy.
+    """
+    require_harness()
+    if config.datasets is not None and not Path(config.datasets).is_dir():
+        raise ValueError(f"datasets is {config.datasets!r}, which is no directory; {REMEDY}")
+    known, shortest = manager().task_index, min(config.ruler_lengths, default=0)
+    for task in config.tasks:
+        if task not in known:
+            near = ", ".join(name for name in known if name.startswith(task[:4]))[:200]
+            raise ValueError(
+                f"tasks: lm-eval has no task {task!r}; 'lm-eval ls tasks' lists them"
+                + (f" (such as {near})" if near else "")
+            )
+        if known[task].yaml_path is None and any(is_ruler(part) for part in known[task].tags):
+            raise ValueError(f"benchmark {task} is a tag of RULER's; choose ruler itself")
+        if is_ruler(task) and shortest < RULER_TOKENS:
+            raise ValueError(
+                f"benchmark {task} generates its texts; give lengths of {RULER_TOKENS:,} "
+                "tokens or more"
+            )
+
+
+def require_benchmark_data(config: BenchmarkConfig, tokenizer: Any, window: int) -> None:
+    """Check that the data of every task can be read and scored.
 
     Args:
-        tasks: names of lm-eval tasks and groups.
-        questions: questions per task at most, over all parts of a group; None asks all.
-        shots: examples before each question; None takes the paper's.
-        data: directory with local copies of the hub's datasets; None reads from the hub.
-        lengths: tokens of RULER's texts.
+        window: context window, in tokens, of the smallest model.
+
+    Raises:
+        ValueError: data that cannot be read from the hub or locally, or lacks examples; a
+            metric that longrope does not compare; or answers that the window cannot hold.
     """
-
-    tasks: tuple[str, ...]
-    questions: int | None = None
-    shots: int | None = None
-    data: str | None = None
-    lengths: tuple[int, ...] = ()
-
-    def check(self) -> None:
-        """Check the options before any weight is read.
-
-        Raises:
-            ValueError: names the option, its value and the remedy.
-        """
-        require_harness()
-        if self.questions is not None and self.questions < 1:
-            raise ValueError(f"--questions is {self.questions}; it must be at least 1")
-        if self.shots is not None and self.shots < 0:
-            raise ValueError(f"--shots is {self.shots}; it must not be negative")
-        if self.data is not None and not Path(self.data).is_dir():
-            raise ValueError(f"benchmark data {self.data}: no such directory; {REMEDY}")
-        known, shortest = manager().task_index, min(self.lengths, default=0)
-        for task in self.tasks:
-            if task not in known:
-                near = ", ".join(name for name in known if name.startswith(task[:4]))[:200]
-                raise ValueError(
-                    f"benchmarks: lm-eval has no task {task!r}; 'lm-eval ls tasks' lists them"
-                    + (f" (such as {near})" if near else "")
-                )
-            if known[task].yaml_path is None and any(is_ruler(part) for part in known[task].tags):
-                raise ValueError(f"benchmark {task} is a tag of RULER's; choose ruler itself")
-            if is_ruler(task) and shortest < RULER_TOKENS:
-                raise ValueError(
-                    f"benchmark {task} generates its texts; give lengths of {RULER_TOKENS:,} "
-                    "tokens or more"
-                )
-
-    def require_data(self, tokenizer: Any, window: int) -> None:
-        """Check that the data of every task can be read and scored.
-
-        Args:
-            window: context window, in tokens, of the smallest model.
-
-        Raises:
-            ValueError: data that cannot be read from the hub or locally, or lacks examples; a
-                metric that longrope does not compare; or answers that the window cannot hold.
-        """
-        for task in self.tasks:
-            with task_parts(task, tokenizer, [RULER_TOKENS], self.data) as parts:
-                for part in parts:
-                    _check_part(task, part, _shots(task, part, self), window)
+    for task in config.tasks:
+        with task_parts(task, tokenizer, [RULER_TOKENS], config.datasets) as parts:
+            for part in parts:
+                _check_part(task, part, _shots(task, part, config), window)
 
 
 def score_benchmark(
@@ -101,11 +80,8 @@ def score_benchmark(
     choose: Callable[[int], Rescale],
     longest: int,
     task: str,
-    options: BenchmarkOptions,
+    config: BenchmarkConfig,
     kept: MutableMapping[str, dict[str, QuestionScores]] | None = None,
-    *,
-    chunk: int | None = None,
-    offload_activations: str | None = None,
 ) -> dict[str, QuestionScores]:
     """Score one model on a task, each prompt under the rescale for its length.
 
@@ -113,14 +89,12 @@ def score_benchmark(
         choose: returns the rescale for a sequence of so many tokens.
         longest: context window of the model in tokens; longer prompts are cut at the start.
         kept: scores by part of the task; parts in it are skipped, new ones are added.
-        chunk: tokens that go through a layer at a time.
-        offload_activations: device or directory for hidden states.
 
     Returns:
         Scores by table row and question. The row is the task, or ``task at length`` for RULER.
 
     Raises:
-        ValueError: as :meth:`BenchmarkOptions.require_data`.
+        ValueError: as :func:`require_benchmark_data`.
     """
     from lm_eval.evaluator import evaluate
 
@@ -129,18 +103,18 @@ def score_benchmark(
     kept = {} if kept is None else kept
     scores: dict[str, QuestionScores] = {}
     with (
-        task_parts(task, loaded.tokenizer, options.lengths, options.data) as parts,
+        task_parts(task, loaded.tokenizer, config.ruler_lengths, config.datasets) as parts,
         progress(task, len(parts), show=len(parts) > 1) as advance,
     ):
         title = task if len(parts) == 1 else ""
-        model = HarnessModel(loaded, choose, longest, chunk, title, offload_activations)
+        model = HarnessModel(loaded, choose, longest, title)
         for number, part in enumerate(parts):
-            name, shots = part.task_name, _shots(task, part, options)
+            name, shots = part.task_name, _shots(task, part, config)
             if name not in kept:
                 _check_part(task, part, shots, longest)
                 part.set_config(key="num_fewshot", value=shots)
                 part.set_fewshot_seed(seed=1234)  # lm-eval's default
-                limit = options.questions
+                limit = config.limit
                 if limit is not None:
                     limit = limit // len(parts) + (number < limit % len(parts))
                 questions = _questions(part, limit)
@@ -187,10 +161,10 @@ def _scored(
     return scores
 
 
-def _shots(task: str, part: Any, options: BenchmarkOptions) -> int:
+def _shots(task: str, part: Any, config: BenchmarkConfig) -> int:
     """Return the shots of a part; as in lm-eval, a part with 0 shots ignores the option."""
     own = part.get_config("num_fewshot")
-    wanted = SHOTS.get(task) if options.shots is None else options.shots
+    wanted = SHOTS.get(task) if config.num_fewshot is None else config.num_fewshot
     return (own or 0) if own == 0 or wanted is None else wanted
 
 
@@ -211,6 +185,5 @@ def _check_part(task: str, part: Any, shots: int, window: int) -> None:
             )
     if shots and (examples := len(list(part.fewshot_docs()))) < shots:
         raise ValueError(
-            f"benchmark {task} has {examples} examples for {shots} shots; lower "
-            "--shots, or evaluate.benchmark_shots in a recipe"
+            f"benchmark {task} has {examples} examples for {shots} shots; lower num_fewshot"
         )

@@ -9,16 +9,16 @@ from typing import Any
 
 from longrope.data.windows import TokenDocument, bos_token, load_documents, unseen
 from longrope.data.windows import pack as packed
-from longrope.evaluate.benchmarks import BenchmarkOptions
+from longrope.evaluate.benchmarks import require_benchmark_data
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.lm_eval_tasks import is_ruler
 from longrope.evaluate.measure import (
     Measurement,
-    PerplexityOptions,
     measure_all,
     model_identity,
 )
 from longrope.evaluate.perplexity import Scores, paired_difference
+from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig
 from longrope.evaluate.statistics import paired
 from longrope.files import finite_or_none, write_atomically
 from longrope.models.info import ModelInfo
@@ -310,17 +310,13 @@ def compare_perplexity(
     entries: Sequence[Entry],
     target: int,
     documents: Sequence[TokenDocument],
-    options: PerplexityOptions,
+    options: PerplexityConfig,
     cache: MeasurementCache,
     of: Mapping[str, Any] | None = None,
-    **execution: Any,
 ) -> Comparison:
     """Score every entry at every length on the same tokens.
 
     The subject is the first rescale file, else the last method.
-
-    Args:
-        execution: ``chunk`` and ``offload_activations``, as :func:`measure` takes them.
 
     Raises:
         ValueError: too few tokens.
@@ -333,7 +329,7 @@ def compare_perplexity(
         for entry in entries
         for length in options.lengths
     }
-    found = measure_all(loaded, list(wanted.values()), cache, **execution)
+    found = measure_all(loaded, list(wanted.values()), cache)
     files = [entry.name for entry in entries if entry.is_file]
     subject = files[0] if files else [e.name for e in entries if e.name in METHODS][-1]
     original = loaded.info.original_max_position_embeddings
@@ -347,9 +343,8 @@ def compare_benchmarks(
     choose: Callable[[int], Rescale],
     longest: int,
     original: LoadedModel | None,
-    options: BenchmarkOptions,
+    options: BenchmarkConfig,
     cache: MeasurementCache,
-    **execution: Any,
 ) -> list[dict[str, Any]]:
     """Return one :func:`paired` row per task: the extended model against the original one.
 
@@ -357,11 +352,10 @@ def compare_benchmarks(
         choose: the extended model's rescale for a sequence of so many tokens.
         longest: tokens that the extended model is for.
         original: the model to compare with; None takes the same weights, unscaled.
-        execution: ``chunk`` and ``offload_activations``, as :func:`measure` takes them.
 
     Raises:
-        ValueError: as :meth:`BenchmarkOptions.require_data`; or two tokenizers for RULER. Both
-            are raised before any question.
+        ValueError: as :func:`~longrope.evaluate.benchmarks.require_benchmark_data`; or two
+            tokenizers for RULER. Both are raised before any question.
     """
     before = original or loaded
     window = before.info.original_max_position_embeddings
@@ -369,14 +363,14 @@ def compare_benchmarks(
     same = before.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
     if not same and any(is_ruler(task) for task in options.tasks):
         raise ValueError("RULER makes its texts by the tokenizer: --original needs the same one")
-    options.require_data(before.tokenizer, min(window, longest))
+    require_benchmark_data(options, before.tokenizer, min(window, longest))
     unscaled = before.info.rescale("none", window)
-    single = [dataclasses.replace(options, tasks=(task,)) for task in options.tasks]
+    single = [options.model_copy(update={"tasks": (task,)}) for task in options.tasks]
 
     def scores(model: LoadedModel, chosen: Callable[[int], Rescale], tokens: int) -> list[Any]:
         identity = model_identity(model)
         wanted = [Measurement("benchmark", identity, chosen, tokens, task) for task in single]
-        return measure_all(model, wanted, cache, **execution)
+        return measure_all(model, wanted, cache)
 
     base = scores(before, lambda tokens: unscaled, window)
     extended = scores(loaded, choose, longest)

@@ -32,9 +32,7 @@ class HarnessModel(TemplateLM):
     Args:
         choose: returns the rescale for a sequence of so many tokens, answer included.
         longest: context window in tokens; longer sequences are cut at the start.
-        chunk: tokens that go through a layer at a time.
         title: title of the progress bar; empty shows none.
-        offload_activations: device or directory for hidden states.
     """
 
     def __init__(
@@ -42,14 +40,12 @@ class HarnessModel(TemplateLM):
         loaded: LoadedModel,
         choose: Callable[[int], Rescale],
         longest: int,
-        chunk: int | None,
         title: str,
-        offload_activations: str | None,
     ):
         super().__init__()
         self.loaded, self.choose, self.longest, self.title = loaded, choose, longest, title
         self.tokenizer = loaded.tokenizer
-        self.forward = loaded.forward(chunk, offload_activations)
+        self.forward = loaded.forward()
 
     @property
     def eot_token_id(self) -> int:
@@ -174,7 +170,7 @@ class HarnessModel(TemplateLM):
         tokens: list[int] = []
         text = ""
         for token in stream(
-            self.loaded, self.choose, prompt, max_new_tokens=new, chunk=self.forward.chunk
+            self.loaded, self.choose, prompt, max_new_tokens=new, forward=self.forward
         ):
             tokens.append(token)
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)

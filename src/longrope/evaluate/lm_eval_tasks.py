@@ -19,7 +19,7 @@ import numpy as np
 from longrope.evaluate.local_data import local_datasets
 from longrope.progress import discard_stderr, quiet
 
-REMEDY = "give one with --benchmark-data, or evaluate.benchmark_data in a recipe"
+REMEDY = "give a directory with local copies as datasets"
 
 
 def require_harness() -> None:

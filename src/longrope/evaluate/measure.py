@@ -12,59 +12,16 @@ from typing import Any
 
 from longrope.data.prompts import Prompt, haystack_lines, needle_prompt, passkey_prompt
 from longrope.data.windows import TokenDocument, bos_token
-from longrope.evaluate.benchmarks import BenchmarkOptions, score_benchmark
+from longrope.evaluate.benchmarks import score_benchmark
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.perplexity import score
 from longrope.evaluate.retrieval import retrieve
+from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
 from longrope.models.load import LoadedModel
 from longrope.progress import progress
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
-from longrope.units import check_lengths
 from longrope.version import __version__
-
-
-@dataclasses.dataclass(frozen=True)
-class PerplexityOptions:
-    """Options of a perplexity measurement.
-
-    Args:
-        lengths: all window lengths, in tokens, that are compared on the same tokens.
-        stride: tokens between the starts of overlapping windows; None does not overlap them.
-        tokens_per_document: tokens scored of each document; None scores all.
-
-    Raises:
-        ValueError: lengths that cannot be scored together, or a count below 1.
-    """
-
-    lengths: tuple[int, ...]
-    stride: int | None = None
-    tokens_per_document: int | None = None
-
-    def __post_init__(self) -> None:
-        check_lengths(self.lengths, self.stride)
-        _check_counts(self, "tokens_per_document")
-
-
-@dataclasses.dataclass(frozen=True)
-class RetrievalOptions:
-    """Options of a passkey or needle measurement.
-
-    Args:
-        trials: prompts per length, their depths stratified.
-        digits: digits of the hidden number.
-        seed: random seed of numbers and depths.
-
-    Raises:
-        ValueError: a count below 1.
-    """
-
-    trials: int = 20
-    digits: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_counts(self, "trials", "digits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +41,7 @@ class Measurement:
     model: str
     choose: Callable[[int], Rescale]
     length: int
-    options: PerplexityOptions | RetrievalOptions | BenchmarkOptions
+    options: PerplexityConfig | RetrievalConfig | BenchmarkConfig
     documents: Sequence[TokenDocument] = ()
 
     @property
@@ -96,7 +53,7 @@ class Measurement:
         content = {
             "model": self.model,
             "rescales": [rescale.to_json() | {"provenance": {}} for rescale in rescales],
-            "options": dataclasses.asdict(self.options),
+            "options": self.options.model_dump(mode="json"),
             "documents": [digest for document in self.documents for digest in document.sha256],
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -115,9 +72,6 @@ def measure(
     loaded: LoadedModel,
     measurement: Measurement,
     cache: MeasurementCache,
-    *,
-    chunk: int | None = None,
-    offload_activations: str | None = None,
 ) -> Any:
     """Run one measurement, and skip the parts that the cache already holds.
 
@@ -131,7 +85,7 @@ def measure(
             question, or benchmark data that cannot be read.
     """
     options, choose, length = measurement.options, measurement.choose, measurement.length
-    if isinstance(options, BenchmarkOptions):
+    if isinstance(options, BenchmarkConfig):
         (task,) = options.tasks
         return score_benchmark(
             loaded,
@@ -140,11 +94,9 @@ def measure(
             task,
             options,
             cache.answers(measurement.key),
-            chunk=chunk,
-            offload_activations=offload_activations,
         )
-    forward = loaded.forward(chunk, offload_activations)
-    if isinstance(options, PerplexityOptions):
+    forward = loaded.forward()
+    if isinstance(options, PerplexityConfig):
         with rescaled(loaded.model, choose(length)):
             return score(
                 forward,
@@ -171,17 +123,13 @@ def measure_all(
     loaded: LoadedModel,
     measurements: Sequence[Measurement],
     cache: MeasurementCache,
-    *,
-    chunk: int | None = None,
-    offload_activations: str | None = None,
 ) -> list[Any]:
     """Run several measurements of one model in order, with a progress bar."""
     found = []
     show = loaded.group.rank == 0
     with progress("evaluate", len(measurements), show=show) as advance:
         for number, one in enumerate(measurements, 1):
-            how = {"chunk": chunk, "offload_activations": offload_activations}
-            found.append(measure(loaded, one, cache, **how))
+            found.append(measure(loaded, one, cache))
             advance(number, f"{one.kind} at {one.length:,}: {_summary(one.kind, found[-1])}")
     return found
 
@@ -201,10 +149,3 @@ def _summary(kind: str, found: Any) -> str:
     if kind == "benchmark":
         return f"{sum(map(len, found.values())):,} questions"
     return f"{sum(row.correct for row in found)} of {sum(row.trials for row in found)} correct"
-
-
-def _check_counts(options: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")

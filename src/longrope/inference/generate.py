@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longrope.compat import cache_name
+from longrope.layerwise.forward import LongForward
 from longrope.models.load import LoadedModel
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
@@ -23,7 +24,7 @@ def stream(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    chunk: int | None = None,
+    forward: LongForward | None = None,
 ) -> Iterator[int]:
     """Yield new tokens until the end-of-sequence token.
 
@@ -36,7 +37,7 @@ def stream(
         ids: token ids of the prompt.
         temperature: 0 takes the most likely token.
         seed: random seed.
-        chunk: tokens of the prompt that go through a layer at a time.
+        forward: the long forward pass to prefill with; by default the model's.
 
     Raises:
         ValueError: the prompt is empty.
@@ -44,7 +45,7 @@ def stream(
     if not ids:
         raise ValueError("prompt is empty; give some text")
     model, ids = loaded.model, list(ids)
-    forward = loaded.forward(chunk)
+    forward = forward or loaded.forward()
     chance = torch.Generator().manual_seed(seed)
     stop = model.generation_config.eos_token_id
     stops = set(stop if isinstance(stop, list) else [stop])

@@ -3,12 +3,12 @@
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
 
 from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.importer import find_pair
 from longrope.checkpoints.manifest import Manifest
 from longrope.checkpoints.run_layout import is_run
+from longrope.execution import ExecutionConfig
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import LoadedModel, load_model
 from longrope.rope.pair import RescalePair
@@ -19,33 +19,31 @@ log = logging.getLogger(__name__)
 
 def load_extended(
     source: str,
+    execution: ExecutionConfig | None = None,
     *,
     existing_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
-    trust_remote_code: bool = False,
-    **options: Any,
 ) -> tuple[LoadedModel, RescalePair | None]:
     """Load a model and its pair of factors.
 
     Args:
         source: what ``longrope extend`` wrote, a checkpoint with ``longrope`` scaling, or
             any other model, which has no pair.
+        execution: as in :func:`longrope.models.load.load_model`.
         existing_scaling: with it the model is loaded as it says, without a pair.
         original_length: as in :func:`longrope.models.info.inspect_model`.
-        trust_remote_code: run code that comes with the model.
-        options: of :func:`longrope.models.load.load_model`.
 
     Raises:
         ValueError: no such model, or one that cannot be rescaled.
     """
+    execution = execution or ExecutionConfig()
     info, pair = inspect_extended(
         source,
         existing_scaling=existing_scaling,
         original_length=original_length,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=execution.trust_remote_code,
     )
-    options |= {"info": info, "trust_remote_code": trust_remote_code}
-    return load_model(info.source, **options), pair
+    return load_model(info.source, execution, info=info), pair
 
 
 def inspect_extended(

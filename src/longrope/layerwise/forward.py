@@ -41,7 +41,7 @@ BATCH_TOKENS = 4096
 _T = TypeVar("_T")
 
 
-def default_chunk(device_type: str) -> int:
+def default_chunk_size(device_type: str) -> int:
     """Default chunk size in tokens: 8,192 on a GPU, which fewer do not keep busy, else 2,048."""
     return 8192 if device_type == "cuda" else 2048
 
@@ -65,7 +65,7 @@ class LongForward:
     Args:
         model: a transformers causal language model in evaluation mode. The rescale in place when
             a method is called applies to the whole sequence.
-        chunk: chunk size in tokens; default :func:`default_chunk`. Halved, and kept so, when a
+        chunk_size: in tokens; default :func:`default_chunk_size`. Halved, and kept so, when a
             GPU runs out of memory.
         offload_activations: a device or directory for the sequence's hidden states; default the
             model's device.
@@ -81,18 +81,18 @@ class LongForward:
     def __init__(
         self,
         model: Any,
-        chunk: int | None = None,
+        chunk_size: int | None = None,
         offload_activations: torch.device | Path | None = None,
         attention_name: str = attention.NAME,
         offloaded: bool = False,
         group: SequenceParallelGroup | None = None,
     ):
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 token")
         self.model = model
         self.decoder, self._layers_name = find_layers(model)
         self.device = next(model.parameters()).device
-        self.chunk = chunk or default_chunk(self.device.type)
+        self.chunk_size = chunk_size or default_chunk_size(self.device.type)
         self.vocabulary = model.config.get_text_config().vocab_size
         self.head_rows = head_rows(self.vocabulary, self.device.type)
         self.offload_activations = offload_activations or self.device
@@ -173,10 +173,10 @@ class LongForward:
             try:
                 return compute()
             except torch.cuda.OutOfMemoryError:
-                if self.chunk == 1 or self.group.size > 1:  # the group shares one chunk size
+                if self.chunk_size == 1 or self.group.size > 1:  # the group shares one chunk size
                     raise
-                self.chunk //= 2
-                log.warning("out of memory: retrying with chunk size %d", self.chunk)
+                self.chunk_size //= 2
+                log.warning("out of memory: retrying with chunk size %d", self.chunk_size)
             torch.cuda.empty_cache()
 
     def bytes_per_token(self) -> int:
@@ -289,7 +289,7 @@ class LongForward:
 
     def chunks(self, tokens: int) -> Chunks:
         """Split a sequence into chunks, distributed over the group."""
-        return Chunks(tokens, self.chunk, self.group)
+        return Chunks(tokens, self.chunk_size, self.group)
 
     @contextlib.contextmanager
     def _exchanged(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:

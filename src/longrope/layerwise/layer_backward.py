@@ -34,7 +34,7 @@ class LayerGradient:
         self.forward, self.layer = forward, forward.layers[index]
         self.recordings, self.chunks, self.hidden_BTD = recordings, chunks, hidden_BTD
         self.arguments = [recording.arguments[index] for recording in recordings]
-        self.split = SplitAttention(chunks, forward.chunk, forward.device, forward.empty)
+        self.split = SplitAttention(chunks, forward.chunk_size, forward.device, forward.empty)
 
     def output(self) -> Tensor:
         """Run the layer forward; the output has the shape of its input.

@@ -8,33 +8,42 @@ import torch
 from longrope.layerwise.storage import is_directory, warn_if_in_memory
 
 
-def find_device(option: str, name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
     """Return a device by name; without a name a GPU if there is one.
 
     Raises:
-        ValueError: no such device on this machine; the message begins with ``option``.
+        ValueError: no such device on this machine.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    return _device("device", name)
+
+
+def find_offload_target(name: str) -> torch.device | Path:
+    """Return the device or writable directory that hidden states are offloaded to.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not is_directory(name):
+        return _device("offload_activations", name)
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"offload_activations is {name!r}, which is neither a device nor a directory that "
+            "can be written"
+        )
+    warn_if_in_memory(folder)
+    return folder
+
+
+def _device(parameter: str, name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"{option} {name}: not on this machine ({first})") from None
+        raise ValueError(
+            f"{parameter} is {name!r}, which this machine does not have ({first})"
+        ) from None
     return device
-
-
-def find_offload_target(option: str, name: str) -> torch.device | Path:
-    """Return the device or writable directory that hidden states are offloaded to.
-
-    Raises:
-        ValueError: it is neither; the message begins with ``option``.
-    """
-    if not is_directory(name):
-        return find_device(option, name)
-    folder = Path(name).expanduser()
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{option} {name}: no device, and no folder that can be written")
-    warn_if_in_memory(folder)
-    return folder

@@ -1,23 +1,25 @@
 """Checks before long work starts: devices, memory, text, settings, stage order."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from longrope.data.prompts import require_room
 from longrope.distributed import Ranks, local_device
+from longrope.evaluate.benchmarks import check_benchmarks, require_benchmark_data
+from longrope.execution import ExecutionConfig
 from longrope.models.compatibility import warn_if_out_of_reach
 from longrope.models.devices import find_device, find_offload_target
 from longrope.models.info import ModelInfo
 from longrope.models.target import parse_extension
 from longrope.pipeline.costs import Costs, Stage
 from longrope.pipeline.estimate import available, check_memory
-from longrope.pipeline.evaluation import benchmark_options
-from longrope.pipeline.recipe import Recipe, make_recipe
+from longrope.pipeline.evaluation import benchmark_config
+from longrope.pipeline.recipe import Recipe, Search
 from longrope.pipeline.run_state import Run
 from longrope.pipeline.splits import Splits
 from longrope.search.problem import require_start_tokens
+from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 from longrope.train.trainer import require_lora
 
 
@@ -39,10 +41,10 @@ def preflight(run: Run) -> None:
                 "has been deleted; delete it too and run again"
             )
     check_settings(run, todo)
-    if recipe.evaluate.benchmarks:
-        benchmark_options(run).require_data(run.tokenizer, plan.original)
-    device = find_device("--device", local_device(recipe.device))
-    memory = available(device, run.ranks.size, recipe.offload_activations)
+    if recipe.evaluate.benchmarks.tasks:
+        require_benchmark_data(benchmark_config(run), run.tokenizer, plan.original)
+    device = find_device(local_device(recipe.execution.device))
+    memory = available(device, run.ranks.size, recipe.execution.offload_activations)
     check_memory([stage for stage in todo if stage.memory], memory)
     loaded = run.original()  # refuses a model that cannot be extended before reading the text
     if run.ranks.first:
@@ -51,47 +53,52 @@ def preflight(run: Run) -> None:
     run.keep_splits()
 
 
-def check_search(info: ModelInfo, recipe: Recipe, ranks: Ranks) -> None:
+def check_search(
+    info: ModelInfo,
+    target: str,
+    config: GradientSearchConfig | EvolutionSearchConfig,
+    execution: ExecutionConfig,
+    ranks: Ranks,
+) -> None:
     """Refuse a search that does not fit, before any weights are read.
 
     Raises:
         ValueError: a missing device or too little memory; names the option that helps.
     """
-    device = _devices(recipe)
+    section = Search.model_validate(config.model_dump())
+    recipe = Recipe(target=target, execution=execution, search=section)
+    device = _device(execution)
     cost = Costs(info, recipe, device.type == "cpu", ranks.group.size)
-    stage = cost.search("search", parse_extension(recipe.target, info))
-    check_memory(
-        [stage], available(device, offload_activations=recipe.offload_activations), options=True
-    )
+    stage = cost.search("search", parse_extension(target, info))
+    memory = available(device, offload_activations=execution.offload_activations)
+    check_memory([stage], memory, options=True)
 
 
-def check_measuring(info: ModelInfo, longest: int, how: dict[str, Any], ranks: Ranks) -> None:
+def check_measuring(
+    info: ModelInfo, longest: int, execution: ExecutionConfig, ranks: Ranks
+) -> None:
     """Refuse an evaluation at up to ``longest`` tokens that does not fit, before weights are read.
-
-    Args:
-        how: the recipe keys ``dtype``, ``device``, ``chunk``, ``offload``, ``offload_activations``.
 
     Raises:
         ValueError: a missing device or too little memory; names the option that helps.
     """
     # On a GPU a default chunk is halved when memory runs out, so assume a small one.
-    chunk = 2048 if how["chunk"] is None else how["chunk"]
-    recipe = make_recipe(how | {"target": str(longest), "chunk": chunk})
-    device = _devices(recipe)
+    assumed = {"chunk_size": execution.chunk_size or 2048}
+    recipe = Recipe(target=str(longest), execution=execution.model_copy(update=assumed))
+    device = _device(execution)
     if info.quantized:  # its weights take fewer bytes than parameters × dtype
         return
     cost = Costs(info, recipe, device.type == "cpu", ranks.group.size)
     stage = cost.forwards("measuring", "evaluate", longest, 1)
-    check_memory(
-        [stage], available(device, offload_activations=recipe.offload_activations), options=True
-    )
+    memory = available(device, offload_activations=execution.offload_activations)
+    check_memory([stage], memory, options=True)
 
 
-def _devices(recipe: Recipe) -> torch.device:
+def _device(execution: ExecutionConfig) -> torch.device:
     """Return the device to compute on, after checking that it and the offload target exist."""
-    device = find_device("--device", local_device(recipe.device))
-    if recipe.offload_activations:
-        find_offload_target("--offload-activations", recipe.offload_activations)
+    device = find_device(local_device(execution.device))
+    if execution.offload_activations:
+        find_offload_target(execution.offload_activations)
     return device
 
 
@@ -105,20 +112,20 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
     require_start_tokens(recipe.start_tokens, run.info)
     if any(stage.kind == "export" for stage in stages):
         run.info.check_representable(recipe.existing_scaling, run.plan.original)
-    if recipe.offload_activations:
-        find_offload_target("offload_activations", recipe.offload_activations)
+    if recipe.execution.offload_activations:
+        find_offload_target(recipe.execution.offload_activations)
     if any(stage.kind == "finetune" for stage in stages):
-        _, _, number = (recipe.device or "").partition("cuda:")
+        _, _, number = (recipe.execution.device or "").partition("cuda:")
         if number not in ("", "0"):
             raise ValueError(
-                f"device is {recipe.device}, but training uses the first visible GPU: leave "
-                f"it out and set CUDA_VISIBLE_DEVICES={number}"
+                f"execution.device is {recipe.execution.device}, but training uses the first "
+                f"visible GPU: leave it out and set CUDA_VISIBLE_DEVICES={number}"
             )
         recipe.finetune.accumulation(run.ranks.size)
         if recipe.finetune.lora is not None:
             require_lora(recipe.finetune.lora)
-    if recipe.evaluate.benchmarks:
-        benchmark_options(run).check()
+    if recipe.evaluate.benchmarks.tasks:
+        check_benchmarks(benchmark_config(run))
 
 
 def check_text(run: Run, stages: Sequence[Stage]) -> Splits:

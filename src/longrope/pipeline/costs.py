@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from longrope.attention.backward import KEYS
 from longrope.attention.chunked import query_block_size
 from longrope.layerwise.backward import graph_bytes, is_kept
-from longrope.layerwise.forward import default_chunk, head_rows
+from longrope.layerwise.forward import default_chunk_size, head_rows
 from longrope.layerwise.split_attention import backward_bytes
 from longrope.layerwise.storage import is_directory
 from longrope.models.info import ModelInfo
 from longrope.pipeline.recipe import Recipe
 from longrope.train.dataset import short_windows
 from longrope.train.loss import ROWS
+
+_OFFLOAD = "execution.offload_activations"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +60,15 @@ class Costs:
 
     def __init__(self, info: ModelInfo, recipe: Recipe, on_cpu: bool, group_size: int = 1):
         self.info, self.recipe, self.on_cpu = info, recipe, on_cpu
-        kind = "cpu" if on_cpu else "cuda"
-        self.chunk = recipe.chunk or default_chunk(kind)
-        self.head_rows = min(head_rows(info.vocabulary, kind), self.chunk)
+        kind, execution = "cpu" if on_cpu else "cuda", recipe.execution
+        self.chunk_size = execution.chunk_size or default_chunk_size(kind)
+        self.head_rows = min(head_rows(info.vocabulary, kind), self.chunk_size)
         # Hidden states stay on the device, split by sequence parallelism, or are offloaded.
-        where = recipe.offload_activations
+        where = execution.offload_activations
         self.on_disk = where is not None and is_directory(where)
         self.on_host = where == "cpu" and not on_cpu
         self.group_size, self.hidden = group_size, info.hidden_size / group_size
-        self.dtype = info.dtype if recipe.dtype == "auto" else recipe.dtype
+        self.dtype = info.dtype if execution.dtype == "auto" else execution.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = info.parameters * self.size
 
@@ -160,9 +162,9 @@ class Costs:
         hidden = length * self.hidden * self.size
         helps = []
         if not self.on_host and not self.on_disk:
-            helps = ["offload_activations FOLDER" if self.on_cpu else "offload_activations cpu"]
-        helps += [] if self.recipe.offload else ["offload weights"]
-        helps += ["chunk 2048"] if self.chunk > 2048 else []
+            helps = [_OFFLOAD + (" DIRECTORY" if self.on_cpu else " cpu")]
+        helps += [] if self.recipe.execution.offload_weights else ["execution.offload_weights true"]
+        helps += ["execution.chunk_size 2048"] if self.chunk_size > 2048 else []
         return Stage(
             name,
             kind,
@@ -191,7 +193,7 @@ class Costs:
         # On a CPU, torch's flash kernel copies keys and values for bf16 matrix units.
         copies = 2 if self.on_cpu and self.size == 2 else 1
         per_token = copies * info.kv_numbers + self._angles
-        chunk = min(length, self.chunk)
+        chunk = min(length, self.chunk_size)
         work = chunk * 12 * info.hidden_size * self.size
         layer = length * per_token * self.size + work
         # Beside logits in float32, those that half precision gave.
@@ -211,7 +213,7 @@ class Costs:
         """
         info = self.info
         mapped = self.dtype == info.dtype and not info.source.endswith(".gguf")
-        if self.recipe.offload is None or (self.on_cpu and not mapped):
+        if not self.recipe.execution.offload_weights or (self.on_cpu and not mapped):
             return self.weights
         outside = (1 if info.tied else 2) * info.vocabulary * info.hidden_size * self.size
         return outside + 2 * (self.weights - outside) // info.layers
@@ -224,16 +226,18 @@ class Costs:
         layer's input, attention output and log-sum-exps; for the current layer also queries, keys,
         values and their gradients.
         """
-        info, chunk = self.info, min(length, self.chunk)
+        info, chunk = self.info, min(length, self.chunk_size)
         groups, rows = info.heads // info.kv_heads, info.head_dim / self.group_size
         forward, chunks = self._forward_memory(length), -(-length // chunk) * self.group_size
-        if not self.recipe.offload and is_kept(info.layers, info.hidden_size, length, chunks):
+        if not self.recipe.execution.offload_weights and is_kept(
+            info.layers, info.hidden_size, length, chunks
+        ):
             graph = graph_bytes(info.layers, info.hidden_size, length)
             return forward + graph, 2 * length * self.hidden * self.size
         graph = graph_bytes(1, info.hidden_size, chunk)
         here = self.group_size == 1 and (self.on_cpu or not (self.on_host or self.on_disk))
         share = -(-info.kv_heads // self.group_size) * groups
-        some_heads = backward_bytes(share, info.head_dim, length, self.chunk, self.size, here)
+        some_heads = backward_bytes(share, info.head_dim, length, self.chunk_size, self.size, here)
         work = self._held() + length * (24 + 2 * self._angles * self.size) + max(graph, some_heads)
         each = (self.hidden + info.heads * rows) * self.size + 4 * info.heads / self.group_size
         once = (self.hidden + 2 * (info.heads + info.kv_heads) * rows) * self.size

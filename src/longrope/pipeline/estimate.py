@@ -105,7 +105,7 @@ def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False)
         if options and stage.kind == "evaluate":
             shorter = "shorter --lengths"
         if options:
-            helps = tuple("--" + h.rpartition(".")[2].replace("_", "-") for h in helps)
+            helps = tuple(_as_option(help) for help in helps)
         return ", ".join((*helps, shorter, "or a larger machine"))
 
     for stage in stages:
@@ -133,14 +133,20 @@ def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False)
             raise ValueError(
                 f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.host)} in "
                 f"the host's memory, and {gigabytes(memory.host)} of it are free for each process; "
-                f"try {tried('offload_activations FOLDER', *less)}"
+                f"try {tried('execution.offload_activations DIRECTORY', *less)}"
             )
         if memory.disk is not None and stage.disk > memory.disk:
             raise ValueError(
                 f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.disk)} in "
                 f"files, and {gigabytes(memory.disk)} of that disk are free for each process; try "
-                f"a folder of a larger one, {tried(*less)}"
+                f"a directory on a larger one, {tried(*less)}"
             )
+
+
+def _as_option(remedy: str) -> str:
+    """Write a recipe key and its value as an option of the command line."""
+    key, value = remedy.rpartition(".")[2].split()
+    return f"--{key.replace('_', '-')}" + (f" {value}" if value != "true" else "")
 
 
 def available(
@@ -224,15 +230,15 @@ def dry_run(
     Raises:
         ValueError: ``memory_given`` is not an amount of memory.
     """
-    device = find_device("--device", local_device(recipe.device))
-    name = info.dtype if recipe.dtype == "auto" else recipe.dtype
+    device = find_device(local_device(recipe.execution.device))
+    name = info.dtype if recipe.execution.dtype == "auto" else recipe.execution.dtype
     training = "float32" if recipe.finetune.precision == "float32" else "bfloat16"
     rates = {
         dtype: calibrate(info, device, getattr(torch, dtype))
         for dtype in {"float32", name, training}
     }
     ranks = ranks or Ranks()
-    memory = available(device, ranks.size, recipe.offload_activations)
+    memory = available(device, ranks.size, recipe.execution.offload_activations)
     if memory_given is not None:
         # for GPUs, whatever this machine has
         plan = make_plan(info, recipe, group_size=ranks.group.size)
@@ -243,7 +249,7 @@ def dry_run(
             raise ValueError(
                 f"--memory {memory_given}: give gigabytes, such as 80 or 8x80"
             ) from None
-    used = {"dtype": name, "finetune.precision": training}
+    used = {"execution.dtype": name, "finetune.precision": training}
     if plan.trained is None:
         del used["finetune.precision"]
     slow = [key for key, dtype in used.items() if rates["float32"].linear > 2 * rates[dtype].linear]

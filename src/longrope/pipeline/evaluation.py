@@ -5,7 +5,6 @@ unfinished one are in ``evaluate/unfinished``, so an interrupted evaluation resu
 the measurements. ``results.json`` has the results in the form that other programs read.
 """
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,9 +13,10 @@ from typing import Any
 
 from longrope.data.prompts import question_tokens
 from longrope.data.windows import TokenDocument
-from longrope.evaluate.benchmarks import RULER_TOKENS, BenchmarkOptions
+from longrope.evaluate.benchmarks import RULER_TOKENS
 from longrope.evaluate.cache import MeasurementCache
-from longrope.evaluate.measure import Measurement, PerplexityOptions, RetrievalOptions, measure
+from longrope.evaluate.measure import Measurement, measure
+from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
 from longrope.files import JsonlStore, finite_or_none, write_atomically
 from longrope.labels import RESULT, WITHOUT
 from longrope.pipeline.costs import Stage
@@ -33,7 +33,7 @@ _EXTENDED = (RESULT, WITHOUT)
 
 def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     """Run the measurements that are missing, and write ``results.json``."""
-    recipe, ranks, directory = run.recipe, run.ranks, run.directory(stage.name)
+    ranks, directory = run.ranks, run.directory(stage.name)
     file = directory / "cells.jsonl"
     results = JsonlStore(file, rank=ranks.rank)
     wanted = list(_wanted(run))
@@ -45,13 +45,12 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
         key=lambda i: (wanted[i].method in _EXTENDED, order * wanted[i].measurement.length, i)
     )
     mine = missing[ranks.group_index :: ranks.group_count]
-    how = {"chunk": recipe.chunk, "offload_activations": recipe.offload_activations}
     with progress("evaluate", len(mine), show=ranks.first) as advance:
         for number, index in enumerate(mine, 1):
             method, one = wanted[index].method, wanted[index].measurement
             loaded = run.trained() if method in _EXTENDED else run.original()
             cache = MeasurementCache(directory / "unfinished", ranks.rank)
-            found = measure(loaded, one, cache, **how)
+            found = measure(loaded, one, cache)
             if ranks.group.rank == 0:
                 results[keys[index]] = _result(one.kind, found)
                 cache.drop()
@@ -66,17 +65,14 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     return {}
 
 
-def benchmark_options(run: Run) -> BenchmarkOptions:
+def benchmark_config(run: Run) -> BenchmarkConfig:
     """Return the recipe's benchmarks; RULER runs at every evaluation length that holds it."""
-    section = run.recipe.evaluate
+    config = run.recipe.evaluate.benchmarks
+    if config.ruler_lengths:
+        return config
     lengths = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
-    return BenchmarkOptions(
-        section.benchmarks,
-        section.benchmark_questions,
-        section.benchmark_shots,
-        section.benchmark_data,
-        tuple(length for length in lengths if length >= RULER_TOKENS),
-    )
+    ruler = tuple(length for length in lengths if length >= RULER_TOKENS)
+    return config.model_copy(update={"ruler_lengths": ruler})
 
 
 def _wanted(run: Run) -> Iterator[Cell]:
@@ -100,17 +96,19 @@ def _wanted(run: Run) -> Iterator[Cell]:
         return Cell(method, Measurement(kind, model, choose, length, options, documents))
 
     def perplexity(method: str, length: int) -> Cell:
-        options = PerplexityOptions(tuple(lengths), tokens_per_document=plan.target)
+        options = PerplexityConfig(lengths=tuple(lengths), tokens_per_document=plan.target)
         return cell("perplexity", method, length, options)
 
     def retrieval(kind: str, method: str, length: int, trials: int) -> Cell:
-        return cell(kind, method, length, RetrievalOptions(trials, section.digits, recipe.seed))
+        config = RetrievalConfig(trials=trials, digits=section.digits, seed=recipe.seed)
+        return cell(kind, method, length, config)
 
     def benchmarks(method: str) -> Iterator[Cell]:
         longest = plan.original if method == "none" else plan.target
-        options = benchmark_options(run)
-        for task in options.tasks:
-            yield cell("benchmark", method, longest, dataclasses.replace(options, tasks=(task,)))
+        config = benchmark_config(run)
+        for task in config.tasks:
+            single = config.model_copy(update={"tasks": (task,)})
+            yield cell("benchmark", method, longest, single)
 
     short = [length for length in lengths if length <= run.pair.recovery_length]
     for method in dict.fromkeys(("none", *section.methods, RESULT)):
@@ -145,7 +143,7 @@ def _identity(run: Run, extended: bool) -> str:
     content = [
         __version__,
         (run.out / "model.sha256").read_text(encoding="utf-8"),
-        [recipe.dtype, recipe.existing_scaling, recipe.original_length],
+        [recipe.execution.dtype, recipe.existing_scaling, recipe.original_length],
         trained and [trained, run.record(trained)],
     ]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

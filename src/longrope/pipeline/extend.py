@@ -101,10 +101,10 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
         recipe.model,
         existing_scaling=recipe.existing_scaling,
         original_length=recipe.original_length,
-        trust_remote_code=recipe.trust_remote_code,
+        trust_remote_code=recipe.execution.trust_remote_code,
     )
     info.require_extendable()
-    device = find_device("--device", local_device(recipe.device))
+    device = find_device(local_device(recipe.execution.device))
     plan = make_plan(info, recipe, on_cpu=device.type == "cpu", group_size=ranks.group.size)
     return Run(recipe, info, plan, out, ranks)
 
@@ -129,8 +129,6 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
         directory,
         run.ranks,
         seed=recipe.seed,
-        chunk=recipe.chunk,
-        offload_activations=recipe.offload_activations,
         title=stage.name,
     )
     won = min(result.starts, key=lambda name: result.starts[name], default=None)
@@ -228,7 +226,7 @@ def _choose(run: Run, stage: Stage) -> dict[str, Any]:
     """Choose the short-context factors that serve both recovery lengths better."""
     names = [name for name in ("recovery-1", "recovery-2") if name in run.plan]
     loaded, recipe = run.trained(), run.recipe
-    forward = loaded.forward(recipe.chunk, recipe.offload_activations)
+    forward = loaded.forward()
     lengths = [run.plan[name].length for name in names]
     windows = {
         length: run.splits.search_windows(

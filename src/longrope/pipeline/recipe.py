@@ -1,24 +1,26 @@
 """The recipe of an extension: every setting of `longrope extend`, read from a YAML file."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
+from longrope.config import Config
+from longrope.evaluate.settings import BenchmarkConfig, RetrievalConfig
+from longrope.execution import ExecutionConfig
 from longrope.files import write_atomically
 from longrope.models.bundled import BUNDLED
 from longrope.rope.methods import METHODS
 from longrope.search.settings import GradientSearchConfig, SearchConfig, describe_error
-from longrope.train.config import FinetuneSettings
+from longrope.train.config import FinetuneConfig
 from longrope.units import parse_length
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -26,11 +28,7 @@ _Positive = Annotated[int, Field(ge=1)]
 _Count = Annotated[int, Field(ge=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
-
-
-class Search(_Section):
+class Search(Config):
     """Recipe section of one search.
 
     ``method`` other than ``search`` uses that method's factors and searches nothing. In YAML, the
@@ -58,7 +56,7 @@ class Search(_Section):
         return own | self.config.model_dump()
 
 
-class Finetune(FinetuneSettings):
+class Finetune(FinetuneConfig):
     """Recipe section of fine-tuning: the training configuration and the lengths to train at.
 
     Args:
@@ -90,8 +88,10 @@ class Recovery(Search):
     enabled: bool = True
 
 
-class Evaluate(_Section):
+class Evaluate(Config):
     """Recipe section of the final evaluation. It may be changed in a finished run.
+
+    RULER's texts have the evaluation lengths unless ``benchmarks.ruler_lengths`` says otherwise.
 
     Recovery is compared with the unscaled model, so that is measured at the short lengths even
     without ``none`` among the methods.
@@ -104,20 +104,14 @@ class Evaluate(_Section):
     passkey_trials_beyond: _Count = 0
     passkey_trials_others: _Count = 0
     needle_trials: _Count = 0
-    digits: _Positive = 5
-    benchmarks: tuple[str, ...] = ()
-    benchmark_data: str | None = None
-    benchmark_questions: _Positive | None = None
-    benchmark_shots: _Count | None = None
+    digits: _Positive = RetrievalConfig().digits
+    benchmarks: BenchmarkConfig = BenchmarkConfig()
 
 
-class Recipe(_Section):
+class Recipe(Config):
     """All settings of a run of ``longrope extend``.
 
-    Args:
-        offload: ``weights`` keeps the weights of two layers at a time on the device, except in
-            training.
-        chunk: tokens per forward pass of one layer. Default: 2,048, on a GPU 8,192.
+    ``execution`` says where and how the model computes; training does not offload its weights.
     """
 
     model: str = "bundled"
@@ -126,14 +120,8 @@ class Recipe(_Section):
     evaluation_data: tuple[str, ...] = ()
     field: str = "text"
     seed: _Count = 0
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-    chunk: _Positive | None = None
-    offload_activations: str | None = None
-    offload: Literal["weights"] | None = None
     existing_scaling: Literal["keep", "replace"] | None = None
     original_length: _Positive | None = None
-    trust_remote_code: bool = False
     start_tokens: _Count = 0
     attention_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     search: Search = Search()
@@ -141,6 +129,7 @@ class Recipe(_Section):
     second_search: Search = Search()
     recovery: Recovery = Recovery.model_validate({})
     evaluate: Evaluate = Evaluate()
+    execution: ExecutionConfig = ExecutionConfig()
 
     def section(self, stage: str) -> tuple[str, Search]:
         """Return the key and the section of a search stage.
@@ -235,11 +224,16 @@ def resolve_recipe(
     source: str | None,
     model: str | None,
     *,
-    finetune: bool | None = None,
-    lora: int | None = None,
+    finetune: Mapping[str, Any] | None = None,
+    execution: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Recipe:
     """The recipe that the command line asks for: a file's, the bundled one, or the defaults.
+
+    Args:
+        finetune: keys of that section to change, where they are not None.
+        execution: keys of that section to change, where they are not None.
+        changes: other keys of the recipe to change, where they are not None.
 
     Raises:
         ValueError: no target, or anything that :func:`load_recipe` raises for.
@@ -254,11 +248,11 @@ def resolve_recipe(
         raise ValueError("--target is missing; give the tokens to reach, such as 8x or 128k")
     else:
         recipe = make_recipe(changes)
-    given = {"enabled": finetune, "lora": lora}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return recipe
-    return make_recipe(recipe.model_dump() | {"finetune": recipe.finetune.model_dump() | given})
+    content = recipe.model_dump()
+    for section, given in (("finetune", finetune), ("execution", execution)):
+        given = {name: value for name, value in (given or {}).items() if value is not None}
+        content[section] |= given
+    return make_recipe(content)
 
 
 def _of_bundled(target: str | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from longrope.distributed import Ranks, local_device
+from longrope.distributed import Ranks
 from longrope.files import write_atomically
 from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
@@ -25,7 +25,9 @@ from longrope.rope.rescale import Rescale
 from longrope.units import duration
 
 # Settings that may change in a started run: they do not affect search or training.
-_FREE = ("evaluate", "device", "chunk", "offload_activations", "offload")
+_FREE = ("evaluate", "execution")
+# Of these sections, keys that do affect them.
+_FIXED = ("execution.dtype",)
 # Stages that run again when the evaluation changes.
 _MEASURED = ("evaluate", "report")
 
@@ -58,7 +60,7 @@ class Run:
             differing = [
                 f"{key} (there {there.get(key, 'not known')}, now {here.get(key, 'not known')})"
                 for key in here | there
-                if key.partition(".")[0] not in _FREE
+                if (key in _FIXED or key.partition(".")[0] not in _FREE)
                 and there.get(key, default.get(key)) != here.get(key)
             ]
             if differing:
@@ -171,16 +173,16 @@ class Run:
                 self.recipe.model,
                 existing_scaling="keep",
                 original_length=self.recipe.original_length,
-                trust_remote_code=self.recipe.trust_remote_code,
+                trust_remote_code=self.recipe.execution.trust_remote_code,
             )
-        return self._read(info, offload=None)
+        return self._read(info, offload=False)
 
     def _load(self, source: str, offload: bool) -> LoadedModel:
-        asked = source, offload and self.recipe.offload is not None
+        asked = source, offload and self.recipe.execution.offload_weights
         if self._loaded is None or self._loaded[0] != asked:
             self.forget()  # one model in memory at a time
             info = dataclasses.replace(self.info, source=source)
-            loaded = self._read(info, self.recipe.offload if offload else None)
+            loaded = self._read(info, offload)
             if source == self.recipe.model:
                 self._require_same(loaded)
             self._loaded = asked, loaded
@@ -202,17 +204,11 @@ class Run:
             )
         write_atomically(file, now + "\n")
 
-    def _read(self, info: ModelInfo, offload: str | None) -> LoadedModel:
-        recipe = self.recipe
-        return load_model(
-            info.source,
-            info=info,
-            device=local_device(recipe.device),
-            dtype=recipe.dtype,
-            offload=offload,
-            group=self.ranks.group,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+    def _read(self, info: ModelInfo, offload: bool) -> LoadedModel:
+        execution = self.recipe.execution
+        if not offload:
+            execution = execution.model_copy(update={"offload_weights": False})
+        return load_model(info.source, execution, info=info, group=self.ranks.group)
 
     @functools.cached_property
     def splits(self) -> Splits:
@@ -222,7 +218,7 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded without its weights."""
-        return load_tokenizer(self.recipe.model, self.recipe.trust_remote_code)
+        return load_tokenizer(self.recipe.model, self.recipe.execution.trust_remote_code)
 
     def attention_factor(self, length: int) -> float:
         """Return the attention factor for a length: the recipe's, or √(1 + ln s / ln L)."""

@@ -4,7 +4,7 @@ from longrope.layerwise.backward import BACKWARD_ATTENTION, is_kept
 from longrope.models.info import ModelInfo
 
 
-def forwards(info: ModelInfo, length: int, chunk: int) -> float:
+def forwards(info: ModelInfo, length: int, chunk_size: int) -> float:
     """Return the cost of one gradient in forward passes of the same sequence, by FLOPs.
 
     The weights are frozen: each product with weights is computed once forward and once backward.
@@ -12,7 +12,7 @@ def forwards(info: ModelInfo, length: int, chunk: int) -> float:
     """
     linear, attention = info.forward_flops(length)
     again = 0.0
-    if not is_kept(info.layers, info.hidden_size, length, -(-length // chunk)):
+    if not is_kept(info.layers, info.hidden_size, length, -(-length // chunk_size)):
         # The layers once more; once more again what makes queries, keys and values, or states.
         inputs = info.hidden_size * (info.heads + 2 * info.kv_heads) * info.head_dim
         again = 1 + 2 * info.attention_layers * inputs * length / linear

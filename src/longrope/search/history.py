@@ -19,9 +19,9 @@ SCHEMA = 2  # 1: before the search options were renamed
 class SearchIdentity:
     """Everything that decides the course of a search; equal identities are the same search.
 
-    ``model``, ``documents`` and ``tokens`` (of windows and prompts) are content hashes. ``chunk``
-    and ``device`` decide the last bits of a loss. Of ``config`` everything counts that its
-    ``identity()`` returns.
+    ``model``, ``documents`` and ``tokens`` (of windows and prompts) are content hashes.
+    ``chunk_size`` and ``device`` decide the last bits of a loss. Of ``config`` everything counts
+    that its ``identity()`` returns.
     """
 
     model: str
@@ -32,7 +32,7 @@ class SearchIdentity:
     seed: int
     dtype: str
     device: str
-    chunk: int
+    chunk_size: int
     start: dict[str, Any]
     bound: float  # the largest factor, where the configuration leaves it open too
     start_tokens: tuple[int, ...]

@@ -51,15 +51,11 @@ class SearchOptions:
     attention_factor: float | None = None
     start_tokens: int | None = None
     seed: int = 0
-    chunk: int | None = None
-    offload_activations: str | None = None
     config: GradientSearchConfig | EvolutionSearchConfig = dataclasses.field(
         default_factory=GradientSearchConfig
     )
 
     def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk is {self.chunk}; it must be at least 1")
         factor = self.attention_factor
         if factor is not None and not 0 < factor < math.inf:
             raise ValueError(f"attention_factor is {factor}; it must be positive and finite")
@@ -115,8 +111,6 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
         options.out,
         ranks,
         seed=options.seed,
-        chunk=options.chunk,
-        offload_activations=options.offload_activations,
     )
 
 
@@ -129,8 +123,6 @@ def search_stage(
     ranks: Ranks,
     *,
     seed: int = 0,
-    chunk: int | None = None,
-    offload_activations: str | None = None,
     title: str = "search",
 ) -> SearchResult:
     """Run or resume any of the three searches on windows of its length.
@@ -145,16 +137,18 @@ def search_stage(
         )
     start, length = problem.space.start, problem.space.start.max_position_embeddings
     questions = passkey_questions(loaded.tokenizer, length, config.passkey_prompts, seed)
-    forward = loaded.forward(chunk, offload_activations)
+    forward = loaded.forward()
     if config.algorithm == "gradient":
         check_gradient_support(forward, start, length)
     grad = (
-        gradient_cost(info, length, forward.chunk) if config.algorithm == "gradient" else math.nan
+        gradient_cost(info, length, forward.chunk_size)
+        if config.algorithm == "gradient"
+        else math.nan
     )
     headline = _headline(info, start, windows, questions)
     with progress(title, config.forwards, show=ranks.first) as advance:
         result = search(
-            _identity(loaded, problem, windows, questions, config, seed, forward.chunk),
+            _identity(loaded, problem, windows, questions, config, seed, forward.chunk_size),
             problem,
             Objective(forward, windows.ids, questions),
             out,
@@ -197,7 +191,7 @@ def _identity(
     questions: Sequence[Prompt],
     config: GradientSearchConfig | EvolutionSearchConfig,
     seed: int,
-    chunk: int,
+    chunk_size: int,
 ) -> SearchIdentity:
     start = problem.space.start
     seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
@@ -210,7 +204,7 @@ def _identity(
         seed=seed,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=loaded.model.device.type,
-        chunk=chunk,
+        chunk_size=chunk_size,
         start={k: v for k, v in start.to_json().items() if k != "provenance"},
         bound=problem.space.max_factor,
         start_tokens=problem.space.start_tokens,

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -14,14 +12,14 @@ from pydantic import (
     model_validator,
 )
 
+from longrope.config import Config
+
 # Forward passes for comparing the starts, and for the best of them on all windows.
 LEAST_BUDGET = 4
 
 
-class _SearchConfig(BaseModel):
+class _SearchConfig(Config):
     """The fields of both algorithms."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     windows: int = Field(default=5, ge=1, description="Number of search windows.")
     passkey_prompts: int = Field(

@@ -1,16 +1,18 @@
-"""Fine-tuning settings, as in a recipe's ``finetune`` section."""
+"""Fine-tuning configuration, as in a recipe's ``finetune`` section."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from longrope.config import Config
 
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class FinetuneSettings(BaseModel):
-    """Fine-tuning settings; the defaults are the paper's for LLaMA2 (section 4.1, its code).
+class FinetuneConfig(Config):
+    """Configuration of fine-tuning; defaults are the paper's for LLaMA2 (section 4.1, its code).
 
     ``passkey_share``, ``answer_share``, ``short_share`` and ``distill`` are not in the paper.
 
@@ -33,12 +35,7 @@ class FinetuneSettings(BaseModel):
             LongReD, arXiv 2502.07365, which distils hidden states).
         save_every: steps between checkpoints.
         lora: LoRA rank; None trains all weights.
-
-    Raises:
-        ValueError: a field is unknown or out of range; the message names it and its value.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     steps: _Count = 400
     batch: _Count = 32

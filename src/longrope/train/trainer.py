@@ -26,7 +26,7 @@ from longrope.models.parameters import is_tied, text_parameters
 from longrope.progress import Advance, progress, quiet
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
-from longrope.train.config import FinetuneSettings
+from longrope.train.config import FinetuneConfig
 from longrope.train.dataset import LongContextDataset
 from longrope.train.loss import chunked_loss
 from longrope.units import duration
@@ -39,7 +39,7 @@ def finetune(
     rescale: Rescale,
     short: Rescale | None,
     dataset: LongContextDataset,
-    settings: FinetuneSettings,
+    settings: FinetuneConfig,
     out: Path,
     ranks: Ranks,
     *,
@@ -145,7 +145,7 @@ def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: P
 
 
 def _arguments(
-    settings: FinetuneSettings, work: Path, device: torch.device, ranks: Ranks, seed: int
+    settings: FinetuneConfig, work: Path, device: torch.device, ranks: Ranks, seed: int
 ) -> TrainingArguments:
     """Translate the settings into transformers' TrainingArguments."""
     arguments = TrainingArguments(

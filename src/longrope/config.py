@@ -1,0 +1,35 @@
+"""The base of every configuration, and its errors in one line. Imports no torch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
+
+
+class Config(BaseModel):
+    """A configuration: it cannot change, and it has no other keys than its fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    @classmethod
+    def make(cls, options: Mapping[str, Any], name: Callable[[str], str] = str) -> Self:
+        """Return the configuration with these options.
+
+        Args:
+            name: how the caller writes an option's name, for error messages.
+
+        Raises:
+            ValueError: an unknown option or a value out of range, in one line.
+        """
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if first["type"] == "value_error":
+                raise ValueError(str(first.get("ctx", {})["error"])) from None
+            key = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(map(name, cls.model_fields))
+                raise ValueError(f"no key {name(key)!r}; there are {known}") from None
+            raise ValueError(f"{name(key)} is {first['input']!r}: {first['msg'].lower()}") from None

@@ -1,0 +1,55 @@
+"""The options of the command line are the fields of the configurations, with their defaults."""
+
+import pytest
+import typer
+
+from longrope.cli import app
+from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
+from longrope.execution import ExecutionConfig
+from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
+
+
+def options(verb: str) -> dict:
+    command = typer.main.get_command(app)
+    for part in verb.split():
+        command = command.commands[part]
+    return {parameter.name: parameter for parameter in command.params}
+
+
+@pytest.mark.parametrize(
+    ("verb", "model", "without"),
+    [
+        ("search", GradientSearchConfig, ()),
+        ("search", EvolutionSearchConfig, ()),
+        ("search", ExecutionConfig, ()),
+        ("extend", ExecutionConfig, ()),
+        ("compare", ExecutionConfig, ("sequence_parallel",)),
+        ("generate", ExecutionConfig, ("offload_activations", "sequence_parallel")),
+        ("evaluate perplexity", ExecutionConfig, ()),
+        ("evaluate perplexity", PerplexityConfig, ()),
+        ("evaluate passkey", RetrievalConfig, ()),
+        ("evaluate needle", RetrievalConfig, ()),
+        ("evaluate benchmarks", BenchmarkConfig, ("ruler_lengths",)),
+    ],
+)
+def test_a_verb_has_an_option_for_each_field(verb, model, without):
+    found = options(verb)
+    for name, field in model.model_fields.items():
+        if name in without:
+            assert name not in found
+            continue
+        option = found[name]
+        assert option.opts == ["--" + name.replace("_", "-")]
+        if name in ("lengths", "tasks"):  # comma-separated, and required
+            assert option.required
+            continue
+        assert field.description.rstrip(".") in option.help
+        assert option.default is (False if field.annotation is bool else None)
+        if field.default not in (None, False) and name != "algorithm":
+            assert f"default {field.default}" in option.help
+
+
+def test_choices_are_those_of_the_configuration():
+    found = options("search")
+    assert tuple(found["algorithm"].type.choices) == ("gradient", "evolution")
+    assert tuple(found["dtype"].type.choices) == ("auto", "float32", "bfloat16", "float16")
