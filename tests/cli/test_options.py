@@ -47,9 +47,3 @@ def test_a_verb_has_an_option_for_each_field(verb, model, without):
         assert option.default is (False if field.annotation is bool else None)
         if field.default not in (None, False) and name != "algorithm":
             assert f"default {field.default}" in option.help
-
-
-def test_choices_are_those_of_the_configuration():
-    found = options("search")
-    assert tuple(found["algorithm"].type.choices) == ("gradient", "evolution")
-    assert tuple(found["dtype"].type.choices) == ("auto", "float32", "bfloat16", "float16")
