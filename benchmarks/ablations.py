@@ -24,7 +24,7 @@ from longrope.data.windows import bos_token, load_documents, pack
 from longrope.distributed import Ranks
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.compare import compare_perplexity, method_entries, resolve_lengths
-from longrope.evaluate.measure import PerplexityOptions
+from longrope.evaluate.settings import PerplexityConfig
 from longrope.execution import ExecutionConfig
 from longrope.models.load import load_model
 from longrope.pipeline.extend import extend
@@ -174,7 +174,7 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
         method_entries(loaded.info, ("yarn", *files), tokens),
         tokens,
         documents,
-        PerplexityOptions(tuple(lengths), tokens_per_document=args.held_out),
+        PerplexityConfig(lengths=tuple(lengths), tokens_per_document=args.held_out),
         MeasurementCache(),
     ).rows()
     held_out = [r["perplexity"] for r in rows]

@@ -42,6 +42,7 @@ from longrope.compat import auto_class
 from longrope.execution import ExecutionConfig
 from longrope.inference.generate import stream
 from longrope.layerwise.backward import gradient
+from longrope.layerwise.forward import LongForward
 from longrope.models.bundled import BUNDLED
 from longrope.models.load import LoadedModel
 from longrope.rope.apply import rescaled
@@ -167,7 +168,7 @@ def plain(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def forward(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
     with rescaled(loaded.model, pair.long):
-        ours = loaded.forward(chunk=70).losses(ids)
+        ours = LongForward(loaded.model, 70).losses(ids)
         logits = plain(loaded.model, ids)[:, :-1]
     exact = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return (ours - exact).abs().max().item()
@@ -177,7 +178,7 @@ def grad(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float:
     model, row = loaded.model, ids[:, :150]
     before = model.config._attn_implementation
     with rescaled(model, pair.long, always=True):
-        found = gradient(loaded.forward(chunk=40), row).grad
+        found = gradient(LongForward(loaded.model, 40), row).grad
         model.config._attn_implementation = "dense64"
         try:
             _, exact = by_autograd(model, row)
@@ -222,7 +223,9 @@ def exported(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float
 
 def generated(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> bool:
     row = ids[0, : ORIGINAL - 8].tolist()
-    found = list(stream(loaded, pair.choose, row, max_new_tokens=20, chunk=30))
+    found = list(
+        stream(loaded, pair.choose, row, max_new_tokens=20, forward=LongForward(loaded.model, 30))
+    )
     for token in found:
         with rescaled(loaded.model, pair.choose(len(row)), always=True):
             if int(plain(loaded.model, torch.tensor([row]))[0, -1].argmax()) != token:

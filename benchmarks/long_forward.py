@@ -5,7 +5,7 @@
     python benchmarks/long_forward.py --shape llama2-7b --tokens 131072,262144,524288   # a GPU
     python benchmarks/long_forward.py --shape llama2-7b --layers 2 --tokens 2097152
     python benchmarks/long_forward.py --shape llama2-70b --layers 4 --tokens 131072 \\
-        --offload weights                                                               # a GPU
+        --offload-weights                                                               # a GPU
 
 *Floor*: the same matrix products and attention as bare calls of torch, each measured alone right
 before the forward, at the best rate that torch offers (of one causal call of the whole sequence,
@@ -95,7 +95,7 @@ def wait(device: torch.device) -> None:
 @torch.inference_mode()
 def products_floor(forward: LongForward, tokens: int) -> float:
     """Seconds of all products with weights, each shape measured alone on a chunk's rows."""
-    model, chunk = forward.model, forward.chunk
+    model, chunk = forward.model, forward.chunk_size
     weight = next(model.parameters())
     shapes = Counter(tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
     total = 0.0
@@ -112,7 +112,7 @@ def products_floor(forward: LongForward, tokens: int) -> float:
 @torch.inference_mode()
 def attention_floor(forward: LongForward, tokens: int) -> tuple[float, str]:
     """Seconds of one causal attention a layer, at the best of what torch offers."""
-    config, device, chunk = forward.model.config, forward.device, min(forward.chunk, tokens)
+    config, device, chunk = forward.model.config, forward.device, min(forward.chunk_size, tokens)
     dim = config.hidden_size // config.num_attention_heads
     shape = (1, config.num_attention_heads, tokens, dim)
     query = torch.randn(shape, dtype=forward.model.dtype, device=device)
@@ -134,19 +134,19 @@ def measure(args: argparse.Namespace) -> dict:
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = transformers.LlamaConfig(**shape, max_position_embeddings=tokens)
     # All layers of a large model are more than a GPU that they are offloaded from has.
-    with torch.device("cpu" if args.offload and not args.layers else device):
+    with torch.device("cpu" if args.offload_weights and not args.layers else device):
         torch.set_default_dtype(getattr(torch, args.dtype))
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         torch.set_default_dtype(torch.float32)
-    if args.offload:
+    if args.offload_weights:
         offload(model.to("cpu"), device)
-    forward = LongForward(model, args.chunk or None, offloaded=args.offload is not None)
+    forward = LongForward(model, args.chunk_size or None, offloaded=args.offload_weights)
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
     if args.memory:
         forget_peak(device)
         forward.losses(ids)
         return {"peak_bytes": peak(device)}
-    forward.losses(ids[:, : 2 * forward.chunk + 1])  # kernels are found, and most are planned
+    forward.losses(ids[:, : 2 * forward.chunk_size + 1])  # kernels are found, and most are planned
     floors, times = [], []
     for _ in range(args.runs):
         products = products_floor(forward, tokens)
@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace) -> dict:
     here = {"peak_bytes": peak(device)} if device.type == "cuda" else {}
     return here | {
         "tokens": tokens,
-        "chunk": forward.chunk,
+        "chunk": forward.chunk_size,
         "seconds": statistics.median(times),
         "products_seconds": products,
         "attention_seconds": attention,
@@ -177,7 +177,8 @@ def measure(args: argparse.Namespace) -> dict:
 def predicted(args: argparse.Namespace, config: transformers.LlamaConfig) -> int:
     """Peak memory as ``longrope extend --dry-run`` has it."""
     info = facts_of(config, args.dtype)
-    asked = {"target": f"{args.tokens}", "offload": args.offload, "chunk": args.chunk or None}
+    execution = {"offload_weights": args.offload_weights, "chunk_size": args.chunk_size or None}
+    asked = {"target": f"{args.tokens}", "execution": execution}
     costs = Costs(info, make_recipe(asked), args.device == "cpu")
     return costs.forwards("", "", int(args.tokens), 1).memory
 
@@ -208,9 +209,9 @@ def peak(device: torch.device) -> int:
 
 def child(args: argparse.Namespace, tokens: int, *more: str) -> dict:
     command = [sys.executable, __file__, "--child", "--tokens", str(tokens), *more]
-    for name in ("shape", "dtype", "device", "chunk", "runs", "layers"):
+    for name in ("shape", "dtype", "device", "chunk_size", "runs", "layers"):
         command += [f"--{name}", str(getattr(args, name))]
-    command += ["--offload", "weights"] if args.offload else []
+    command += ["--offload-weights"] if args.offload_weights else []
     # glibc must give back what is freed, or the peak is that of its heap.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     env = os.environ | (allocator if "--memory" in more else {})
@@ -227,9 +228,9 @@ def main() -> None:
     parser.add_argument("--tokens", default="4096,8192,16384")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--chunk", type=int, default=0, help="0: as fits the device.")
+    parser.add_argument("--chunk-size", type=int, default=0, help="0: as fits the device.")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--offload", choices=["weights"], help="Two layers on the device.")
+    parser.add_argument("--offload-weights", action="store_true", help="Two layers on the device.")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -257,7 +258,9 @@ def main() -> None:
             f"bytes a token, {a['tokens']:,} to {b['tokens']:,}: {a['bytes_per_token']:,} "
             f"predicted, {slope:,.0f} measured"
         )
-    kind = (f"-{args.layers}-layers" if args.layers else "") + ("-offload" if args.offload else "")
+    kind = (f"-{args.layers}-layers" if args.layers else "") + (
+        "-offload" if args.offload_weights else ""
+    )
     print(record.write(f"long-forward-{args.shape}{kind}", vars(args), rows))
 
 

@@ -77,30 +77,26 @@ def measure(args: argparse.Namespace) -> dict:
     shape = shape | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = transformers.LlamaConfig(**shape, max_position_embeddings=2048)
     torch.manual_seed(0)
-    with torch.device("cpu" if args.offload else device):
+    with torch.device("cpu" if args.offload_weights else device):
         torch.set_default_dtype(getattr(torch, args.dtype))
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         torch.set_default_dtype(torch.float32)
-    if args.offload:
+    if args.offload_weights:
         offload(model, device)
-    where = (
-        find_offload_target("--offload-activations", args.offload_activations)
-        if args.offload_activations
-        else None
-    )
-    forward = LongForward(model, args.chunk or None, where, offloaded=args.offload is not None)
+    where = find_offload_target(args.offload_activations) if args.offload_activations else None
+    forward = LongForward(model, args.chunk_size or None, where, offloaded=args.offload_weights)
     info = long_forward.facts_of(config, args.dtype)
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
     there = {
         "offload_activations": args.offload_activations,
-        "offload": args.offload,
-        "chunk": forward.chunk,
+        "offload": args.offload_weights,
+        "chunk": forward.chunk_size,
     }
     recipe = make_recipe({"target": f"{tokens}", "search": {"windows": 1}} | there)
     stage = Costs(info, recipe, device.type == "cpu").search("search", tokens)
     times = []
     with rescaled(model, info.rescale("yarn", tokens), always=True):
-        gradient(forward, ids[:, : min(tokens, 2 * forward.chunk) + 1])  # kernels are found
+        gradient(forward, ids[:, : min(tokens, 2 * forward.chunk_size) + 1])  # kernels are found
         for _ in range(args.runs):
             long_forward.wait(device)
             started = time.perf_counter()
@@ -114,11 +110,11 @@ def measure(args: argparse.Namespace) -> dict:
     seconds = [statistics.median(part) for part in zip(*times, strict=True)]
     return {
         "tokens": tokens,
-        "chunk": forward.chunk,
+        "chunk": forward.chunk_size,
         "forward_seconds": seconds[0],
         "gradient_seconds": seconds[1],
         "forwards": statistics.median(b / a for a, b in times),
-        "priced": forwards(info, tokens, forward.chunk),
+        "priced": forwards(info, tokens, forward.chunk_size),
         "peak_bytes": peak.bytes,
         "predicted_bytes": stage.memory,
         "waiting_bytes": stage.host + stage.disk,
@@ -127,7 +123,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def child(args: argparse.Namespace, tokens: int) -> dict:
     command = [sys.executable, __file__, "--child", "--tokens", str(tokens)]
-    for name in ("shape", "dtype", "device", "chunk", "runs", "layers"):
+    for name in ("shape", "dtype", "device", "chunk_size", "runs", "layers"):
         command += [f"--{name}", str(getattr(args, name))]
     for name in ("offload", "offload_activations"):
         given = getattr(args, name)
@@ -149,9 +145,9 @@ def main() -> None:
     parser.add_argument("--tokens", default="4096,8192")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--chunk", type=int, default=0, help="0: as fits the device.")
+    parser.add_argument("--chunk-size", type=int, default=0, help="0: as fits the device.")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--offload", choices=["weights"], help="Two layers on the device.")
+    parser.add_argument("--offload-weights", action="store_true", help="Two layers on the device.")
     parser.add_argument("--offload-activations", help="cpu, or a folder.")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -168,7 +164,9 @@ def main() -> None:
             f"| {row['forwards']:.2f} | {row['priced']:.2f} | {row['peak_bytes'] / 1e9:.2f} GB "
             f"| {row['predicted_bytes'] / 1e9:.2f} GB | {row['waiting_bytes'] / 1e9:.2f} GB |"
         )
-    kind = (f"-{args.layers}-layers" if args.layers else "") + ("-offload" if args.offload else "")
+    kind = (f"-{args.layers}-layers" if args.layers else "") + (
+        "-offload" if args.offload_weights else ""
+    )
     kind += "-elsewhere" if args.offload_activations else ""
     print(record.write(f"long-gradient-{args.shape}{kind}", vars(args), rows))
 

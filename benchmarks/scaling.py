@@ -71,9 +71,10 @@ def shared(args: argparse.Namespace) -> None:
     """One process of a group: seconds of a forward pass of one sequence, and of its gradient."""
     torch.set_num_threads(1)
     with ranks(int(os.environ.get("WORLD_SIZE", "1"))) as these:
-        loaded = load_model("bundled", ExecutionConfig(dtype="float32", device="cpu"), group=these.group)
+        execution = ExecutionConfig(dtype="float32", device="cpu", chunk_size=1024)
+        loaded = load_model("bundled", execution, group=these.group)
         ids = torch.randint(3, 1536, (1, 16_385), generator=torch.Generator().manual_seed(0))
-        forward, found = loaded.forward(1024), {}
+        forward, found = loaded.forward(), {}
         with rescaled(loaded.model, loaded.info.rescale("yarn", 16_384), always=True):
             work = {"one sequence of 16,384": forward.losses}
             work["its gradient"] = partial(gradient, forward)
@@ -141,15 +142,16 @@ def stages(args: argparse.Namespace) -> None:
 
 def _stages(info, shape: str, target: str, folder: str, args: argparse.Namespace) -> list[dict]:
     paper = load_recipe("llama2-7b").model_dump(mode="json")
-    changes: dict = {"model": folder, "target": target, "offload_activations": None}
+    execution = paper["execution"] | {"offload_activations": None}
+    changes: dict = {"model": folder, "target": target, "execution": execution}
     if target != "2048k":  # trained at an eighth, which for the others is 128k at most
         changes["finetune"] = paper["finetune"] | {"through": None}
     if args.algorithm == "gradient":
         fast = {"algorithm": "gradient", "budget": 27}
         changes |= {name: fast for name in ("search", "second_search", "recovery")}
     plan = make_plan(info, make_recipe(paper | changes))
-    moved = changes | {"offload_activations": "cpu", "offload": "weights"}
-    less = make_plan(info, make_recipe(paper | moved))
+    offloaded = execution | {"offload_activations": "cpu", "offload_weights": True}
+    less = make_plan(info, make_recipe(paper | changes | {"execution": offloaded}))
     rows = []
     for stage in plan.stages:
         if stage.linear + stage.attention == 0:

@@ -32,10 +32,9 @@ from longrope.data.windows import (
     unseen,
     with_bos,
 )
-from longrope.distributed import Ranks, local_device, ranks
+from longrope.distributed import Ranks, ranks
 from longrope.execution import ExecutionConfig
 from longrope.files import read_lines, write_atomically
-from longrope.layerwise.forward import LongForward
 from longrope.models.load import LoadedModel, load_model
 from longrope.models.target import parse_extension
 from longrope.rope.apply import rescaled
@@ -75,7 +74,8 @@ def main() -> None:
 
 def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[str, Any]]]:
     """What was asked, and a row for every search; the first process alone measures held out."""
-    loaded = load_model(model_path(args.model), ExecutionConfig(device=local_device(None), dtype=args.dtype))
+    execution = ExecutionConfig(dtype=args.dtype, chunk_size=args.chunk)
+    loaded = load_model(model_path(args.model), execution)
     length, bos = parse_extension(args.target, loaded.info), bos_token(loaded.tokenizer)
     documents = load_documents(loaded.tokenizer, args.data, held_out=False)
     windows = search_windows(documents, length, args.windows, 0, bos)
@@ -96,7 +96,6 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
             directory,
             these,
             seed=int(seed),
-            chunk=args.chunk,
             title=directory.name,
         )
         row = {
@@ -109,9 +108,7 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
             "start_tokens": result.best.start_tokens,
         }
         if these.first:
-            row |= {"curve": curve(directory)} | held_out_losses(
-                loaded, directory, held_out, args.chunk
-            )
+            row |= {"curve": curve(directory)} | held_out_losses(loaded, directory, held_out)
         rows.append(row)
     config = {k: v for k, v in vars(args).items() if k not in ("out", "name")}
     config |= {"windows": [d.name for d in windows.documents], "held_out_windows": len(held_out)}
@@ -144,13 +141,11 @@ def curve(directory: Path) -> list[tuple[float, float]]:
     return points
 
 
-def held_out_losses(
-    loaded: LoadedModel, directory: Path, windows: np.ndarray, chunk: int | None
-) -> dict[str, Any]:
+def held_out_losses(loaded: LoadedModel, directory: Path, windows: np.ndarray) -> dict[str, Any]:
     """Mean loss of each held-out window under the best and the portable rescale; kept."""
     kept = directory / f"held-out-{hashlib.sha256(windows.tobytes()).hexdigest()[:8]}.json"
     if not kept.exists():
-        forward = LongForward(loaded.model, chunk)
+        forward = loaded.forward()
 
         def measured(rescale: Rescale) -> list[float]:
             with rescaled(loaded.model, rescale):

@@ -26,7 +26,6 @@ from longrope.distributed import Ranks
 from longrope.evaluate.perplexity import score
 from longrope.evaluate.retrieval import retrieve
 from longrope.files import JsonlStore, whole_directory
-from longrope.layerwise.forward import LongForward
 from longrope.models.load import LoadedModel
 from longrope.pipeline.extend import extend, open_run
 from longrope.pipeline.plan import evaluation_lengths
@@ -140,7 +139,7 @@ def perplexity(
     documents = run.splits.evaluation_documents(target, run.recipe.evaluate.documents)
     with rescaled(loaded.model, rescale):
         scores = score(
-            LongForward(loaded.model, run.recipe.chunk),
+            loaded.forward(),
             documents,
             length,
             bos=run.splits.bos,
@@ -154,7 +153,7 @@ def passkeys(
     run: Run, loaded: LoadedModel, rescale: Rescale, length: int, trials: int
 ) -> dict[str, Any]:
     rows = retrieve(
-        LongForward(loaded.model, run.recipe.chunk),
+        loaded.forward(),
         lambda n, depth, rng: passkey_prompt(
             loaded.tokenizer, n, depth, rng, run.recipe.evaluate.digits
         ),
