@@ -246,23 +246,20 @@ class JsonlStore(dict[str, Any]):
 
     Args:
         path: the file of rank 0, such as ``cells.jsonl``; rank 1 has ``cells.1.jsonl``.
-        of: identifies these items, where a file holds items of several computations.
         rank: of this process.
     """
 
-    def __init__(self, path: Path, of: str = "", rank: int = 0):
-        self._path, self._of = path.with_suffix(f".{rank}.jsonl") if rank else path, of
+    def __init__(self, path: Path, rank: int = 0):
+        self._path = path.with_suffix(f".{rank}.jsonl") if rank else path
         lines = read_lines(self._path)
         # A line that a kill cut short is dropped from the file too.
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         super().__init__()
         for file in sorted(path.parent.glob(f"{path.stem}*.jsonl")):
-            items = ((x["key"], x["found"]) for x in read_lines(file) if x.get("of", "") == of)
-            self.update(items)
+            self.update((line["key"], line["found"]) for line in read_lines(file))
 
     def __setitem__(self, key: str, found: Any) -> None:
-        line = {"key": key, "found": found}
-        append_line(self._path, line | {"of": self._of} if self._of else line)
+        append_line(self._path, {"key": key, "found": found})
         super().__setitem__(key, found)
 
 

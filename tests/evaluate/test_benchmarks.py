@@ -144,14 +144,13 @@ def test_a_part_that_is_kept_is_not_asked_again(bundled, benchmark_data, tmp_pat
     unscaled = bundled.info.rescale("none", 256)
 
     def ask():
-        kept = JsonlStore(tmp_path / "parts.jsonl", "a model")
+        kept = JsonlStore(tmp_path / "parts.jsonl")
         asked = options(benchmark_data)
         return score_benchmark(bundled, lambda _: unscaled, 256, "arc_challenge", asked, kept)
 
     first, count = ask(), len(likelihoods)
     assert count > 0
     assert (ask(), len(likelihoods)) == (first, count)
-    assert JsonlStore(tmp_path / "parts.jsonl", "another model") == {}
 
 
 def test_the_only_split_is_divided(benchmark_data):

@@ -111,9 +111,9 @@ def test_a_killed_one_asks_only_what_is_left(bundled, tmp_path, monkeypatch):
     monkeypatch.setattr("longrope.evaluate.retrieval.BATCH_TOKENS", 900)
     most = 3
     with pytest.raises(KeyboardInterrupt):
-        retrieve(forward, make, 420, None, trials=9, seed=1, answered=JsonlStore(file, "one"))
+        retrieve(forward, make, 420, None, trials=9, seed=1, answered=JsonlStore(file))
     first, most = sum(batches), 99
-    found = retrieve(forward, make, 420, None, trials=9, seed=1, answered=JsonlStore(file, "one"))
+    found = retrieve(forward, make, 420, None, trials=9, seed=1, answered=JsonlStore(file))
     assert first > 0
     assert sum(batches) == 9  # none twice
     assert found == retrieve(forward, make, 420, None, trials=9, seed=1)
