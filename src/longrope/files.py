@@ -275,7 +275,7 @@ def require_directory(path: Path) -> None:
     except OSError as error:  # too long a name
         raise _cannot_write(path, error) from None
     if not there.is_dir():
-        raise ValueError(f"{there} is no directory; give one")
+        raise ValueError(f"{there} is not a directory; give a directory")
     if not os.access(there, os.W_OK | os.X_OK):
         raise _cannot_write(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
@@ -300,7 +300,7 @@ def only_process(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"{directory}: another process is at work there; wait for it or give another --out"
+                f"{directory} is in use by another process; wait for it, or give another `out`"
             ) from None
         yield
 
@@ -308,6 +308,6 @@ def only_process(directory: Path) -> Iterator[None]:
 def _cannot_write(path: Path, error: Exception) -> ValueError:
     why = getattr(error, "strerror", None) or str(error)
     return ValueError(
-        f"{path}: cannot be written ({why}); free space there or give another "
-        "directory, then run the same command again: what was finished is kept"
+        f"{path} cannot be written ({why}); free disk space or give another directory, then run "
+        "the same command again: finished work is kept"
     )

@@ -171,7 +171,7 @@ def test_importing_an_export_is_the_identity(family, checkpoints, micro_models, 
     named = files(made, tmp_path)
     export(ExportOptions(str(checkpoints(family)), tmp_path / "out", **named))
     assert import_pair(str(tmp_path / "out")) == made
-    with pytest.raises(ValueError, match="nothing to import"):
+    with pytest.raises(ValueError, match="its RoPE is not scaled"):
         import_pair(str(checkpoints(family)))
 
 

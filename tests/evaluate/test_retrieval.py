@@ -51,14 +51,12 @@ def test_a_needle_stands_between_lines_of_the_haystack(bundled):
     text = bundled.tokenizer.decode(prompt.ids, skip_special_tokens=True)
     assert 900 <= len(prompt.ids) <= 1000
     assert "\nThe magic number of " in text
-    with pytest.raises(
-        ValueError, match=r"the haystack is \d+ tokens shorter than the length, 1,000"
-    ):
+    with pytest.raises(ValueError, match=r"length is 1,000, .* \d+ tokens too short"):
         needle_prompt(bundled.tokenizer, lines[:20], 1000, 0.3, random.Random(0))
 
 
 def test_too_short_for_the_question(bundled):
-    with pytest.raises(ValueError, match="--lengths: 40 tokens are too few"):
+    with pytest.raises(ValueError, match="length is 40"):
         passkey_prompt(bundled.tokenizer, 40, 0.5, random.Random(0))
 
 

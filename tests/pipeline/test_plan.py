@@ -251,5 +251,5 @@ def test_a_run_of_an_older_layout_is_refused_as_such(info, tmp_path):
     content = recipe.model_dump(mode="json")
     content["search"]["samples"] = content["search"].pop("windows")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=r"older layout .*search\.samples"):
+    with pytest.raises(ValueError, match=r"older version .*search\.samples.*`out`"):
         Run(recipe, info, make_plan(info, recipe), tmp_path, Ranks()).claim()

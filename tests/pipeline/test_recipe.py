@@ -130,7 +130,7 @@ def test_the_command_line_goes_before_the_file(tmp_path):
     assert resolve_recipe("bundled", None, lora=8).finetune.lora == 8
     with pytest.raises(ValueError, match=r"finetune\.lora is 0"):
         resolve_recipe("bundled", None, lora=0)
-    with pytest.raises(ValueError, match="--target is missing"):
+    with pytest.raises(ValueError, match="target is missing"):
         resolve_recipe(None, "some/model")
 
 

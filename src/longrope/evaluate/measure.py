@@ -207,4 +207,4 @@ def _check_counts(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            raise ValueError(f"{name} is {value}; it must be at least 1")
