@@ -229,7 +229,7 @@ def _pair(options: ExportOptions, factors: _Factors, info: ModelInfo) -> Rescale
             f"{long.attention_factor:g} in `rescale`, but a checkpoint has one for both; search "
             "the short factors with the attention factor of the long ones"
         )
-    kept = any(factor != 1 for factor in long.provenance.get("base_factors", ()))
+    kept = any(factor != 1 for factor in long.base_factors)
     existing = "keep" if kept else options.existing_scaling
     info.check_representable(existing, short.max_position_embeddings)
     return RescalePair(short, long)

@@ -208,7 +208,7 @@ def _not_searched_on(
         digest
         for name in methods
         if Path(name).suffix == ".json"
-        for digest in Rescale.load(name).provenance.get("documents", ())
+        for digest in Rescale.load(name).searched_documents
     ]
     remaining = unseen(documents, searched)
     number = len(documents) - len(remaining)
