@@ -191,4 +191,4 @@ def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments
     splits["evaluation"] = ["something else"]
     (out / "pools.json").write_text(json.dumps(splits))
     done = run(*arguments, "--out", out, code=2)
-    assert "its evaluation documents are not those" in done.stderr
+    assert "the evaluation documents have changed" in done.stderr

@@ -55,11 +55,11 @@ class _WithOptions(logging.Formatter):
     """Format warnings as errors are: with options for the parameters that they name."""
 
     def __init__(self, arguments: list[str]):
-        super().__init__()
+        super().__init__("longrope: %(message)s")
         self._arguments = arguments
 
     def format(self, record: logging.LogRecord) -> str:
-        return "longrope: " + _as_options(super().format(record), self._arguments)
+        return _as_options(super().format(record), self._arguments)
 
 
 def _stopped(arguments: list[str]) -> str:
