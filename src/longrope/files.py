@@ -246,23 +246,20 @@ class JsonlStore(dict[str, Any]):
 
     Args:
         path: the file of rank 0, such as ``cells.jsonl``; rank 1 has ``cells.1.jsonl``.
-        of: identifies these items, where a file holds items of several computations.
         rank: of this process.
     """
 
-    def __init__(self, path: Path, of: str = "", rank: int = 0):
-        self._path, self._of = path.with_suffix(f".{rank}.jsonl") if rank else path, of
+    def __init__(self, path: Path, rank: int = 0):
+        self._path = path.with_suffix(f".{rank}.jsonl") if rank else path
         lines = read_lines(self._path)
         # A line that a kill cut short is dropped from the file too.
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         super().__init__()
         for file in sorted(path.parent.glob(f"{path.stem}*.jsonl")):
-            items = ((x["key"], x["found"]) for x in read_lines(file) if x.get("of", "") == of)
-            self.update(items)
+            self.update((line["key"], line["found"]) for line in read_lines(file))
 
     def __setitem__(self, key: str, found: Any) -> None:
-        line = {"key": key, "found": found}
-        append_line(self._path, line | {"of": self._of} if self._of else line)
+        append_line(self._path, {"key": key, "found": found})
         super().__setitem__(key, found)
 
 
@@ -278,7 +275,7 @@ def require_directory(path: Path) -> None:
     except OSError as error:  # too long a name
         raise _cannot_write(path, error) from None
     if not there.is_dir():
-        raise ValueError(f"{there} is no directory; give one")
+        raise ValueError(f"{there} is not a directory; give a directory")
     if not os.access(there, os.W_OK | os.X_OK):
         raise _cannot_write(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
@@ -303,7 +300,7 @@ def only_process(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"{directory}: another process is at work there; wait for it or give another --out"
+                f"{directory} is in use by another process; wait for it, or give another `out`"
             ) from None
         yield
 
@@ -311,6 +308,6 @@ def only_process(directory: Path) -> Iterator[None]:
 def _cannot_write(path: Path, error: Exception) -> ValueError:
     why = getattr(error, "strerror", None) or str(error)
     return ValueError(
-        f"{path}: cannot be written ({why}); free space there or give another "
-        "directory, then run the same command again: what was finished is kept"
+        f"{path} cannot be written ({why}); free disk space or give another directory, then run "
+        "the same command again: finished work is kept"
     )

@@ -39,13 +39,15 @@ def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:
     for length in lengths:
         if longest % length:
             raise ValueError(
-                f"--lengths: {length} does not divide {longest}; lengths are compared on the same "
-                "tokens, so each must divide the longest"
+                f"lengths is {', '.join(map(str, lengths))}; {length} does not divide {longest}. "
+                "Lengths are compared on the same tokens, so each must divide the longest"
             )
     if stride is not None and len(set(lengths)) > 1:
-        raise ValueError(f"--stride {stride} goes with one length, not {len(set(lengths))}")
+        raise ValueError(f"stride is {stride}; it requires one length, not {len(set(lengths))}")
     if stride is not None and not 1 <= stride <= longest:
-        raise ValueError(f"--stride is {stride}; it must be from 1 to the length, {longest}")
+        raise ValueError(
+            f"stride is {stride}; it must be at least 1 and at most the length, {longest}"
+        )
 
 
 def duration(seconds: float) -> str:
@@ -75,7 +77,8 @@ def parse_length(text: str, original: int | None = None) -> int:
     except ValueError:
         length = 0.0
     if not 0 < length < 1e12 or round(length) < 1:
-        raise ValueError(f"length {text!r} is not one; write 131072, 128k or 8x")
+        forms = "131072 or 128k" if original is None else "131072, 128k or 8x"
+        raise ValueError(f"invalid length {text!r}: use e.g. {forms}")
     if abs(length - round(length)) > 1e-6:  # 1.1 times 1,000 is a little more than 1,100
-        raise ValueError(f"length {text!r} is {length:,.1f} tokens; give a whole number of them")
+        raise ValueError(f"invalid length {text!r}: {length:,.1f} tokens is not a whole number")
     return round(length)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,11 +132,34 @@ def test_a_scale_of_all_scores_that_no_checkpoint_can_say_is_refused(scaled, tmp
 def test_factors_searched_with_such_a_scale_are_refused_without(scaled, tmp_path):
     source = scaled(FAMILIES["deepseek_v3"](), mscale_all_dim=1.0)
     info = inspect_model(source, existing_scaling="keep")
-    found = info.rescale("pi", 512).replace(provenance={"base_factors": info.base_factors})
-    found.save(tmp_path / "kept.json")
+    info.rescale("pi", 512).replace(provenance={}).save(tmp_path / "kept.json")
     named = {"rescale": str(tmp_path / "kept.json"), "existing_scaling": "replace"}
     with pytest.raises(ValueError, match=r"search again with existing_scaling='replace'"):
         export(ExportOptions(source, tmp_path / "out", **named))
+
+
+def test_an_export_without_provenance_is_the_same(scaled, tmp_path):
+    source = scaled(FAMILIES["llama"]())
+    info = inspect_model(source, existing_scaling="keep")
+    notes = {"method": "search", "loss": 2.5, "base_factors": [9.0], "documents": ["d"]}
+    made = RescalePair(*(info.rescale("pi", n).replace(provenance=notes) for n in (320, 512)))
+    written = []
+    for kept in (True, False):
+        where = tmp_path / str(kept)
+        named = files(made, where)
+        for file in named.values():
+            content = json.loads(Path(file).read_text())
+            assert content["base_factors"] == list(info.base_factors)
+            if not kept:
+                del content["provenance"]
+            Path(file).write_text(json.dumps(content))
+        export(ExportOptions(source, where / "out", **named))
+        found = {file.name: file.read_bytes() for file in (where / "out").iterdir()}
+        manifest = json.loads(found.pop("longrope.json"))
+        noted = [manifest[name].pop("provenance") for name in ("short", "long")]
+        assert noted == [notes if kept else {}] * 2
+        written.append((found, manifest))
+    assert written[0] == written[1]
 
 
 def test_scores_that_grow_with_the_position_stay_as_they_are(scaled, ids, tmp_path):
@@ -171,7 +195,7 @@ def test_importing_an_export_is_the_identity(family, checkpoints, micro_models, 
     named = files(made, tmp_path)
     export(ExportOptions(str(checkpoints(family)), tmp_path / "out", **named))
     assert import_pair(str(tmp_path / "out")) == made
-    with pytest.raises(ValueError, match="nothing to import"):
+    with pytest.raises(ValueError, match="its RoPE is not scaled"):
         import_pair(str(checkpoints(family)))
 
 

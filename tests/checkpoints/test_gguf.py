@@ -84,7 +84,7 @@ def test_a_part_of_a_gguf_file_is_refused(made, tmp_path):
     ]
     part = tmp_path / "part-00001-of-00002.gguf"
     write_file(part, arch, metadata, own)
-    with pytest.raises(ValueError, match="is one of 2 files; llama-gguf-split --merge"):
+    with pytest.raises(ValueError, match=r"is one of 2 files; .*llama-gguf-split --merge"):
         export(options(tmp_path, part, "out.gguf", "gguf"))
     assert not (tmp_path / "out.gguf").exists()
     with pytest.raises(ValueError, match=r"1 of the model's tensors are missing.*gguf-split"):
@@ -152,7 +152,7 @@ def test_a_note_of_the_users_is_not_taken_for_our_card(checkpoints, micro_models
     pair(micro_models("llama")).long.save(tmp_path / "long.json")
     (tmp_path / "notes.md").write_text("dear")
     out = tmp_path / "notes.gguf"
-    with pytest.raises(ValueError, match=r"notes\.md: is there already"):
+    with pytest.raises(ValueError, match=r"notes\.md exists already"):
         export(
             ExportOptions(
                 str(checkpoints("llama")), out, "gguf", rescale=str(tmp_path / "long.json")
@@ -185,8 +185,8 @@ def test_a_checkpoint_that_only_llama_cpps_converter_knows_is_refused(
     checkpoints, micro_models, tmp_path
 ):
     for family, why in (
-        ("qwen2", "not Qwen2ForCausalLM; convert it with llama.cpp's"),
-        ("mistral", "its sliding_window of 24 is none of llama.cpp's"),
+        ("qwen2", "Qwen2ForCausalLM.*convert_hf_to_gguf.py.*`model`"),
+        ("mistral", "sliding_window is 24.*format='hf'"),
     ):
         made = pair(micro_models(family))
         made.short.save(tmp_path / "short.json")
@@ -206,5 +206,5 @@ def test_a_tokenizer_of_another_kind_is_refused(checkpoints, micro_models, tmp_p
     made = pair(micro_models("llama"))
     made.short.save(tmp_path / "short.json")
     made.long.save(tmp_path / "long.json")
-    with pytest.raises(ValueError, match="its way of splitting text is not one longrope knows"):
+    with pytest.raises(ValueError, match=r"tokenizer to GGUF \(its pre-tokenizer"):
         export(options(tmp_path, source, "out.gguf", "gguf"))

@@ -21,7 +21,7 @@ def test_target(tmp_path):
         ["compare", *less, "--methods", "none,yarn"],
         ["evaluate", "perplexity", *less, "--rescale", "yarn"],
     )
-    assert all("--target is 64, and the model handles 256 tokens" in line for line in nothing)
+    assert all("--target is 64, but the model handles 256 tokens" in line for line in nothing)
     assert "--target is 256" in small
     assert "give a larger target" in small
     assert "'much'" in unreadable
@@ -122,17 +122,17 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
     both = ["--lengths", "256,512", "--target", "2x"]
     succeeds(*compare, *both, "--methods", "none, pi")
     messages = {
-        (*search, run_of): "recipe.yaml is there without a search's state.json",
-        (*search, imported): "rescale.json is there without a search's state.json",
-        (*compare, "--target", "4x"): "another comparison (for 512 tokens, with none at 256, wit",
-        (*compare, "--target", "2x", "--methods", "none,pi"): "(with none at 256, with pi at 256",
+        (*search, run_of): "recipe.yaml exists without a search's state.json",
+        (*search, imported): "rescale.json exists without a search's state.json",
+        (*compare, "--target", "4x"): "another comparison (target 512, row none at 256, row none",
+        (*compare, "--target", "2x", "--methods", "none,pi"): "(row none at 256, row pi at 256",
     }
     before = (compared / "compare.json").read_bytes()
     for line, message in zip(each_refused(*messages), messages.values(), strict=True):
         assert message in line
         assert "give another --out" in line
     another = [*compare, *both, "--methods", "none,pi", "--attention-factor", 1.2]
-    assert "(of attention_factor None)" in refused(*another)
+    assert "(attention_factor None)" in refused(*another)
     assert "compare supports one process" in refused(*another, env={"WORLD_SIZE": "2"})
     assert (compared / "compare.json").read_bytes() == before
     succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
@@ -175,7 +175,7 @@ def test_retrieval_and_generation(tmp_path):
     messages = {
         (*base, 512, "--trials", 0): "--trials is 0",
         (*base, 512, "--data", "x"): "--data",
-        (*base, 40): "too few for the question",
+        (*base, 40): "--lengths is 40",
         ("evaluate", "benchmarks", "--tasks", "mmlu", "--limit", 0): "--limit is 0",
         ("generate", "bundled", "--max-new-tokens", 0): "--max-new-tokens is 0",
         ("generate", "bundled"): "--prompt is empty",
@@ -217,7 +217,7 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     there = ["--target", "2x", "--out", tmp_path / "file"]
     for line in each_refused(*([verb, *there] for verb in ("compare", "search", "extend"))):
-        assert "file is no directory; give one" in line
+        assert "file is not a directory" in line
     out = ["--out", tmp_path / "out"]
     refused("compare", "--target", "2x", "--methods", "none", *out, "--data", tmp_path / "file")
     assert not list((tmp_path / "out").iterdir())

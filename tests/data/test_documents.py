@@ -29,16 +29,17 @@ def test_reads_every_kind(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b" \n", "empty.txt: the document is empty"),
-        ("binary.txt", b"\x00\x01\xff", "binary.txt: not UTF-8 text"),
-        ("latin.txt", "é".encode("latin-1"), "latin.txt: not UTF-8 text"),
-        ("x.jsonl", b'{"text": 1}\n', "x.jsonl: row 1: no text field 'text'"),
-        ("x.jsonl", b"{\n", "x.jsonl: line 1 is not JSON"),
-        ("x.jsonl", b'{"other": "a"}\n', r"name it with --field \(it has: other\)"),
-        ("x.parquet", b"PAR1", "x.parquet: not a Parquet file"),
-        ("blank.jsonl", b'{"text": " "}\n', "no text in it"),
-        ("x.json", b'{"a": [1],\n "b": 2}', r"no text field 'text'.*it has: a, b"),
-        ("x.json", b"[1,\n 2", "x.json: line 1 is not JSON"),
+        ("empty.txt", b" \n", "empty.txt is empty"),
+        ("binary.txt", b"\x00\x01\xff", "binary.txt is not UTF-8 text"),
+        ("latin.txt", "é".encode("latin-1"), "latin.txt is not UTF-8 text"),
+        ("x.jsonl", b'{"text": 1}\n', "x.jsonl: row 1 has int in the field 'text'; set `field`"),
+        ("x.jsonl", b"[1]\n", "x.jsonl: row 1 is not an object"),
+        ("x.jsonl", b"{\n", "x.jsonl: line 1 is not valid JSON"),
+        ("x.jsonl", b'{"other": "a"}\n', r"no field 'text'; set `field` .*it has: other"),
+        ("x.parquet", b"PAR1", "x.parquet is not a Parquet file"),
+        ("blank.jsonl", b'{"text": " "}\n', r"data='.*blank.jsonl' contains no text"),
+        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 has no field 'text'.*it has: a, b"),
+        ("x.json", b"[1,\n 2", "x.json: line 1 is not valid JSON"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):

@@ -80,21 +80,24 @@ def test_an_engine_that_computes_something_else_is_unclear(exported, tmp_path):
 def test_mistakes_are_one_line(exported, tmp_path):
     legacy = ["verify", exported, "--engine", "transformers-legacy"]
     mistakes = (
-        (["verify", exported, "--engine", "ollama"], "--engine ollama: choose transformers,"),
-        (["verify", exported, "--engine", "vllm"], "create one (python -m venv ENGINE"),
-        (["verify", exported, "--engine", "llamacpp"], "--engine llamacpp reads a GGUF file"),
+        (["verify", exported, "--engine", "ollama"], "--engine is 'ollama'"),
+        (["verify", exported, "--engine", "vllm"], "--engine vllm is not installed"),
+        (["verify", exported, "--engine", "llamacpp"], "--engine llamacpp cannot read"),
         (["verify", tmp_path / "no"], "no such file or directory"),
         (["verify", BUNDLED], "its RoPE is not scaled"),
-        (["verify", exported, "--python", "/no/python"], "--python /no/python: No such file"),
-        ([*legacy, "--python", sys.executable, "--lengths", "64"], "legacy requires a 4.x"),
+        (["verify", exported, "--python", "/no/python"], "--python /no/python cannot be started"),
+        ([*legacy, "--python", sys.executable, "--lengths", "64"], "requires transformers 4"),
         (["export", "bundled", "--out", tmp_path / "x"], "--rescale is missing"),
         (
             ["export", "bundled", "--out", tmp_path / "x", "--rescale", "yarn"],
             "--target is missing",
         ),
-        (["export", "bundled", "--out", exported, "--rescale", "yarn"], "is there already"),
+        (
+            ["export", "bundled", "--out", exported, "--rescale", "yarn"],
+            "already; give another --out, or --force",
+        ),
         (["export", "bundled", "--out", tmp_path / "x", "--format", "onnx"], "--format is 'onnx'"),
-        (["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"], "ends in .gguf"),
+        (["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"], "must end in .gguf"),
         (["verify", exported, "--prompts", "0"], "--prompts is 0"),
         (["verify", exported, "--dtype", "auto"], "--dtype is auto"),
         (["import", BUNDLED, "--out", tmp_path / "x"], "its RoPE is not scaled"),

@@ -146,14 +146,13 @@ def test_a_part_that_is_kept_is_not_asked_again(bundled, benchmark_data, tmp_pat
     unscaled = bundled.info.rescale("none", 256)
 
     def ask():
-        kept = JsonlStore(tmp_path / "parts.jsonl", "a model")
+        kept = JsonlStore(tmp_path / "parts.jsonl")
         asked = options(benchmark_data)
         return score_benchmark(bundled, lambda _: unscaled, 256, "arc_challenge", asked, kept)
 
     first, count = ask(), len(likelihoods)
     assert count > 0
     assert (ask(), len(likelihoods)) == (first, count)
-    assert JsonlStore(tmp_path / "parts.jsonl", "another model") == {}
 
 
 def test_the_only_split_is_divided(benchmark_data):
@@ -224,11 +223,11 @@ def test_other_questions_are_not_paired():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("arc_chalenge",)}, "no task 'arc_chalenge'.*arc_challenge"),
-        ({"datasets": "nowhere"}, "datasets is 'nowhere'"),
-        ({"tasks": ("niah_single_1",)}, "benchmark niah_single_1 .* lengths"),
-        ({"tasks": ("ruler_vt",), "ruler_lengths": (1024,)}, "lengths of 2,048 tokens or more"),
-        ({"tasks": ("longcxt",), "ruler_lengths": (2048,)}, "choose ruler itself"),
+        ({"tasks": ("arc_chalenge",)}, "'arc_chalenge' is not a task.*arc_challenge"),
+        ({"datasets": "nowhere"}, "datasets='nowhere'"),
+        ({"tasks": ("niah_single_1",)}, "'niah_single_1' .* `lengths`"),
+        ({"tasks": ("ruler_vt",), "ruler_lengths": (1024,)}, "`lengths` .* 2,048"),
+        ({"tasks": ("longcxt",), "ruler_lengths": (2048,)}, "'longcxt' .* 'ruler'"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(benchmark_data, changes, message):
@@ -245,7 +244,7 @@ def test_what_cannot_be_compared_is_refused_before_it_is_asked(bundled, benchmar
             require_benchmark_data(asked, bundled.tokenizer, 256)
 
     require_benchmark_data(options(benchmark_data), bundled.tokenizer, 256)
-    refused("arc_challenge has 3 examples for 25 shots.*num_fewshot", num_fewshot=25)
+    refused("num_fewshot is 25.*'arc_challenge' has 3 ", num_fewshot=25)
     for owner, name, rows in (
         ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", [{"page": "x"}] * 4),
         ("openai/gsm8k", "main", [{"question": "1 + 1?", "answer": "#### 2"}] * 12),
@@ -253,8 +252,8 @@ def test_what_cannot_be_compared_is_refused_before_it_is_asked(bundled, benchmar
         folder = tmp_path / owner / name
         folder.mkdir(parents=True)
         datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
-    refused("wikitext is measured by word_perplexity", tasks=("wikitext",), datasets=str(tmp_path))
-    message = "gsm8k takes answers of 256 tokens, and a model has a window of 256"
+    refused("'wikitext' reports word_perplexity", tasks=("wikitext",), datasets=str(tmp_path))
+    message = "'gsm8k' .* 256 tokens.* 256 tokens"
     refused(message, tasks=("gsm8k",), datasets=str(tmp_path))
 
 
@@ -294,5 +293,5 @@ def test_without_a_hub_one_line_says_what_to_do(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
-    assert "benchmark arc_challenge: its data cannot be read" in done.stderr
+    assert "benchmark 'arc_challenge': its data cannot be read" in done.stderr
     assert "--datasets" in done.stderr

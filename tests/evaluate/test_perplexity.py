@@ -78,7 +78,7 @@ def test_a_sliding_window_scores_every_token_once_with_more_context(model64):
     # The second window's last 16 tokens, each with at least 48 before it.
     whole = forward.losses(torch.from_numpy(docs[0].ids[16:80].astype(np.int64))[None])[0]
     np.testing.assert_allclose(found.documents[0][1, 48:], whole[47:].double())
-    with pytest.raises(ValueError, match="--stride is 65"):
+    with pytest.raises(ValueError, match="stride is 65"):
         score(forward, docs, 64, bos=None, stride=65)
 
 

@@ -69,7 +69,7 @@ def test_the_estimate_has_a_time_for_every_stage_that_computes(info):
     for stage in made.stages:
         assert (estimate.seconds(stage) > 0) == (stage.tokens > 0)
     for wrong in ("lots", "inf"):
-        with pytest.raises(ValueError, match=f"--memory {wrong}"):
+        with pytest.raises(ValueError, match=f"memory is {wrong!r}"):
             dry_run(made, info, recipe, wrong)
 
 

@@ -118,7 +118,7 @@ def test_without_recovery(info):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"target": "1024x"}, r"--target is 262,144, 1024 times.*reaches 512x \(131,072\)"),
+        ({"target": "1024x"}, r"target is 262,144, 1024 times.*reaches 512x \(131,072\)"),
         ({"target": "16x", "finetune": {"enabled": False}}, "beyond 8x a model must be fine-tuned"),
         ({"target": "256"}, "handles 256 already"),
         ({"target": "8x", "serch": {}}, "no key 'serch'; there are model, target"),
@@ -133,7 +133,7 @@ def test_without_recovery(info):
         ({"target": "8x", "finetune": {"steps": 0}}, "finetune.steps is 0"),
         ({"target": "8x", "evaluate": {"methods": ["x"]}}, "evaluate.methods: no method 'x'"),
         ({}, "target is {}: field required"),
-        ({"target": 1000}, r"--target is 1,000; .* multiple of the original length, 256"),
+        ({"target": 1000}, r"target is 1,000; .* multiple of the original length, 256"),
         ({"target": "8x", "evaluate": {"lengths": [384]}}, "384 does not divide 2048"),
         ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "4,096 is beyond the target, 2,048"),
         ({"target": "8x", "finetune": {"answer_share": 0.1}}, "finetune.passkey_share is 0"),
@@ -252,5 +252,5 @@ def test_a_run_of_an_older_layout_is_refused_as_such(info, tmp_path):
     content = recipe.model_dump(mode="json")
     content["search"]["samples"] = content["search"].pop("windows")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=r"older layout .*search\.samples"):
+    with pytest.raises(ValueError, match=r"older version .*search\.samples.*`out`"):
         Run(recipe, info, make_plan(info, recipe), tmp_path, Ranks()).claim()

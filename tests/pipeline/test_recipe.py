@@ -130,22 +130,22 @@ def test_the_command_line_goes_before_the_file(tmp_path):
     assert resolve_recipe("bundled", None, finetune={"lora": 8}).finetune.lora == 8
     with pytest.raises(ValueError, match=r"finetune\.lora is 0"):
         resolve_recipe("bundled", None, finetune={"lora": 0})
-    with pytest.raises(ValueError, match="--target is missing"):
+    with pytest.raises(ValueError, match="target is missing"):
         resolve_recipe(None, "some/model")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("target: [8x", "not YAML"),
+        ("target: [8x", "recipe=.*not valid YAML"),
         ("target: 8x\nseed: 1\ntarget: 4x", "'target' stands twice, again in line 3"),
         ("target: 8x\nsearch: {windows: 1, windows: 2}", "'windows' stands twice"),
-        ("- target", "a recipe is a mapping"),
+        ("- target", "recipe=.* mapping"),
         ("target: 8x\nfinetune: {stesp: 3}", "no key 'finetune.stesp'"),
         ("target: 8x\nexecution: {chunk_size: 0}", "execution.chunk_size is 0"),
         ("target: 8x\nfinetune: {learning_rate: .inf}", "finetune.learning_rate is inf"),
         ("target: 8x\nfinetune: {schedule: wave}", "finetune.schedule is 'wave': .*'cosine'"),
-        ("target: 8x\nmodel: !!python/object/apply:os.getcwd []", "not YAML"),
+        ("target: 8x\nmodel: !!python/object/apply:os.getcwd []", "recipe=.*not valid YAML"),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, text, message):

@@ -28,9 +28,9 @@ def test_factors_are_drawn_as_they_are():
 
 
 def test_known_methods_stand_on_the_scaling_that_is_kept():
-    made = Rescale((2.0, 4.0), 1e4, 64, 128, provenance={"base_factors": [1.0, 3.0]})
+    made = Rescale((2.0, 4.0), 1e4, 64, 128, base_factors=(1.0, 3.0))
     assert known_methods(made)["pi"].factors == (2.0, 6.0)
-    assert known_methods(made.replace(provenance={}))["pi"].factors == (2.0, 2.0)
+    assert known_methods(made.replace(base_factors=()))["pi"].factors == (2.0, 2.0)
 
 
 def test_perplexities_are_drawn_at_their_lengths():

@@ -19,6 +19,8 @@ def make(**changes) -> Rescale:
         "max_position_embeddings": 2048,
         "attention_factor": 1.17,
         "start_tokens": 4,
+        "base_factors": (1.0, 1.0, 1.0, 2.0),
+        "searched_documents": ("d",),
         "provenance": {"method": "test"},
     }
     return Rescale(**fields | changes)
@@ -36,12 +38,16 @@ positive = st.floats(1e-3, 1e6, allow_nan=False, allow_infinity=False)
 def test_json_is_exact(tmp_path_factory, factors, theta, attention, tokens):
     path = tmp_path_factory.getbasetemp() / "rescale.json"
     before = make(
-        factors=factors, rope_theta=theta, attention_factor=attention, start_tokens=tokens
+        factors=factors,
+        base_factors=factors,
+        rope_theta=theta,
+        attention_factor=attention,
+        start_tokens=tokens,
     )
     before.save(path)
     after = Rescale.load(path)
     assert after == before
-    assert after.provenance == before.provenance
+    assert after.to_json() == before.to_json()
 
 
 def test_json_has_the_fields_that_others_rely_on():
@@ -53,11 +59,13 @@ def test_json_has_the_fields_that_others_rely_on():
         "original_max_position_embeddings",
         "max_position_embeddings",
         "rope_theta",
+        "base_factors",
+        "searched_documents",
         "provenance",
     }
 
 
-@pytest.mark.parametrize("key", sorted(make().to_json()))
+@pytest.mark.parametrize("key", sorted(make().applied()))
 def test_missing_key_is_named(key):
     data = make().to_json()
     del data[key]
@@ -79,12 +87,30 @@ def test_missing_key_is_named(key):
         ({"attention_factor": 0}, "attention_factor is 0"),
         ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
         ({"max_position_embeddings": 128}, "max_position_embeddings is 128"),
+        ({"base_factors": [1.0]}, "base_factors has 1 numbers"),
+        ({"base_factors": [1.0, 1.0, 1.0, 0.0]}, r"base_factors\[3\] is 0.0"),
+        ({"base_factors": "1"}, "base_factors must be a list"),
+        ({"searched_documents": [1]}, "searched_documents must be a list"),
         ({"provenance": []}, "provenance"),
     ],
 )
 def test_wrong_value_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         Rescale.from_json(make().to_json() | changes)
+
+
+def test_provenance_is_a_note():
+    data = make().to_json()
+    del data["provenance"]
+    without = Rescale.from_json(data)
+    assert without == make()
+    assert without.to_json() == make().to_json() | {"provenance": {}}
+
+
+def test_older_files_have_two_of_the_fields_in_their_provenance():
+    old = {"base_factors": [1.0, 1.0, 1.0, 2.0], "documents": ["d"]}
+    found = Rescale.from_json(make().applied() | {"provenance": old})
+    assert found.to_json() == make().to_json() | {"provenance": old}
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe", b""])

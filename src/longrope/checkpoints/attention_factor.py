@@ -47,8 +47,7 @@ def with_folding(manifest: Manifest, source: Path) -> Manifest:
 
 def _cannot_fold(manifest: Manifest, reason: str) -> ValueError:
     return ValueError(
-        f"fold_attention_factor: the weights of {manifest.source} cannot take the attention "
-        f"factor: {reason}; leave it out"
+        f"fold_attention_factor=True is not possible for {manifest.source}: {reason}; leave it out"
     )
 
 
@@ -91,8 +90,8 @@ def folding_check(
         if found > _TOLERANCE * dropped:
             raise _cannot_fold(
                 manifest,
-                f"log-probabilities change by {found:.3g}, and by {dropped:.3g} without the "
-                "attention factor (layers without RoPE, or rounding of the weights)",
+                f"it changes log-probabilities by {found:.3g} nats (dropping the attention factor "
+                f"changes them by {dropped:.3g}), because of layers without RoPE or rounding",
             )
         log.info("folded attention factor: largest difference %.3g nats", found)
 

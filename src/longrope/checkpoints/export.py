@@ -75,11 +75,11 @@ def export(options: ExportOptions) -> Manifest:
     gguf = options.format.startswith("gguf")
     if gguf and options.fold_attention_factor:
         raise ValueError(
-            f"fold_attention_factor is not for {options.format}: llama.cpp reads the attention "
-            "factor from the file; leave it out"
+            f"fold_attention_factor=True does not apply to format={options.format!r}, because "
+            "llama.cpp reads the attention factor from the file; leave it out"
         )
     if gguf and options.out.suffix != ".gguf":
-        raise ValueError(f"out is {options.out}; the name of a GGUF file ends in .gguf")
+        raise ValueError(f"out is {options.out}; the name of a GGUF file must end in .gguf")
     run = Path(options.model) if is_run(Path(options.model)) else None
     model = str(run / "model") if run else options.model
     if run:  # its scaling is ours, and its config calls the recovery length original
@@ -103,8 +103,8 @@ def export(options: ExportOptions) -> Manifest:
                 manifest = with_folding(manifest, source)
             elif needs_folding(manifest):
                 log.warning(
-                    "mlx-lm will compute the attention factor %.6g instead of %.6g; for mlx-lm "
-                    "fold it into the weights (fold_attention_factor)",
+                    "mlx-lm will compute the attention factor %.6g instead of %.6g; to use mlx-lm, "
+                    "fold it into the weights (`fold_attention_factor`)",
                     manifest.computed_attention_factor,
                     pair.long.attention_factor,
                 )
@@ -119,18 +119,24 @@ def _require_free(options: ExportOptions, model: str) -> None:
     recover_directory(out)
     for there in (options.out, card_file):
         if there.exists() and not options.force:
-            raise ValueError(f"{there}: is there already; give another --out, or --force")
+            raise ValueError(
+                f"{there} exists already; give another `out`, or force=True to replace it"
+            )
     if not out.exists():
         return
     if out.name == "model" and is_run(out.parent):
-        raise ValueError(f"{options.out}: a run's own, which tells of it; give another --out")
+        raise ValueError(
+            f"out is {options.out}, which belongs to a run and its results; give another `out`"
+        )
     for read in (options.model, model, options.rescale, options.short):
         if read and Path(read).exists() and Path(read).resolve().is_relative_to(out):
-            raise ValueError(f"{options.out}: {read} is read from there; give another --out")
+            raise ValueError(
+                f"out is {options.out}, which contains {read}, an input; give another `out`"
+            )
     if out.is_dir() and any(out.iterdir()) and not (out / FILE).exists():
         raise ValueError(
-            f"{options.out}: no export wrote it ({FILE} is missing), and --force would delete all "
-            "that is in it; give another --out"
+            f"out is {options.out}, which is not an export ({FILE} is missing); force=True would "
+            "delete all of its files: give another `out`"
         )
 
 
@@ -166,13 +172,13 @@ class _Factors:
         long = options.rescale or (str(run / "rescale.json") if run else None)
         short = options.short or (str(run / "short.json") if run and not options.rescale else None)
         if long is None:
-            raise ValueError("rescale is missing: give a rescale file, or a run as the model")
+            raise ValueError("rescale is missing; give a rescale file, or a run as `model`")
         files = {}
         for name in filter(None, (long, short)):
             if name in METHODS or Path(name).suffix == ".csv":
                 if options.target is None:
                     raise ValueError(
-                        f"target is missing; give what {name} is made for, such as 32k"
+                        f"target is missing; give the length that {name} is made for, such as 32k"
                     )
             elif Path(name).is_file():
                 files[name] = Rescale.load(name)
@@ -214,17 +220,17 @@ def _pair(options: ExportOptions, factors: _Factors, info: ModelInfo) -> Rescale
         short = long.replace(max_position_embeddings=long.original_max_position_embeddings)
     if factors.short and short.max_position_embeddings >= long.max_position_embeddings:
         raise ValueError(
-            f"{factors.short} is made for {short.max_position_embeddings:,} tokens, and "
-            f"{factors.long} for {long.max_position_embeddings:,}: short factors apply up to their "
-            "own length, which must be less (are the two exchanged?)"
+            f"`short` ({factors.short}) is made for {short.max_position_embeddings:,} tokens, and "
+            f"`rescale` ({factors.long}) for {long.max_position_embeddings:,}; short factors must "
+            "be made for fewer tokens (are the two exchanged?)"
         )
     if short.attention_factor != long.attention_factor:
         raise ValueError(
-            f"attention_factor is {short.attention_factor:g} in short and "
-            f"{long.attention_factor:g} in rescale; a checkpoint holds one for both: search the "
-            "short factors with the attention factor of the long ones"
+            f"attention_factor is {short.attention_factor:g} in `short` and "
+            f"{long.attention_factor:g} in `rescale`, but a checkpoint has one for both; search "
+            "the short factors with the attention factor of the long ones"
         )
-    kept = any(factor != 1 for factor in long.provenance.get("base_factors", ()))
+    kept = any(factor != 1 for factor in long.base_factors)
     existing = "keep" if kept else options.existing_scaling
     info.check_representable(existing, short.max_position_embeddings)
     return RescalePair(short, long)
@@ -251,13 +257,13 @@ def _rescale(name: str, options: ExportOptions, factors: _Factors, info: ModelIn
     if options.drop_start_tokens:
         return rescale.replace(start_tokens=0)
     raise ValueError(
-        f"start_tokens is {rescale.start_tokens} in {name}, and no checkpoint format can express it"
-        f"{_cost_of_none(Path(name), rescale)}; drop_start_tokens exports as if it were 0"
+        f"start_tokens is {rescale.start_tokens} in {name}, and no checkpoint format has a field "
+        f"for it; {_portable(Path(name), rescale)}use drop_start_tokens=True to export with 0"
     )
 
 
-def _cost_of_none(file: Path, rescale: Rescale) -> str:
-    """Return the loss added by exporting with start_tokens 0, if portable.json tells it."""
+def _portable(file: Path, rescale: Rescale) -> str:
+    """Return the advice to export the ``portable.json`` beside a file, with its loss, if any."""
     beside = file.with_name("portable.json")
     if not beside.exists():
         return ""
@@ -265,8 +271,8 @@ def _cost_of_none(file: Path, rescale: Rescale) -> str:
     if best is None or without is None:
         return ""
     return (
-        f": give {beside}, the best without, which costs {without - best:.4f} nats a token on the "
-        "search's windows"
+        f"give {beside}, the best factors with 0 ({without - best:+.4f} nats/token on the search "
+        "windows), or "
     )
 
 

@@ -29,7 +29,7 @@ def why_not_foldable(names: list[str], layers: int) -> str | None:
     stacks = _stacks(names)
     whole = [prefix for prefix, found in stacks.items() if found == layers]
     if len(whole) > 1:
-        return f"{' and '.join(whole)} are both of {layers} layers with q_proj"
+        return f"{' and '.join(whole)} each have q_proj in {layers} layers"
     if any("kv_a_proj" in name for name in names):
         return "its keys and values are compressed"
     norm = next((name for name in names if _NORM.search(name)), None)
@@ -71,7 +71,7 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
     reason = why_not_foldable(names, layers)
     if reason is not None:
         raise ValueError(
-            f"{source}: its attention_factor cannot be folded into the query projections: {reason}"
+            f"{source}: the attention factor cannot be folded into the query projections: {reason}"
         )
     text = next(prefix for prefix, found in _stacks(names).items() if found == layers)
     heads = config.num_attention_heads

@@ -54,7 +54,8 @@ def export_gguf(source: Path, manifest: Manifest, path: Path) -> None:
         parts = reader.fields.get("split.count")
         if parts is not None and parts.contents() > 1:
             raise ValueError(
-                f"{source}: is one of {parts.contents()} files; llama-gguf-split --merge joins them"
+                f"{source} is one of {parts.contents()} files; join them with llama-gguf-split "
+                "--merge"
             )
         arch, metadata = read_metadata(reader)
         tensors = read_tensors(reader)
@@ -101,7 +102,7 @@ def require_factors_read(arch: str, source: Path) -> None:
     if arch not in READS_FACTORS:
         raise ValueError(
             f"{source}: llama.cpp reads no factor tensors for the architecture {arch!r} (only for "
-            f"{', '.join(READS_FACTORS)}); use --format hf or hf-static with another engine"
+            f"{', '.join(READS_FACTORS)}); use format='hf' and another engine"
         )
 
 
@@ -117,7 +118,7 @@ def read_pair(path: Path) -> tuple[RescalePair | None, Manifest | None]:
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: not a GGUF file ({error})") from None
+        raise ValueError(f"{path} is not a GGUF file ({error})") from None
     arch, metadata = read_metadata(reader)
     known = {key.removeprefix(f"{arch}."): value for key, value, _, _ in metadata}
     found = {t.name: t.data.tolist() for t in reader.tensors if t.name in (LONG, SHORT, ONE)}
@@ -125,8 +126,8 @@ def read_pair(path: Path) -> tuple[RescalePair | None, Manifest | None]:
     if not found:
         if scaling != "none":
             raise ValueError(
-                f"{path}: its scaling is {scaling!r} without factor tensors, which llama.cpp "
-                "computes by itself; import from the Hugging Face checkpoint"
+                f"{path} has {scaling!r} scaling without factor tensors, because llama.cpp "
+                "computes them; import the Hugging Face checkpoint instead"
             )
         return None, None
     target = int(known["context_length"])

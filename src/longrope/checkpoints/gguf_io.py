@@ -33,7 +33,9 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ValueError("GGUF files need: pip install 'longrope[gguf]'") from None
+        raise ValueError(
+            "GGUF files require the gguf package: pip install 'longrope[gguf]'"
+        ) from None
     return gguf
 
 

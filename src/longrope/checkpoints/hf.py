@@ -153,13 +153,14 @@ def require_portable(pair: RescalePair) -> None:
     """
     if not (pair.short.portable and pair.long.portable):
         raise ValueError(
-            f"start_tokens is {max(pair.short.start_tokens, pair.long.start_tokens)}; no "
-            "checkpoint format has a field for it: extend with start_tokens 0"
+            f"start_tokens is {max(pair.short.start_tokens, pair.long.start_tokens)}, and no "
+            "checkpoint format has a field for it; extend with start_tokens 0"
         )
     if pair.short.attention_factor != pair.long.attention_factor:
         raise ValueError(
             f"attention_factor is {pair.short.attention_factor:g} (short) and "
-            f"{pair.long.attention_factor:g} (long); a checkpoint holds one for both"
+            f"{pair.long.attention_factor:g} (long), but a checkpoint has one for both; make them "
+            "equal"
         )
 
 

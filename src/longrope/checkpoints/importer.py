@@ -35,7 +35,9 @@ def import_pair(source: str, *, trust_remote_code: bool = False) -> RescalePair:
         found = _of_config(source, trust_remote_code)
         manifest = Manifest.load(path) if path.is_dir() else None
     if found is None:
-        raise ValueError(f"{source}: its RoPE is not scaled; there is nothing to import")
+        raise ValueError(
+            f"{source}: its RoPE is not scaled; give a model with scaled RoPE to import"
+        )
     return manifest.pair if manifest is not None and manifest.describes(found) else found
 
 

@@ -13,6 +13,9 @@ from longrope.checkpoints.gguf_io import Metadata, Tensor
 from longrope.models.sources import weight_files
 
 _KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")
+_CONVERT = (
+    "convert the model with llama.cpp's convert_hf_to_gguf.py, and give that .gguf file as `model`"
+)
 _BYTE_LEVEL = {"add_prefix_space": False, "use_regex": True}
 # llama.cpp's name for a splitter of text; what it is made of in tokenizer.json.
 _LLAMA3 = (
@@ -79,7 +82,10 @@ def llama_tensors(directory: Path) -> list[Tensor]:
                     continue
                 theirs = named.get_name(name, try_suffixes=(".weight", ".bias"))
                 if theirs is None:
-                    raise ValueError(f"{file}: llama.cpp has no name for the tensor {name!r}")
+                    raise ValueError(
+                        f"{file}: llama.cpp's llama architecture has no tensor like {name!r}; "
+                        + _CONVERT
+                    )
                 part = weights.get_slice(name)
                 halves = next((n for kind, n in heads.items() if kind in name), None)
                 tensors.append(_tensor(theirs, file, name, part, halves))
@@ -115,17 +121,20 @@ def _config(directory: Path) -> dict[str, Any]:
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in _KNOWN:
         raise ValueError(
-            f"{directory}: longrope writes GGUF for {' and '.join(_KNOWN)}, not {architecture}; "
-            "convert it with llama.cpp's convert_hf_to_gguf.py, and give that .gguf file as MODEL"
+            f"{directory} is of the architecture {architecture}, and longrope converts only "
+            f"{' and '.join(_KNOWN)} to GGUF; {_CONVERT}"
         )
     window = config.get("sliding_window")
     if architecture == "MistralForCausalLM" and window:
         raise ValueError(
-            f"{directory}: its sliding_window of {window:,} is none of llama.cpp's llama "
-            "architecture, which would attend to everything; use --format hf"
+            f"{directory}: sliding_window is {window:,}, which llama.cpp's llama architecture "
+            "ignores; use format='hf'"
         )
     if (config.get("hidden_act") or "silu") != "silu":
-        raise ValueError(f"{directory}: llama.cpp's llama has silu, not {config['hidden_act']!r}")
+        raise ValueError(
+            f"{directory}: hidden_act is {config['hidden_act']!r}, but llama.cpp's llama "
+            "architecture has only silu; use format='hf'"
+        )
     return config
 
 
@@ -190,11 +199,10 @@ def _splitter(directory: Path, content: dict[str, Any]) -> str:
             return "smollm"
     if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == _LLAMA3:
         return "llama-bpe"
-    raise _unknown_tokenizer(directory, "its way of splitting text is not one longrope knows")
+    raise _unknown_tokenizer(directory, "its pre-tokenizer is not one of those that longrope knows")
 
 
 def _unknown_tokenizer(directory: Path, why: str) -> ValueError:
     return ValueError(
-        f"{directory}: its tokenizer cannot be written as GGUF here ({why}); convert the model "
-        "with llama.cpp's convert_hf_to_gguf.py, and give that .gguf file as MODEL"
+        f"{directory}: longrope cannot convert its tokenizer to GGUF ({why}); {_CONVERT}"
     )

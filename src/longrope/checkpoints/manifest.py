@@ -88,7 +88,9 @@ class Manifest:
             pair = RescalePair(Rescale.from_json(data["short"]), Rescale.from_json(data["long"]))
             return cls(data["format"], data["source"], pair, data["folded"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{FILE}: not what this longrope writes ({error})") from None
+            raise ValueError(
+                f"{FILE} is damaged, or of another version of longrope ({error}); export again"
+            ) from None
 
     def save(self, directory: Path) -> None:
         """Write ``longrope.json``."""

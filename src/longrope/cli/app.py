@@ -23,10 +23,10 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Run the program. A user's mistake prints one line to stderr and exits with code 2."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("longrope: %(message)s"))
-    logging.getLogger("longrope").addHandler(handler)
     arguments = sys.argv[1:] or ["--help"]
+    handler = logging.StreamHandler()
+    handler.setFormatter(_WithOptions(arguments))
+    logging.getLogger("longrope").addHandler(handler)
     if os.environ.get("LONGROPE_TRACEBACK"):
         app(arguments)
     code = 0
@@ -41,7 +41,8 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
             _fail(
-                "the GPU is out of memory; try --offload-activations cpu, or a smaller --chunk", 1
+                "the GPU is out of memory; try --offload-activations cpu, or a smaller --chunk-size",
+                1,
             )
         raise
     except RankLost as error:
@@ -49,6 +50,17 @@ def main() -> None:
     if code == 130:  # typer's exit code for Ctrl-C
         _fail(_stopped(arguments), code)
     sys.exit(code)
+
+
+class _WithOptions(logging.Formatter):
+    """Format warnings as errors are: with options for the parameters that they name."""
+
+    def __init__(self, arguments: list[str]):
+        super().__init__("longrope: %(message)s")
+        self._arguments = arguments
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _as_options(super().format(record), self._arguments)
 
 
 def _stopped(arguments: list[str]) -> str:
@@ -61,22 +73,38 @@ def _stopped(arguments: list[str]) -> str:
     return "stopped; run the same command to resume"
 
 
+# How library errors name a parameter: `name`, name='value' or name=True anywhere, "name is" first.
+_PARAMETER = re.compile(
+    r"`(\w+)`|(?<![\w./-])([a-z]\w*)=('[^']*'|\"[^\"]*\"|True\b)|^([a-z]\w*)(?= is )"
+)
+
+
 def _as_options(message: str, arguments: list[str]) -> str:
-    """Write the parameters that a library error names as options of the verb."""
-    commands = getattr(typer.main.get_command(app), "commands", {})
-    verb = commands.get(arguments[0])
-    flags = [p.opts[0] for p in verb.params if p.opts[0][:2] == "--"] if verb else []
-    options = {flag[2:].replace("-", "_"): flag for flag in flags}
+    """Write the parameters that a library error names as options of the verb.
+
+    A parameter that the verb has no option for stays as it is. ``length`` is ``--lengths`` where
+    there is no ``--length``, and so on. An argument is written as in the help, such as ``MODEL``.
+    """
+    verb: Any = typer.main.get_command(app)
+    for word in arguments[:2]:  # evaluate has verbs of its own
+        verb = getattr(verb, "commands", {}).get(word, verb)
+    options = {}
+    for written in [parameter.opts[0] for parameter in verb.params]:
+        name = written.removeprefix("--").replace("-", "_")
+        options[name] = written if written != name else name.upper()
 
     def option(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"]
-        if name not in options:
+        quoted, name, value, first = found.groups()
+        name = quoted or name or first
+        written = options.get(name) or options.get(f"{name}s")
+        if written is None:
             return found[0]
-        return f"{options[name]} {value}" if value else options[name]
+        if value in (None, "True"):
+            return written
+        bare = value[1:-1]
+        return f"{written} {value if not bare or ' ' in bare else bare}"
 
-    message = re.sub(r"\b(?P<name>[a-z]\w*)='(?P<value>\w+)'", option, message)
-    message = re.sub(r"^(?P<name>[a-z]\w*)(?P<value>)(?= is )", option, message)
-    return re.sub(r"\b(?<=give )(?P<name>[a-z]\w*_\w+)(?P<value>)\b", option, message)
+    return _PARAMETER.sub(option, message)
 
 
 def _fail(message: str, code: int) -> None:

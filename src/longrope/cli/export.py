@@ -153,7 +153,7 @@ def import_(
     files = {"long": out / "rescale.json", "short": out / "short.json"}
     for file in files.values():
         if file.exists() and not force:
-            raise ValueError(f"{file}: is there already; give another --out, or --force")
+            raise ValueError(f"{file} exists already; give another --out, or --force to replace it")
     pair = import_pair(model, trust_remote_code=trust_remote_code)
     pair.long.save(files["long"])
     pair.short.save(files["short"])

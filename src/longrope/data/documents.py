@@ -47,7 +47,7 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     for source in sources:
         found = list(_read(source, field))
         if not found:
-            raise ValueError(f"--data {source}: no text in it")
+            raise ValueError(f"data={source!r} contains no text; give documents with text")
         for document in found:
             documents.setdefault(document.sha256, document)
     return list(documents.values())
@@ -61,7 +61,7 @@ def check_sources(sources: Sequence[str]) -> None:
     """
     for source in sources:
         if not Path(source).exists() and not _is_hub_dataset(source):
-            raise ValueError(f"--data {source}: no such file or directory")
+            raise ValueError(f"data={source!r}: no such file or directory")
 
 
 def _is_hub_dataset(source: str) -> bool:
@@ -99,7 +99,7 @@ def _read_file(path: Path, field: str) -> Iterable[Document]:
     else:
         text = read_text(path)
         if not text.strip():
-            raise ValueError(f"{path}: the document is empty")
+            raise ValueError(f"{path} is empty; give a document with text")
         yield Document(path.name, text)
 
 
@@ -112,13 +112,13 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise ValueError(f"{path}: not UTF-8 text; longrope reads text, JSON, JSONL and Parquet")
+        raise ValueError(f"{path} is not UTF-8 text; give text, JSON, JSONL or Parquet files")
     return text
 
 
@@ -135,7 +135,7 @@ def _json_rows(path: Path) -> Iterable[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+                raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
 
 
 def _parquet_rows(path: Path, field: str) -> Iterable[Any]:
@@ -143,11 +143,13 @@ def _parquet_rows(path: Path, field: str) -> Iterable[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"{path}: Parquet needs: pip install 'longrope[parquet]'") from None
+        raise ValueError(
+            f"{path}: Parquet requires pyarrow: pip install 'longrope[parquet]'"
+        ) from None
     try:
         file = parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from None
+        raise ValueError(f"{path} is not a Parquet file ({error})") from None
     if field not in file.schema_arrow.names:
         raise _no_field(str(path), field, file.schema_arrow.names)
     for batch in file.iter_batches(columns=[field]):
@@ -159,7 +161,7 @@ def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
         from datasets import load_dataset  # type: ignore[import-not-found]
     except ImportError:
         raise ValueError(
-            f"--data {source}: no such file or directory; to read it as a hub dataset: "
+            f"data={source!r}: no such file or directory; to read it as a dataset of the hub: "
             "pip install 'longrope[datasets]'"
         ) from None
     from longrope.errors import first_line
@@ -171,8 +173,8 @@ def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
             rows = load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen types
         raise ValueError(
-            f"--data {source}: no such file or directory, nor a readable hub dataset "
-            f"({first_line(error)})"
+            f"data={source!r}: no such file or directory, and the hub has no readable dataset of "
+            f"this name ({first_line(error)})"
         ) from None
     yield from _rows(rows, source, field)
 
@@ -181,8 +183,17 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict) and field in row and row[field] is None:
             continue
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            raise _no_field(f"{where}: row {number}", field, row if isinstance(row, dict) else ())
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{where}: row {number} is not an object; every row must have a field {field!r}"
+            )
+        if field not in row:
+            raise _no_field(f"{where}: row {number}", field, row)
+        if not isinstance(row[field], str):
+            raise ValueError(
+                f"{where}: row {number} has {type(row[field]).__name__} in the field {field!r}; "
+                "set `field` to a field that holds text"
+            )
         # JSON can hold half of a surrogate pair, which no tokenizer accepts.
         text = row[field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if text.strip():
@@ -191,6 +202,6 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
 
 def _no_field(where: str, field: str, names: Iterable[str]) -> ValueError:
     return ValueError(
-        f"{where}: no text field {field!r}; name it with --field (it has: "
-        f"{', '.join(map(str, names)) or 'none'})"
+        f"{where} has no field {field!r}; set `field` to the one that holds the text (it has: "
+        f"{', '.join(map(str, names)) or 'no fields'})"
     )

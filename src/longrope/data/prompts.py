@@ -66,8 +66,8 @@ def require_room(field: str, tokenizer: Any, length: int) -> None:
     shortest = question_tokens(tokenizer)
     if shortest > length:
         raise ValueError(
-            f"{field}: a passkey question takes {shortest} tokens, and the length is {length}; "
-            "choose a longer one, or no passkeys (0)"
+            f"{field}: a passkey question takes {shortest} tokens, but sequences have {length}; "
+            "use longer sequences, or set it to 0"
         )
 
 
@@ -117,9 +117,12 @@ def _prompt(
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    left = length - len(tokenizer(TASK + needle + question + f" {key}", verbose=False)["input_ids"])
+    least = len(tokenizer(TASK + needle + question + f" {key}", verbose=False)["input_ids"])
+    left = length - least
     if left < 0:
-        raise ValueError(f"--lengths: {length} tokens are too few for the question")
+        raise ValueError(
+            f"length is {length}, but the question alone takes {least} tokens; use at least {least}"
+        )
     chosen: list[str] = []
     known: dict[str, int] = {}  # the passkey filler repeats one line
     for line in lines:
@@ -131,8 +134,8 @@ def _prompt(
         chosen.append(line)
     else:
         raise ValueError(
-            f"the haystack is {left:,} tokens shorter than the length, {length:,}; give longer "
-            "documents with --data, or shorter --lengths"
+            f"length is {length:,}, but the documents are {left:,} tokens too short to fill it; "
+            "give more `data`, or a smaller `length`"
         )
     while True:  # lines may take a token more when joined
         at = round(depth * len(chosen))

@@ -145,9 +145,9 @@ def require_length(documents: Sequence[TokenDocument], length: int) -> list[Toke
         longest = max((len(document) for document in documents), default=0)
         total = sum(map(len, documents))
         raise ValueError(
-            f"too few tokens: the longest of {len(documents)} documents has {longest:,} and "
-            f"{length:,} are needed in one ({total:,} in all); give longer documents with --data, "
-            "join them with --pack, or choose a shorter length"
+            f"too few tokens: one document must have {length:,}, but the longest of "
+            f"{len(documents)} has {longest:,} ({total:,} in all); give longer documents as "
+            "`data`, join them with pack=True, or use a smaller length"
         )
     return long_enough
 
@@ -205,7 +205,7 @@ def search_windows(
         chosen = chosen[: (len(usable) + 1) // 2]
         if len(usable) == 1 and len(usable[0].sha256) == 1:
             log.warning(
-                "%s is searched on, and no other document remains for evaluation", usable[0].name
+                "%s is used for the search, so no document remains for evaluation", usable[0].name
             )
     chosen = chosen[:samples]
     starts = {}

@@ -112,7 +112,9 @@ def verify(
         rows = iter(answer["answers"])
         answers |= {i: [next(rows) for _ in asked[i]] for i in these}
     if engine == "transformers-legacy" and not version.startswith("transformers 4"):
-        raise ValueError(f"--python {where}: has {version}; transformers-legacy requires a 4.x")
+        raise ValueError(
+            f"python={where!r} has {version}, but engine={engine!r} requires transformers 4"
+        )
     lines = [
         reference.line(length, contexts[i] if spec.by_context else None, asked[i], answers[i])
         for i, length in enumerate(points)
@@ -136,7 +138,7 @@ class Reference:
         execution = execution or ExecutionConfig(dtype="float32")
         loaded, pair = load_extended(path, execution)
         if pair is None:
-            raise ValueError(f"{path}: its RoPE is not scaled; there is nothing to verify")
+            raise ValueError(f"{path}: its RoPE is not scaled; give an exported model to verify")
         self.path, self.dtype, self.pair, self.loaded = path, execution.dtype, pair, loaded
         # A static export records its boundary only in its manifest.
         boundary, target = import_pair(path).recovery_length, pair.long.max_position_embeddings
@@ -219,7 +221,10 @@ def _make_prompts(loaded: LoadedModel, length: int, number: int) -> list[list[in
         ids += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= number * length:
             return [ids[i * length : (i + 1) * length] for i in range(number)]
-    raise ValueError(f"--lengths {length}: the Python library has only {len(ids):,} tokens")
+    raise ValueError(
+        f"lengths is {length:,}; {number} prompts need {number * length:,} tokens, but the text "
+        f"(Python's standard library) has {len(ids):,}: use shorter prompts"
+    )
 
 
 def advice(verdict: Verdict) -> Iterator[str]:
@@ -228,7 +233,9 @@ def advice(verdict: Verdict) -> Iterator[str]:
     for line in wrong:
         remedy = ENGINES[verdict.engine].instead
         if line.applied == "unclear":
-            remedy = "no factors explain it; quantized weights may round more than factors change"
+            remedy = (
+                "no factors match; the rounding of quantized weights may exceed their differences"
+            )
         yield (
             f"at {line.length:,} tokens {verdict.engine} applied {line.applied}, not "
             f"{line.intended}: {remedy}"

@@ -32,7 +32,7 @@ class Engine:
     module: str
     setup: str
     by_context: bool = False
-    instead: str = "use --format hf-static"
+    instead: str = "export with format hf-static"
 
 
 ENGINES = {
@@ -52,13 +52,13 @@ ENGINES = {
         "xllamacpp",
         "pip install xllamacpp",
         by_context=True,
-        instead="export with --format gguf",
+        instead="export with format gguf",
     ),
     "mlx": Engine(
         "mlx",
         "mlx_lm",
         "pip install mlx-lm (on Linux: 'mlx[cpu]' too)",
-        instead="it always applies the long factors; --format hf-static says so openly",
+        instead="it always applies the long factors; export with format hf-static",
     ),
 }
 
@@ -71,7 +71,7 @@ def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, 
             format.
     """
     if engine not in ENGINES:
-        raise ValueError(f"--engine {engine}: choose {', '.join(ENGINES)}")
+        raise ValueError(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}")
     _require_readable(path, engine)
     return ENGINES[engine], python or _this_python(engine, ENGINES[engine])
 
@@ -79,8 +79,8 @@ def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, 
 def _this_python(engine: str, spec: Engine) -> str:
     if engine == "transformers-legacy" or importlib.util.find_spec(spec.module) is None:
         raise ValueError(
-            f"--engine {engine} is not in this environment; create one (python -m venv ENGINE && "
-            f"ENGINE/bin/{spec.setup}) and give --python ENGINE/bin/python"
+            f"engine={engine!r} is not installed in this environment; create one for it (python "
+            f"-m venv ENGINE && ENGINE/bin/{spec.setup}), and give python='ENGINE/bin/python'"
         )
     return sys.executable
 
@@ -89,7 +89,7 @@ def _require_readable(path: str, engine: str) -> None:
     gguf = path.endswith(".gguf")
     if gguf != (engine == "llamacpp"):
         reads = "a GGUF file" if engine == "llamacpp" else "a Hugging Face directory"
-        raise ValueError(f"{path}: --engine {engine} reads {reads}")
+        raise ValueError(f"engine={engine!r} cannot read {path}; give {reads}")
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file or directory")
 
@@ -113,13 +113,13 @@ def query(spec: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]
                 command, capture_output=True, text=True, env=environment, check=False
             )
         except OSError as error:
-            raise ValueError(f"--python {python}: {error.strerror}") from None
+            raise ValueError(f"python={python!r} cannot be started: {error.strerror}") from None
         if ended.returncode or not answered.exists():
             requires = (
                 f"; it requires {spec.setup}" if "ModuleNotFoundError" in ended.stderr else ""
             )
             raise ValueError(
-                f"{spec.script} failed in {python}: {_last_line(ended.stderr)}{requires}"
+                f"{spec.script} failed under {python}: {_last_line(ended.stderr)}{requires}"
             )
         return json.loads(answered.read_text(encoding="utf-8"))
 

@@ -41,21 +41,21 @@ def check_benchmarks(config: BenchmarkConfig) -> None:
     """
     require_harness()
     if config.datasets is not None and not Path(config.datasets).is_dir():
-        raise ValueError(f"datasets is {config.datasets!r}, which is no directory; {REMEDY}")
+        raise ValueError(f"datasets={config.datasets!r}: no such directory; {REMEDY}")
     known, shortest = manager().task_index, min(config.ruler_lengths, default=0)
     for task in config.tasks:
         if task not in known:
             near = ", ".join(name for name in known if name.startswith(task[:4]))[:200]
             raise ValueError(
-                f"tasks: lm-eval has no task {task!r}; 'lm-eval ls tasks' lists them"
-                + (f" (such as {near})" if near else "")
+                f"benchmark {task!r} is not a task of lm-eval; 'lm-eval ls tasks' lists all"
+                + (f" (similar names: {near})" if near else "")
             )
         if known[task].yaml_path is None and any(is_ruler(part) for part in known[task].tags):
-            raise ValueError(f"benchmark {task} is a tag of RULER's; choose ruler itself")
+            raise ValueError(f"benchmark {task!r} is a tag of RULER's tasks; use 'ruler' instead")
         if is_ruler(task) and shortest < RULER_TOKENS:
             raise ValueError(
-                f"benchmark {task} generates its texts; give lengths of {RULER_TOKENS:,} "
-                "tokens or more"
+                f"benchmark {task!r} generates texts of the given lengths; set `lengths` to at "
+                f"least {RULER_TOKENS:,} tokens"
             )
 
 
@@ -171,19 +171,19 @@ def _shots(task: str, part: Any, config: BenchmarkConfig) -> int:
 def _check_part(task: str, part: Any, shots: int, window: int) -> None:
     if not (is_ruler(task) or set(part.aggregation()) & set(_METRICS)):
         raise ValueError(
-            f"benchmark {task} is measured by {', '.join(part.aggregation())}; longrope compares "
-            f"{', '.join(_METRICS)}: choose another"
+            f"benchmark {task!r} reports {', '.join(part.aggregation())}, but longrope compares "
+            f"only {', '.join(_METRICS)}; choose another benchmark"
         )
     if part.OUTPUT_TYPE == "generate_until":
         how = generation_settings(part.get_config("generation_kwargs") or {})
         if how["do_sample"]:
-            raise ValueError(f"benchmark {task} samples its answers at random: choose another")
+            raise ValueError(f"benchmark {task!r} samples answers at random; choose another")
         if how["max_gen_toks"] >= window:
             raise ValueError(
-                f"benchmark {task} takes answers of {how['max_gen_toks']} tokens, and a model "
-                f"has a window of {window:,}: choose another"
+                f"benchmark {task!r} generates answers of up to {how['max_gen_toks']} tokens, "
+                f"which do not fit into a context of {window:,} tokens; choose another benchmark"
             )
     if shots and (examples := len(list(part.fewshot_docs()))) < shots:
         raise ValueError(
-            f"benchmark {task} has {examples} examples for {shots} shots; lower num_fewshot"
+            f"num_fewshot is {shots}, but benchmark {task!r} has {examples} examples; lower it"
         )

@@ -83,11 +83,13 @@ def require_same(file: Path, of: dict[str, Any]) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))["of"]
         other = [f"{key} {before[key]}" for key in before if before[key] != of.get(key)]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: holds no measurement; give another --out") from None
+        raise ValueError(
+            f"{file} does not hold a measurement; give another `out`, or delete the file"
+        ) from None
     if other:
         raise ValueError(
-            f"{file}: holds another measurement ({', '.join(other)}); give another --out, or "
-            "delete it"
+            f"{file} holds another measurement ({', '.join(other)}); give another `out`, or "
+            "delete the file"
         )
 
 

@@ -64,8 +64,8 @@ def resolve_lengths(
     tokens = sorted({parse_length(text, original) for text in lengths})
     if target and parse_length(target, original) < original:
         raise ValueError(
-            f"--target is {target}, and the model handles {original:,} tokens already: a "
-            "method for a shorter target would change nothing"
+            f"target is {target}, but the model handles {original:,} tokens already; give a "
+            f"target of at least {original:,}"
         )
     return tokens, parse_length(target, original) if target else max(tokens[-1], original)
 
@@ -128,7 +128,7 @@ def check_entries(info: ModelInfo, entries: Sequence[Entry], longest: int) -> No
         made_for = rescale.max_position_embeddings
         if entry.is_file and made_for < longest:
             log.warning(
-                "%s is for %s tokens, and is measured at %s",
+                "%s is made for %s tokens, but is measured at %s",
                 entry.name,
                 f"{made_for:,}",
                 f"{longest:,}",
@@ -150,18 +150,20 @@ def check_same_comparison(
         rows = {(row["method"], row["length"]) for row in there["perplexity"]}
         before, settings = there["target"], there.get("of")  # unknown in files of old versions
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: no comparison is in it; give another --out") from None
+        raise ValueError(
+            f"{file} does not hold a comparison; give another `out`, or delete the file"
+        ) from None
     rows -= {(entry.name, length) for entry in entries for length in lengths}
-    other = [f"for {before:,} tokens"] if before != target else []
-    other += [f"with {name} at {length:,}" for name, length in sorted(rows)[:3]]
+    other = [f"target {before:,}"] if before != target else []
+    other += [f"row {name} at {length:,}" for name, length in sorted(rows)[:3]]
     now = json.loads(json.dumps(of))
     other += [
-        f"of {key} {settings.get(key)}" for key in now if settings and settings.get(key) != now[key]
+        f"{key} {settings.get(key)}" for key in now if settings and settings.get(key) != now[key]
     ]
     if other:
         raise ValueError(
-            f"{file}: holds another comparison ({', '.join(other)}); give another --out, or "
-            "delete it"
+            f"{file} holds another comparison ({', '.join(other)}); give another `out`, or "
+            "delete the file"
         )
 
 
@@ -206,18 +208,18 @@ def _not_searched_on(
         digest
         for name in methods
         if Path(name).suffix == ".json"
-        for digest in Rescale.load(name).provenance.get("documents", ())
+        for digest in Rescale.load(name).searched_documents
     ]
     remaining = unseen(documents, searched)
     number = len(documents) - len(remaining)
     if not number:
         return documents
     if not exclude:
-        log.warning("%d documents were searched on", number)
+        log.warning("%d documents were used by the search", number)
         return documents
     if not remaining:
-        raise ValueError("every document given was searched on; give others with --data")
-    log.warning("%d documents are left out: they were searched on", number)
+        raise ValueError("all documents were used by the search; give others as `data`")
+    log.warning("%d documents are left out, because the search used them", number)
     return remaining
 
 
@@ -362,7 +364,10 @@ def compare_benchmarks(
     assert window is not None
     same = before.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
     if not same and any(is_ruler(task) for task in options.tasks):
-        raise ValueError("RULER makes its texts by the tokenizer: --original needs the same one")
+        raise ValueError(
+            "`original` has another tokenizer, and RULER's texts depend on it; give a model with "
+            "the same tokenizer"
+        )
     require_benchmark_data(options, before.tokenizer, min(window, longest))
     unscaled = before.info.rescale("none", window)
     single = [options.model_copy(update={"tasks": (task,)}) for task in options.tasks]

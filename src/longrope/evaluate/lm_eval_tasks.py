@@ -19,7 +19,7 @@ import numpy as np
 from longrope.evaluate.local_data import local_datasets
 from longrope.progress import discard_stderr, quiet
 
-REMEDY = "give a directory with local copies as datasets"
+REMEDY = "give a directory with local copies as `datasets` (evaluate.benchmarks.datasets)"
 
 
 def require_harness() -> None:
@@ -29,7 +29,7 @@ def require_harness() -> None:
         ValueError: it is not; names the extra that installs it.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("benchmarks need: pip install 'longrope[benchmarks]'")
+        raise ValueError("benchmarks require lm-eval: pip install 'longrope[benchmarks]'")
 
 
 @contextlib.contextmanager
@@ -80,13 +80,13 @@ def _load(task: str, source: Any) -> list[Any]:
         return list(source.load([task])["tasks"].values())
     except ImportError as error:
         raise ValueError(
-            f"benchmark {task} needs: pip install 'longrope[benchmarks]' ({error.name or error})"
+            f"benchmark {task!r} requires {error.name or error}: pip install 'longrope[benchmarks]'"
         ) from None
     except (OSError, DatasetsError, LookupError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"benchmark {task}: its data cannot be read ({lines[0]}); without the hub, use a "
-            f"directory of local copies: {REMEDY}"
+            f"benchmark {task!r}: its data cannot be read ({lines[0]}); without access to the hub, "
+            f"{REMEDY}"
         ) from None
 
 

@@ -74,7 +74,7 @@ def read_dataset(directory: Path, path: str, name: str | None) -> Any:
                 )
             )
     if not splits:
-        raise FileNotFoundError(f"{folder} holds no split ({', '.join(_SPLITS)})")
+        raise FileNotFoundError(f"{folder} contains none of the splits {', '.join(_SPLITS)}")
     whole: Any = _completed(splits)
     return datasets.DatasetDict(whole)
 

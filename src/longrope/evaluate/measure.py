@@ -52,7 +52,7 @@ class Measurement:
         rescales = [self.choose(length) for length in lengths]
         content = {
             "model": self.model,
-            "rescales": [rescale.to_json() | {"provenance": {}} for rescale in rescales],
+            "rescales": [rescale.applied() for rescale in rescales],
             "options": self.options.model_dump(mode="json"),
             "documents": [digest for document in self.documents for digest in document.sha256],
         }

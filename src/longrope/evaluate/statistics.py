@@ -20,7 +20,10 @@ def paired(task: str, original: QuestionScores, extended: QuestionScores) -> dic
         ValueError: the questions differ.
     """
     if original.keys() != extended.keys():
-        raise ValueError(f"benchmark {task}: the two models have scores of different questions")
+        raise ValueError(
+            f"benchmark {task!r}: the two models answered different questions; score both with the "
+            "same options"
+        )
     differences = [extended[key] - original[key] for key in original]
     count = len(differences)
     mean = sum(differences) / count

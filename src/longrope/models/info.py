@@ -150,6 +150,7 @@ class ModelInfo:
         return rescale.replace(
             factors=tuple(np.multiply(rescale.factors, self.base_factors)),
             attention_factor=rescale.attention_factor * self.base_attention_factor,
+            base_factors=self.base_factors if any(f != 1 for f in self.base_factors) else (),
         )
 
     def forward_flops(self, length: int) -> tuple[float, float]:

@@ -154,7 +154,9 @@ def refuse_scaled_gguf(source: str) -> None:
     try:
         import gguf
     except ImportError:
-        raise ValueError(f"{path}: GGUF files need: pip install 'longrope[gguf]'") from None
+        raise ValueError(
+            f"{path}: GGUF files require the gguf package: pip install 'longrope[gguf]'"
+        ) from None
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:

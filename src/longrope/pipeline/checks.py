@@ -145,7 +145,7 @@ def _asks(recipe: Recipe, stage: Stage) -> str:
     """Return the recipe key that asks for passkey prompts in a stage, or an empty string."""
     if stage.kind == "finetune" and recipe.finetune.passkey_share:
         shorter = stage.name == "settle" and recipe.finetune.settle_length
-        return "finetune.settle_length, or passkey_share" if shorter else "finetune.passkey_share"
+        return "finetune.passkey_share" + " (with finetune.settle_length)" * bool(shorter)
     if stage.kind != "search":
         return ""
     key, section = recipe.section(stage.name)

@@ -247,7 +247,7 @@ def dry_run(
             memory = Memory(int(float(size) * 1e9), int(count or 1))
         except (ValueError, OverflowError):
             raise ValueError(
-                f"--memory {memory_given}: give gigabytes, such as 80 or 8x80"
+                f"memory is {memory_given!r}; give gigabytes, such as 80 or 8x80"
             ) from None
     used = {"execution.dtype": name, "finetune.precision": training}
     if plan.trained is None:

@@ -64,13 +64,13 @@ def make_plan(
         trains = target > STEP * original
     if not trains and target > STEP * original:
         raise ValueError(
-            f"--target is {target:,}, {target / original:g} times the original length; beyond "
+            f"target is {target:,}, {target / original:g} times the original length; beyond "
             f"{STEP}x a model must be fine-tuned: leave finetune.enabled null or true"
         )
     trained = _trained_length(recipe, original, target) if trains else None
     if trained is not None and trained > FURTHEST * original:
         raise ValueError(
-            f"--target is {target:,}, {target / original:g} times the original length; one "
+            f"target is {target:,}, {target / original:g} times the original length; one "
             f"extension reaches {FURTHEST * STEP}x ({FURTHEST * STEP * original:,}): extend "
             "its result again"
         )
@@ -144,7 +144,7 @@ def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
     """
     if target % original:
         raise ValueError(
-            f"--target is {target:,}; lengths are compared on the same tokens, so it must be a "
+            f"target is {target:,}; lengths are compared on the same tokens, so it must be a "
             f"multiple of the original length, {original:,}, such as {target // original}x"
         )
     if recipe.evaluate.lengths:

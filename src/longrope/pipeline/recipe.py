@@ -211,12 +211,14 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     except OSError as error:
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ValueError(
-            f"--recipe {source}: {error.strerror}; give a YAML file, or one of {names}"
+            f"recipe={str(source)!r}: {error.strerror}; give a YAML file, or one of {names}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--recipe {source}: not YAML ({' '.join(str(error).split())})") from None
+        raise ValueError(
+            f"recipe={str(source)!r} is not valid YAML ({' '.join(str(error).split())})"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"--recipe {source}: a recipe is a mapping of keys to values")
+        raise ValueError(f"recipe={str(source)!r} is not a mapping of keys to values")
     return make_recipe(content | {k: v for k, v in changes.items() if v is not None})
 
 
@@ -245,7 +247,7 @@ def resolve_recipe(
     if source is not None:
         recipe = load_recipe(source, **changes)
     elif "target" not in changes:
-        raise ValueError("--target is missing; give the tokens to reach, such as 8x or 128k")
+        raise ValueError("target is missing; give the tokens to reach, such as 8x or 128k")
     else:
         recipe = make_recipe(changes)
     content = recipe.model_dump()

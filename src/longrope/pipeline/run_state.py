@@ -66,11 +66,11 @@ class Run:
             if differing:
                 raise ValueError(
                     f"{self.out} holds another run; it differs in {'; '.join(differing)}; give "
-                    "another --out"
+                    "another `out`"
                 )
             self._remeasures = before["evaluate"] != now["evaluate"]
         elif self.out.exists() and any(p.name != ".lock" for p in self.out.iterdir()):
-            raise ValueError(f"{self.out} is not empty and holds no run; give another --out")
+            raise ValueError(f"{self.out} is not empty and holds no run; give another `out`")
         if not self._remeasures:
             self.recipe.save(file)
         return new
@@ -80,8 +80,8 @@ class Run:
             make_recipe(recipe)
         except ValueError as error:
             raise ValueError(
-                f"{self.out} holds a run of an older layout of longrope ({error}); give another "
-                "--out, or use the version of longrope that made it"
+                f"{self.out} holds a run of an older version of longrope ({error}); give another "
+                "`out`, or use that version"
             ) from None
 
     def unclaim(self) -> None:
@@ -156,9 +156,9 @@ class Run:
             for name, hashes in now.items():
                 if before.get(name) != hashes:
                     raise ValueError(
-                        f"{self.out}: its {name} documents are not those it started with "
-                        f"({len(before.get(name, []))} then, {len(hashes)} now); restore --data, "
-                        "or give another --out"
+                        f"{self.out}: the {name} documents have changed since the run started "
+                        f"({len(before.get(name, []))} then, {len(hashes)} now); restore `data`, "
+                        "or give another `out`"
                     )
         write_atomically(file, json.dumps(now, indent=1) + "\n")
 
@@ -199,8 +199,8 @@ class Run:
         file, now = self.out / "model.sha256", loaded.fingerprint()
         if file.exists() and file.read_text(encoding="utf-8").strip() != now:
             raise ValueError(
-                f"{self.out}: the weights of {self.recipe.model} are not those it started with; "
-                "restore them, or give another --out"
+                f"{self.out}: the weights of {self.recipe.model} have changed since the run "
+                "started; restore them, or give another `out`"
             )
         write_atomically(file, now + "\n")
 

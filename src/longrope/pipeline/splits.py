@@ -70,13 +70,13 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
             raise ValueError(
                 f"too few tokens to {what} on: {found:,} in {len(pool)} documents, but one window "
                 f"of the target needs {target:,} ({total:,} tokens in all; a document is used for "
-                "one purpose only); give more --data or a shorter --target"
+                "one purpose only); give more `data`, or a smaller `target`"
             )
     left = sum(map(len, remaining))
     if trained is not None and left < trained:
         raise ValueError(
             f"too few tokens left to train on: {left:,} of {total:,}, but one sequence needs "
-            f"{trained:,}; the other documents are used for search and evaluation; give more --data"
+            f"{trained:,}; the other documents are used for search and evaluation; give more `data`"
         )
     bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
     return Splits(tuple(search), tuple(remaining), tuple(evaluation), bos, eos)

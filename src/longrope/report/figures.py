@@ -53,8 +53,8 @@ def known_methods(rescale: Rescale) -> dict[str, Rescale]:
         )
         for name in ("pi", "ntk", "dynamic-ntk", "yarn")
     }
-    base = rescale.provenance.get("base_factors")
-    if base:  # factors of the model's own scaling, which was kept
+    base = rescale.base_factors
+    if base:
         rescales = {
             name: known.replace(factors=tuple(map(operator.mul, known.factors, base)))
             for name, known in rescales.items()

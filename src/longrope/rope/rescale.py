@@ -51,7 +51,12 @@ class Rescale:
         max_position_embeddings: the length in tokens that the rescale is made for.
         attention_factor: multiplies cosines and sines, from ``start_tokens`` on.
         start_tokens: n̂, the number of first positions that keep their original angles.
-        provenance: where the factors come from; any JSON object.
+        base_factors: factors of the model's own scaling, where the rescale is made on top of them;
+            ``factors`` include them. Empty on an unscaled model.
+        searched_documents: SHA-256 of the documents that a search used; comparisons leave them out.
+        provenance: where the factors come from, for people; any JSON object. Nothing depends on it.
+
+    Rescales are equal if they are applied alike: the last three fields do not count.
 
     Raises:
         ValueError: a field is out of range; the message names it and its value.
@@ -63,15 +68,27 @@ class Rescale:
     max_position_embeddings: int
     attention_factor: float = 1.0
     start_tokens: int = 0
+    base_factors: tuple[float, ...] = dataclasses.field(default=(), compare=False)
+    searched_documents: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(float(f) for f in self.factors))
+        for name in ("factors", "base_factors"):
+            numbers = tuple(float(factor) for factor in getattr(self, name))
+            object.__setattr__(self, name, numbers)
+            for i, factor in enumerate(numbers):
+                if not (math.isfinite(factor) and factor > 0):
+                    raise ValueError(
+                        f"{name}[{i}] is {factor}; a factor is a positive finite number"
+                    )
+        object.__setattr__(self, "searched_documents", tuple(self.searched_documents))
         if not self.factors:
             raise ValueError("factors is empty: pass one number per pair of rotary dimensions")
-        for i, factor in enumerate(self.factors):
-            if not (math.isfinite(factor) and factor > 0):
-                raise ValueError(f"factors[{i}] is {factor}; a factor is a positive finite number")
+        if len(self.base_factors) not in (0, len(self.factors)):
+            raise ValueError(
+                f"base_factors has {len(self.base_factors)} numbers; it must have as many as "
+                f"factors, {len(self.factors)}, or none"
+            )
         for name in ("rope_theta", "attention_factor"):
             value = getattr(self, name)
             if not (_is_number(value) and math.isfinite(value) and value > 0):
@@ -122,9 +139,19 @@ class Rescale:
             field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
         }
 
+    def applied(self) -> dict[str, Any]:
+        """Return the part of the JSON object that decides how the rescale is applied."""
+        return {"schema": SCHEMA} | {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.compare
+        }
+
     @classmethod
     def from_json(cls, data: Any) -> "Rescale":
         """Read the JSON object that :meth:`to_json` returns.
+
+        Keys that :meth:`applied` leaves out may be missing.
 
         Raises:
             ValueError: not a JSON object, another schema, or a key unknown or missing.
@@ -132,7 +159,8 @@ class Rescale:
         if not isinstance(data, dict):
             raise ValueError("a rescale must be a JSON object")
         names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in ("schema", *names) if name not in data]
+        needed = [field.name for field in dataclasses.fields(cls) if field.compare]
+        missing = [name for name in ("schema", *needed) if name not in data]
         if missing:
             raise ValueError(f"a rescale needs the key {missing[0]!r}, which is missing")
         if data["schema"] != SCHEMA:
@@ -140,11 +168,22 @@ class Rescale:
         unknown = sorted(set(data) - {"schema", *names})
         if unknown:
             raise ValueError(f"a rescale has no key {unknown[0]!r}; it has {', '.join(names)}")
-        if not isinstance(data["factors"], list) or not all(map(_is_number, data["factors"])):
-            raise ValueError("factors must be a list of numbers")
-        if not isinstance(data["provenance"], dict):
+        provenance = data.get("provenance", {})
+        if not isinstance(provenance, dict):
             raise ValueError("provenance must be a JSON object")
-        return cls(**{name: data[name] for name in names})
+        # Files of older versions hold these two in their provenance.
+        old = {
+            "base_factors": provenance.get("base_factors", []),
+            "searched_documents": provenance.get("documents", []),
+        }
+        data = old | data
+        for name in ("factors", "base_factors"):
+            if not isinstance(data[name], list) or not all(map(_is_number, data[name])):
+                raise ValueError(f"{name} must be a list of numbers")
+        documents = data["searched_documents"]
+        if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
+            raise ValueError("searched_documents must be a list of strings")
+        return cls(**{name: data[name] for name in names if name in data})
 
     def save(self, path: str | Path) -> None:
         """Write the rescale to a JSON file, atomically."""

@@ -291,10 +291,11 @@ class Evaluator:
             "evaluations": len(self.results),
             "forwards": round(self.forwards, 2),
             "seed": self.identity.seed,
-            "documents": list(self.identity.documents),
             "config_hash": self.identity.sha256,
         }
-        return self.space.rescale(candidate).replace(provenance=record | self.provenance)
+        return self.space.rescale(candidate).replace(
+            searched_documents=self.identity.documents, provenance=record | self.provenance
+        )
 
     def result(self) -> SearchResult:
         """Return the best factors.

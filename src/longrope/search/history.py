@@ -59,8 +59,8 @@ def refuse_another_s(directory: Path) -> None:
     for name in ("history.jsonl", "rescale.json", "recipe.yaml"):
         if (directory / name).exists():
             raise ValueError(
-                f"{directory / name} is there without a search's state.json; give another --out, "
-                "or delete it"
+                f"{directory / name} exists without a search's state.json; give another `out`, "
+                "or delete the file"
             )
 
 
@@ -96,7 +96,7 @@ class Record:
                 f"{k} (there {_short(before.get(k))}, now {_short(now.get(k))})" for k in fields
             )
             raise ValueError(
-                f"{self.directory} holds another search; it differs in {shown}; give another --out"
+                f"{self.directory} holds another search; it differs in {shown}; give another `out`"
             )
         lines = read_lines(self.history)
         there = self.history.read_bytes().count(b"\n") if self.history.exists() else 0
@@ -121,12 +121,11 @@ class Record:
             pass
         if type(schema) is int and schema < SCHEMA:
             raise ValueError(
-                f"{self.directory} holds a search of an older layout of longrope (schema {schema}, "
-                f"this version uses {SCHEMA}); give another --out, or use the version of longrope "
-                "that made it"
+                f"{self.directory} holds a search of an older version of longrope (schema "
+                f"{schema}, this version has {SCHEMA}); give another `out`, or use that version"
             )
         raise ValueError(
-            f"{self.state} is damaged; give another --out, or delete {self.directory} to start over"
+            f"{self.state} is damaged; give another `out`, or delete {self.directory} to start over"
         )
 
     def save_state(self, evaluations: int, generation: int) -> None:

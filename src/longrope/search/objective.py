@@ -83,7 +83,7 @@ def passkey_questions(tokenizer: Any, length: int, count: int, seed: int) -> lis
         ValueError: the length is too short for a question.
     """
     if count:
-        require_room("passkey_prompts", tokenizer, length)
+        require_room("`passkey_prompts`", tokenizer, length)
     rng = random.Random(f"{seed} search {length}")
     return [passkey_prompt(tokenizer, length, depth, rng) for depth in depths(count, rng)]
 

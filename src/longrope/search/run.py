@@ -156,7 +156,6 @@ def search_stage(
             ranks=ranks,
             provenance={
                 "model": info.name,
-                "base_factors": list(info.base_factors),
                 "document_names": [document.name for document in windows.documents],
                 "longrope": __version__,
                 "python": platform.python_version(),
@@ -205,7 +204,7 @@ def _identity(
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=loaded.model.device.type,
         chunk_size=chunk_size,
-        start={k: v for k, v in start.to_json().items() if k != "provenance"},
+        start=start.applied(),
         bound=problem.space.max_factor,
         start_tokens=problem.space.start_tokens,
     )
