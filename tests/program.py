@@ -123,11 +123,11 @@ def run(*arguments, ranks=1, env=None, **options) -> subprocess.CompletedProcess
     for rank in range(ranks):
         own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(start(*arguments, env=(env or {}) | own, **options))
-    while None in (codes := [process.poll() for process in processes]):
-        if any(codes):  # torchrun ends the others when one fails
-            for process in processes:
-                process.send_signal(signal.SIGTERM)
+    while not any(codes := [process.poll() for process in processes]) and None in codes:
         time.sleep(0.01)
+    for process in processes:
+        if process.poll() is None:  # torchrun ends the others when one fails
+            process.send_signal(signal.SIGTERM)
     ended = [process.wait() for process in processes]
     code = next((done.returncode for done in ended if done.returncode), 0)
     printed = ["".join(getattr(done, name) for done in ended) for name in ("stdout", "stderr")]

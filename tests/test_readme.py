@@ -55,7 +55,12 @@ def test_links_lead_somewhere():
 def test_every_verb_is_described():
     from longrope.cli import app
 
-    verbs = [command.name or command.callback.__name__ for command in app.registered_commands]
-    assert len(verbs) == 10
+    groups = [(app, ""), (app.registered_groups[0].typer_instance, "evaluate ")]
+    verbs = [
+        before + (command.name or command.callback.__name__)
+        for group, before in groups
+        for command in group.registered_commands
+    ]
+    assert len(verbs) == 13
     for verb in verbs:
         assert f"`longrope {verb}" in README, verb

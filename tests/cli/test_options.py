@@ -18,11 +18,11 @@ from longrope.cli.app import _as_options, _WithOptions
         ("search", """data="it's": no such file""", "--data it's: no such file"),
         ("search", "join them with pack=True", "join them with --pack"),
         ("search", "windows_per_step is 0", "--windows-per-step is 0"),
-        ("evaluate", "length is 40", "--lengths is 40"),
+        ("evaluate passkey", "length is 40", "--lengths is 40"),
         (
-            "evaluate",
-            "give a directory as `benchmark_data`",
-            "give a directory as --benchmark-data",
+            "evaluate benchmarks",
+            "give a directory as `datasets`",
+            "give a directory as --datasets",
         ),
         ("export", "format is 'onnx'", "--format is 'onnx'"),
         ("export", "out exists already; force=True", "out exists already; --force"),
@@ -38,7 +38,7 @@ from longrope.cli.app import _as_options, _WithOptions
     ],
 )
 def test_parameters_become_options(verb, message, shown):
-    assert _as_options(message, [verb]) == shown
+    assert _as_options(message, verb.split()) == shown
 
 
 def test_warnings_name_options_too():

@@ -170,7 +170,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
         raise SafetensorError("Error while serializing: No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(ValueError, match=r"model: cannot be written \(Error while.*No space left"):
+    with pytest.raises(ValueError, match=r"model cannot be written \(Error while.*No space left"):
         train(checkpoints("llama"), texts, tmp_path)
     assert not (tmp_path / "model").exists()
     monkeypatch.undo()
