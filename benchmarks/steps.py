@@ -1,14 +1,13 @@
 """The known methods in place of the second search, on a run's fine-tuned model: same training.
 
-Perplexity at every length of the evaluation on the run's held-out documents, and pass keys,
-under PI, NTK, YaRN and ``yarn-log`` taken from the fine-tuned length to the target, or no step at
-all (``stay``); ``searched`` is the second search's own. On the model before it is settled, where a
-recipe does that; or, with ``--settled``, settled under each in the same way, in ``RUN-METHOD``
-beside the run. All without recovery, so not to be compared with the run's own table at the short
-lengths. Interrupted, it goes on; it may run beside the run's own evaluation.
+Perplexity at every length of the evaluation on held-out documents of the run, and passkeys, under
+PI, NTK, YaRN and ``yarn-log`` taken from the fine-tuned length to the target, or no step at all
+(``stay``). ``searched`` is the second search. The model is the one before its final fine-tuning;
+with ``--final`` it is trained under each method first, in ``RUN-METHOD`` beside the run. All of
+this is without recovery, so the figures at the short lengths are not those of the run.
+An interrupted command resumes.
 
-    longrope extend --target 512x --out runs/x512
-    python benchmarks/steps.py runs/x512 --settled --methods searched,yarn,ntk,pi \
+    python benchmarks/steps.py runs/x512 --final --methods searched,yarn,ntk,pi \
         --passkeys 20 --passkeys-up-to 131072 --dtype bfloat16
 """
 
@@ -44,13 +43,13 @@ def main() -> None:
     parser.add_argument("--up-to", type=int, help="The longest length; by default the target.")
     parser.add_argument("--passkeys", type=int, default=0, help="Asked at each length.")
     parser.add_argument("--passkeys-up-to", type=int, default=16384)
-    parser.add_argument("--settled", action="store_true", help="Settle each in the same way first.")
+    parser.add_argument("--final", action="store_true", help="Final fine-tuning under each first.")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="To measure in.")
     args = parser.parse_args()
     run = open_run(load_recipe(args.run / "recipe.yaml"), args.run, Ranks())
-    if args.settled and ("settle" not in run.plan or "stay" in args.methods):
-        parser.error("--settled needs a run that settles, and a second search's methods")
-    model = functools.cache(lambda method: extended(run, method, args.settled, args.dtype))
+    if args.final and ("final-finetune" not in run.plan or "stay" in args.methods):
+        parser.error("--final needs a run with a final fine-tuning, and a second search's methods")
+    model = functools.cache(lambda method: extended(run, method, args.final, args.dtype))
     every = evaluation_lengths(run.recipe, run.plan.original, run.plan.target)
     lengths = [n for n in every if args.at_least <= n <= (args.up_to or run.plan.target)]
     methods = args.methods.split(",")
@@ -63,7 +62,7 @@ def main() -> None:
     ]:
         kind, method, length = cell
         trials = f" {args.passkeys}" if kind == "passkey" else ""
-        how = f"{' settled' if args.settled else ''} {args.dtype or ''}".rstrip()
+        how = f"{' final' if args.final else ''} {args.dtype or ''}".rstrip()
         key = f"{kind} {method} {length}{trials}{how}"
         if key not in kept:
             if kind == "passkey":
@@ -101,20 +100,20 @@ def long_factors(run: Run, method: str) -> Rescale:
     return multiplied(start, step_factors(run.info, finetuned, method, target))
 
 
-def extended(run: Run, method: str, settled: bool, dtype: str | None) -> LoadedModel:
-    """The fine-tuned model; or settled under a method's factors, by a run of its own."""
-    if not settled:
+def extended(run: Run, method: str, final: bool, dtype: str | None) -> LoadedModel:
+    """The fine-tuned model, before or after the final fine-tuning under a method's factors."""
+    if not final:
         loaded = run.model_before("second-search")
     elif method == "searched":
         loaded = run.trained()
     else:
-        loaded = settled_run(run, method).trained()
+        loaded = final_run(run, method).trained()
     if dtype:
         loaded.model.to(getattr(torch, dtype))
     return loaded
 
 
-def settled_run(run: Run, method: str) -> Run:
+def final_run(run: Run, method: str) -> Run:
     """A run like another up to fine-tuning, with a known method in place of its second search."""
     out = run.out.with_name(f"{run.out.name}-{method}")
     evaluate = Evaluate(documents=1, methods=(), lengths=(str(run.plan.original),))

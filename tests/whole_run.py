@@ -8,7 +8,7 @@ STAGES = [
     "search",
     "finetune",
     "second-search",
-    "settle",
+    "final-finetune",
     "recovery-1",
     "recovery-2",
     "recovery",
@@ -23,7 +23,7 @@ RECIPE = {
     "search": {"windows": 2, "budget": 9},
     "finetune": {
         "steps": 6,
-        "settle_steps": 8,
+        "final": {"steps": 8},
         "batch": 2,
         "learning_rate": 1e-3,
         "precision": "float32",

@@ -46,10 +46,10 @@ def test_dry_run_counts_the_text(arguments, tmp_path, checkpoints):
     assert "no usable text yet" in done.stderr
     done = run(bare, "--target", "2x", "--out", out, "--dry-run", "--lora", 4, code=2)
     assert "--lora is 4" in done.stderr
-    # The remedy is one, in the default recipe too, which settles where a second search follows.
+    # In the default recipe too, whose final fine-tuning needs a second search.
     done = run("--target", "8x", "--finetune", "--lora", 4, "--out", out, "--dry-run")
     assert "finetune" in done.stdout
-    assert "settle" not in done.stdout
+    assert "final-finetune" not in done.stdout
 
 
 @pytest.mark.parametrize(

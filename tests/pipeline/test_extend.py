@@ -54,13 +54,13 @@ def test_what_was_trained_last_is_exported(finished):
     from safetensors.torch import load_file
 
     out, _ = finished
-    exported, settled, tuned = (
+    exported, final, tuned = (
         load_file(out / name / "model.safetensors")
-        for name in ("model", "settle/model", "finetune/model")
+        for name in ("model", "final-finetune/model", "finetune/model")
     )
     for name, weight in exported.items():
-        assert weight.equal(settled[name])
-    assert any(not weight.equal(tuned[name]) for name, weight in settled.items())
+        assert weight.equal(final[name])
+    assert any(not weight.equal(tuned[name]) for name, weight in final.items())
 
 
 def test_every_training_is_under_the_factors_and_on_the_pieces_for_it(finished, monkeypatch):
@@ -73,14 +73,14 @@ def test_every_training_is_under_the_factors_and_on_the_pieces_for_it(finished, 
         return [{"loss": 1.0}]
 
     monkeypatch.setattr("longrope.pipeline.extend.finetune", kept)
-    for name in ("finetune", "settle"):
+    for name in ("finetune", "final-finetune"):
         _finetune(opened, opened.plan[name])
     rescale, pieces = given["finetune"]
     assert rescale == Rescale.load(out / "search" / "rescale.json")
     assert "rotary_positions" not in pieces[0]
-    settled, jumping = given["settle"]
-    assert settled == Rescale.load(out / "second-search" / "rescale.json")
-    assert settled.max_position_embeddings == 1024
+    final, jumping = given["final-finetune"]
+    assert final == Rescale.load(out / "second-search" / "rescale.json")
+    assert final.max_position_embeddings == 1024
     assert jumping.reach == 1280  # so that the target is not the edge of what is seen
     assert max(int(jumping[i]["rotary_positions"].max()) for i in range(8)) > 300
     assert not torch.equal(pieces[0]["input_ids"], jumping[0]["input_ids"])

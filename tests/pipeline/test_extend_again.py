@@ -29,7 +29,7 @@ EVERY_STAGE = [
     TRAINING,
     ("finetune/done.json", 1),
     ("second-search/history.jsonl", 4),
-    ("settle/checkpoints/checkpoint-2/complete.json", 1),
+    ("final-finetune/checkpoints/checkpoint-2/complete.json", 1),
     ("recovery-1/history.jsonl", 2),
     ("recovery-2/done.json", 1),
     ("model/config.json", 1),
@@ -43,7 +43,7 @@ EVERY_STAGE = [
         ([TRAINING, EVALUATION], {"finetune", "evaluate"}),
         pytest.param(
             EVERY_STAGE,
-            {"search", "finetune", "second-search", "settle", "evaluate"},
+            {"search", "finetune", "second-search", "final-finetune", "evaluate"},
             marks=pytest.mark.slow,
         ),
     ],
@@ -65,7 +65,7 @@ def test_killed_it_ends_the_same(finished, arguments, tmp_path, signs, surely):
         assert Rescale.load(out / name) == Rescale.load(whole / name)
     for name in (
         "finetune/loss.jsonl",
-        "settle/loss.jsonl",
+        "final-finetune/loss.jsonl",
         "search/history.jsonl",
         "second-search/history.jsonl",
     ):
@@ -187,8 +187,8 @@ def test_stages_out_of_order_and_other_documents_are_refused(finished, arguments
     shutil.rmtree(out)
     shutil.copytree(whole, out)
     (out / "evaluate" / "done.json").unlink()
-    splits = json.loads((out / "pools.json").read_text())
+    splits = json.loads((out / "splits.json").read_text())
     splits["evaluation"] = ["something else"]
-    (out / "pools.json").write_text(json.dumps(splits))
+    (out / "splits.json").write_text(json.dumps(splits))
     done = run(*arguments, "--out", out, code=2)
     assert "the evaluation documents have changed" in done.stderr

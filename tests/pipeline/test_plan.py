@@ -82,32 +82,38 @@ def test_by_way_of_another_length(info):
 
 
 def test_trained_once_more_under_the_target_s_factors(info):
-    made = plan(info, target="64x", finetune={"settle_steps": 7, "through": "1k"})
-    assert names(made)[4:] == ["second-search", "settle", *END]
-    assert (made["settle"].steps, made["settle"].length) == (7, made["finetune"].length)
-    shorter = {"settle_steps": 7, "settle_length": "1k"}
-    assert plan(info, target="64x", finetune=shorter)["settle"].length == 1024
+    made = plan(info, target="64x", finetune={"final": {"steps": 7}, "through": "1k"})
+    assert names(made)[4:] == ["second-search", "final-finetune", *END]
+    assert (made["final-finetune"].steps, made["final-finetune"].length) == (
+        7,
+        made["finetune"].length,
+    )
+    shorter = {"final": {"steps": 7, "length": "1k"}}
+    assert plan(info, target="64x", finetune=shorter)["final-finetune"].length == 1024
     # Jumps reach as far from pieces that are shorter than the original length.
     assert (
-        plan(info, target="64x", finetune=shorter | {"settle_length": "64"})["settle"].length == 64
+        plan(info, target="64x", finetune={"final": {"steps": 7, "length": "64"}})[
+            "final-finetune"
+        ].length
+        == 64
     )
-    with pytest.raises(ValueError, match=r"finetune.settle_length is 8; .* at least 16"):
-        plan(info, target="64x", finetune=shorter | {"settle_length": "8"})
-    with pytest.raises(ValueError, match=r"finetune.settle_length is 4,096; .* at most .* 2,048"):
-        plan(info, target="64x", finetune=shorter | {"settle_length": "4k"})
-    # Nothing to settle under where no second search follows.
-    direct = plan(info, target="8x", finetune={"enabled": True, "settle_steps": 7})
+    with pytest.raises(ValueError, match=r"finetune.final.length is 8; .* at least 16"):
+        plan(info, target="64x", finetune={"final": {"steps": 7, "length": "8"}})
+    with pytest.raises(ValueError, match=r"finetune.final.length is 4,096; .* at most .* 2,048"):
+        plan(info, target="64x", finetune={"final": {"steps": 7, "length": "4k"}})
+    # No final fine-tuning where no second search follows.
+    direct = plan(info, target="8x", finetune={"enabled": True, "final": {"steps": 7}})
     assert names(direct) == ["search", "finetune", *END]
 
 
 def test_a_stage_begins_with_what_those_before_it_left(info):
-    made = plan(info, target="64x", finetune={"settle_steps": 7, "through": "1k"})
+    made = plan(info, target="64x", finetune={"final": {"steps": 7}, "through": "1k"})
     assert made.before("through-finetune", "finetune") is None
     assert made.before("finetune", "finetune") == "through-finetune"
     assert made.before("second-search", "finetune") == "finetune"
-    assert made.before("settle", "search") == "second-search"
+    assert made.before("final-finetune", "search") == "second-search"
     for name in ("recovery-1", "recovery-2", "export", "evaluate"):
-        assert made.before(name, "finetune") == "settle"
+        assert made.before(name, "finetune") == "final-finetune"
 
 
 def test_without_recovery(info):
@@ -138,7 +144,7 @@ def test_without_recovery(info):
         ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "4,096 is beyond the target, 2,048"),
         ({"target": "8x", "finetune": {"answer_share": 0.1}}, "finetune.passkey_share is 0"),
         ({"target": "8x", "finetune": {"distill": True}}, "finetune.short_share is 0"),
-        ({"target": "8x", "finetune": {"settle_length": "1k"}}, "finetune.settle_steps is 0"),
+        ({"target": "8x", "finetune": {"final": {"length": "1k"}}}, "finetune.final.steps is 0"),
         ({"target": "8x", "finetune": {"beta2": 1.5}}, "finetune.beta2 is 1.5"),
         ({"target": "8x", "seed": -1}, "seed is -1"),
         ({"target": "8x", "search": {"max_factor": 0.5}}, "search.max_factor is 0.5"),

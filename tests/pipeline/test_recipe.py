@@ -71,8 +71,8 @@ def scaled_down(name: str, model: str, data: str) -> dict:
     tuning |= {"steps": 2, "batch": 2, "micro_batch": 1, "warmup": 1, "precision": "float32"}
     if "through" in tuning:
         tuning |= {"through": "96", "through_steps": 2}
-    if "settle_steps" in tuning:
-        tuning |= {"settle_steps": 2, "settle_length": "96"}
+    if "final" in tuning:
+        tuning["final"] = {"steps": 2, "length": "96"}
     content["evaluate"] = {"documents": 1, "methods": ["none"], "lengths": ["64", "128", "1024"]}
     return content
 

@@ -144,8 +144,8 @@ def check_text(run: Run, stages: Sequence[Stage]) -> Splits:
 def _asks(recipe: Recipe, stage: Stage) -> str:
     """Return the recipe key that asks for passkey prompts in a stage, or an empty string."""
     if stage.kind == "finetune" and recipe.finetune.passkey_share:
-        shorter = stage.name == "settle" and recipe.finetune.settle_length
-        return "finetune.passkey_share" + " (with finetune.settle_length)" * bool(shorter)
+        shorter = stage.name == "final-finetune" and recipe.finetune.final.length
+        return "finetune.passkey_share" + " (with finetune.final.length)" * bool(shorter)
     if stage.kind != "search":
         return ""
     key, section = recipe.section(stage.name)

@@ -8,7 +8,7 @@ directory in the run, and later stages read it::
     for L₁    at L₁        8 · L₁           for short             report.html
 
 A recipe can fine-tune at a length on the way to L₁ (``through-search``, ``through-finetune``),
-and once more under the second search's factors (``settle``).
+and once more under the second search's factors (``final-finetune``).
 
 A finished stage writes ``done.json`` last and is skipped afterwards. An interrupted stage resumes
 from what it has on disk. So the same command resumes the run, whatever ended it.
@@ -183,13 +183,13 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     loaded = run.model_before(stage.name, offload=False)
     tuning, original = run.recipe.finetune, run.plan.original
     settings = tuning.model_copy(update={"steps": stage.steps})
-    is_final, seed = stage.name == "settle", run.recipe.seed
+    is_final, seed = stage.name == "final-finetune", run.recipe.seed
     dataset = LongContextDataset(
         run.splits.training,
         loaded.tokenizer,
         stage.length,
         stage.steps * tuning.batch,
-        reach=round(tuning.settle_reach * run.plan.target) if is_final else 0,
+        reach=round(tuning.final.reach * run.plan.target) if is_final else 0,
         seed=seed + is_final,  # other sequences than fine-tuning's
         passkey_share=tuning.passkey_share,
         answer_share=tuning.answer_share,

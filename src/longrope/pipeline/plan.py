@@ -108,17 +108,17 @@ def _training(cost: Costs, recipe: Recipe, original: int, trained: int, target: 
     if trained == target:
         return stages
     stages.append(cost.search("second-search", target))
-    if tuning.settle_steps:
+    if tuning.final.steps:
         length = trained
-        if tuning.settle_length is not None:
-            length = parse_length(tuning.settle_length, original)
+        if tuning.final.length is not None:
+            length = parse_length(tuning.final.length, original)
             # May be shorter than the original length: only the positions need to reach far.
             if not SHORTEST <= length <= trained:
                 raise ValueError(
-                    f"finetune.settle_length is {length:,}; it must be at least {SHORTEST} and at "
+                    f"finetune.final.length is {length:,}; it must be at least {SHORTEST} and at "
                     f"most the length that is trained at, {trained:,}"
                 )
-        stages.append(cost.training("settle", tuning.settle_steps, length))
+        stages.append(cost.training("final-finetune", tuning.final.steps, length))
     return stages
 
 

@@ -56,6 +56,21 @@ class Search(Config):
         return own | self.config.model_dump()
 
 
+class FinalFinetune(Config):
+    """Recipe section of the final fine-tuning, under the target's factors. Not in the paper.
+
+    Args:
+        steps: optimiser steps after the second search; 0 leaves it out.
+        length: tokens of its sequences. Default: the training length.
+        reach: largest position in them, as a multiple of the target. Training beyond the target
+            avoids an untrained edge there.
+    """
+
+    steps: _Count = 0
+    length: str | None = None
+    reach: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.25
+
+
 class Finetune(FinetuneConfig):
     """Recipe section of fine-tuning: the training configuration and the lengths to train at.
 
@@ -64,20 +79,14 @@ class Finetune(FinetuneConfig):
         length: training length, such as 128k or 8x. Default: an eighth of the target.
         through: a shorter length to train at first (the paper trains at 128k before 256k).
         through_steps: steps at that length.
-        settle_steps: steps of a final fine-tuning under the target's factors, after the second
-            search. Not in the paper.
-        settle_length: tokens of its sequences. Default: ``length``.
-        settle_reach: largest position in them, as a multiple of the target. Training beyond the
-            target avoids an untrained edge there.
+        final: a last fine-tuning, on sequences whose positions reach beyond the target.
     """
 
     enabled: bool | None = None
     length: str | None = None
     through: str | None = None
     through_steps: _Positive = 400
-    settle_steps: _Count = 0
-    settle_length: str | None = None
-    settle_reach: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.25
+    final: FinalFinetune = FinalFinetune()
 
 
 class Recovery(Search):
@@ -164,10 +173,10 @@ class Recipe(Config):
                 "finetune.distill is true and finetune.short_share is 0: only short windows learn "
                 "from the model as it came; give a share of them, such as 0.25"
             )
-        if self.finetune.settle_length and not self.finetune.settle_steps:
+        if self.finetune.final.length and not self.finetune.final.steps:
             raise ValueError(
-                f"finetune.settle_length is {self.finetune.settle_length!r} and "
-                "finetune.settle_steps is 0: nothing is trained after the second search; give "
+                f"finetune.final.length is {self.finetune.final.length!r} and "
+                "finetune.final.steps is 0: nothing is trained after the second search; give "
                 "steps, such as 100"
             )
         for method in self.evaluate.methods:

@@ -86,7 +86,7 @@ class Run:
 
     def unclaim(self) -> None:
         """Remove what :meth:`claim` wrote, after a run was refused."""
-        for name in ("recipe.yaml", "pools.json", "model.sha256"):
+        for name in ("recipe.yaml", "splits.json", "model.sha256"):
             (self.out / name).unlink(missing_ok=True)
 
     def remeasure(self) -> None:
@@ -144,7 +144,7 @@ class Run:
         Raises:
             ValueError: too little text, or other documents than this run started with.
         """
-        splits, file = self.splits, self.out / "pools.json"
+        splits, file = self.splits, self.out / "splits.json"
         now = {
             name: sorted(h for document in getattr(splits, name) for h in document.sha256)
             for name in ("search", "training", "evaluation")

@@ -216,7 +216,7 @@ def _factors(directory: Path) -> Section:
 
 def _training(directory: Path) -> Section | None:
     pictures = []
-    for name in ("through-finetune", "finetune", "settle"):
+    for name in ("through-finetune", "finetune", "final-finetune"):
         if lines := read_lines(directory / name / "loss.jsonl"):
             caption = f"Loss of every training step: {name.replace('-', ' ')}."
             pictures.append(Picture(f"loss-{name}.png", caption, plots.loss_figure(lines)))
