@@ -158,14 +158,20 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
             windows=1, budget=24, population=16, mutations=8, crossovers=8, parents=8
         )
         asked = SearchOptions(
-            target, directory, pack=args.pack, start_tokens=0, seed=seed, config=config
+            target,
+            directory,
+            data=("python-library",),
+            pack=args.pack,
+            start_tokens=0,
+            seed=seed,
+            config=config,
         )
         result = search_factors(loaded, asked, Ranks())
         losses.append(result.best_loss)
         starts.append(min(result.starts.values()))
         files.append(str(directory / "rescale.json"))
     lengths, tokens = resolve_lengths(loaded.info, (target,), target)
-    documents = load_documents(loaded.tokenizer, (), held_out=True)
+    documents = load_documents(loaded.tokenizer, ["python-library-held-out"])
     if args.pack:
         bos, eos = bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id
         documents = [pack(documents, bos, eos)]

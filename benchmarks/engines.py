@@ -21,7 +21,7 @@ from smollm2 import model_path
 
 from longrope.checkpoints.export import ExportOptions, export
 from longrope.checkpoints.manifest import FORMATS
-from longrope.checkpoints.run_layout import is_run
+from longrope.checkpoints.run_directory import is_run
 from longrope.engines.check import Reference, Verdict, advice, verify
 from longrope.models.info import inspect_model
 from longrope.rope.rescale import default_attention_factor

@@ -33,7 +33,6 @@ from longrope.models.devices import find_offload_target
 from longrope.pipeline.costs import Costs
 from longrope.pipeline.recipe import make_recipe
 from longrope.rope.apply import rescaled
-from longrope.search.cost import forwards
 
 
 class Peak:
@@ -114,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict:
         "forward_seconds": seconds[0],
         "gradient_seconds": seconds[1],
         "forwards": statistics.median(b / a for a, b in times),
-        "priced": forwards(info, tokens, forward.chunk_size),
+        "priced": gradient_cost(info, tokens, forward.chunk_size),
         "peak_bytes": peak.bytes,
         "predicted_bytes": stage.memory,
         "waiting_bytes": stage.host + stage.disk,

@@ -58,7 +58,7 @@ def child(args: argparse.Namespace) -> None:
 
 def _search(config: GradientSearchConfig | EvolutionSearchConfig, these: Ranks, out: Path) -> float:
     loaded = load_model("bundled", ExecutionConfig(dtype="float32", device="cpu"))
-    documents = load_documents(loaded.tokenizer, (), field="text", held_out=False)
+    documents = load_documents(loaded.tokenizer, ["python-library"])
     windows = search_windows(documents, 2048, config.windows, 0, bos_token(loaded.tokenizer))
     problem = first_search(loaded.info, 2048)
     these.gather(0.0)

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--target", default="8x")
-    parser.add_argument("--data", action="append", default=[])
+    parser.add_argument("--data", action="append", required=True)
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--budgets", default="7,14,27,54,108", help="Of the fast search.")
@@ -77,7 +77,7 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
     execution = ExecutionConfig(dtype=args.dtype, chunk_size=args.chunk)
     loaded = load_model(model_path(args.model), execution)
     length, bos = parse_extension(args.target, loaded.info), bos_token(loaded.tokenizer)
-    documents = load_documents(loaded.tokenizer, args.data, held_out=False)
+    documents = load_documents(loaded.tokenizer, args.data)
     windows = search_windows(documents, length, args.windows, 0, bos)
     held_out = unseen_windows(loaded, args.data, documents, windows, length, args.held_out)
     problem, rows = first_search(loaded.info, length), []
@@ -121,7 +121,7 @@ def unseen_windows(
     """A window of each held-out document, shape (documents, tokens)."""
     searched = [h for document in windows.documents for h in document.sha256]
     others = (
-        load_documents(loaded.tokenizer, [], held_out=True)
+        load_documents(loaded.tokenizer, ["python-library-held-out"])
         if not data
         else unseen(documents, searched)
     )

@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--data", action="append", default=[])
+    parser.add_argument("--data", action="append", required=True)
     parser.add_argument("--lengths", default="512,1024,2048")
     parser.add_argument("--methods", default="pi,ntk,yarn")
     parser.add_argument("--start-tokens", default=",".join(map(str, START_TOKENS)))
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
 
     loaded = load_model(model_path(args.model), ExecutionConfig(dtype=args.dtype))
-    documents = load_documents(loaded.tokenizer, args.data, held_out=True)
+    documents = load_documents(loaded.tokenizer, args.data)
     bos = bos_token(loaded.tokenizer)
     forward = LongForward(loaded.model)
     rows = []

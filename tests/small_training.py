@@ -19,7 +19,7 @@ TAUGHT = FAST.model_copy(update={"distill": True})
 
 def train(checkpoint, texts, out, settings=FAST, ranks=None, **changes):
     loaded = load_model(str(checkpoint), ExecutionConfig(dtype="float32"))
-    documents = load_documents(loaded.tokenizer, [str(texts)], held_out=False)
+    documents = load_documents(loaded.tokenizer, [str(texts)])
     windows = (
         {"short": 1.5, "short_length": 64, "batch": settings.batch} if settings.distill else {}
     )

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from longrope.config import Config
+from longrope.base_config import Config
 
 
 class ExecutionConfig(Config):

@@ -42,7 +42,7 @@ def compared(bundled, texts, directory, methods, lengths=(256, 512), **options):
         bundled,
         method_entries(bundled.info, methods, 512),
         512,
-        load_documents(bundled.tokenizer, [str(texts)], held_out=True),
+        load_documents(bundled.tokenizer, [str(texts)]),
         PerplexityConfig(lengths=lengths, **options),
         MeasurementCache(directory),
     )
@@ -97,7 +97,7 @@ def test_a_stopped_measurement_resumes_within(bundled, texts, tmp_path, monkeypa
     """Per document and per question, in the cache that every verb uses."""
     yarn, documents = (
         bundled.info.rescale("yarn", 512),
-        load_documents(bundled.tokenizer, [str(texts)], held_out=True),
+        load_documents(bundled.tokenizer, [str(texts)]),
     )
     wanted = [
         Measurement(

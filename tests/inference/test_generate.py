@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from conftest import pair
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
-from longrope.checkpoints.run_layout import original_of
+from longrope.checkpoints.run_directory import original_of
 from longrope.execution import ExecutionConfig
 from longrope.inference.generate import decode_stream, stream
 from longrope.inference.load import load_extended

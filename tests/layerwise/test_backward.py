@@ -30,7 +30,6 @@ from longrope.models.load import load_model
 from longrope.rope.apply import one_axis, rescaled
 from longrope.rope.rotary import find_rotary
 from longrope.rope.stand_in import StandIn
-from longrope.search.cost import forwards
 
 assert dense_attention is not None  # registered under "dense64"
 CACHES = ("cache", "past_key_values")
@@ -344,9 +343,9 @@ def test_the_estimated_cost_matches_the_flops(monkeypatch):
             gradient(forward, row)
         counts = counter.get_flop_counts()["Global"]
         products = sum(n for op, n in counts.items() if "mm" in str(op))
-        priced = forwards(info, 512, chunk) * (linear + attention) - 3.5 * attention
+        priced = gradient_cost(info, 512, chunk) * (linear + attention) - 3.5 * attention
         # The head is not recomputed, and in a kept graph the first layer's input has no gradient.
         assert 0.85 * priced < products <= 1.01 * priced
     monkeypatch.setattr(module, "_MAX_GRAPH_BYTES", 4e9)
-    long = forwards(info, 2**20, 2048)
+    long = gradient_cost(info, 2**20, 2048)
     assert math.isclose(long, 3.5, rel_tol=0.05)  # nearly all attention: 1 forward, 2.5 backward

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from longrope.data.documents import library_documents
+from longrope.data.documents import read_documents
 from longrope.data.windows import bos_token, tokenize
 from longrope.evaluate.perplexity import score
 from longrope.layerwise.forward import LongForward
@@ -45,7 +45,7 @@ def test_passkey_inside_its_window(bundled):
 
 
 def test_it_breaks_beyond_its_window(bundled):
-    documents = tokenize(library_documents(held_out=True), bundled.tokenizer)
+    documents = tokenize(read_documents(["python-library-held-out"]), bundled.tokenizer)
     forward, bos = LongForward(bundled.model), bos_token(bundled.tokenizer)
     options = {"bos": bos, "lengths": [128, 256, 1024], "tokens_per_document": 1024}
     short, whole, beyond = (

@@ -184,7 +184,7 @@ def test_other_weights_under_the_same_name_are_no_resumption(checkpoints, texts,
 
 
 def test_a_short_attention_factor_is_applied_by_longrope_alone(finished, tmp_path, caplog):
-    from longrope.checkpoints.run_layout import save_short_attention_factor
+    from longrope.checkpoints.run_directory import save_short_attention_factor
     from longrope.inference.load import load_extended
 
     out = tmp_path / "run"

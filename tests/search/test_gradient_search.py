@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longrope.search.cost import EvaluationCost
 from longrope.search.gradient_search import _smoothed, gradient_search, isotonic, make_schedule
 from longrope.search.problem import Problem
 from longrope.search.ramps import walk
 from longrope.search.settings import GradientSearchConfig
-from longrope.search.space import EvaluationCost, Result, Space
+from longrope.search.space import Result, Space
 from search.test_evolution import problem
 from search.test_space import space
 

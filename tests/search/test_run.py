@@ -7,11 +7,12 @@ import pytest
 
 from longrope.files import only_process
 from longrope.rope.rescale import Rescale
+from longrope.search.cost import EvaluationCost
 from longrope.search.history import SearchIdentity
-from longrope.search.loop import search
 from longrope.search.problem import Problem, ramp
+from longrope.search.run import search
 from longrope.search.settings import GradientSearchConfig
-from longrope.search.space import EvaluationCost, Result
+from longrope.search.space import Result
 from search.test_evolution import SMALL, bowl, problem
 from search.test_space import space
 

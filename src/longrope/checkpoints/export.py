@@ -14,7 +14,7 @@ from longrope.checkpoints.attention_factor import folding_check, needs_folding, 
 from longrope.checkpoints.gguf import export_gguf
 from longrope.checkpoints.hf import export_directory
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
-from longrope.checkpoints.run_layout import is_run, original_of
+from longrope.checkpoints.run_directory import is_run, original_of
 from longrope.execution import ExecutionConfig
 from longrope.files import recover_directory, write_atomically
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.manifest import Manifest
-from longrope.checkpoints.run_layout import is_run, short_attention_factor
+from longrope.checkpoints.run_directory import is_run, short_attention_factor
 from longrope.models.meta import build_meta_model
 from longrope.models.sources import read_pretrained
 from longrope.progress import quiet

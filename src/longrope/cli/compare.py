@@ -48,7 +48,7 @@ def compare(
             "file, else compare/."
         ),
     ] = None,
-    data: Data = None,
+    data: Data,
     field: Field = "text",
     pack: Pack = False,
     tokens_per_document: TokensPerDocument = None,
@@ -89,7 +89,7 @@ def compare(
         return options, made_for, comparing.method_entries(info, names, made_for, **factors)
 
     def settings(info: ModelInfo) -> dict[str, Any]:
-        of = {"model": info.source, "data": data or [], "field": field, "pack": pack}
+        of = {"model": info.source, "data": data, "field": field, "pack": pack}
         of |= {"stride": None, "tokens_per_document": tokens_per_document}
         return of | {"attention_factor": attention_factor}
 
@@ -102,7 +102,7 @@ def compare(
     info.require_extendable()
     options, made_for, entries = resolve(info)
     comparing.check_entries(info, entries, options.lengths[-1])
-    check_sources(data or ())
+    check_sources(data)
     of = settings(info)
     file = directory / "compare.json"
     comparing.check_same_comparison(file, entries, options.lengths, made_for, of)
@@ -111,7 +111,7 @@ def compare(
     loaded = load_model(model, how, info=info)
     with measurement_cache(directory) as cache:
         documents = comparing.perplexity_documents(
-            loaded.tokenizer, data or (), names, field=field, pack=pack, exclude=True
+            loaded.tokenizer, data, names, field=field, pack=pack, exclude=True
         )
         comparison = comparing.compare_perplexity(
             loaded, entries, made_for, documents, options, cache, of

@@ -123,7 +123,7 @@ def perplexity(
     rescale: Factors = None,
     lengths: Lengths,
     target: Target = None,
-    data: Data = None,
+    data: Data,
     field: Field = "text",
     pack: Pack = False,
     scoring: dict[str, Any],
@@ -141,7 +141,7 @@ def perplexity(
     subject = _Subject(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
     )
-    sources = tuple(data or ())
+    sources = tuple(data)
     of = {"data": sources, "field": field, "pack": pack, "attention_factor": attention_factor}
 
     def load(tokenizer: Any) -> Any:
@@ -199,7 +199,7 @@ def needle(
     rescale: Factors = None,
     lengths: Lengths,
     target: Target = None,
-    data: Data = None,
+    data: Data,
     field: Field = "text",
     retrieval: dict[str, Any],
     attention_factor: AttentionFactor = None,
@@ -214,7 +214,7 @@ def needle(
     subject = _Subject(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
     )
-    _retrieve("needle", subject, lengths, tuple(data or ()), field, retrieval, out, json_)
+    _retrieve("needle", subject, lengths, tuple(data), field, retrieval, out, json_)
 
 
 @verbs.command()
@@ -306,7 +306,7 @@ def _retrieve(
     def load(tokenizer: Any) -> Any:
         if kind == "passkey":
             return ()
-        return load_documents(tokenizer, sources, field=field, held_out=True)
+        return load_documents(tokenizer, sources, field)
 
     rows = _measure(
         kind,
@@ -347,7 +347,8 @@ def _measure(
         info, pair = subject.inspect()
         measured, made_for = resolve_lengths(info, texts, subject.target)
         config, entry = config_for(measured), subject.entry(info, made_for, measured[-1])
-        check_sources(sources)
+        if kind != "passkey":
+            check_sources(sources)
         _check(kind, subject, info, these, measured[-1], of, out)
         loaded = load_model(info.source, how, info=info, group=these.group)
         name, choose = ("longrope", pair.choose) if pair else (entry.name, entry.rescale)
@@ -428,7 +429,7 @@ def _show(
 
 def _original(model: str, named: str | None, how: ExecutionConfig) -> Any:
     """Load the model that benchmarks compare with; None stands for the same weights."""
-    from longrope.checkpoints.run_layout import original_of
+    from longrope.checkpoints.run_directory import original_of
     from longrope.models.load import load_model
 
     source: dict[str, Any] | None = {"source": named} if named else original_of(model)

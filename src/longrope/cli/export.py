@@ -132,6 +132,7 @@ def verify(
             shown = (f"{line.length:,}", context, line.applied, line.intended)
             table.add_row(*shown, f"{line.largest:.2g}", each)
         console.print(f"{verdict.version}, log-probabilities in nats")
+        console.print("prompts: source code of the Python library")
         console.print(table)
         for text in advice(verdict):
             console.print(text, soft_wrap=True)

@@ -38,7 +38,7 @@ def extend(
     out: Annotated[
         Path | None, typer.Option(help="Run directory; an interrupted run resumes.")
     ] = None,
-    data: Data = None,
+    data: Data | None = None,
     evaluation_data: Annotated[
         list[str] | None, typer.Option(help="Held-out documents. Default: some of --data.")
     ] = None,

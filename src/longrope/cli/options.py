@@ -15,11 +15,10 @@ Model = Annotated[
     str, typer.Argument(help="Directory, hub id, GGUF file, or 'bundled'.", metavar="[MODEL]")
 ]
 Data = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option(
-        "--data",
-        help="Text file, directory, JSON, JSONL, Parquet or hub dataset id; repeatable. Default: "
-        "the Python library of this machine.",
+        help="Text, JSON, JSONL or Parquet file, directory of such files, hub dataset, or "
+        "python-library (of this machine); repeatable.",
     ),
 ]
 Field = Annotated[str, typer.Option(help="Text field in JSON, JSONL, Parquet and datasets.")]

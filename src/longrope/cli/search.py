@@ -70,7 +70,7 @@ def search(
     model: Model = "bundled",
     target: Annotated[str, typer.Option(help="Target length in tokens: 131072, 128k or 8x.")],
     out: Annotated[Path, typer.Option(help="Output directory; a search that it holds is resumed.")],
-    data: Data = None,
+    data: Data,
     field: Field = "text",
     pack: Pack = False,
     config: dict[str, Any],
@@ -98,7 +98,7 @@ def search(
     options = SearchOptions(
         target=target,
         out=out,
-        data=tuple(data or ()),
+        data=tuple(data),
         field=field,
         pack=pack,
         attention_factor=attention_factor,

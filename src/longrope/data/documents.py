@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.data.stdlib import library_texts
+from longrope.data.stdlib import SOURCES, library_texts
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     Documents with the same text are read once.
 
     Args:
-        sources: paths of text, JSON, JSONL or Parquet files, of directories, or ids of datasets.
+        sources: paths of text, JSON, JSONL or Parquet files, of directories, ids of datasets, or
+            ``python-library`` and ``python-library-held-out``, the library of this Python.
         field: name of the text field in JSON, JSONL, Parquet and datasets.
 
     Raises:
@@ -54,23 +55,24 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Check that every source exists, without reading it.
+    """Check that there are sources and that every one exists, without reading it.
 
     Raises:
-        ValueError: neither a file, nor a directory, nor the form of a hub id.
+        ValueError: no source, or one that is neither a file, nor a directory, nor a hub id.
     """
+    if not sources:
+        raise ValueError(
+            "data is missing; give text files, a directory or a dataset, or python-library for a "
+            "first try"
+        )
     for source in sources:
-        if not Path(source).exists() and not _is_hub_dataset(source):
+        known = source in SOURCES or Path(source).exists()
+        if not known and not _is_hub_dataset(source):
             raise ValueError(f"data={source!r}: no such file or directory")
 
 
 def _is_hub_dataset(source: str) -> bool:
     return bool(_HUB_DATASET.fullmatch(source)) and Path(source).suffix not in _FILES
-
-
-def library_documents(held_out: bool | None = None) -> list[Document]:
-    """Return the standard library of this Python as documents; see :mod:`longrope.data.stdlib`."""
-    return [Document(name, text) for name, text in library_texts(held_out).items()]
 
 
 def _read(source: str, field: str) -> Iterable[Document]:
@@ -86,6 +88,9 @@ def _read(source: str, field: str) -> Iterable[Document]:
                 log.warning("skipped: %s", error)
     elif path.is_file():
         yield from _read_file(path, field)
+    elif source in SOURCES:
+        texts = library_texts(SOURCES[source])
+        yield from (Document(name, text) for name, text in texts.items())
     else:
         check_sources([source])
         yield from _read_hub_dataset(source, field)

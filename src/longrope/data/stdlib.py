@@ -8,6 +8,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+# The names of this text as a data source → the argument of :func:`library_texts`.
+SOURCES = {"python-library": False, "python-library-held-out": True}
+
 # Held out of the bundled model's training set, for its evaluation.
 HELD_OUT = (
     "argparse",

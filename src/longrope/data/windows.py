@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope.data.documents import Document, library_documents, read_documents
+from longrope.data.documents import Document, check_sources, read_documents
 from longrope.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -71,20 +71,15 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
 def load_documents(
     tokenizer: Any,
     data: Sequence[str],
-    *,
     field: str = "text",
-    held_out: bool,
 ) -> list[TokenDocument]:
-    """Read and tokenize documents; without ``data``, those of Python's standard library.
+    """Read and tokenize documents; arguments as of :func:`longrope.data.documents.read_documents`.
 
-    Args:
-        data: files, directories or hub datasets.
-        field: name of the text field in JSON, JSONL, Parquet and datasets.
-        held_out: whether to read the library packages that the bundled model never saw, or the
-            others; without effect on ``data``.
+    Raises:
+        ValueError: no source, or one that cannot be read.
     """
-    documents = read_documents(data, field) if data else library_documents(held_out)
-    return tokenize(documents, tokenizer)
+    check_sources(data)
+    return tokenize(read_documents(data, field), tokenizer)
 
 
 def _load_ids(file: Path) -> np.ndarray | None:

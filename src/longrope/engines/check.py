@@ -215,7 +215,7 @@ def _context(spec: Engine, pair: RescalePair, length: int, longest: int) -> int:
 
 
 def _make_prompts(loaded: LoadedModel, length: int, number: int) -> list[list[int]]:
-    """Return prompts of ``length`` tokens from Python's standard library."""
+    """Return prompts of ``length`` tokens from the library of this Python."""
     ids: list[int] = []
     for text in library_texts(held_out=True).values():
         ids += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -179,7 +179,7 @@ def perplexity_documents(
     """Load the documents to measure perplexity on.
 
     Args:
-        data: sources; without any, packages of the Python library that the bundled model never saw.
+        data: sources, as of :func:`longrope.data.documents.read_documents`.
         methods: methods and rescale files; documents that a file was searched on are left out
             with ``exclude``, else warned about.
         pack: join all documents into one.
@@ -187,7 +187,7 @@ def perplexity_documents(
     Raises:
         ValueError: the data cannot be read, or every document was searched on.
     """
-    documents = load_documents(tokenizer, data, field=field, held_out=True)
+    documents = load_documents(tokenizer, data, field)
     documents = _not_searched_on(documents, methods, exclude=exclude)
     if pack:
         return [packed(documents, bos_token(tokenizer), tokenizer.eos_token_id)]

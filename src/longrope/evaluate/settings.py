@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from longrope.config import Config
+from longrope.base_config import Config
 from longrope.units import check_lengths
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.importer import find_pair
 from longrope.checkpoints.manifest import Manifest
-from longrope.checkpoints.run_layout import is_run
+from longrope.checkpoints.run_directory import is_run
 from longrope.execution import ExecutionConfig
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import LoadedModel, load_model

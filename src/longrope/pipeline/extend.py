@@ -22,7 +22,7 @@ from typing import Any
 
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
-from longrope.checkpoints.run_layout import save_short_attention_factor
+from longrope.checkpoints.run_directory import save_short_attention_factor
 from longrope.distributed import Ranks, local_device
 from longrope.errors import RankLost
 from longrope.files import only_process, require_directory

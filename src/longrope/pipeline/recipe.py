@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from longrope.config import Config
+from longrope.base_config import Config
 from longrope.evaluate.settings import BenchmarkConfig, RetrievalConfig
 from longrope.execution import ExecutionConfig
 from longrope.files import write_atomically
@@ -253,6 +253,8 @@ def resolve_recipe(
         source = _of_bundled(changes.get("target"))
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= {} if model is None else {"model": model}
+    if "data" in changes and source and (RECIPES / f"{source}.yaml").exists():
+        changes.setdefault("evaluation_data", ())  # a shipped recipe's belongs to its own data
     if source is not None:
         recipe = load_recipe(source, **changes)
     elif "target" not in changes:

@@ -49,11 +49,9 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
     Raises:
         ValueError: too few documents or tokens; names how many there are and are needed.
     """
-    documents = load_documents(tokenizer, recipe.data, field=recipe.field, held_out=False)
-    if recipe.evaluation_data or not recipe.data:
-        evaluation = load_documents(
-            tokenizer, recipe.evaluation_data, field=recipe.field, held_out=True
-        )
+    documents = load_documents(tokenizer, recipe.data, recipe.field)
+    if recipe.evaluation_data:
+        evaluation = load_documents(tokenizer, recipe.evaluation_data, recipe.field)
         documents = unseen(documents, [h for document in evaluation for h in document.sha256])
     else:
         evaluation = []

@@ -1,10 +1,31 @@
-"""The cost of one gradient evaluation, in forward passes."""
+"""The cost of search evaluations, in forward passes."""
+
+import dataclasses
 
 from longrope.layerwise.backward import BACKWARD_ATTENTION, is_kept
 from longrope.models.info import ModelInfo
+from longrope.search.space import Request
 
 
-def forwards(info: ModelInfo, length: int, chunk_size: int) -> float:
+@dataclasses.dataclass(frozen=True)
+class EvaluationCost:
+    """The cost of requests, in forward passes over all search windows.
+
+    Attributes:
+        windows: number of search windows.
+        grad: cost of a gradient, in forward passes over the same windows.
+    """
+
+    windows: int = 1
+    grad: float = 3.0
+
+    def of(self, request: Request) -> float:
+        """Return the cost of a search request in forward passes over all windows."""
+        whole = 1.0 if request.window is None else 1.0 / self.windows
+        return whole * (self.grad if request.grad else 1.0)
+
+
+def gradient_cost(info: ModelInfo, length: int, chunk_size: int) -> float:
     """Return the cost of one gradient in forward passes of the same sequence, by FLOPs.
 
     The weights are frozen: each product with weights is computed once forward and once backward.

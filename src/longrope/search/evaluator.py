@@ -10,8 +10,9 @@ from typing import Any
 from longrope.distributed import Ranks
 from longrope.files import append_line
 from longrope.rope.rescale import Rescale
+from longrope.search.cost import EvaluationCost
 from longrope.search.history import Record, SearchIdentity
-from longrope.search.space import Candidate, EvaluationCost, Request, Result, Space
+from longrope.search.space import Candidate, Request, Result, Space
 
 
 @dataclasses.dataclass

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from longrope.search.cost import EvaluationCost
 from longrope.search.problem import Problem
 from longrope.search.ramps import walk
 from longrope.search.settings import LEAST_BUDGET, GradientSearchConfig
 from longrope.search.space import (
     Candidate,
     Evaluate,
-    EvaluationCost,
     Request,
     Result,
     Space,

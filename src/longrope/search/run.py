@@ -1,12 +1,19 @@
-"""Search stages: load windows, run or resume a search, and write its factors."""
+"""Run or resume a search: load its windows, call the algorithm, and write the factors.
 
+Every loss is a synced line of ``history.jsonl``, and an algorithm is a function of its seed and
+those losses, so a search resumes by replaying. Every rank runs the same algorithm; only results are
+communicated.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import math
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +21,7 @@ from longrope.data.documents import check_sources
 from longrope.data.prompts import Prompt
 from longrope.data.windows import Windows, bos_token, half, load_documents, pack, search_windows
 from longrope.distributed import Ranks
-from longrope.files import require_directory
+from longrope.files import only_process, require_directory
 from longrope.layerwise.backward import check_gradient_support
 from longrope.models.compatibility import warn_if_out_of_reach
 from longrope.models.info import ModelInfo
@@ -22,15 +29,15 @@ from longrope.models.load import LoadedModel
 from longrope.models.target import parse_extension
 from longrope.progress import Advance, console, progress
 from longrope.rope.rescale import Rescale
-from longrope.search.cost import forwards as gradient_cost
-from longrope.search.evaluator import Progress, SearchResult
-from longrope.search.gradient_search import Schedule
+from longrope.search.cost import EvaluationCost, gradient_cost
+from longrope.search.evaluator import BudgetSpent, Evaluator, Progress, SearchResult
+from longrope.search.evolution import evolution_search
+from longrope.search.gradient_search import Schedule, gradient_search
 from longrope.search.history import SearchIdentity, refuse_another_s
-from longrope.search.loop import search
 from longrope.search.objective import Objective, passkey_questions
 from longrope.search.problem import Problem, first_search, require_start_tokens
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
-from longrope.search.space import START_TOKENS, EvaluationCost
+from longrope.search.space import START_TOKENS, Result
 from longrope.units import duration
 from longrope.version import __version__
 
@@ -96,7 +103,7 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
         max_factor=options.config.max_factor,
     )
     bos, seed = bos_token(loaded.tokenizer), options.seed
-    documents = load_documents(loaded.tokenizer, options.data, field=options.field, held_out=False)
+    documents = load_documents(loaded.tokenizer, options.data, options.field)
     if options.pack:
         documents = half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
@@ -181,6 +188,44 @@ def _headline(
         f"{info.architecture}, {original:,} → {length:,} tokens ({start.scale:g}×); "
         f"{len(windows.ids)} windows of {names}{asked}"
     )
+
+
+def search(
+    identity: SearchIdentity,
+    problem: Problem,
+    loss: Callable[[Rescale, int | None, bool], Result],
+    out: Path,
+    *,
+    cost: EvaluationCost | None = None,
+    ranks: Ranks | None = None,
+    provenance: dict[str, Any] | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    show: Callable[[Schedule], None] = lambda schedule: None,
+) -> SearchResult:
+    """Run a search, or resume the one in ``out``.
+
+    Args:
+        problem: the search space and its starts.
+        loss: returns the result of a rescale, on one window or all, with or without gradient.
+        cost: of requests.
+        show: is called with the schedule of a gradient search.
+
+    Raises:
+        ValueError: ``out`` holds another search (the differing fields are named) or a
+            damaged state; no candidate has a finite loss; a file cannot be written.
+        RankLost: another process of the run died.
+    """
+    ranks, cost, config = ranks or Ranks(), cost or EvaluationCost(), identity.config
+    with only_process(out) if ranks.first else contextlib.nullcontext():
+        evaluate = Evaluator(
+            identity, problem.space, loss, out, cost, ranks, report, provenance or {}
+        )
+        with contextlib.suppress(BudgetSpent):
+            if isinstance(config, EvolutionSearchConfig):
+                evolution_search(evaluate, problem, config, identity.seed)
+            else:
+                gradient_search(evaluate, problem, config, identity.seed, cost, show)
+        return evaluate.result()
 
 
 def _identity(

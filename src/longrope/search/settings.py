@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from longrope.config import Config
+from longrope.base_config import Config
 
 # Forward passes for comparing the starts, and for the best of them on all windows.
 LEAST_BUDGET = 4

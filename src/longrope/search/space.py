@@ -53,24 +53,6 @@ class Result:
     grad: tuple[float, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationCost:
-    """The cost of requests, in forward passes over all search windows.
-
-    Attributes:
-        windows: number of search windows.
-        grad: cost of a gradient, in forward passes over the same windows.
-    """
-
-    windows: int = 1
-    grad: float = 3.0
-
-    def of(self, request: Request) -> float:
-        """Return the cost of a search request in forward passes over all windows."""
-        whole = 1.0 if request.window is None else 1.0 / self.windows
-        return whole * (self.grad if request.grad else 1.0)
-
-
 class Evaluate(Protocol):
     """Evaluates requests; ``starts`` names candidates for reports. Raises to end the search."""
 
