@@ -33,6 +33,7 @@ from longrope.models.devices import find_offload_target
 from longrope.pipeline.costs import Costs
 from longrope.pipeline.recipe import make_recipe
 from longrope.rope.apply import rescaled
+from longrope.search.cost import gradient_cost
 
 
 class Peak:
