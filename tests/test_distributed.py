@@ -245,7 +245,8 @@ def test_a_group_runs_the_gradient_search(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked", [["search", "bundled"], pytest.param(["extend"], marks=pytest.mark.slow)]
+    "asked",
+    [["search", "--data", "python-library"], pytest.param(["extend"], marks=pytest.mark.slow)],
 )
 def test_one_gpu_for_several_processes_is_refused(tmp_path, asked):
     options = ["--target", "2x", "--device", "cuda:1", "--out", tmp_path / "out"]

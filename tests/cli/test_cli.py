@@ -9,6 +9,8 @@ import torch
 from longrope.rope.rescale import Rescale
 from program import interpreter, refused, succeeds
 
+LIBRARY = ["--data", "python-library-held-out"]
+
 
 def test_help_imports_nothing_heavy():
     code = (
@@ -45,7 +47,9 @@ def test_inspect_tells_why_not(tmp_path):
     info = json.loads(succeeds("inspect", tmp_path, "--json"))
     assert info["extendable"] is False
     assert "no rotary" in info["reason"]
-    assert "GPT2LMHeadModel" in refused("search", tmp_path, "--target", "8x", "--out", tmp_path)
+    assert "GPT2LMHeadModel" in refused(
+        "search", tmp_path, "--target", "8x", *LIBRARY, "--out", tmp_path
+    )
 
 
 def test_search_evaluate_compare_report(small_search, texts, tmp_path):
@@ -134,5 +138,5 @@ def test_retrieval_from_the_command_line(tmp_path):
     out = succeeds("evaluate", "passkey", *arguments, "--rescale", "yarn", "--out", tmp_path)
     assert "95% interval" in out
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(succeeds("evaluate", "needle", *arguments, "--json"))["needle"]
+    found = json.loads(succeeds("evaluate", "needle", *arguments, *LIBRARY, "--json"))["needle"]
     assert sum(row["trials"] for row in found) == 12

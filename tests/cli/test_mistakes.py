@@ -5,16 +5,25 @@ import json
 from longrope.rope.rescale import Rescale
 from program import each_refused, refused, run, succeeds
 
+LIBRARY = ["--data", "python-library"]
+
 
 def test_usage(tmp_path):
     assert "--target" in refused("search", "--out", tmp_path)
     assert "No such command" in refused("serch")
     assert "No such option" in refused("inspect", "--jsn")
+    for verb, *needed in (
+        ("search", "--target", "2x", "--out", tmp_path),
+        ("compare", "--target", "2x"),
+        ("evaluate", "perplexity", "--lengths", 512),
+        ("evaluate", "needle", "--lengths", 512),
+    ):
+        assert "'--data'" in refused(verb, *needed)
 
 
 def test_target(tmp_path):
-    search = ["search", "--out", tmp_path, "--target"]
-    less = ["--lengths", "512", "--target", "64"]
+    search = ["search", *LIBRARY, "--out", tmp_path, "--target"]
+    less = [*LIBRARY, "--lengths", "512", "--target", "64"]
     small, unreadable, *nothing = each_refused(
         [*search, "256"],
         [*search, "much"],
@@ -28,7 +37,9 @@ def test_target(tmp_path):
 
 
 def test_model(tmp_path):
-    assert "./nowhere" in refused("search", "./nowhere", "--target", "8x", "--out", tmp_path)
+    assert "./nowhere" in refused(
+        "search", "./nowhere", "--target", "8x", *LIBRARY, "--out", tmp_path
+    )
 
 
 def test_data(tmp_path):
@@ -117,7 +128,7 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
     for directory, name in ((run_of, "recipe.yaml"), (imported, "rescale.json")):
         directory.mkdir()
         (directory / name).write_text("{}")
-    search = ["search", "--target", "2x", "--out"]
+    search = ["search", "--target", "2x", *LIBRARY, "--out"]
     compare = ["compare", "--data", texts, "--tokens-per-document", 512, "--out", compared]
     both = ["--lengths", "256,512", "--target", "2x"]
     succeeds(*compare, *both, "--methods", "none, pi")
@@ -190,7 +201,7 @@ def test_retrieval_and_generation(tmp_path):
 
 def test_memory(tmp_path):
     """What cannot fit is not begun, and no weight is read."""
-    search = ["search", "--target", "1000000x", "--device", "cpu"]
+    search = ["search", *LIBRARY, "--target", "1000000x", "--device", "cpu"]
     line = refused(*search, "--out", tmp_path / "out")
     assert "search at 256,000,000 tokens needs about" in line
     assert (
@@ -200,8 +211,9 @@ def test_memory(tmp_path):
     assert not (tmp_path / "out").exists()
     long = ["--device", "cpu", "--lengths", "2048,1000000x"]
     measuring = [
-        ("compare", "--target", "2x", *long),
-        *(("evaluate", what, *long) for what in ("perplexity", "passkey", "needle")),
+        ("compare", "--target", "2x", *LIBRARY, *long),
+        ("evaluate", "passkey", *long),
+        *(("evaluate", what, *LIBRARY, *long) for what in ("perplexity", "needle")),
         ("evaluate", "benchmarks", *long, "--tasks", "niah_single_1"),
     ]
     for line in each_refused(*measuring):
@@ -216,7 +228,9 @@ def test_memory(tmp_path):
 def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     there = ["--target", "2x", "--out", tmp_path / "file"]
-    for line in each_refused(*([verb, *there] for verb in ("compare", "search", "extend"))):
+    for line in each_refused(
+        *([verb, *LIBRARY, *there] for verb in ("compare", "search", "extend"))
+    ):
         assert "file is not a directory" in line
     out = ["--out", tmp_path / "out"]
     refused("compare", "--target", "2x", "--methods", "none", *out, "--data", tmp_path / "file")

@@ -152,7 +152,7 @@ def test_what_is_published_names_no_folder(finished):
 def test_a_run_takes_no_factors_of_a_method(finished):
     out, _ = finished
     for name, value in (("--target", "8x"), ("--attention-factor", 0.0)):
-        line = refused("evaluate", "perplexity", out, "--lengths", "64", name, value)
+        line = refused("evaluate", "passkey", out, "--lengths", "64", name, value)
         assert f"{name} is {value}, which needs a method, and {out} has its own factors" in line
 
 

@@ -34,7 +34,8 @@ def disjoint(made):
 
 
 def test_of_the_library(bundled):
-    made = splits(bundled)
+    held_out = ["python-library-held-out"]
+    made = splits(bundled, data=["python-library"], evaluation_data=held_out)
     assert disjoint(made)
     assert {"asyncio", "email"} <= {document.name for document in made.evaluation}
     assert sum(map(len, made.training)) > sum(map(len, made.search))
@@ -73,3 +74,8 @@ def test_nothing_left_to_train_on(bundled, texts):
     other = str(sorted(texts.glob("*.txt"))[1])
     with pytest.raises(ValueError, match="train on: 0 of"):
         splits(bundled, target=512, data=[file], evaluation_data=[other])
+
+
+def test_text_must_be_named(bundled):
+    with pytest.raises(ValueError, match="data is missing"):
+        splits(bundled)
