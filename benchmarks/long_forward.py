@@ -210,7 +210,7 @@ def peak(device: torch.device) -> int:
 def child(args: argparse.Namespace, tokens: int, *more: str) -> dict:
     command = [sys.executable, __file__, "--child", "--tokens", str(tokens), *more]
     for name in ("shape", "dtype", "device", "chunk_size", "runs", "layers"):
-        command += [f"--{name}", str(getattr(args, name))]
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     command += ["--offload-weights"] if args.offload_weights else []
     # glibc must give back what is freed, or the peak is that of its heap.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}

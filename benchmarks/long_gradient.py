@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace) -> dict:
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
     there = {
         "offload_activations": args.offload_activations,
-        "offload": args.offload_weights,
+        "offload_weights": args.offload_weights,
         "chunk": forward.chunk_size,
     }
     recipe = make_recipe({"target": f"{tokens}", "search": {"windows": 1}} | there)
@@ -124,10 +124,10 @@ def measure(args: argparse.Namespace) -> dict:
 def child(args: argparse.Namespace, tokens: int) -> dict:
     command = [sys.executable, __file__, "--child", "--tokens", str(tokens)]
     for name in ("shape", "dtype", "device", "chunk_size", "runs", "layers"):
-        command += [f"--{name}", str(getattr(args, name))]
-    for name in ("offload", "offload_activations"):
-        given = getattr(args, name)
-        command += [f"--{name.replace('_', '-')}", given] if given else []
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    command += ["--offload-weights"] if args.offload_weights else []
+    if args.offload_activations:
+        command += ["--offload-activations", args.offload_activations]
     # glibc must give back what is freed, or the peak is that of its heap.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(

@@ -8,13 +8,13 @@ from typing_extensions import Self
 
 
 class Config(BaseModel):
-    """A configuration: it cannot change, and it has no other keys than its fields."""
+    """Base class of every configuration: immutable, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     @classmethod
     def make(cls, options: Mapping[str, Any], name: Callable[[str], str] = str) -> Self:
-        """Return the configuration with these options.
+        """Build any configuration from its options, and report an invalid one in one line.
 
         Args:
             name: how the caller writes an option's name, for error messages.

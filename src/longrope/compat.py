@@ -13,7 +13,7 @@ from transformers import (
 
 
 def cache_name(module: nn.Module) -> str:
-    """Return the name of the cache argument of a model's forward: ``cache`` or the older name.
+    """Return the name of a model's cache argument, which differs between transformers versions.
 
     ``cache`` since transformers 5.24; ``past_key_values`` before, and in custom model code.
     """

@@ -26,12 +26,12 @@ _TIMEOUT = datetime.timedelta(days=7)
 
 
 def sharded() -> bool:
-    """Return whether the processes of this run shard the trained model (FSDP)."""
+    """Return whether the ranks of this run shard the trained model (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def local_processes() -> int:
-    """Number of processes of this run on this machine."""
+    """Number of ranks of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -58,7 +58,7 @@ class SequenceParallelGroup:
         self._process_group = process_group
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Gather the tensor of every process, in rank order; all must have one shape.
+        """Gather a tensor from every process of the group, in rank order; all have one shape.
 
         Raises:
             RankLost: another process died.
@@ -70,7 +70,7 @@ class SequenceParallelGroup:
         return [one.view(tensor.dtype) for one in found]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum the tensors of all processes in rank order, bit-identical on every process.
+        """Sum a tensor over the group in rank order, bit-identical on every process.
 
         Raises:
             RankLost: another process died.
@@ -78,7 +78,7 @@ class SequenceParallelGroup:
         return torch.stack(self.gather(tensor)).sum(dim=0) if self.size > 1 else tensor
 
     def exchange(self, tensor: Tensor) -> Tensor:
-        """Exchange one tensor with every process (all-to-all).
+        """Exchange one tensor with every process of the group (all-to-all).
 
         Args:
             tensor: shape (size, …); row i is sent to process i.
@@ -116,12 +116,12 @@ class Ranks:
 
     @property
     def group_index(self) -> int:
-        """Index of this process's group."""
+        """Index of this rank's sequence-parallel group."""
         return self.rank // self.group.size
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: float) -> list[float]:
@@ -200,7 +200,10 @@ def ranks(sequence_parallel: int = 1) -> Iterator[Ranks]:
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Redirect standard output: gloo in torch 2.8 prints its peers, where ``--json`` prints."""
+    """Redirect standard output while ranks connect, as gloo prints its peers in torch 2.8.
+
+    ``--json`` prints to standard output.
+    """
     try:
         kept = os.dup(1)
     except OSError:  # standard output is closed
@@ -254,7 +257,7 @@ def local_device(name: str | None) -> str | None:
 
 
 def is_lost_rank_error(error: Exception) -> bool:
-    """Whether an error of any library was caused by another process's death.
+    """Whether any library's error comes from gloo or NCCL because another rank died.
 
     gloo has no error type for it, only the name of the failing source file; NCCL has a sentence.
     """
@@ -279,7 +282,7 @@ def detect_lost_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collective() -> Iterator[None]:
-    """Raise :class:`RankLost` where a collective fails."""
+    """Raise :class:`RankLost` where a collective of torch.distributed fails."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -289,5 +292,5 @@ def _collective() -> Iterator[None]:
 
 
 def _terminated(*_: Any) -> None:
-    """Signal handler: the launcher terminates this process because another one died."""
+    """Signal handler: the launcher terminates this rank because another one died."""
     raise RankLost(f"{_LOST} (terminated by the launcher)")

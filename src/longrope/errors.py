@@ -2,7 +2,7 @@
 
 
 class RankLost(BaseException):
-    """Another process of the run died.
+    """Error of a lost rank: another process of the run died.
 
     Not an ``Exception``: the launcher's signal can arrive in any code, also within another
     library, and no ``except Exception`` may take it for an error of that code.
@@ -10,6 +10,6 @@ class RankLost(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error, and the second where the first ends in a colon."""
+    """Return a one-line message from an error: its first line, with the second after a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])

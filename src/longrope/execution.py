@@ -8,7 +8,9 @@ from longrope.base_config import Config
 
 
 class ExecutionConfig(Config):
-    """Where and how a model computes. Only ``dtype`` changes results beyond rounding.
+    """Configuration of execution: device, dtype, chunk size and offloading.
+
+    Only ``dtype`` changes results beyond rounding.
 
     Example:
         >>> ExecutionConfig(dtype="bfloat16", chunk_size=4096).device is None

@@ -20,7 +20,7 @@ except ImportError:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a temporary file beside ``path``, sync it, and rename it over ``path``.
+    """Write a file atomically: sync a temporary file beside it, and rename that.
 
     Raises:
         ValueError: the file could not be written (disk full, no permission); an old file at
@@ -42,7 +42,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; it replaces ``path`` once it is complete and synced.
+    """Write a directory atomically: yield an empty one, which replaces ``path`` once synced.
 
     A directory at ``path`` survives a kill at any point: it is renamed aside before the new one
     takes its name, and deleted last. A symbolic link stays, and its target is replaced. A mount
@@ -78,9 +78,9 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def recover_directory(path: Path) -> None:
-    """Complete or undo the replacement of a directory that a kill interrupted, and clean up.
+    """Complete or undo an atomic replacement of a directory that a kill interrupted.
 
-    ``path`` then holds all the old contents or all the new ones.
+    ``path`` then holds all the old contents or all the new ones. Temporary files are deleted.
     """
     target = path.resolve()
     aside = _aside(target)
@@ -126,7 +126,10 @@ def _aside(target: Path) -> Path:
 
 
 def _replace(target: Path, new: Path) -> None:
-    """Put a complete directory in place of ``target``, which holds it where it exists."""
+    """Rename a complete directory to ``target``, or exchange the files where that fails.
+
+    Where ``target`` exists, it contains ``new``.
+    """
     if not target.exists():
         os.rename(new, target)
         return
@@ -174,7 +177,7 @@ def _move_contents(source: Path, target: Path) -> None:
 
 
 def _delete(directory: Path, target: Path, within: bool) -> None:
-    """Delete a directory under a temporary name, so that no half of it passes for the whole."""
+    """Delete a directory under a temporary name, so a kill never leaves half of it at its path."""
     temporary = _temporary(target, within)
     shutil.rmtree(temporary, ignore_errors=True)
     os.rename(directory, temporary)
@@ -183,7 +186,7 @@ def _delete(directory: Path, target: Path, within: bool) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; the file replaces ``path`` once it is synced.
+    """Write a file atomically in parts: yield a temporary path, sync it, and rename it.
 
     For content written in parts; :func:`write_atomically` takes the whole content.
 
@@ -204,7 +207,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line and sync it to the disk.
+    """Append one line to a JSON-lines file, and sync it to the disk.
 
     Raises:
         ValueError: the line could not be written; earlier lines are unchanged.

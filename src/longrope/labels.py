@@ -1,3 +1,3 @@
-"""Names of the rows in tables, plots and `results.json`."""
+"""Labels of the extended model's rows in tables, plots and `results.json`."""
 
 RESULT, WITHOUT = "longrope", "longrope without recovery"

@@ -19,7 +19,7 @@ Advance = Callable[[int, str], None]
 
 @contextlib.contextmanager
 def progress(what: str, total: int, show: bool = True) -> Iterator[Advance]:
-    """Show progress within a ``with`` block, which yields ``advance(done, note)``.
+    """Show a progress bar or lines in a ``with`` block, which yields ``advance(done, note)``.
 
     Args:
         what: label of the bar.

@@ -5,31 +5,34 @@ from collections.abc import Sequence
 
 
 def number(value: float | None) -> str:
-    """A perplexity, three digits of a large one."""
+    """Format a perplexity: two decimals, from 1,000 on three digits; ∞ if not finite."""
     if value is None or not math.isfinite(value):
         return "∞"
     return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
 
 
 def percent(share: float) -> str:
-    """A difference, such as ``-1.0%``."""
+    """Format a signed percentage, such as ``-1.0%``."""
     return f"{share:+.1%}"
 
 
 def ratio(value: float | None, base: float | None) -> str:
-    """How far above, such as ``+1.3%``; perplexities that overflowed are None."""
+    """Format how far a value is above its base, such as ``+1.3%``.
+
+    Perplexities that overflowed are None.
+    """
     if value is None or base is None or not math.isfinite(value):
         return "∞"
     return percent(value / base - 1)
 
 
 def gigabytes(size: float) -> str:
-    """Such as ``1.4 GB``."""
+    """Format a size in bytes, such as ``1.4 GB``."""
     return f"{size / 1e9:,.1f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
 
 
 def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:
-    """Refuse lengths that cannot be scored together.
+    """Check lengths in tokens: each divides the longest, and a stride needs a single one.
 
     Raises:
         ValueError: a length that does not divide the longest; a stride with several
@@ -51,7 +54,7 @@ def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Such as ``1 h 05 min``, or ``12 days``."""
+    """Format a duration, such as ``1 h 05 min`` or ``12 days``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -62,7 +65,9 @@ def duration(seconds: float) -> str:
 
 
 def parse_length(text: str, original: int | None = None) -> int:
-    """Tokens from ``131072``, ``128k`` (× 1,024), ``2m`` or, given an original length, ``8x``.
+    """Parse a length in tokens: ``131072``, ``128k`` (× 1,024), ``2m`` or ``8x``.
+
+    ``8x`` requires an original length.
 
     Raises:
         ValueError: none of these forms.

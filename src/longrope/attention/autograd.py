@@ -36,7 +36,7 @@ def differentiable_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention over a whole sequence, with a backward pass.
+    """Compute causal attention over a whole sequence, differentiable by autograd.
 
     Arguments and shapes as in :func:`longrope.attention.chunked.chunk_attention`. Inside
     :func:`replaced_attention` the replacement is called instead.
@@ -62,10 +62,10 @@ def differentiable_attention(
 def trained_attention(
     module: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Compute attention for training: torch's kernel where it needs no mask, else our own.
+    """Compute differentiable attention for training: torch's SDPA where it suffices, else our own.
 
     Our own is used for a sliding window shorter than the sequence, soft-caps and sinks, where
-    torch would need a dense mask or materialise all scores.
+    SDPA would need a dense mask or materialise all scores.
     """
     near = (options.get("sliding_window") or math.inf) < key.shape[2]
     ours = near or options.get("softcap") or options.get("s_aux") is not None
@@ -83,7 +83,10 @@ _REPLACEMENT: ContextVar[Callable[..., Tensor] | None] = ContextVar("attention",
 
 @contextlib.contextmanager
 def replaced_attention(attention: Callable[..., Tensor]) -> Iterator[None]:
-    """Call ``attention(query, key, value, options)`` for every attention of the model."""
+    """Call ``attention`` in place of :func:`differentiable_attention` within a ``with`` block.
+
+    It is called as ``attention(query, key, value, options)`` and returns shape (B, H, T, D).
+    """
     token = _REPLACEMENT.set(attention)
     try:
         yield

@@ -70,7 +70,7 @@ def attention_backward(
 
 
 def sink_gradients(output_grad: Tensor, saved: tuple[Tensor, ...], sinks: Tensor) -> Tensor:
-    """Compute the gradient of the attention sinks, shape (H,).
+    """Compute the gradient of the attention sinks in the backward pass, shape (H,).
 
     A sink takes a share P of the weights and has no value, so dS = −P · rowsum(dO ∘ O).
 
@@ -87,7 +87,7 @@ def sink_gradients(output_grad: Tensor, saved: tuple[Tensor, ...], sinks: Tensor
 
 
 def _accumulates_in_half(query: Tensor) -> bool:
-    """Whether the kernel sums key gradients in half precision (torch's CPU kernel does)."""
+    """Whether the backward kernel sums key gradients in half precision, as torch's on the CPU."""
     return query.device.type == "cpu" and query.dtype.itemsize < 4
 
 
@@ -145,7 +145,7 @@ def _block_backward(
 def _kernel_backward(
     output_grad: Tensor, saved: tuple[Tensor, ...], scaling: float, kernel: Kernel
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute attention gradients with a fused kernel.
+    """Compute attention gradients with a fused backward kernel.
 
     The kernel runs twice: on the keys before the queries without a mask, and on the queries' own
     keys with a causal mask. The query gradients of both runs are added.
@@ -211,8 +211,8 @@ def _cuda_kernel(causal: bool, scaling: float, *parts: Tensor) -> tuple[Tensor, 
 
 @functools.cache
 def _cuda_kernel_agrees(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether the CUDA backward kernel agrees with plain matrix products; warns once if not."""
     # Without a past, as this kernel only sees whole sequences.
-    """Whether the CUDA kernel agrees with plain products; warns once if not."""
     found = matches_products(_cuda_kernel, device, dtype, dim, past=0)
     if not found:
         log.warning(
@@ -265,5 +265,5 @@ def matches_products(
 
 
 def _summed(heads: Tensor, groups: int) -> Tensor:
-    """Sum over the query heads that share a key head, shape (B, K, T, D)."""
+    """Sum gradients over the query heads that share a key head, giving shape (B, K, T, D)."""
     return heads.unflatten(1, (-1, groups)).sum(dim=2) if groups > 1 else heads

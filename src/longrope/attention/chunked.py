@@ -32,7 +32,7 @@ _HARMLESS = {"position_ids", "use_cache", "cache_position", "position_embeddings
 
 
 class Options(NamedTuple):
-    """Attention options: score scaling, soft-cap, sliding window and sinks.
+    """Options of an attention call: score scaling, soft-cap, sliding window and sinks.
 
     ``sinks`` holds one score per head, shape (H,), which takes a share of the softmax weights and
     has no value (GPT-OSS).
@@ -57,7 +57,7 @@ def chunk_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention of the last C of T tokens; transformers calls this.
+    """Compute causal attention of a chunk, the last C of T tokens; transformers calls this.
 
     Args:
         module: the attention layer (unused).
@@ -95,7 +95,7 @@ def chunk_attention(
 
 
 def query_block_size(window: int | None) -> int:
-    """Number of queries whose scores are computed together."""
+    """Return the block size in queries of chunked attention that materialises its scores."""
     return QUERIES if window is None else min(QUERIES, max(_FEWEST, window))
 
 
@@ -115,7 +115,7 @@ def check_arguments(attention_mask: Tensor | None, others: dict[str, Any]) -> No
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Compute causal attention of the last C of T tokens, with the log-sum-exp.
+    """Compute causal attention of a chunk, the last C of T tokens, and its log-sum-exp.
 
     Args:
         query: shape (B, H, C, D).
@@ -147,7 +147,9 @@ def attention_with_lse(
 
 @contextlib.contextmanager
 def attention_implementation(config: Any, name: str) -> Iterator[None]:
-    """Use the attention registered with transformers as ``name``, without a mask.
+    """Switch a decoder to chunked or another registered attention within a ``with`` block.
+
+    Attention then gets no mask.
 
     Args:
         config: config of the decoder; restored afterwards.
@@ -162,14 +164,17 @@ def attention_implementation(config: Any, name: str) -> Iterator[None]:
 
 
 def slices(first: int, last: int, size: int) -> list[slice]:
-    """Split the range from ``first`` to ``last`` into slices of at most ``size``."""
+    """Split a range of queries or heads into the slices that attention takes at a time.
+
+    The slices go from ``first`` to ``last`` and have at most ``size`` elements.
+    """
     return [slice(i, min(i + size, last)) for i in range(first, last, size)]
 
 
 def causal_attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute plain causal attention with a flash kernel, with the log-sum-exp.
+    """Compute plain causal attention of a chunk with a flash kernel, and its log-sum-exp.
 
     Shapes as in :func:`attention_with_lse`; no window, soft-cap or sinks.
     """
@@ -200,7 +205,7 @@ def causal_attention_with_lse(
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float, fast: bool
 ) -> tuple[Tensor, Tensor]:
-    """Call one flash kernel that also returns the log-sum-exp of the scores, (B, H, C).
+    """Compute attention and its log-sum-exp (B, H, C) with a flash kernel, else in key blocks.
 
     ``fast`` tries cuDNN's kernel first.
     """
@@ -229,7 +234,7 @@ def _flash(
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
-    """Compute sliding-window attention over the keys in the window, with a band mask."""
+    """Compute sliding-window attention of a chunk over the keys in the window, with a band mask."""
     chunk, total, most = query.shape[2], key.shape[2], query_block_size(window)
     if chunk > most:  # the mask of a long chunk would be mostly False
         parts, past = [], total - chunk
@@ -257,7 +262,7 @@ def blockwise(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention with soft-capped scores or a window, a block of keys at a time.
+    """Compute attention with a soft-cap or a window, and its log-sum-exp, by blocks of keys.
 
     torch has no kernel for these that returns the log-sum-exp. Shapes as in
     :func:`attention_with_lse`.
@@ -281,7 +286,7 @@ def blockwise(
 
 
 def repeat_kv(heads: Tensor, groups: int) -> Tensor:
-    """Repeat key or value heads once per query head, giving shape (B, H, T, D)."""
+    """Repeat the key or value heads of attention once per query head, giving (B, H, T, D)."""
     return heads.repeat_interleave(groups, dim=1) if groups > 1 else heads
 
 

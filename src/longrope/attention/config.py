@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 
 class AttentionShape(NamedTuple):
-    """Attention dimensions of a model's config.
+    """Attention dimensions from a model's config: heads, layers and sliding windows.
 
     Where layers differ, the values describe the full-attention layers.
 
@@ -41,7 +41,7 @@ def attention_shape(config: Any) -> AttentionShape:
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
-    """Return the numbers of query heads and key heads, and the mean head dimension."""
+    """Read the numbers of query and key heads, and the mean head dimension, from a config."""
     heads = getattr(config, "num_attention_heads", None) or 0
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
@@ -52,7 +52,7 @@ def _heads(config: Any) -> tuple[int, int, int]:
 
 
 def _layers_with_keys(config: Any) -> int:
-    """Count the layers with a key-value cache; others keep a recurrent state (Qwen3-Next)."""
+    """Count a config's layers with keys and values; others have recurrent states (Qwen3-Next)."""
     try:
         kinds = DynamicCache(config=config).layers
     except Exception:  # transformers' cache does not support this config
@@ -63,7 +63,7 @@ def _layers_with_keys(config: Any) -> int:
 
 
 def sliding_layers(config: Any) -> tuple[int, int | None]:
-    """Return the number of sliding-window layers and their window in tokens, or None."""
+    """Read the number of sliding-window layers and their window, or None, from a config."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return 0, None
@@ -75,5 +75,5 @@ def sliding_layers(config: Any) -> tuple[int, int | None]:
 
 
 def explicit_scores(config: Any) -> bool:
-    """Whether transformers only has eager attention for this config, not a fused kernel."""
+    """Whether transformers has only eager attention for a model's config, no fused kernel."""
     return config._attn_implementation == "eager"

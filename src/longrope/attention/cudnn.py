@@ -28,7 +28,7 @@ def supports(query: Tensor, value: Tensor) -> bool:
 
 
 def power_of_two_spans(past: int) -> list[slice]:
-    """Split ``past`` tokens into spans of 1024 · 2ⁿ, longest first, and a remainder."""
+    """Split past keys into spans of 1024 · 2ⁿ for cuDNN, longest first, and a remainder."""
     whole, spans, start = past // _LEAST, [], 0
     for bit in reversed(range(whole.bit_length())):
         if whole >> bit & 1:
@@ -66,13 +66,13 @@ def attention(
 
 @functools.cache
 def _warn_once(why: str) -> None:
-    """Warn once per reason that torch's kernel is used instead."""
+    """Warn once per reason that cuDNN attention is replaced by torch's kernel."""
     log.warning("cuDNN attention is unavailable (%s): using torch's flash kernel", why)
 
 
 @functools.cache
 def _verified(device: torch.device, dtype: torch.dtype, dim: int, even: bool) -> bool:
-    """Whether the GPU has the kernel and it agrees with float64 on a small case.
+    """Whether the GPU has cuDNN's kernel and it agrees with float64 on a small case.
 
     Checked with a causal mask, and without one on a slice of a larger key buffer, for an even or
     an odd number of queries.
@@ -86,7 +86,7 @@ def _verified(device: torch.device, dtype: torch.dtype, dim: int, even: bool) ->
 def _exact(
     device: torch.device, dtype: torch.dtype, dim: int, rows: int, keys: int, causal: bool
 ) -> bool:
-    """Whether the kernel's output and log-sum-exp agree with float64 attention."""
+    """Whether cuDNN's output and log-sum-exp agree with float64 attention."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, 2, tokens, dim, generator=generator, device="cpu").to(device, dtype)

@@ -24,16 +24,19 @@ _PROBE_TOKENS = 48
 
 
 def needs_folding(manifest: Manifest) -> bool:
-    """Return whether engines compute another attention factor than the pair's by themselves."""
+    """Return whether engines by themselves compute another attention factor than the export's."""
     ours = manifest.pair.long.attention_factor
     return abs(ours - manifest.computed_attention_factor) >= _SAME
 
 
 def with_folding(manifest: Manifest, source: Path) -> Manifest:
-    """Return the manifest of an export whose weights take the attention factor.
+    """Mark an export's attention factor to be folded into its weights, where engines need it.
+
+    Returns:
+        The manifest with ``folded`` set, or unchanged where nothing needs folding.
 
     Raises:
-        ValueError: the weights of ``source`` cannot take it; names why.
+        ValueError: it cannot be folded into the weights of ``source``; the message says why.
     """
     if not needs_folding(manifest):
         return manifest
@@ -54,14 +57,14 @@ def _cannot_fold(manifest: Manifest, reason: str) -> ValueError:
 def folding_check(
     manifest: Manifest, source: Path, info: ModelInfo, trust_remote_code: bool
 ) -> Callable[[Path], None]:
-    """Return a check of folded weights against the model's logits.
+    """Return a check that folding the attention factor of an export does not change its logits.
 
     The difference must be small beside that of dropping the attention factor. Both models are
     loaded once, one after the other.
 
     Args:
         source: the checkpoint before the export.
-        info: of the model.
+        info: the model's properties.
 
     Returns:
         A function of the exported directory, which raises ValueError where the check fails.

@@ -1,4 +1,4 @@
-"""Write the model card of an export: results, and how each engine loads and limits it."""
+"""Write the model card of an export: results, and how to load it in each engine."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from longrope.labels import RESULT, WITHOUT
 
 
 def write(manifest: Manifest, results: dict[str, Any] | None = None) -> str:
-    """Markdown for the ``README.md`` of an export.
+    """Return the model card of an export: the Markdown of its ``README.md``.
 
     Args:
         results: content of the run's ``results.json``; adds perplexity and passkey accuracy.
@@ -52,7 +52,7 @@ def _what(manifest: Manifest) -> str:
 
 
 def _results(results: dict[str, Any], static: bool) -> str:
-    """Return a table of results; a static export has those of the long factors at every length."""
+    """Return the model card's table of results; a static export has only the long factors'."""
     short = {r["length"]: r for r in results["perplexity"] if r["method"] == WITHOUT}
     rows = [r for r in results["perplexity"] if r["method"] == RESULT]
     if static:

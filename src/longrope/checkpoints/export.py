@@ -32,20 +32,20 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """What to export, and how.
+    """Options of an export: the model, its factors, the format and the path.
 
     Args:
         model: a run of ``longrope extend``, a checkpoint, a hub id, or a GGUF file.
         rescale, short: rescale files, CSV files or methods' names; a run has its own. Without
             ``short`` the long factors serve every length.
-        target: what a method or a CSV is made for.
+        target: target length of a method or a CSV file.
         fold_attention_factor: write the attention factor that engines compute by themselves,
             and fold the rest into the query projections. Only mlx-lm needs it: transformers,
             vLLM and SGLang read the attention factor from the config.
         drop_start_tokens: export factors that were searched with n̂ > 0 as if it were 0.
         existing_scaling: keep or replace the scaling of the model. It applies to known methods;
             the factors of a rescale file include it.
-        force: replace what is at ``out``.
+        force: replace an earlier export at ``out``.
     """
 
     model: str
@@ -64,11 +64,11 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> Manifest:
-    """Write an export, and return its manifest.
+    """Export a model to a checkpoint directory or GGUF file, and return the manifest.
 
     Raises:
-        ValueError: anything that would make an engine compute something else, or an ``out``
-            that exists; nothing is left at ``out`` then.
+        ValueError: an engine would compute something else than longrope, or ``out`` exists.
+            Nothing is written to ``out`` then.
     """
     if options.format not in FORMATS:
         raise ValueError(f"format is {options.format!r}; choose {', '.join(FORMATS)}")
@@ -114,7 +114,7 @@ def export(options: ExportOptions) -> Manifest:
 
 
 def _require_free(options: ExportOptions, model: str) -> None:
-    """Check that nothing is at ``out``, or with ``force`` a file or a directory of an export."""
+    """Refuse to export over an existing ``out``; with ``force`` an earlier export may be there."""
     out, card_file = options.out.resolve(), _card_file(options.out)
     recover_directory(out)
     for there in (options.out, card_file):
@@ -156,7 +156,7 @@ def _write_directory(
 
 @dataclasses.dataclass(frozen=True)
 class _Factors:
-    """Names of the factors to export, and those of them that are rescale files."""
+    """The factors to export, by name, and the contents of those that are rescale files."""
 
     long: str
     short: str | None
@@ -164,7 +164,7 @@ class _Factors:
 
     @classmethod
     def of(cls, options: ExportOptions, run: Path | None) -> "_Factors":
-        """Read the rescale files that the options name, or the run's own.
+        """Read the rescale files that the export options name, or the run's own.
 
         Raises:
             ValueError: no factors are named, or a method or CSV file has no target.
@@ -186,12 +186,12 @@ class _Factors:
 
     @property
     def lengths_before(self) -> list[int]:
-        """Original lengths of the rescale files, the long one's first."""
+        """Original lengths of the rescale files to export, the long one's first."""
         return [rescale.original_max_position_embeddings for rescale in self.files.values()]
 
 
 def _inspect(options: ExportOptions, model: str, factors: _Factors) -> ModelInfo:
-    """Inspect the model once; a rescale file holds the scaling that it was searched on top of.
+    """Inspect the model to export; the factors of a rescale file include its scaling.
 
     Raises:
         ValueError: no such model, or one that cannot be extended.
@@ -208,7 +208,7 @@ def _inspect(options: ExportOptions, model: str, factors: _Factors) -> ModelInfo
 
 
 def _pair(options: ExportOptions, factors: _Factors, info: ModelInfo) -> RescalePair:
-    """Return the pair to export.
+    """Return the pair of rescales to export.
 
     Raises:
         ValueError: the factors do not fit the model or each other, or no checkpoint format can
@@ -237,7 +237,7 @@ def _pair(options: ExportOptions, factors: _Factors, info: ModelInfo) -> Rescale
 
 
 def _rescale(name: str, options: ExportOptions, factors: _Factors, info: ModelInfo) -> Rescale:
-    """Return the factors of a method on top of scaling that is kept, or those of a file.
+    """Return one set of factors to export: a method's on top of scaling that is kept, or a file's.
 
     Raises:
         ValueError: no such factors, not for this model, or no checkpoint can express them.
@@ -278,7 +278,7 @@ def _portable(file: Path, rescale: Rescale) -> str:
 
 @contextlib.contextmanager
 def _checkpoint(options: ExportOptions, info: ModelInfo, keep_gguf: bool) -> Iterator[Path]:
-    """Yield the model as a directory of safetensors, or as the GGUF file that it is."""
+    """Yield the model to export as a directory of safetensors, or unchanged as a GGUF file."""
     path = local_copy(info.source)
     if path.is_dir() or keep_gguf:
         yield path

@@ -25,7 +25,7 @@ _NORM = re.compile(r"(?<![a-z])(q|k|query|key)_?(layer)?norm")
 
 
 def why_not_foldable(names: list[str], layers: int) -> str | None:
-    """Return why tensors of these names cannot take the factor, or None if they can."""
+    """Return why the query projections among these tensors cannot take a factor, or None."""
     stacks = _stacks(names)
     whole = [prefix for prefix, found in stacks.items() if found == layers]
     if len(whole) > 1:
@@ -43,7 +43,7 @@ def why_not_foldable(names: list[str], layers: int) -> str | None:
 
 
 def _stacks(names: list[str]) -> Counter[str]:
-    """Count the layers with q_proj per prefix of tensor names (vision towers have one too)."""
+    """Count the query projections to fold into, per prefix (vision towers have some too)."""
     found = (m for name in names if (m := _QUERY.search(name)) and m[3] == "weight")
     return Counter(m.string[: m.start()] for m in found)
 
@@ -58,14 +58,16 @@ def tensor_names(source: Path) -> list[str]:
 
 
 def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[[Path, Path], None]:
-    """Return a function that copies a weight file, with rotated query dimensions times ``square``.
+    """Return a function that copies a weight file and folds a factor into its query projections.
+
+    Their rotated dimensions are multiplied by ``square``.
 
     Args:
         config: transformers' text config of the model.
         square: the square of the factor to fold.
 
     Raises:
-        ValueError: the architecture cannot take the factor; names why.
+        ValueError: the architecture cannot take the factor; the message says why.
     """
     names, layers = tensor_names(source), config.num_hidden_layers
     reason = why_not_foldable(names, layers)
@@ -98,6 +100,6 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference of two sets of logits, as log-probabilities in nats."""
+    """Return the largest log-probability difference of two logits in nats, to check a folding."""
     a, b = (torch.log_softmax(logits.double(), dim=-1) for logits in (one, other))
     return float((a - b).abs().max())

@@ -73,7 +73,7 @@ def export_gguf(source: Path, manifest: Manifest, path: Path) -> None:
 
 
 def scaling_metadata(arch: str, manifest: Manifest) -> Metadata:
-    """Return the key-value pairs that tell llama.cpp how to use the factor tensors.
+    """Return the GGUF key-value pairs that tell llama.cpp how to use the factor tensors.
 
     ``rope.scaling.factor`` is left out: it would divide every frequency once again.
     """
@@ -94,10 +94,10 @@ def scaling_metadata(arch: str, manifest: Manifest) -> Metadata:
 
 
 def require_factors_read(arch: str, source: Path) -> None:
-    """Refuse an architecture under which llama.cpp would ignore the tensors.
+    """Refuse a GGUF architecture for which llama.cpp would ignore the factor tensors.
 
     Raises:
-        ValueError: names the architecture.
+        ValueError: the message names the architecture.
     """
     if arch not in READS_FACTORS:
         raise ValueError(
@@ -107,7 +107,7 @@ def require_factors_read(arch: str, source: Path) -> None:
 
 
 def read_pair(path: Path) -> tuple[RescalePair | None, Manifest | None]:
-    """Read the pair of factors and the manifest of a GGUF file; None for an unscaled file.
+    """Read the factor tensors of a GGUF file as a pair, and its manifest; None if unscaled.
 
     Raises:
         ValueError: not a GGUF file, or scaling of a kind that has no factor tensors.

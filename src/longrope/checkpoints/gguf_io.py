@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a GGUF file; its data is read only when it is written."""
+    """A tensor to read from or write to a GGUF file; its data is loaded on writing."""
 
     name: str
     shape: tuple[int, ...]  # of ``data``: for quantised kinds the last one counts bytes
@@ -25,7 +25,7 @@ Metadata = list[tuple[str, Any, Any, Any]]
 
 
 def require_gguf() -> Any:
-    """Import the ``gguf`` package.
+    """Import the ``gguf`` package, which reads and writes GGUF files.
 
     Raises:
         ValueError: it is not installed.
@@ -40,7 +40,7 @@ def require_gguf() -> Any:
 
 
 def read_metadata(reader: Any) -> tuple[str, Metadata]:
-    """Return the architecture of a file, and its other key-value pairs with their types."""
+    """Read the architecture of a GGUF file, and its other key-value pairs with their types."""
     gguf, items = require_gguf(), []
     arch = ""
     for field in reader.fields.values():
@@ -54,7 +54,7 @@ def read_metadata(reader: Any) -> tuple[str, Metadata]:
 
 
 def read_tensors(reader: Any) -> list[Tensor]:
-    """List the tensors of a file, quantised or not; they are memory-mapped, not read."""
+    """List the tensors of a GGUF file, quantised or not; they are memory-mapped, not read."""
 
     def tensor(found: Any) -> Tensor:
         data = found.data
@@ -66,7 +66,7 @@ def read_tensors(reader: Any) -> list[Tensor]:
 
 
 def write_file(path: Path, arch: str, metadata: Metadata, tensors: list[Tensor]) -> None:
-    """Write a GGUF file with one tensor in memory at a time."""
+    """Write key-value pairs and tensors to a GGUF file, with one tensor in memory at a time."""
     writer = require_gguf().GGUFWriter(path, arch)
     for key, value, kind, member in metadata:
         writer.add_key_value(key, value, kind, sub_type=member)

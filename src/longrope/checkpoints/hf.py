@@ -1,4 +1,4 @@
-"""Write a checkpoint that transformers, vLLM, SGLang and mlx-lm load with the factors applied."""
+"""Write Hugging Face checkpoints that transformers, vLLM, SGLang and mlx-lm load with factors."""
 
 import json
 import os
@@ -26,16 +26,16 @@ _FULL = "full_attention"
 
 
 def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict[str, Any]:
-    """Return the ``config.json`` of a model with a pair of factors, for transformers 4 and 5.
+    """Return the Hugging Face ``config.json`` with a pair of factors, for transformers 4 and 5.
 
     Version 5 reads ``rope_parameters``; version 4, vLLM and mlx-lm ``rope_scaling``, and the
-    boundary from the top level too. Short applies iff the length is at most
+    boundary from the top level too. Short factors apply iff the length is at most
     ``original_max_position_embeddings``, which is the recovery length. vLLM and SGLang read the
     attention factor from ``short_mscale`` and ``long_mscale``, transformers from
     ``attention_factor``.
 
     Args:
-        config: the content of the file before.
+        config: the content of ``config.json`` before the export.
         known: the text model's config in transformers 5. Where its ``rope_parameters`` have a
             set per layer type, only full attention is scaled.
     """
@@ -50,7 +50,7 @@ def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict
     }
     if _FULL in rope:
         changed["rope_parameters"] = rope | {_FULL: longrope}
-        # As version 4 wrote it; version 5 would put it over the above.
+        # Written by version 4; version 5 would let it override the above.
         text = {key: value for key, value in text.items() if key != "rope_scaling"}
     else:
         factor = long.attention_factor
@@ -73,7 +73,7 @@ def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict
 
 
 def _longrope(pair: RescalePair, own: dict[str, Any]) -> dict[str, Any]:
-    """Return ``rope_parameters`` with both sets of factors, and other keys of the model's own."""
+    """Return the exported ``rope_parameters``: both sets of factors, and the model's other keys."""
     return kept_parameters(own) | {
         "rope_type": "longrope",
         "rope_theta": pair.long.rope_theta,
@@ -86,7 +86,7 @@ def _longrope(pair: RescalePair, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:
-    """Return factors that are huge for dimensions which the model does not rotate."""
+    """Return factors for a Hugging Face config: huge in dimensions that are not rotated."""
     plain = unscaled_parameters(rope)
     if plain["rope_type"] != "proportional":
         return list(factors)
@@ -95,7 +95,7 @@ def _written(factors: Sequence[float], rope: dict[str, Any]) -> list[float]:
 
 
 def export_model(loaded: LoadedModel, manifest: Manifest, path: Path) -> None:
-    """Write a model that is in memory: weights, tokenizer, and a config with both sets of factors.
+    """Write a model in memory as a Hugging Face checkpoint with both sets of factors.
 
     Raises:
         ValueError: a config cannot express the pair, or the directory cannot be written.
@@ -117,7 +117,7 @@ def export_directory(
     check: Callable[[Path], None] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a checkpoint from another; weights are hard links unless a factor is folded.
+    """Write a Hugging Face checkpoint from another; weights are hard links unless folded.
 
     Args:
         check: called with the complete directory before it replaces ``path``; raises to refuse it.
@@ -146,7 +146,7 @@ def export_directory(
 
 
 def require_portable(pair: RescalePair) -> None:
-    """Refuse a pair that no checkpoint format can express.
+    """Refuse a pair that no Hugging Face checkpoint can express.
 
     Raises:
         ValueError: n̂ > 0, or an attention factor that differs between the two.
@@ -165,7 +165,7 @@ def require_portable(pair: RescalePair) -> None:
 
 
 def _finish(directory: Path, manifest: Manifest, known: Any) -> None:
-    """Write the config, the tokenizer's length, the manifest and the model card."""
+    """Complete a Hugging Face checkpoint: config, tokenizer length, manifest, model card."""
     _edit(directory / "config.json", lambda config: scaled_config(config, manifest.written, known))
     longest = manifest.pair.long.max_position_embeddings
     _edit(directory / "tokenizer_config.json", lambda found: _readable_tokenizer(found, longest))

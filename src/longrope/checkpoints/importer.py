@@ -1,4 +1,4 @@
-"""Import the factors of a checkpoint that is scaled already."""
+"""Import the factors of a checkpoint that is already scaled."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from longrope.rope.rotary import UNSCALED, RotarySite, existing_factors, scaled_
 
 
 def import_pair(source: str, *, trust_remote_code: bool = False) -> RescalePair:
-    """Return the factors that a model applies, as a pair (twice the same if it has one set).
+    """Import the factors of a scaled checkpoint as a pair (twice the same if it has one set).
 
     Reads ``longrope``, ``yarn``, ``llama3``, ``linear`` and ``dynamic`` scaling (the last at its
-    longest), and GGUF files with factor tensors. What ``longrope export`` wrote is returned
-    exactly as exported: for the weights before an attention factor was folded into them.
+    longest), and GGUF files with factor tensors. For a checkpoint that longrope exported the
+    factors are exact, and made for the weights before an attention factor was folded into them.
 
     Raises:
         ValueError: no such model, it is unscaled, or its scaling is of another kind.
@@ -55,7 +55,7 @@ def _of_config(source: str, trust_remote_code: bool) -> RescalePair | None:
 
 
 def _of_site(site: RotarySite, longest: int) -> Rescale:
-    """Return what a rotary module applies, as factors on the unscaled frequencies."""
+    """Import the scaling of a rotary module as factors on the unscaled frequencies."""
     parameters, kind = site.parameters, site.rope_type
     original = parameters.get("original_max_position_embeddings") or longest
     longest = scaled_length(parameters, longest)
@@ -73,7 +73,7 @@ def _of_site(site: RotarySite, longest: int) -> Rescale:
 
 
 def find_pair(source: str, trust_remote_code: bool = False) -> RescalePair | None:
-    """Read the pair of factors that a model was extended with; None for any other model.
+    """Import the pair of an extended model from its run, GGUF file or config; None for others.
 
     Raises:
         ValueError: no such model, or files that cannot be read.

@@ -17,7 +17,7 @@ _CONVERT = (
     "convert the model with llama.cpp's convert_hf_to_gguf.py, and give that .gguf file as `model`"
 )
 _BYTE_LEVEL = {"add_prefix_space": False, "use_regex": True}
-# llama.cpp's name for a splitter of text; what it is made of in tokenizer.json.
+# Pattern of Llama 3's pre-tokenizer in tokenizer.json; llama.cpp calls it llama-bpe.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,7 +54,7 @@ def llama_metadata(directory: Path) -> tuple[str, Metadata]:
         "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         "rope.freq_base": 10000.0 if theta is None else theta,
     }
-    # A name with "phi3" in it makes llama.cpp take the file for one.
+    # llama.cpp treats a model whose name contains "phi3" as Phi-3.
     name = Path(config.get("_name_or_path") or directory.resolve()).name.replace("phi3", "phi-3")
     items: Metadata = [("general.name", name, kinds.STRING, None)]
     items += [(f"llama.{key}", value, kinds.UINT32, None) for key, value in numbers.items()]
@@ -63,7 +63,7 @@ def llama_metadata(directory: Path) -> tuple[str, Metadata]:
 
 
 def llama_tensors(directory: Path) -> list[Tensor]:
-    """List every weight under llama.cpp's name, in the checkpoint's dtype (vectors in float32).
+    """List a Llama checkpoint's weights under llama.cpp's names, in its dtype (vectors in float32).
 
     Raises:
         ValueError: a tensor that llama.cpp has no name for.
@@ -106,7 +106,7 @@ def _tensor(theirs: str, file: Path, name: str, part: Any, heads: int | None) ->
     def data() -> np.ndarray:
         with safe_open(file, framework="pt") as weights:
             tensor = weights.get_tensor(name)
-        if heads is not None:  # llama.cpp turns neighbouring rows, transformers the two halves
+        if heads is not None:  # llama.cpp rotates neighbouring rows, transformers the two halves
             split = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
             tensor = split.transpose(1, 2).reshape(tensor.shape).contiguous()
         if kind == kinds.BF16:
@@ -139,7 +139,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _tokenizer(directory: Path, vocabulary: int) -> Metadata:
-    """Return the key-value pairs of a byte-level BPE tokenizer, as llama.cpp reads it."""
+    """Convert a Llama checkpoint's byte-level BPE tokenizer to GGUF key-value pairs."""
     import gguf
 
     kinds = gguf.GGUFValueType
@@ -187,7 +187,7 @@ def _adds_bos(content: dict[str, Any]) -> bool:
 
 
 def _splitter(directory: Path, content: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the pre-tokenizer."""
+    """Return llama.cpp's name for the pre-tokenizer of a Llama checkpoint."""
     before = content.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", [before])
     kinds = [part.get("type") for part in parts]

@@ -20,7 +20,7 @@ _ROUNDING = 1e-6  # GGUF's tensors are float32
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The exact rescales of an export, and how they are written in the checkpoint.
+    """Manifest of an export: its exact rescales, and how the checkpoint holds them.
 
     Args:
         pair: the rescales for the weights before the export.
@@ -35,18 +35,18 @@ class Manifest:
 
     @property
     def static(self) -> bool:
-        """Whether the long factors serve every length."""
+        """Whether the export in this manifest is static: long factors serve every length."""
         return self.format.endswith("-static")
 
     @property
     def computed_attention_factor(self) -> float:
-        """The attention factor that an engine computes from the lengths if it reads no field."""
+        """Attention factor that an engine computes from the manifest's lengths if it reads none."""
         boundary = (self.pair.long if self.static else self.pair.short).max_position_embeddings
         return default_attention_factor(boundary, self.pair.long.max_position_embeddings)
 
     @property
     def written(self) -> RescalePair:
-        """The pair for the exported weights."""
+        """The manifest's pair after folding; in a static export the long factors are in both."""
         pair = RescalePair(self.pair.long, self.pair.long) if self.static else self.pair
         if self.folded is None:
             return pair
@@ -56,7 +56,7 @@ class Manifest:
         )
 
     def describes(self, found: RescalePair) -> bool:
-        """Return whether a checkpoint with the pair ``found`` is still the exported one."""
+        """Return whether the manifest still describes a checkpoint with the pair ``found``."""
         return all(
             a.max_position_embeddings == b.max_position_embeddings
             and len(a.factors) == len(b.factors)
@@ -80,7 +80,7 @@ class Manifest:
         """Read a manifest from its JSON.
 
         Raises:
-            ValueError: something else.
+            ValueError: the JSON is no manifest of this schema.
         """
         try:
             if data["schema"] != _SCHEMA or data["format"] not in FORMATS:
@@ -93,11 +93,11 @@ class Manifest:
             ) from None
 
     def save(self, directory: Path) -> None:
-        """Write ``longrope.json``."""
+        """Write the manifest of an export, ``longrope.json``."""
         write_atomically(directory / FILE, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest | None":
-        """Read the manifest of a directory; None where it has no ``longrope.json``."""
+        """Read the manifest of an export; None where the directory has no ``longrope.json``."""
         file = directory / FILE
         return cls.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None

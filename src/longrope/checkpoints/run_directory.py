@@ -12,9 +12,10 @@ _PAIR = "pair.json"
 
 
 def original_of(source: str) -> dict[str, Any] | None:
-    """Return the model that a run extended, as arguments of ``load_model``; None for other sources.
+    """Return the model that a run directory extended, as arguments of ``load_model``.
 
-    ``trust_remote_code`` is not among them: the user decides on it again.
+    None if ``source`` is no run directory. ``trust_remote_code`` is left out: the user decides on
+    it again.
     """
     recipe = Path(source) / "recipe.yaml"
     if not (is_run(Path(source)) and recipe.exists()):
@@ -28,18 +29,18 @@ def original_of(source: str) -> dict[str, Any] | None:
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a directory is a run of ``longrope extend`` that has exported its model."""
+    """Return whether a path is a run directory of ``longrope extend`` with an exported model."""
     return all((path / name).exists() for name in ("model", "rescale.json", "short.json"))
 
 
 def save_short_attention_factor(run: Path, factor: float | None) -> None:
-    """Write the attention factor that longrope applies to short sequences, if the run has one."""
+    """Write the attention factor for short sequences to a run directory; None if it has none."""
     content = json.dumps({"short_attention_factor": factor}, indent=1) + "\n"
     write_atomically(run / _PAIR, content)
 
 
 def short_attention_factor(run: Path) -> float | None:
-    """Read what :func:`save_short_attention_factor` wrote; None where it wrote nothing."""
+    """Read the attention factor for short sequences from a run directory; None if it has none."""
     file = run / _PAIR
     if not file.exists():
         return None

@@ -22,7 +22,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 def main() -> None:
-    """Run the program. A user's mistake prints one line to stderr and exits with code 2."""
+    """Run the ``longrope`` program. A user's mistake prints one line and exits with code 2."""
     arguments = sys.argv[1:] or ["--help"]
     handler = logging.StreamHandler()
     handler.setFormatter(_WithOptions(arguments))
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 class _WithOptions(logging.Formatter):
-    """Format warnings as errors are: with options for the parameters that they name."""
+    """Log formatter of the program: warnings name options of the verb, as errors do."""
 
     def __init__(self, arguments: list[str]):
         super().__init__("longrope: %(message)s")
@@ -80,7 +80,7 @@ _PARAMETER = re.compile(
 
 
 def _as_options(message: str, arguments: list[str]) -> str:
-    """Write the parameters that a library error names as options of the verb.
+    """Rewrite a library error for the program: parameters become options of the running verb.
 
     A parameter that the verb has no option for stays as it is. ``length`` is ``--lengths`` where
     there is no ``--length``, and so on. An argument is written as in the help, such as ``MODEL``.

@@ -58,7 +58,7 @@ def compare(
     original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
-    """Compare methods and searched factors on held-out documents.
+    """Compare methods and searched factors on held-out documents, and print the table.
 
     The same command resumes an interrupted comparison.
     """
@@ -134,7 +134,7 @@ def report(
     ],
     json_: Json = False,
 ) -> None:
-    """Write the report of a run again, or draw the figures of a search or comparison."""
+    """Write a run's report again, or draw a search's or comparison's figures; print their paths."""
     from longrope.report.figures import report as draw
     from longrope.report.page import write_page
 

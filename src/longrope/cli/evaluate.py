@@ -61,7 +61,7 @@ EXECUTION = {"Execution": ExecutionConfig}
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """The model and the factors that a verb measures."""
+    """The model and factors that an ``evaluate`` verb measures, as its options name them."""
 
     model: str
     rescale: str | None
@@ -76,7 +76,7 @@ class _Subject:
         return self.rescale or "none"
 
     def inspect(self) -> "tuple[ModelInfo, RescalePair | None]":
-        """Inspect the model, and read its own factors where no others are asked for."""
+        """Inspect the verb's model, and read its own factors where the options name no others."""
         from longrope.inference.load import inspect_extended, inspect_weights
 
         how: dict[str, Any] = {
@@ -93,7 +93,7 @@ class _Subject:
         return info, pair
 
     def _refuse_options_of_a_method(self) -> None:
-        """Refuse options of a method for a model that has factors of its own."""
+        """Refuse a verb's options for methods if the model has factors of its own."""
         from longrope.checkpoints.importer import find_pair
 
         for name in ("target", "attention_factor"):
@@ -105,7 +105,7 @@ class _Subject:
                 )
 
     def entry(self, info: "ModelInfo", made_for: int, longest: int) -> "Entry":
-        """Return the factors, after checking that they fit the model and the lengths."""
+        """Return the factors that the verb's options name; check that they fit the model."""
         from longrope.evaluate.compare import check_entries, method_entries
 
         factor = self.attention_factor
@@ -134,7 +134,7 @@ def perplexity(
     original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
-    """Measure perplexity on documents, on the same tokens at every length."""
+    """Measure and print perplexity on documents, on the same tokens at every length."""
     from longrope.evaluate.compare import perplexity_documents, perplexity_row
 
     how = ExecutionConfig.make(execution, flag)
@@ -182,7 +182,7 @@ def passkey(
     original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
-    """Measure retrieval of a number hidden in repeated sentences."""
+    """Measure and print retrieval of a number hidden in repeated sentences."""
     how = ExecutionConfig.make(execution, flag)
     subject = _Subject(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
@@ -209,7 +209,7 @@ def needle(
     original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
-    """Measure retrieval of a sentence hidden among lines of documents."""
+    """Measure and print retrieval of a sentence hidden among lines of documents."""
     how = ExecutionConfig.make(execution, flag)
     subject = _Subject(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
@@ -250,7 +250,7 @@ def benchmarks(
     original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
-    """Compare the scores of an extended model in lm-eval tasks with the original model's."""
+    """Print an extended model's scores in lm-eval tasks beside those of the original model."""
     from longrope.distributed import ranks
     from longrope.evaluate.benchmarks import check_benchmarks
     from longrope.evaluate.cache import measurement_cache
@@ -333,7 +333,7 @@ def _measure(
     to_rows: Callable[[str, "ModelInfo", Any], list[dict[str, Any]]],
     out: Path | None,
 ) -> list[dict[str, Any]] | None:
-    """Run one measurement per length; return its rows on the process that prints, else None."""
+    """Run an ``evaluate`` verb's measurements; return rows on the process that prints."""
     from longrope.data.documents import check_sources
     from longrope.distributed import ranks
     from longrope.evaluate.cache import measurement_cache
@@ -365,7 +365,7 @@ def _measure(
 
 
 def _of(subject: _Subject, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what a result belongs to, as JSON holds it."""
+    """Return the options of an ``evaluate`` verb as its result file stores them."""
     of = {"model": subject.model, "rescale": subject.rescale, "target": subject.target}
     return json.loads(json.dumps(of | options))
 
@@ -379,7 +379,7 @@ def _check(
     of: dict[str, Any],
     out: Path | None,
 ) -> None:
-    """Refuse a measurement that cannot run, before any weights are read."""
+    """Refuse an ``evaluate`` verb that cannot run, before any weights are read."""
     from longrope.evaluate.cache import require_same
     from longrope.files import require_directory
     from longrope.pipeline.checks import check_measuring
@@ -428,7 +428,7 @@ def _show(
 
 
 def _original(model: str, named: str | None, how: ExecutionConfig) -> Any:
-    """Load the model that benchmarks compare with; None stands for the same weights."""
+    """Load the model that ``evaluate benchmarks`` compares with; None is the same weights."""
     from longrope.checkpoints.run_directory import original_of
     from longrope.models.load import load_model
 

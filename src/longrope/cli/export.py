@@ -54,7 +54,7 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Write an extended model in the form that an engine applies."""
+    """Export an extended model for an engine, and print the command that verifies it."""
     from longrope.checkpoints.export import ExportOptions
     from longrope.checkpoints.export import export as write
 
@@ -105,7 +105,7 @@ def verify(
     execution: dict[str, Any],
     json_: Json = False,
 ) -> None:
-    """Which factors an engine applies, by its log-probabilities; exit code 1 if not those meant."""
+    """Verify an engine's factors by its log-probabilities; exit code 1 if not the intended ones."""
     from longrope.engines.check import Reference, advice
     from longrope.engines.check import verify as ask
     from longrope.engines.specs import require_engine
@@ -148,7 +148,10 @@ def import_(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Take the factors out of a checkpoint: longrope, yarn, llama3, linear, dynamic, or GGUF."""
+    """Import a scaled checkpoint's factors, and print where they are.
+
+    The scaling is longrope, yarn, llama3, linear or dynamic, or that of a GGUF file.
+    """
     from longrope.checkpoints.importer import import_pair
 
     files = {"long": out / "rescale.json", "short": out / "short.json"}

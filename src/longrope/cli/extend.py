@@ -69,7 +69,10 @@ def extend(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Extend a model: search, fine-tune, search again, recover, export, evaluate, report."""
+    """Extend a model (search, fine-tune, recover, export, evaluate), and print the results.
+
+    Stages: search, fine-tune, search again, recover, export, evaluate, report.
+    """
     from longrope.distributed import ranks
     from longrope.pipeline.checks import check_settings, check_text
     from longrope.pipeline.estimate import dry_run as estimate
@@ -147,7 +150,7 @@ def generate(
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
 ) -> None:
-    """Generate text from a prompt of any length, streamed."""
+    """Generate text from a prompt of any length, and print it token by token."""
     from longrope.data.documents import read_text
     from longrope.inference.generate import decode_stream, stream
     from longrope.inference.load import load_extended

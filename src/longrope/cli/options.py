@@ -49,7 +49,7 @@ TokensPerDocument = Annotated[
 
 
 def existing_choice(choice: str | None) -> Any:
-    """Check the value of --existing-scaling.
+    """Check the value of the option --existing-scaling, and return it.
 
     Raises:
         ValueError: anything else.
@@ -60,7 +60,7 @@ def existing_choice(choice: str | None) -> Any:
 
 
 def flag(name: str) -> str:
-    """Return the option of a field: ``chunk_size`` is ``--chunk-size``."""
+    """Return the command-line option of a field: ``chunk_size`` is ``--chunk-size``."""
     return "--" + name.replace("_", "-")
 
 
@@ -71,7 +71,7 @@ def add_options(
     leave_out: tuple[str, ...] = (),
     shared: str = "",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb one option for each field of some configurations.
+    """Give a verb one command-line option for each field of some configurations.
 
     The options stand where ``parameter`` stands in the verb's signature, and the verb gets those
     that the user gave as a dictionary. Types, defaults and descriptions are the fields' own.
@@ -129,7 +129,7 @@ def add_options(
 
 
 def _help(name: str, titles: Mapping[str, FieldInfo]) -> str:
-    """Return a field's description with its default, or the only one of several."""
+    """Return the help of an option: its field's description and default."""
     text = (next(iter(titles.values())).description or name).removesuffix(".")
     defaults = {
         title: field.default for title, field in titles.items() if field.default is not None

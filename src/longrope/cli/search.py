@@ -40,7 +40,7 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Show the properties of a model and whether its context can be extended. Reads no weights."""
+    """Print a model's properties and whether its context can be extended. Reads no weights."""
     from longrope.models.info import inspect_model
 
     info = inspect_model(
@@ -88,7 +88,7 @@ def search(
     original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
-    """Search the rescale factors for a longer context. Run again to resume."""
+    """Search the rescale factors for a target length, and print the loss. Run again to resume."""
     from longrope.distributed import ranks
     from longrope.models.info import inspect_model
     from longrope.models.load import load_model
@@ -144,7 +144,7 @@ def search(
 
 
 def _summary(result: Any, out: Path) -> dict[str, Any]:
-    """Return the JSON output of a ``SearchResult``."""
+    """Return a ``SearchResult`` as the JSON that the verb ``search`` prints."""
     return {
         "rescale": str(out / "rescale.json"),
         "portable": str(out / "portable.json") if result.portable else None,

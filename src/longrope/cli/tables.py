@@ -15,7 +15,7 @@ def print_json(value: Any) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Print perplexity by length and method."""
+    """Print a table of perplexity by length and method."""
     table = Table("length", "method", "perplexity", "± s.e.", "tail", "tokens", "windows")
     for row in rows:
         table.add_row(
@@ -31,7 +31,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def print_retrieval(rows: Any) -> None:
-    """Print correct answers by length with their 95% interval."""
+    """Print a table of correct answers by length with their 95% interval."""
     from longrope.evaluate.statistics import totals, wilson
 
     table = Table("length", "correct", "trials", "share", "95% interval")
@@ -43,7 +43,7 @@ def print_retrieval(rows: Any) -> None:
 
 
 def print_benchmarks(rows: list[dict[str, Any]]) -> None:
-    """Print benchmark scores and their paired difference with its 95% interval."""
+    """Print a table of benchmark scores, and paired differences with their 95% interval."""
     table = Table("benchmark", "questions", "original", "extended", "difference", "95% interval")
     for row in rows:
         table.add_row(
@@ -62,7 +62,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def print_differences(rows: list[dict[str, Any]]) -> None:
-    """Print paired differences between the subject and every other method."""
+    """Print a table of paired differences between the subject and every other method."""
     if not rows:
         return
     title = f"{rows[0]['method']} minus each other method, nats per token, paired by document"

@@ -20,14 +20,14 @@ _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One named text; no window crosses its end."""
+    """A document: one named text, whose end no window crosses."""
 
     name: str
     text: str
 
     @property
     def sha256(self) -> str:
-        """Hash of the text."""
+        """Hash of the document's text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -55,7 +55,7 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Check that there are sources and that every one exists, without reading it.
+    """Check that there are sources of documents and that each exists, without reading it.
 
     Raises:
         ValueError: no source, or one that is neither a file, nor a directory, nor a hub id.
@@ -109,7 +109,7 @@ def _read_file(path: Path, field: str) -> Iterable[Document]:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a document or prompt from a UTF-8 text file.
 
     Raises:
         ValueError: a file that cannot be read, or is not text.
@@ -128,7 +128,10 @@ def read_text(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterable[Any]:
-    """Yield the values of JSON lines; a ``.json`` file may also hold one list or one object."""
+    """Yield the rows of a JSON or JSONL file of documents.
+
+    A ``.json`` file may hold JSON lines, one list or one object.
+    """
     content = read_text(path)
     if path.suffix == ".json":
         with contextlib.suppress(json.JSONDecodeError):

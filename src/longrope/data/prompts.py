@@ -20,7 +20,7 @@ _CITIES = ("London", "Paris", "Tokyo", "Berlin", "Madrid", "Rome", "Cairo", "Lim
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One retrieval prompt with its answer.
+    """One passkey or needle prompt with its answer.
 
     Args:
         ids: token ids of prompt and answer together, shape (tokens,).
@@ -58,7 +58,7 @@ def question_tokens(tokenizer: Any, digits: int = 5) -> int:
 
 
 def require_room(field: str, tokenizer: Any, length: int) -> None:
-    """Check that a length holds a passkey question.
+    """Check that sequences have room for a passkey or needle prompt.
 
     Raises:
         ValueError: it does not; names the ``field`` that asks for passkeys.
@@ -79,7 +79,7 @@ def needle_prompt(
     rng: random.Random,
     digits: int = 5,
 ) -> Prompt:
-    """Return a prompt that hides a sentence between lines of a text, as long as fits.
+    """Return a needle prompt, as long as fits: a sentence hidden between lines of a text.
 
     Args:
         haystack: lines of the text.
@@ -94,13 +94,13 @@ def needle_prompt(
 
 
 def _passkey_texts(key: str) -> tuple[str, str]:
-    """Return the paper's sentence that hides a passkey, and its question."""
+    """Return the texts of a passkey prompt: the paper's sentence that hides it, its question."""
     needle = f"The pass key is {key}. Remember it. {key} is the pass key.\n"
     return needle, "What is the pass key? The pass key is"
 
 
 def _needle_texts(key: str, city: str) -> tuple[str, str]:
-    """Return the sentence that hides the number of a city, and its question."""
+    """Return the texts of a needle prompt: the sentence with a city's number, its question."""
     number = f"magic number of {city}"
     return f"The {number} is {key}.\n", f"What is the {number}? The {number} is"
 
@@ -152,11 +152,11 @@ def _prompt(
 
 
 def depths(trials: int, rng: random.Random) -> list[float]:
-    """Return one random depth in each of ``trials`` equal ranges from 0 to 1."""
+    """Draw one random prompt depth in each of ``trials`` equal ranges from 0 to 1."""
     return [(trial + rng.random()) / trials for trial in range(trials)]
 
 
 def haystack_lines(documents: Sequence[Any], tokenizer: Any) -> list[str]:
-    """Return the lines of tokenized documents, one document after the other."""
+    """Return the haystack for needle prompts: the lines of tokenized documents, in order."""
     text = "\n".join(tokenizer.decode(document.ids) for document in documents)
     return [line + "\n" for line in text.split("\n")]

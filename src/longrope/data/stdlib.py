@@ -33,7 +33,7 @@ _SMALLEST_DOCUMENT = 20_000  # characters; smaller modules are too short for any
 
 
 def library_texts(held_out: bool | None = None) -> dict[str, str]:
-    """Return the text of each library document by name, in alphabetical order.
+    """Return the text of each standard-library document by name, in alphabetical order.
 
     Args:
         held_out: True returns only the packages of :data:`HELD_OUT`, False all others, None all.

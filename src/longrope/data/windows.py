@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TokenDocument:
-    """Token ids of a document.
+    """A tokenized document, from which windows are cut.
 
     Args:
         sha256: hash of every text in it (several for packed documents).
@@ -37,7 +37,7 @@ class TokenDocument:
 
 
 def bos_token(tokenizer: Any) -> int | None:
-    """Return the BOS id if the tokenizer puts one before a text, else None."""
+    """Return the BOS id for windows if the tokenizer puts one before a text, else None."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and ids and ids[0] == bos else None
@@ -73,7 +73,9 @@ def load_documents(
     data: Sequence[str],
     field: str = "text",
 ) -> list[TokenDocument]:
-    """Read and tokenize documents; arguments as of :func:`longrope.data.documents.read_documents`.
+    """Read documents, and tokenize them to cut windows from.
+
+    ``data`` and ``field`` are as in :func:`longrope.data.documents.read_documents`.
 
     Raises:
         ValueError: no source, or one that cannot be read.
@@ -97,7 +99,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def pack(documents: Sequence[TokenDocument], bos: int | None, eos: int | None) -> TokenDocument:
-    """Join documents into one, each between BOS and EOS."""
+    """Pack tokenized documents into one, each between BOS and EOS."""
     packed = []
     for document in documents:
         start = [] if bos is None else [bos]
@@ -112,9 +114,9 @@ def pack(documents: Sequence[TokenDocument], bos: int | None, eos: int | None) -
 def joined(
     documents: Sequence[TokenDocument], length: int, bos: int | None, eos: int | None
 ) -> list[TokenDocument]:
-    """Return documents of at least ``length`` tokens; short ones are packed together.
+    """Pack short tokenized documents together, so that each has at least ``length`` tokens.
 
-    A remainder that is too short is dropped.
+    Long documents are returned as they are. A remainder that is too short is dropped.
     """
     result = [document for document in documents if len(document) >= length]
     short: list[TokenDocument] = []
@@ -130,7 +132,7 @@ def joined(
 
 
 def require_length(documents: Sequence[TokenDocument], length: int) -> list[TokenDocument]:
-    """Return the documents with at least ``length`` tokens.
+    """Return the tokenized documents that hold a window of ``length`` tokens.
 
     Raises:
         ValueError: there is none; states the tokens available and the remedy.
@@ -161,7 +163,7 @@ class Windows:
 
 
 def half(documents: Sequence[TokenDocument], rng: random.Random) -> list[TokenDocument]:
-    """Return a random half of the documents, rounded up, independent of their order."""
+    """Return a random half of tokenized documents, rounded up, independent of their order."""
     return _shuffled(documents, rng)[: (len(documents) + 1) // 2]
 
 
@@ -180,7 +182,7 @@ def search_windows(
     *,
     spare_half: bool = True,
 ) -> Windows:
-    """Cut up to ``samples`` disjoint windows from up to half of the usable documents.
+    """Cut up to ``samples`` disjoint search windows from up to half of the documents.
 
     The choice depends on the seed and on the texts, not on their order.
 
@@ -219,11 +221,11 @@ def search_windows(
 
 
 def with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
-    """Return the ids with a BOS in front, if there is one."""
+    """Return a window's token ids with a BOS in front, if there is one."""
     return ids if bos is None else np.concatenate([[bos], ids]).astype(ids.dtype)
 
 
 def unseen(documents: Sequence[TokenDocument], hashes: Iterable[str]) -> list[TokenDocument]:
-    """Return the documents that contain no text with one of these hashes."""
+    """Return the tokenized documents that contain no text with one of these hashes."""
     seen = set(hashes)
     return [document for document in documents if not seen & set(document.sha256)]

@@ -1,4 +1,4 @@
-"""Find out which factors an inference engine applies.
+"""Check an inference engine: find out which factors it applies.
 
 The engine returns log-probabilities of the likeliest next tokens for prompts on both sides of the
 boundary. longrope computes the same tokens with the short, the long and no factors. The nearest of
@@ -29,11 +29,12 @@ _PAD = 256  # llama.cpp rounds a context up to a multiple of it, in tokens
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Result for one prompt length.
+    """Result of an engine check at one prompt length.
 
     Args:
         length: tokens of the prompt.
-        context: maximum context that the engine was started with, if that decides; else None.
+        context: maximum context that the engine was started with, if it decides the factors; else
+            None.
         applied: "short", "long", "none", or "unclear" if two are about as near or none is near.
         intended: "short" or "long".
         largest: largest difference of a log-probability under the intended factors, in nats.
@@ -49,13 +50,13 @@ class Line:
 
     @property
     def right(self) -> bool:
-        """Whether the engine applied the intended factors."""
+        """Whether the checked engine applied the intended factors at this length."""
         return self.applied == self.intended
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Results of one engine and its version."""
+    """Results of the check of one engine, and its version."""
 
     engine: str
     version: str
@@ -63,7 +64,7 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Whether the engine applied the intended factors at every length."""
+        """Whether the checked engine applied the intended factors at every length."""
         return all(line.right for line in self.lines)
 
 
@@ -75,7 +76,7 @@ def verify(
     lengths: tuple[int, ...] = (),
     prompts: int = 2,
 ) -> Verdict:
-    """Query an engine and compare its log-probabilities with longrope's.
+    """Check an engine: compare its log-probabilities with longrope's.
 
     Args:
         reference: longrope's model of the export; several engines can share it.
@@ -123,12 +124,12 @@ def verify(
 
 
 class Reference:
-    """Log-probabilities of an exported model under its short, its long and no factors.
+    """Reference to check engines against: log-probabilities with short, long and no factors.
 
     Args:
         path: a directory or a GGUF file with scaled RoPE.
-        execution: of the reference, by default in float32. Engines use its dtype too, except
-            llama.cpp.
+        execution: how longrope computes the reference, by default in float32. Engines
+            use its dtype too, except llama.cpp.
 
     Raises:
         ValueError: no such model, or a RoPE that is not scaled.
@@ -160,7 +161,7 @@ class Reference:
         prompts: list[list[int]],
         answers: list[dict[str, float]],
     ) -> Line:
-        """Return the result for one length from the engine's answers to its prompts.
+        """Check the engine's answers to prompts of one length, and return the result.
 
         Args:
             prompts: token ids of each prompt.
@@ -199,7 +200,7 @@ class Reference:
 
 
 def _points(boundary: int, target: int, spec: Engine) -> tuple[int, ...]:
-    """Return prompt lengths below, at, just above and far above the boundary."""
+    """Return prompt lengths to check an engine at, on both sides of the boundary."""
     # An engine that decides by its maximum context holds one token less in a prompt.
     at = boundary - 1 if spec.by_context else boundary
     deep = min(4 * boundary, target - 1)
@@ -207,7 +208,7 @@ def _points(boundary: int, target: int, spec: Engine) -> tuple[int, ...]:
 
 
 def _context(spec: Engine, pair: RescalePair, length: int, longest: int) -> int:
-    """Return the maximum context to start the engine with; short if it decides by that."""
+    """Return the maximum context to check an engine with; short if it decides the factors."""
     if spec.by_context and length < pair.recovery_length:
         return min(pair.recovery_length, -(-(longest + 1) // _PAD) * _PAD)
     allocate = -(-(longest + 1) // _PAD) * _PAD
@@ -215,7 +216,7 @@ def _context(spec: Engine, pair: RescalePair, length: int, longest: int) -> int:
 
 
 def _make_prompts(loaded: LoadedModel, length: int, number: int) -> list[list[int]]:
-    """Return prompts of ``length`` tokens from the library of this Python."""
+    """Return prompts to check an engine with, of ``length`` tokens of Python's standard library."""
     ids: list[int] = []
     for text in library_texts(held_out=True).values():
         ids += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -228,7 +229,7 @@ def _make_prompts(loaded: LoadedModel, length: int, number: int) -> list[list[in
 
 
 def advice(verdict: Verdict) -> Iterator[str]:
-    """Yield a remedy for every line that is not as intended."""
+    """Yield a remedy for every length at which the check of an engine failed."""
     wrong = [line for line in verdict.lines if not line.right]
     for line in wrong:
         remedy = ENGINES[verdict.engine].instead

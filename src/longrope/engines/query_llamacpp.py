@@ -10,7 +10,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read the question, query the engine, write the answer."""
+    """Read the question, query llama.cpp, write the answer."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     xllamacpp: Any = importlib.import_module("xllamacpp")
@@ -31,10 +31,10 @@ def main() -> None:
 
 
 def next_token(server: Any, ids: list[int], top: int, letter: int) -> dict[str, float]:
-    """Return log-probabilities of the likeliest next tokens by token id, in nats.
+    """Return llama.cpp's log-probabilities of the likeliest next tokens by token id, in nats.
 
-    llama.cpp returns none for a token that is half a character. So a logit bias makes it choose
-    the ``letter`` token, which does not change the log-probabilities.
+    llama.cpp returns none when it chooses a token that is part of a character. So a logit bias
+    makes it choose the ``letter`` token, which does not change the log-probabilities.
     """
     asked = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0.0}
     asked["logit_bias"] = [[letter, 1000.0]]

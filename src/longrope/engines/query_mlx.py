@@ -13,7 +13,7 @@ STEP = 1024
 
 
 def main() -> None:
-    """Read the question, query the engine, write the answer."""
+    """Read the question, query mlx-lm, write the answer."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     import mlx.core as mx  # pyright: ignore[reportMissingImports]
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def next_token(model: Any, ids: list[int], top: int) -> dict[str, float]:
-    """Return log-probabilities of the likeliest next tokens by token id, in nats.
+    """Return mlx-lm's log-probabilities of the likeliest next tokens by token id, in nats.
 
     The prompt is processed in steps, as in mlx-lm's own generation: the attention scores of a
     whole prompt would not fit into memory.

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read the question, query the engine, write the answer."""
+    """Read the question, query transformers, write the answer."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     import torch
@@ -24,9 +24,9 @@ def main() -> None:
 
 
 def auto_class(transformers: Any, config: Any) -> Any:
-    """Return the auto class for a config: many image-text models have no causal one.
+    """Return the auto class to query a model with, in transformers 4.4x to 5.x.
 
-    The class of version 4 for these leaves audio out.
+    Many image-text models have no causal class. The class of version 4 for these leaves audio out.
     """
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
@@ -35,7 +35,7 @@ def auto_class(transformers: Any, config: Any) -> Any:
 
 
 def next_token(model: Any, ids: list[int], top: int) -> dict[str, float]:
-    """Return log-probabilities of the likeliest next tokens by token id, in nats."""
+    """Return transformers' log-probabilities of the likeliest next tokens by token id, in nats."""
     import torch
 
     with torch.no_grad():

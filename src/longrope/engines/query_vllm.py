@@ -12,7 +12,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, no 
 
 
 def main() -> None:
-    """Read the question, query the engine, write the answer."""
+    """Read the question, query vLLM, write the answer."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     import vllm  # pyright: ignore[reportMissingImports]
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def next_token(engine: Any, ids: list[int], settings: Any) -> dict[str, float]:
-    """Return log-probabilities of the likeliest next tokens by token id, in nats."""
+    """Return vLLM's log-probabilities of the likeliest next tokens by token id, in nats."""
     found = engine.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False)
     return {str(i): p.logprob for i, p in found[0].outputs[0].logprobs[0].items()}
 

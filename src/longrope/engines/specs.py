@@ -64,7 +64,7 @@ ENGINES = {
 
 
 def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, str]:
-    """Return an engine's specification and the Python to run it with.
+    """Return the specification of an engine by its name, and the Python to run it with.
 
     Raises:
         ValueError: an unknown engine, one that is not installed, or one that cannot read this
@@ -95,7 +95,7 @@ def _require_readable(path: str, engine: str) -> None:
 
 
 def query(spec: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Query an engine in a separate process, and return its answer.
+    """Query an engine by its specification in a separate process, and return its answer.
 
     Raises:
         ValueError: no such Python, or the engine failed; with the last line of its error.

@@ -34,7 +34,9 @@ QuestionScores = dict[str, float]
 
 
 def check_benchmarks(config: BenchmarkConfig) -> None:
-    """Check that the tasks exist and can be measured, before any weight is read.
+    """Check that benchmarks can run: lm-eval's tasks, local data, and lengths for RULER.
+
+    Reads no weights.
 
     Raises:
         ValueError: names the parameter, its value and the remedy.
@@ -60,7 +62,7 @@ def check_benchmarks(config: BenchmarkConfig) -> None:
 
 
 def require_benchmark_data(config: BenchmarkConfig, tokenizer: Any, window: int) -> None:
-    """Check that the data of every task can be read and scored.
+    """Check that the data of every benchmark task can be read and scored.
 
     Args:
         window: context window, in tokens, of the smallest model.
@@ -83,7 +85,7 @@ def score_benchmark(
     config: BenchmarkConfig,
     kept: MutableMapping[str, dict[str, QuestionScores]] | None = None,
 ) -> dict[str, QuestionScores]:
-    """Score one model on a task, each prompt under the rescale for its length.
+    """Score one model on a benchmark task, each prompt under the rescale for its length.
 
     Args:
         choose: returns the rescale for a sequence of so many tokens.
@@ -130,7 +132,7 @@ def score_benchmark(
 
 
 def _questions(part: Any, limit: int | None) -> list[int]:
-    """Return the indices of the first questions; for RULER, the first of each length."""
+    """Return the indices of a benchmark's first questions; for RULER, the first of each length."""
     counts: dict[Any, int] = {}
     chosen = []
     for index, doc in enumerate(part.eval_docs):
@@ -144,7 +146,7 @@ def _questions(part: Any, limit: int | None) -> list[int]:
 def _scored(
     task: str, part: str, samples: Sequence[Mapping[str, Any]]
 ) -> dict[str, QuestionScores]:
-    """Return scores by row and question, under the first filter of the task.
+    """Return benchmark scores by table row and question, under the first filter of the task.
 
     A question's name includes a hash of its text, so that different questions never match.
     """
@@ -162,7 +164,10 @@ def _scored(
 
 
 def _shots(task: str, part: Any, config: BenchmarkConfig) -> int:
-    """Return the shots of a part; as in lm-eval, a part with 0 shots ignores the option."""
+    """Return the number of few-shot examples for a part of a benchmark.
+
+    As in lm-eval, a part that sets 0 itself ignores the option.
+    """
     own = part.get_config("num_fewshot")
     wanted = SHOTS.get(task) if config.num_fewshot is None else config.num_fewshot
     return (own or 0) if own == 0 or wanted is None else wanted

@@ -15,7 +15,7 @@ from longrope.files import JsonlStore, only_process, write_atomically
 
 
 class MeasurementCache:
-    """Parts of unfinished measurements on disk, by :attr:`Measurement.key`.
+    """Cache on disk for the parts of unfinished measurements, by :attr:`Measurement.key`.
 
     Args:
         directory: where the files are; None stores nothing.
@@ -27,19 +27,22 @@ class MeasurementCache:
         self._keys: list[str] = []
 
     def losses(self, key: str) -> MutableMapping[str, np.ndarray]:
-        """Return the losses of a measurement by document; each assignment is stored."""
+        """Return the cached losses of a measurement by document; each assignment is stored."""
         self._keys.append(key)
         return {} if self._directory is None else _Losses(self._directory, key)
 
     def answers(self, key: str) -> MutableMapping[str, Any]:
-        """Return the answers of a measurement by question; each assignment is stored."""
+        """Return the cached answers of a retrieval or benchmark; each assignment is stored.
+
+        Keys are the trial numbers of a retrieval, or the parts of a benchmark.
+        """
         self._keys.append(key)
         if self._directory is None:
             return {}
         return JsonlStore(self._directory / f"{key}.jsonl", rank=self._rank)
 
     def drop(self) -> None:
-        """Delete the measurements that were read or written through this cache, and no others."""
+        """Delete the measurements that were opened through this cache, and no others."""
         for key in self._keys:
             for file in self._directory.glob(f"{key}*") if self._directory else ():
                 file.unlink(missing_ok=True)
@@ -48,11 +51,10 @@ class MeasurementCache:
 
 @contextlib.contextmanager
 def measurement_cache(directory: Path | None, group_size: int = 1) -> Iterator[MeasurementCache]:
-    """Open a cache in ``directory / "unfinished"`` that is deleted when the block succeeds.
+    """Open a measurement cache in ``directory / "unfinished"``; a block that succeeds deletes it.
 
-    A sequence-parallel group (``group_size`` above 1) gets no cache: its processes would
-    have to see
-    the same files.
+    A sequence-parallel group (``group_size`` above 1) gets no cache: its processes would have to
+    see the same files.
 
     Raises:
         ValueError: another process is measuring there.
@@ -72,7 +74,7 @@ def measurement_cache(directory: Path | None, group_size: int = 1) -> Iterator[M
 
 
 def require_same(file: Path, of: dict[str, Any]) -> None:
-    """Check that measurements stored in a file have the same settings.
+    """Check that the measurements stored in a file have the same settings as new ones.
 
     Raises:
         ValueError: other settings, or no measurements in it.
@@ -94,7 +96,7 @@ def require_same(file: Path, of: dict[str, Any]) -> None:
 
 
 class _Losses(dict[str, np.ndarray]):
-    """Losses by document, each in a safetensors file."""
+    """Cached losses by document, each in a safetensors file."""
 
     def __init__(self, directory: Path, key: str):
         super().__init__()

@@ -36,7 +36,7 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of a comparison.
+    """One row of a comparison: a method or a rescale file.
 
     Args:
         name: the method's name or the path of a rescale file.
@@ -52,9 +52,11 @@ class Entry:
 def resolve_lengths(
     info: ModelInfo, lengths: Sequence[str], target: str | None
 ) -> tuple[list[int], int]:
-    """Return the lengths in tokens, ascending, and the target length of the methods.
+    """Parse the lengths that methods are compared at, and the methods' target length.
 
-    The default target is the longest length.
+    Returns:
+        The lengths in tokens, ascending, and the target. The default target is the longest
+        length, but at least the original length.
 
     Raises:
         ValueError: an invalid length, or a target below the model's original length.
@@ -116,7 +118,7 @@ def method_entries(
 
 
 def check_entries(info: ModelInfo, entries: Sequence[Entry], longest: int) -> None:
-    """Check that every row's factors fit the model; warn about files for a shorter target.
+    """Check that all factors to compare fit the model; warn about files for a shorter target.
 
     Raises:
         ValueError: a rescale of another shape.
@@ -138,7 +140,7 @@ def check_entries(info: ModelInfo, entries: Sequence[Entry], longest: int) -> No
 def check_same_comparison(
     file: Path, entries: Sequence[Entry], lengths: Sequence[int], target: int, of: Mapping[str, Any]
 ) -> None:
-    """Check that an existing ``compare.json`` is a part of this comparison.
+    """Check that an existing ``compare.json`` belongs to this comparison and has no other rows.
 
     Raises:
         ValueError: it has another target, other settings, or rows that this one lacks.
@@ -176,7 +178,7 @@ def perplexity_documents(
     pack: bool,
     exclude: bool,
 ) -> list[TokenDocument]:
-    """Load the documents to measure perplexity on.
+    """Load the documents to compare methods on; omit, or warn about, those used by a search.
 
     Args:
         data: sources, as of :func:`longrope.data.documents.read_documents`.
@@ -197,7 +199,7 @@ def perplexity_documents(
 def _not_searched_on(
     documents: list[TokenDocument], methods: Sequence[str], *, exclude: bool
 ) -> list[TokenDocument]:
-    """Return the documents that none of the rescale files was searched on.
+    """Return the documents that no rescale file of the comparison was searched on.
 
     Without ``exclude`` such documents stay, with a warning.
 
@@ -225,7 +227,7 @@ def _not_searched_on(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Perplexity scores by (method, length); every length is scored on the same tokens.
+    """Comparison of methods: perplexity scores by (method, length), all on the same tokens.
 
     Args:
         original_length: tokens that the model handled before it was extended.
@@ -242,14 +244,14 @@ class Comparison:
     of: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the ``perplexity`` rows of the JSON output."""
+        """Return the ``perplexity`` rows of ``compare.json``."""
         return [
             perplexity_row(method, scores, self.original_length)
             for (method, _), scores in self.scores.items()
         ]
 
     def differences(self) -> list[dict[str, Any]]:
-        """Return paired differences of the subject and every other method, in nats per token."""
+        """Return the ``differences`` of ``compare.json``: subject minus others, nats per token."""
         rows = []
         for (other, length), scores in self.scores.items():
             if other == self.subject:
@@ -292,7 +294,10 @@ class Comparison:
 
 
 def perplexity_row(method: str, scores: Scores, original: int) -> dict[str, Any]:
-    """Return one ``perplexity`` row; beyond ``original`` tokens it has the tail's perplexity."""
+    """Return the perplexity row of a comparison for one method and length.
+
+    Beyond ``original`` tokens it includes ``tail_perplexity``.
+    """
     row = {
         "length": scores.length,
         "method": method,
@@ -316,7 +321,7 @@ def compare_perplexity(
     cache: MeasurementCache,
     of: Mapping[str, Any] | None = None,
 ) -> Comparison:
-    """Score every entry at every length on the same tokens.
+    """Compare the perplexity of methods and rescale files at every length, on the same tokens.
 
     The subject is the first rescale file, else the last method.
 
@@ -348,7 +353,9 @@ def compare_benchmarks(
     options: BenchmarkConfig,
     cache: MeasurementCache,
 ) -> list[dict[str, Any]]:
-    """Return one :func:`paired` row per task: the extended model against the original one.
+    """Compare the benchmark scores of an extended model with those of the original model.
+
+    Returns one :func:`paired` row per task; for RULER, per task and length.
 
     Args:
         choose: the extended model's rescale for a sequence of so many tokens.

@@ -81,7 +81,7 @@ class HarnessModel(TemplateLM):
         return [(answer.log_likelihood, answer.greedy) for answer in answers]
 
     def _answers(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[ContinuationScore]:
-        """Score answers in one batch; equal inputs share a row."""
+        """Score the answers of lm-eval requests in one batch; equal inputs share a row."""
         rows: dict[tuple[int, ...], int] = {}
         asked = []
         for ids, answer in sequences:
@@ -106,7 +106,7 @@ class HarnessModel(TemplateLM):
 
     @torch.inference_mode()
     def _after(self, text: list[int], answers: Sequence[list[int]]) -> list[ContinuationScore]:
-        """Score several answers to one context with one prefill; each crops the KV cache."""
+        """Score lm-eval answers to one context with one prefill; each crops the KV cache."""
         model, device = self.loaded.model, self.forward.device
         first_1V, cache = self.forward.prefill(torch.tensor([text]))
         found = []
@@ -127,7 +127,7 @@ class HarnessModel(TemplateLM):
     def _batches(
         self, sequences: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[Rescale, list[int]]]:
-        """Yield batches of indices under one rescale: one long context, or many short ones."""
+        """Yield lm-eval requests (indices) under one rescale: one long context, or many short."""
         lengths, texts = [len(ids) for ids, _ in sequences], [_context(*s) for s in sequences]
         order = sorted(range(len(sequences)), key=lambda i: lengths[i])
         for rescale, group in groupby(order, key=lambda i: self.choose(lengths[i])):
@@ -163,7 +163,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def _generated(self, context: str, asked: Mapping[str, Any]) -> str:
-        """Return greedy text up to the first stop sequence."""
+        """Return the greedy answer to an lm-eval request, up to the first stop sequence."""
         how = generation_settings(asked)
         new = how["max_gen_toks"]
         prompt = self.tok_encode(context)[-(self.longest - new) :]
@@ -181,5 +181,5 @@ class HarnessModel(TemplateLM):
 
 
 def _context(ids: list[int], answer: list[int]) -> tuple[int, ...]:
-    """Return the tokens before the answer."""
+    """Return the tokens of an lm-eval request before its answer."""
     return tuple(ids[: len(ids) - len(answer)])

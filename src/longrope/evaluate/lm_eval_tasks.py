@@ -23,7 +23,7 @@ REMEDY = "give a directory with local copies as `datasets` (evaluate.benchmarks.
 
 
 def require_harness() -> None:
-    """Check that lm-eval is installed.
+    """Check that lm-eval is installed, before its tasks are loaded.
 
     Raises:
         ValueError: it is not; names the extra that installs it.
@@ -36,7 +36,7 @@ def require_harness() -> None:
 def task_parts(
     task: str, tokenizer: Any, lengths: Sequence[int], data: str | None
 ) -> Iterator[list[Any]]:
-    """Load the parts of a task with their questions; RULER generates its texts at these lengths.
+    """Load the parts of an lm-eval task with their questions; RULER's tasks generate them.
 
     Args:
         task: name of a task or group.
@@ -60,7 +60,7 @@ def task_parts(
 
 @contextlib.contextmanager
 def _fixed_seeds() -> Iterator[None]:
-    """Seed the global random generators, so that RULER gives every model the same texts."""
+    """Fix the global seeds, so that RULER's tasks generate the same texts for every model."""
     with contextlib.suppress(ImportError):
         import nltk  # type: ignore[import-not-found]  # noqa: F401  # its import draws numbers
     before = random.getstate(), np.random.get_state()
@@ -100,13 +100,13 @@ def manager() -> Any:
 
 
 def is_ruler(task: str) -> bool:
-    """Return whether a task is RULER's, and so generates its texts at the lengths given."""
+    """Return whether an lm-eval task is one of RULER's, which generate texts of given lengths."""
     path = manager().task_index[task].yaml_path
     return path is not None and Path(path).parent.name == "ruler"
 
 
 def _ruler_manager(task: str, tokenizer: str, lengths: Sequence[int]) -> Any:
-    """Return a task manager whose RULER tasks generate texts of these lengths, in tokens."""
+    """Return an lm-eval task manager whose RULER tasks generate texts of these lengths."""
     from lm_eval.tasks import TaskManager
 
     # One task seeds its own random generator on import, so import it again.
@@ -118,7 +118,7 @@ def _ruler_manager(task: str, tokenizer: str, lengths: Sequence[int]) -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Silence progress bars, lm-eval's log, and what RULER prints."""
+    """Silence lm-eval's progress bars and log, and what RULER's tasks print."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -130,7 +130,7 @@ def _silent() -> Iterator[None]:
 
 
 def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a task's ``generation_kwargs`` as lm-eval's own models read them."""
+    """Return an lm-eval task's ``generation_kwargs`` as lm-eval's own models read them."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     return dict(normalize_gen_kwargs(dict(asked)))

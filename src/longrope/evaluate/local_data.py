@@ -24,7 +24,7 @@ _EXAMPLES = 64
 
 @contextlib.contextmanager
 def local_datasets(directory: str | None) -> Iterator[None]:
-    """Let ``datasets.load_dataset`` read from a directory; None changes nothing."""
+    """Make ``datasets.load_dataset`` read local copies in a directory; None changes nothing."""
     if directory is None:
         yield
         return
@@ -41,7 +41,7 @@ def local_datasets(directory: str | None) -> Iterator[None]:
 
 
 def read_dataset(directory: Path, path: str, name: str | None) -> Any:
-    """Read all splits of a dataset, and derive missing ones.
+    """Read all splits of a dataset from its local copy, and derive missing ones.
 
     A missing test or validation split is a copy of the other. Missing few-shot examples are taken
     from the end of the validation split, or of the test split without one, and removed there.

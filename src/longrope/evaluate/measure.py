@@ -26,7 +26,7 @@ from longrope.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One measurement of one model under one choice of factors.
+    """One measurement, of any kind, of one model under one choice of factors.
 
     Args:
         kind: "perplexity", "passkey", "needle" or "benchmark".
@@ -46,7 +46,7 @@ class Measurement:
 
     @property
     def key(self) -> str:
-        """Content hash of everything that decides the result; also a file name."""
+        """Content hash of everything that decides a measurement's result; also a file name."""
         # The prompts of a benchmark have many lengths: its factors are known by both ends.
         lengths = (1, self.length) if self.kind == "benchmark" else (self.length,)
         rescales = [self.choose(length) for length in lengths]
@@ -61,7 +61,10 @@ class Measurement:
 
 
 def model_identity(loaded: LoadedModel) -> str:
-    """Return a hash of the weights, dtype and config of a model, and of longrope's version."""
+    """Return the model's part of a measurement's key: a hash of weights, dtype and config.
+
+    The hash includes longrope's version.
+    """
     ignored = ("_name_or_path", "transformers_version")
     config = {k: v for k, v in loaded.model.config.to_dict().items() if k not in ignored}
     content = [__version__, loaded.fingerprint(), str(loaded.model.dtype), config]
@@ -73,7 +76,7 @@ def measure(
     measurement: Measurement,
     cache: MeasurementCache,
 ) -> Any:
-    """Run one measurement, and skip the parts that the cache already holds.
+    """Run one measurement of any kind, and skip the parts that the cache already holds.
 
     Returns:
         For perplexity :class:`~longrope.evaluate.perplexity.Scores`, for retrieval a list of

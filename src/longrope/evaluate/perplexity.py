@@ -15,7 +15,7 @@ from longrope.units import check_lengths
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Losses of every token of several documents.
+    """Perplexity scores: the loss of every token in the windows of several documents.
 
     Args:
         length: tokens per window.
@@ -27,27 +27,26 @@ class Scores:
     documents: tuple[np.ndarray, ...]
 
     def tail(self, first: int) -> "Scores":
-        """Return the scores of tokens at positions from ``first`` on."""
+        """Return the perplexity scores of tokens at positions from ``first`` on."""
         return Scores(self.length, tuple(losses[:, first:] for losses in self.documents))
 
     @property
     def tokens(self) -> int:
-        """Number of scored tokens."""
+        """Number of tokens that count in the perplexity."""
         return int(self._counts().sum())
 
     @property
     def windows(self) -> int:
-        """Number of windows."""
         return sum(len(losses) for losses in self.documents)
 
     @property
     def mean(self) -> float:
-        """Mean loss over all scored tokens, in nats per token."""
+        """Logarithm of the perplexity: mean loss over all scored tokens, in nats per token."""
         return float(self._sums().sum() / self._counts().sum())
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the mean loss."""
+        """Perplexity of all documents: the exponential of the mean loss."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.mean))
 
@@ -58,7 +57,7 @@ class Scores:
         return None if error is None else self.perplexity * error
 
     def by_position(self, buckets: int = 32) -> list[tuple[int, int, float]]:
-        """Return (first position, end, perplexity) of equal ranges of positions."""
+        """Return the perplexity by position: (first position, end, perplexity) of equal ranges."""
         losses = np.concatenate(self.documents)
         edges = np.linspace(0, losses.shape[1], min(buckets, losses.shape[1]) + 1).astype(int)
         result = []
@@ -77,19 +76,19 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Mean loss of one rescale minus that of another on the same tokens, in nats per token."""
+    """Difference between two perplexity scores on the same tokens: mean loss, nats per token."""
 
     mean: float
     standard_error: float | None
 
     @property
     def better(self) -> bool:
-        """Whether the first loss is lower by more than two standard errors."""
+        """Whether the first perplexity is lower, by more than two standard errors."""
         return self.standard_error is not None and self.mean < -2 * self.standard_error
 
 
 def paired_difference(a: Scores, b: Scores) -> Difference:
-    """Return the mean loss of ``a`` minus that of ``b``, paired by document."""
+    """Return the :class:`Difference` of perplexity scores ``a`` minus ``b``, paired by document."""
     counts = a._counts()
     assert np.array_equal(counts, b._counts()), "cannot pair scores of different tokens"
     with np.errstate(invalid="ignore"):  # infinity minus infinity: neither is better
@@ -108,9 +107,9 @@ def score(
     tokens_per_document: int | None = None,
     known: MutableMapping[str, np.ndarray] | None = None,
 ) -> Scores:
-    """Score documents in windows of ``length`` tokens, under the active rescale.
+    """Measure the perplexity of documents in windows of ``length`` tokens.
 
-    Every document is cut into consecutive whole windows from its start.
+    The active rescale applies. Every document is cut into consecutive whole windows from its start.
 
     Args:
         bos: id of a token to put before every window, or None.
@@ -151,7 +150,10 @@ def score(
 def _window_losses(
     forward: LongForward, windows: Sequence[np.ndarray], bos: int | None
 ) -> np.ndarray:
-    """Return the loss of every token, shape (windows, length); non-finite losses are infinite."""
+    """Return the loss of every token for a perplexity, shape (windows, length).
+
+    Non-finite losses are infinite.
+    """
     losses = [
         np.nan_to_num(batch.double().numpy(), nan=np.inf, posinf=np.inf)
         for batch in forward.batches(np.stack([with_bos(ids, bos) for ids in windows]))

@@ -22,7 +22,7 @@ from longrope.rope.rescale import Rescale
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Correct answers at one length and range of depths.
+    """Retrieval result: correct answers at one length and range of depths.
 
     Args:
         length: tokens of prompt and answer.
@@ -80,7 +80,7 @@ def retrieve(
 
 
 def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-    """Batch neighbouring prompts of equal shape, up to the token limit of a batch."""
+    """Batch neighbouring retrieval prompts of equal shape, up to the token limit of a batch."""
     batch: list[Prompt] = []
     for prompt in prompts:
         alike = batch and (

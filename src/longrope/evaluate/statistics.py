@@ -10,7 +10,7 @@ from longrope.evaluate.benchmarks import QuestionScores
 
 
 def paired(task: str, original: QuestionScores, extended: QuestionScores) -> dict[str, Any]:
-    """Compare two models on the same questions.
+    """Compute the paired difference of two models on the same questions, with its 95% interval.
 
     Returns:
         A table row: both models' mean scores, and the mean paired difference with its 95%
@@ -59,7 +59,7 @@ def wilson(correct: int, trials: int) -> tuple[float, float]:
 
 
 def totals(rows: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
-    """Sum correct answers and trials over depths; returns (correct, trials) by length."""
+    """Sum correct answers and trials over depths for intervals: (correct, trials) by length."""
     result: dict[int, tuple[int, int]] = {}
     for row in rows:
         correct, trials = result.get(row["length"], (0, 0))

@@ -26,7 +26,7 @@ def stream(
     seed: int = 0,
     forward: LongForward | None = None,
 ) -> Iterator[int]:
-    """Yield new tokens until the end-of-sequence token.
+    """Generate text: yield new tokens up to the end-of-sequence token or ``max_new_tokens``.
 
     Where the sequence crosses from short factors to long ones it is prefilled again, so every
     token is exactly what it would be without a cache.
@@ -50,7 +50,7 @@ def stream(
     stop = model.generation_config.eos_token_id
     stops = set(stop if isinstance(stop, list) else [stop])
     end = len(ids) + max_new_tokens
-    while len(ids) < end:  # once, and once again at the boundary
+    while len(ids) < end:  # one prefill, and another at the boundary
         rescale = choose(len(ids)) if choose else None
         with rescaled(model, rescale):
             logits, cache = forward.prefill(torch.tensor([ids]))
@@ -82,7 +82,7 @@ def _pick(logits: Tensor, temperature: float, chance: torch.Generator) -> int:
 
 
 def decode_stream(loaded: LoadedModel, tokens: Iterator[int]) -> Iterator[str]:
-    """Yield the text of new tokens, in whole characters."""
+    """Yield the text of generated tokens as they come, in whole characters."""
     seen: list[int] = []
     shown = ""
     for token in tokens:

@@ -24,13 +24,13 @@ def load_extended(
     existing_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
 ) -> tuple[LoadedModel, RescalePair | None]:
-    """Load a model and its pair of factors.
+    """Load an extended model together with its pair of factors.
 
     Args:
-        source: what ``longrope extend`` wrote, a checkpoint with ``longrope`` scaling, or
+        source: a run of ``longrope extend``, a checkpoint with ``longrope`` scaling, or
             any other model, which has no pair.
         execution: as in :func:`longrope.models.load.load_model`.
-        existing_scaling: with it the model is loaded as it says, without a pair.
+        existing_scaling: if given, the model is loaded with this choice and without a pair.
         original_length: as in :func:`longrope.models.info.inspect_model`.
 
     Raises:
@@ -53,10 +53,12 @@ def inspect_extended(
     original_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[ModelInfo, RescalePair | None]:
-    """Inspect a model, and read its pair of factors; the arguments are :func:`load_extended`'s.
+    """Inspect an extended model before it is loaded, and read its pair of factors.
+
+    The arguments are those of :func:`load_extended`.
 
     Returns:
-        The facts, whose ``source`` is the checkpoint to load, and the pair if there is one.
+        The model's info, whose ``source`` is the checkpoint to load, and the pair if there is one.
 
     Raises:
         ValueError: no such model, or files that cannot be read.
@@ -80,7 +82,7 @@ def inspect_extended(
 
 
 def _warn_if_not_exported(run: Path, pair: RescalePair) -> None:
-    """Warn if the run found a short attention factor that its checkpoint cannot hold."""
+    """Warn on loading a run with a short attention factor that its checkpoint cannot hold."""
     if pair.short_attention_factor is not None:
         log.warning(
             "up to %s tokens the attention factor is %.4g, which only longrope applies; the "
@@ -99,10 +101,12 @@ def inspect_weights(
     original_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> ModelInfo:
-    """Inspect a model without its pair: of a run the trained checkpoint, unscaled unless kept.
+    """Inspect an extended model to load without its pair of factors.
+
+    For a run this is its exported checkpoint, unscaled unless ``existing_scaling`` is ``keep``.
 
     Returns:
-        The facts, whose ``source`` is the checkpoint to load.
+        The model's info, whose ``source`` is the checkpoint to load.
 
     Raises:
         ValueError: no such model, or files that cannot be read.
@@ -122,7 +126,7 @@ def inspect_weights(
 
 
 def _original_length(source: Path, pair: RescalePair) -> int:
-    """Return the tokens that a model handled before its extension, as far as its files tell."""
+    """Return the original length of an extended model to load, as far as its files tell."""
     if is_run(source):
         return pair.long.original_max_position_embeddings
     manifest = None

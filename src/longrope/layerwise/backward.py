@@ -1,10 +1,10 @@
-"""Gradient of a sequence's loss with respect to the rescale factors, layer by layer.
+"""Layer-by-layer backward pass: the gradient of a loss with respect to the rescale factors.
 
-The forward pass keeps each layer's input and attention output where hidden states are offloaded
-to. The backward pass takes the layers from last to first and recomputes each one chunk by
-chunk. Attention is differentiated separately, some heads at a time, so the device memory is
-about that of a forward pass. For a sequence of one chunk with a small graph, the graph is kept
-and nothing is recomputed. A sequence-parallel group shares all of the work.
+The forward pass stores each layer's input and attention output with the offloaded hidden states.
+The backward pass takes the layers from last to first and recomputes each one chunk by chunk.
+Attention is differentiated separately, some heads at a time, so the device memory is about that
+of a forward pass. For a sequence of one chunk with a small graph, the graph is kept and nothing
+is recomputed. A sequence-parallel group shares all of the work.
 """
 
 import contextlib
@@ -36,14 +36,17 @@ _LossOf = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class LossAndGrad(NamedTuple):
-    """A loss in nats per token and its gradient with respect to ln λ, shape (d/2,), float64."""
+    """Result of a layer-by-layer backward pass: a sequence's loss and its gradient.
+
+    ``loss`` is in nats per token; ``grad`` is with respect to ln λ, shape (d/2,), float64.
+    """
 
     loss: float
     grad: Tensor
 
 
 def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) -> LossAndGrad:
-    """Compute the mean loss of one sequence and its gradient with respect to ln λ.
+    """Compute a sequence's mean loss and its gradient with respect to ln λ, layer by layer.
 
     Args:
         forward: of a model inside ``rescaled(model, rescale, always=True)``.
@@ -84,7 +87,7 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
 
 
 def check_gradient_support(forward: LongForward, rescale: Rescale, tokens: int) -> None:
-    """Check on a few tokens that gradients are supported, before running long sequences.
+    """Check on a few tokens that a model supports the layer-by-layer backward pass.
 
     Args:
         forward: of the model to check.
@@ -108,7 +111,7 @@ def check_gradient_support(forward: LongForward, rescale: Rescale, tokens: int) 
 
 
 def _require_leaves(recordings: Sequence[Recording]) -> None:
-    """Check that the layers get the cosines unchanged, so that their gradients are complete."""
+    """Refuse the backward pass of a model that transforms rotary cosines before its layers."""
     for recording in recordings:
         for given, named in recording.arguments:
             for value in (*given, *named.values()):
@@ -121,12 +124,12 @@ def _require_leaves(recordings: Sequence[Recording]) -> None:
 
 
 def graph_bytes(layers: int, hidden_size: int, tokens: int) -> float:
-    """Estimate the bytes of the autograd graph: about 24 float32 hidden states per layer."""
+    """Estimate the bytes of the backward pass's graph: 24 float32 hidden states per layer."""
     return layers * hidden_size * tokens * 24 * 4.0
 
 
 def is_kept(layers: int, hidden_size: int, tokens: int, chunks: int) -> bool:
-    """Whether the graph of all layers is kept: one chunk only, and small enough."""
+    """Whether the backward pass keeps the graph of all layers: one chunk, and small enough."""
     return chunks == 1 and graph_bytes(layers, hidden_size, tokens) <= _MAX_GRAPH_BYTES
 
 
@@ -151,7 +154,7 @@ def _by_layers(
     chunks: Chunks,
     loss_of: _LossOf,
 ) -> float:
-    """Compute the loss and run the backward pass layer by layer."""
+    """Compute the loss and run the backward pass layer by layer, from last to first."""
     layers = []
     for index in range(len(forward.layers)):
         layers.append(LayerGradient(forward, index, recordings, chunks, hidden_BTD))
@@ -172,9 +175,9 @@ def _head(
     counted: int,
     hidden_BTD: Tensor,
 ) -> tuple[float, Tensor]:
-    """Compute this process's share of the loss, and its gradient at the last hidden states.
+    """Start the backward pass at the model's head: the loss, and its gradient at the head's input.
 
-    The loss is the mean over the last ``counted`` tokens of the sequence.
+    Returns this process's share of the mean loss over the last ``counted`` tokens.
     """
     grad_BTD, total = forward.empty(hidden_BTD.shape, hidden_BTD.dtype), 0.0
     for span, place in chunks.own(forward.head_rows):
@@ -197,7 +200,7 @@ def _head(
 
 @contextlib.contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Disable gradients of the weights; only those of the rescale factors are computed."""
+    """Disable gradients of the weights in the backward pass, which only needs the factors'."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)

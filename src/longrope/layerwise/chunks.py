@@ -50,12 +50,15 @@ class Chunks:
         return found
 
     def concurrent(self, number: int) -> list[slice]:
-        """Return the spans the group processes in round ``number``; none without a group."""
+        """Return the spans of the chunks that the group processes at the same time.
+
+        ``number`` is the round. Empty without a group.
+        """
         members = self.group.size
         return self.spans[number * members : (number + 1) * members] if members > 1 else []
 
     def gather(self, mine: Tensor, span: slice) -> Tensor:
-        """Gather a span of the sequence from the processes that hold it.
+        """Gather a span of the sequence from the chunks of all processes.
 
         Args:
             mine: this process's tokens, shape (batch, own tokens, ...).
@@ -75,7 +78,7 @@ class Chunks:
         return self.group.sum(held)  # each token is non-zero on one process only
 
     def to_heads(self, own: Sequence[Tensor]) -> Tensor:
-        """Exchange all heads of this process's tokens for its own heads of all tokens.
+        """Exchange all heads of this process's chunks for its own heads of the whole sequence.
 
         Args:
             own: for each process the heads it is to get, the same list on every process; shapes
@@ -98,7 +101,7 @@ class Chunks:
         return whole
 
     def to_tokens(self, whole: Tensor, heads: Sequence[int]) -> list[Tensor]:
-        """Exchange some heads of all tokens for all heads of this process's tokens.
+        """Exchange some heads of the whole sequence for all heads of this process's chunks.
 
         The inverse of :meth:`to_heads`.
 
@@ -119,6 +122,6 @@ class Chunks:
         return [part[:, :count, :own] for part, count in zip(found, heads, strict=True)]
 
     def _buffers(self, like: Tensor, heads: int) -> Tensor:
-        """Allocate one send buffer per process, as long as the longest process's tokens."""
+        """Allocate one send buffer per process, each with room for the chunks of any process."""
         longest = max(self._chunks_of(rank)[-1].place.stop for rank in range(self.group.size))
         return like.new_zeros((self.group.size, like.shape[0], heads, longest, *like.shape[3:]))

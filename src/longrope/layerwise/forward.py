@@ -42,17 +42,26 @@ _T = TypeVar("_T")
 
 
 def default_chunk_size(device_type: str) -> int:
-    """Default chunk size in tokens: 8,192 on a GPU, which fewer do not keep busy, else 2,048."""
+    """Return the default chunk size of a long forward pass: 8,192 tokens on a GPU, else 2,048.
+
+    Fewer tokens do not keep a GPU busy.
+    """
     return 8192 if device_type == "cuda" else 2048
 
 
 def head_rows(vocabulary: int, device_type: str) -> int:
-    """Number of logit rows computed at a time; on a GPU about 1 GB of float32."""
+    """Return how many rows of logits a long forward pass computes at a time.
+
+    On a GPU they take about 1 GB of float32.
+    """
     return max(1024, 2**28 // vocabulary) if device_type == "cuda" else 1024
 
 
 class Continuation(NamedTuple):
-    """Tokens to score at positions ``first`` onwards of row ``row``, present there or not."""
+    """A continuation that the long forward pass scores: ``tokens`` from ``first`` on in ``row``.
+
+    The row need not contain the tokens.
+    """
 
     row: int
     first: int
@@ -60,7 +69,7 @@ class Continuation(NamedTuple):
 
 
 class LongForward:
-    """Forward pass of a model over sequences of any length.
+    """Layer-by-layer forward pass of a model over sequences of any length.
 
     Args:
         model: a transformers causal language model in evaluation mode. The rescale in place when
@@ -101,7 +110,11 @@ class LongForward:
         self.group = group or SequenceParallelGroup()
 
     def batches(self, windows: np.ndarray) -> Iterator[Tensor]:
-        """Yield the losses of windows (windows, tokens); short windows run as one batch."""
+        """Yield token losses of windows by long forward passes; short windows run as one batch.
+
+        Args:
+            windows: token ids, shape (windows, tokens).
+        """
         ids = torch.from_numpy(windows.astype(np.int64))
         for batch in ids.split(max(1, BATCH_TOKENS // (ids.shape[1] - 1))):
             yield self.losses(batch)
@@ -112,7 +125,7 @@ class LongForward:
         return getattr(self.decoder, self._layers_name)
 
     def losses(self, input_ids: Tensor) -> Tensor:
-        """Compute the negative log-likelihood in nats of each token but the first.
+        """Run the long forward pass: the loss of each token but the first, in nats.
 
         Args:
             input_ids: shape (batch, tokens), unpadded, tokens ≥ 2.
@@ -135,7 +148,9 @@ class LongForward:
     def score(
         self, input_ids: Tensor, continuations: Sequence[Continuation]
     ) -> list[ContinuationScore]:
-        """Score continuations, each given the tokens before it in its row.
+        """Run the long forward pass, and score continuations of its rows.
+
+        Each is scored given the tokens before it in its row.
 
         Args:
             input_ids: shape (batch, tokens); may be padded on the right, as no token attends to
@@ -150,7 +165,7 @@ class LongForward:
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, DynamicCache]:
-        """Run a prompt, and return the last token's logits and the cache for decoding.
+        """Run the long forward pass over a prompt: last logits, and the cache for decoding.
 
         Args:
             input_ids: shape (batch, tokens).
@@ -168,7 +183,7 @@ class LongForward:
             return self.logits(ids_BT, hidden_BTD, last)[:, -1], cache.model_cache
 
     def within_memory(self, compute: Callable[[], _T]) -> _T:
-        """Call ``compute``, and retry with half the chunk size when a GPU runs out of memory."""
+        """Call ``compute``; retry with half the forward's chunk size if a GPU is out of memory."""
         while True:
             try:
                 return compute()
@@ -180,7 +195,7 @@ class LongForward:
             torch.cuda.empty_cache()
 
     def bytes_per_token(self) -> int:
-        """Estimate the growth of peak memory per token, in bytes.
+        """Estimate the bytes per token by which the long forward pass's peak memory grows.
 
         Counts hidden states, one layer's keys and values, cosines and sines (per kind of layer),
         token ids, positions and losses.
@@ -199,7 +214,6 @@ class LongForward:
 
     @torch.inference_mode()
     def _losses(self, ids_BT: Tensor) -> Tensor:
-        """Compute the losses of one batch; see :meth:`losses`."""
         inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
         chunks = self.chunks(inputs_BT.shape[1])
         with self.attention():
@@ -214,7 +228,6 @@ class LongForward:
     def _score(
         self, ids_BT: Tensor, continuations: Sequence[Continuation]
     ) -> list[ContinuationScore]:
-        """Score continuations of one batch; see :meth:`score`."""
         chunks = self.chunks(ids_BT.shape[1])
         with self.attention():
             hidden_BTD = self._hidden(ids_BT, chunks)
@@ -230,7 +243,7 @@ class LongForward:
     def _hidden(
         self, ids_BT: Tensor, chunks: Chunks, cache: LayerCache | None = None, keep: bool = False
     ) -> Tensor:
-        """Compute the last layer's output for this process's chunks.
+        """Run all layers, one after another, over this process's chunks; return the last output.
 
         ``keep`` stores the keys and values of every layer in the cache, not only the current one's.
         """
@@ -252,7 +265,7 @@ class LongForward:
     def embed(
         self, ids_BT: Tensor, own: list[Chunk], cache: LayerCache
     ) -> tuple[Tensor, list[Recording]]:
-        """Compute the first layer's input, and record every layer's other arguments by chunk."""
+        """Start the long forward pass: first layer's input, and all layers' recorded arguments."""
         hidden, recordings = None, []
         for span, place in own:
             recording = Recording(cache)
@@ -276,7 +289,7 @@ class LongForward:
         return hidden, recordings
 
     def logits(self, ids_BT: Tensor, hidden_BTD: Tensor, span: slice) -> Tensor:
-        """Apply the model's own head to a span of the last layer's output."""
+        """End the long forward pass: apply the model's own head to a span of the last output."""
         final = Injector(hidden_BTD.to(self.device))
         with self._exchanged([final, *[PassThrough() for _ in self.layers[1:]]]):
             return self.model(
@@ -288,12 +301,12 @@ class LongForward:
         return allocate(self.offload_activations, shape, dtype)
 
     def chunks(self, tokens: int) -> Chunks:
-        """Split a sequence into chunks, distributed over the group."""
+        """Split a sequence into chunks of the long forward's chunk size, for its group."""
         return Chunks(tokens, self.chunk_size, self.group)
 
     @contextlib.contextmanager
     def _exchanged(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
-        """Replace the model's layers by stand-ins."""
+        """Replace the long forward's layers by stand-ins within a ``with`` block."""
         layers = self.layers
         setattr(self.decoder, self._layers_name, nn.ModuleList(stand_ins))
         try:
@@ -302,11 +315,13 @@ class LongForward:
             setattr(self.decoder, self._layers_name, layers)
 
     def attention(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
-        """Use our attention in the model, which is causal without a mask."""
+        """Use longrope's attention in the long forward's decoder within a ``with`` block.
+
+        It is causal without a mask.
+        """
         return attention.attention_implementation(self.decoder.config, name or self.attention_name)
 
 
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:
-    """Return position ids of a span, shape (batch, tokens)."""
     positions = torch.arange(*span.indices(ids_BT.shape[1]), device=ids_BT.device)
     return positions[None].expand(ids_BT.shape[0], -1)

@@ -37,7 +37,10 @@ class LayerGradient:
         self.split = SplitAttention(chunks, forward.chunk_size, forward.device, forward.empty)
 
     def output(self) -> Tensor:
-        """Run the layer forward; the output has the shape of its input.
+        """Run the layer forward over the sequence, and keep what its backward pass needs.
+
+        Returns:
+            The output, in the shape of the input.
 
         Raises:
             ValueError: the layer's attention does not support gradients.
@@ -79,9 +82,9 @@ class LayerGradient:
             grads = {key: state.grad for key, state in before.items() if state.grad is not None}
 
     def backward(self, grad_BTD: Tensor) -> None:
-        """Replace the gradient of the output by that of the input, in place.
+        """Run the layer backward: replace the gradient of its output by that of its input.
 
-        The gradients of the rotary embeddings accumulate in their own tensors.
+        Works in place. Gradients of the rotary embeddings accumulate in their own tensors.
         """
         if not self.split.calls:
             self._through_states(grad_BTD)
@@ -104,11 +107,10 @@ class LayerGradient:
             grad_BTD[:, place] += hidden.grad.to(grad_BTD.device)
 
     def _input(self, place: slice) -> Tensor:
-        """Return a chunk of the layer's input on the device, as a leaf."""
+        """Return a chunk of the layer's input on the device, as a leaf of its backward pass."""
         return self.hidden_BTD[:, place].to(self.forward.device).detach()
 
     def _run(self, number: int, hidden: Tensor, cache: Any) -> Tensor:
-        """Run the layer on chunk ``number`` with another cache."""
         return run_layer(self.layer, hidden, self.arguments[number], self.recordings[number], cache)
 
 
@@ -119,7 +121,7 @@ def run_layer(
     recording: Recording,
     cache: Any,
 ) -> Tensor:
-    """Call a layer on a chunk with its recorded arguments, but another cache."""
+    """Run a layer on a chunk for its gradient, with its recorded arguments but another cache."""
     held, (given, named) = recording.cache, arguments
     given = [cache if value is held else value for value in given]
     named = {name: cache if value is held else value for name, value in named.items()}
@@ -128,7 +130,7 @@ def run_layer(
 
 
 class ChunkCache:
-    """Cache of one chunk for a layer that runs split from its attention, or has none.
+    """Cache for one chunk of a layer's backward pass: recurrent states, but no past keys.
 
     Args:
         start: position of the chunk's first token.
@@ -140,7 +142,7 @@ class ChunkCache:
         self.after: _States = {}
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Return the chunk's own keys and values, without storing them."""
+        """Return the chunk's own keys and values, which the backward pass does not store here."""
         return key, value
 
     def get_seq_length(self, *_: Any) -> int:
@@ -163,7 +165,7 @@ class ChunkCache:
         conv_kernel_size: int | None = None,
         **_: Any,
     ) -> Tensor:
-        """Append the chunk's columns to the state, and keep the last ones as the new state."""
+        """Append the chunk's columns to the layer's convolution state, and keep the last ones."""
         before = self.get_conv_state(layer, state_idx)
         size = conv_kernel_size or states.shape[-1]
         whole = states if before is None else torch.cat([before, states], dim=-1)

@@ -12,14 +12,17 @@ _LOGITS_AT_ONCE = 2**20
 
 
 class ContinuationScore(NamedTuple):
-    """The log-likelihood of a continuation in nats, and whether it has the least loss (greedy)."""
+    """Score of a continuation from its logits: log-likelihood in nats, and whether it is greedy.
+
+    It is greedy if every token is the one with the largest logit.
+    """
 
     log_likelihood: float
     greedy: bool
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Compute the negative log-likelihoods in nats, shape (B, T), in float32 or better."""
+    """Compute token losses in nats from logits, shape (B, T), in float32 or better."""
     exact = torch.promote_types(logits_BTV.dtype, torch.float32)
     parts = [
         F.cross_entropy(logits.to(exact), targets, reduction="none")
@@ -30,7 +33,7 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def loss_and_grad(logits_BTV: Tensor, targets_BT: Tensor, weight: float) -> tuple[float, Tensor]:
-    """Compute the summed loss in nats, and the gradient of ``weight`` times it.
+    """Compute the summed token loss in nats from logits, and ``weight`` times its gradient.
 
     The gradient at the logits is (softmax − 1 at the target) × weight. Autograd would keep float32
     copies of all logits and their softmax for it.
@@ -55,14 +58,17 @@ def loss_and_grad(logits_BTV: Tensor, targets_BT: Tensor, weight: float) -> tupl
 
 
 def score_continuation(logits_TV: Tensor, tokens: Sequence[int]) -> ContinuationScore:
-    """Score a continuation by the logits at the positions before its tokens, (T, V)."""
+    """Score a continuation from the logits at the positions before its tokens, (T, V)."""
     tokens_T = torch.tensor(tokens, device=logits_TV.device)
     loss = token_losses(logits_TV[None], tokens_T[None]).sum()
     return ContinuationScore(-loss.item(), bool((logits_TV.argmax(dim=-1) == tokens_T).all()))
 
 
 def _in_parts(logits_BTV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split rows into parts: on a CPU of at least one row per thread, elsewhere one part."""
+    """Split rows of logits into parts for token losses, so that they stay in a CPU's cache.
+
+    Each has at least one row per thread. On other devices all rows are one part.
+    """
     some = max(torch.get_num_threads(), _LOGITS_AT_ONCE // logits_BTV.shape[-1])
     if logits_BTV.device.type != "cpu":
         some = logits_BTV.shape[:2].numel()

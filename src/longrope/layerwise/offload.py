@@ -17,7 +17,7 @@ from longrope.layerwise.decoder import find_layers
 
 
 def offload(model: Any, device: torch.device) -> "Stream":
-    """Move a model to a device, except its layers, whose weights are copied when called.
+    """Move a model to a device, but offload its layers: weights are copied when called.
 
     Correct for any forward pass, and fast for a layer-by-layer one. The weights must not be
     trained.
@@ -33,13 +33,13 @@ def offload(model: Any, device: torch.device) -> "Stream":
 
 
 class _Place(NamedTuple):
-    """Where a layer keeps one of its tensors."""
+    """Location of one of a layer's weights: a module, and the name of a parameter or buffer."""
 
     module: nn.Module
     name: str
 
     def put(self, tensor: Tensor) -> None:
-        """Replace the tensor, keeping parameters as they are registered."""
+        """Point a layer's parameter or buffer to another copy of its weights."""
         if self.name in self.module._parameters:
             self.module._parameters[self.name].data = tensor  # type: ignore[union-attr]
         else:
@@ -47,7 +47,7 @@ class _Place(NamedTuple):
 
 
 class Stream:
-    """Stream of layer weights: the current layer's on the device, the next one's in transfer."""
+    """Stream of offloaded weights: the current layer's on the device, the next in transfer."""
 
     def __init__(self, layers: list[nn.Module], device: torch.device):
         self.device = device
@@ -61,7 +61,7 @@ class Stream:
             layer.register_forward_pre_hook(functools.partial(self._enter, index))
 
     def _enter(self, index: int, *_: Any) -> None:
-        """Put the weights of the layer about to run on the device, and start copying the next."""
+        """Forward pre-hook: put a layer's weights on the device, and start copying the next's."""
         if index == self._here:
             return
         step = -1 if self._here is not None and index == self._here - 1 else 1
@@ -77,7 +77,7 @@ class Stream:
             self._coming = following, self._porter.submit(self._fetch, following, left)
 
     def _arrived(self, index: int, left: Any) -> list[Tensor]:
-        """Return a layer's copied weights, waiting for the transfer if needed."""
+        """Return a layer's weights on the device, waiting for their transfer if needed."""
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] == index:
             arrived = coming[1].result()
@@ -92,7 +92,10 @@ class Stream:
         return arrived
 
     def _fetch(self, index: int, left: Any = None) -> list[Tensor]:
-        """Copy a layer's tensors to the device after event ``left``; complete on return."""
+        """Copy a layer's weights from the host to the device, after the event ``left``.
+
+        The copy is complete on return.
+        """
         if left is not None:
             left.synchronize()
         with torch.cuda.stream(self._side):
@@ -102,7 +105,7 @@ class Stream:
         return arrived
 
     def _put(self, index: int | None, tensors: list[Tensor] | None) -> None:
-        """Assign a layer's tensors; None restores the host's."""
+        """Assign a layer's weights; None restores those on the host."""
         if index is None:
             return
         held = self.host[index]
@@ -111,7 +114,7 @@ class Stream:
 
 
 def _tensors(layer: nn.Module) -> dict[_Place, Tensor]:
-    """Return a layer's tensors by where they are kept."""
+    """Map the location of each of a layer's weights to its tensor on the host."""
     found = {}
     for module in layer.modules():
         for kept in (module._parameters, module._buffers):

@@ -84,7 +84,7 @@ class SplitAttention:
     def backward_after_attention(
         self, place: slice, run: Callable[[], Tensor], output_grad: Tensor
     ) -> None:
-        """Compute the gradient of a chunk's attention output from the layer's output.
+        """Run the layer backward on a chunk, from its output to its attention's output.
 
         Args:
             place: of the chunk among this process's tokens.
@@ -109,7 +109,10 @@ class SplitAttention:
         self.output_grad[:, :, place] = leaf.grad
 
     def backward_attention(self) -> None:
-        """Replace queries, keys and values by their gradients."""
+        """Differentiate the layer's attention over the whole sequence, some heads at a time.
+
+        Replaces queries, keys and values by their gradients.
+        """
         query, key, _ = self.inputs
         heads, groups = query.shape[1], query.shape[1] // key.shape[1]
         members = self.chunks.group.size
@@ -126,7 +129,7 @@ class SplitAttention:
         del self.output, self.lse, self.output_grad
 
     def _backward(self, shares: list[slice], groups: int, most: int) -> None:
-        """Differentiate some key heads per process, with their query heads in parts."""
+        """Differentiate the attention of some key heads per process, their query heads in parts."""
 
         def mine(tensor: Tensor, heads: list[slice]) -> Tensor:
             return self.chunks.to_heads([tensor[:, some].to(self.device) for some in heads])
@@ -162,7 +165,7 @@ class SplitAttention:
             put(tensor, shares, total.to(tensor.dtype))
 
     def backward_before_attention(self, place: slice, run: Callable[[], Tensor]) -> None:
-        """Continue the backward pass from a chunk's queries, keys and values to its input."""
+        """Run the layer backward on a chunk, from its queries, keys and values to its input."""
 
         def attention(*given: Any) -> Tensor:
             raise _AttentionReached(given[:3])
@@ -178,29 +181,35 @@ class SplitAttention:
         torch.autograd.backward(inputs, input_grads)
 
     def _whole(self, part: Tensor) -> Tensor:
-        """Allocate storage for all of this process's tokens, like a chunk (B, H, C, …)."""
+        """Allocate an attention tensor for all of this process's tokens, like one chunk's.
+
+        Shape (B, H, own tokens, …).
+        """
         own = self.chunks.own()[-1].place.stop
         return self.empty((*part.shape[:2], own, *part.shape[3:]), part.dtype)
 
 
 class _AttentionReached(Exception):
-    """Stops a layer at its attention, with the attention's inputs.
+    """Exception that stops a layer at its attention, and holds the attention's inputs.
 
     A layer cannot be asked to stop midway, and running it to its end would double the cost.
     """
 
 
 def heads_at_once(heads: int, head_dim: int, tokens: int, chunk: int, size: int) -> int:
-    """Number of heads to differentiate at a time; ``size`` is the bytes of a number."""
+    """Return how many heads split attention differentiates at a time.
+
+    ``size`` is the bytes of a number.
+    """
     return max(1, min(heads, int(_BYTES_PER_TOKEN * chunk / _head_bytes(head_dim, tokens, size))))
 
 
 def backward_bytes(
     heads: int, head_dim: int, tokens: int, chunk: int, size: int, here: bool
 ) -> float:
-    """Estimate the device memory of attention's backward pass, in bytes.
+    """Estimate the device memory of split attention's backward pass, in bytes.
 
-    ``here``: the sequence's tensors are stored on the computing device, and counted elsewhere.
+    ``here``: the sequence's tensors are stored on the computing device; they are not counted.
     """
     there = 5 * size * tokens * head_dim if here else 0
     one = _head_bytes(head_dim, tokens, size) - there
@@ -208,5 +217,8 @@ def backward_bytes(
 
 
 def _head_bytes(head_dim: int, tokens: int, size: int) -> float:
-    """Bytes of one head: query, key, value, output, their gradients, and three float32 sums."""
+    """Return the bytes that one head takes in split attention's backward pass.
+
+    Query, key, value, output, their gradients, and three float32 sums.
+    """
     return float(tokens * head_dim * (8 * size + 3 * 4))

@@ -20,12 +20,12 @@ _STATE_METHODS = {
 
 
 class LayerCache:
-    """Keys and values of the current layer for the whole sequence, allocated once.
+    """Stand-in for a model's cache: keys and values of the current layer only.
 
-    Passed to the model as its cache. Each layer writes its current chunk and reads everything up
-    to the chunk's end. In a sequence-parallel group each process writes the chunks of all
-    processes, in rank order. Layers with a recurrent state keep it in
-    :attr:`model_cache`, the model's own cache; keys and values are stored there on request.
+    Holds those of the whole sequence, in memory that is allocated once. Each layer writes its
+    current chunk and reads everything up to the chunk's end. In a sequence-parallel group each
+    process writes the chunks of all processes, in rank order. Layers with a recurrent state keep it
+    in :attr:`model_cache`, the model's own cache; keys and values are stored there on request.
 
     Args:
         tokens: length of the sequence.
@@ -46,7 +46,7 @@ class LayerCache:
     def update(
         self, key: Tensor, value: Tensor, layer: int | None = None, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a chunk's keys and values (B, K, C, D); return all up to the chunk's end."""
+        """Store a chunk's keys and values (B, K, C, D) in the cache; return all up to its end."""
         end = self._start + key.shape[2]
         shapes = tuple((*t.shape[:2], self.tokens, t.shape[3]) for t in (key, value))
         modes = getattr(self.config, "kv_sharing_modes", None) or ()
@@ -69,7 +69,10 @@ class LayerCache:
 
     @functools.cached_property
     def model_cache(self) -> DynamicCache:
-        """The model's own cache if it has recurrent states, else a plain, croppable one."""
+        """The model's own cache, beside the stand-in, or a plain one if it has no recurrent states.
+
+        A plain one can be cropped.
+        """
         try:
             own = DynamicCache(config=self.config)
         except Exception:  # transformers' cache does not support this config
@@ -78,11 +81,11 @@ class LayerCache:
         return own if stateful else DynamicCache()
 
     def begin_layer(self) -> None:
-        """Start the next layer."""
+        """Prepare the stand-in cache for the next layer."""
         self._latest, self.stateful = None, False
 
     def begin_chunk(self, start: int, concurrent: Sequence[slice]) -> None:
-        """Start the next chunk of the current layer.
+        """Prepare the stand-in cache for the next chunk of the current layer.
 
         Args:
             start: position of its first token.
@@ -92,7 +95,7 @@ class LayerCache:
 
     @property
     def has_keys(self) -> bool:
-        """Whether the current layer has stored keys."""
+        """Whether the current layer has stored keys in the stand-in cache."""
         return self._latest is not None
 
     def keep_layer(self, layer: int) -> None:
@@ -102,7 +105,7 @@ class LayerCache:
             self.model_cache.update(keys.clone(), values.clone(), layer)
 
     def __getattr__(self, name: str) -> Any:
-        """Return the model cache's methods for recurrent states.
+        """Return a method for recurrent states from :attr:`model_cache`.
 
         Raises:
             ValueError: processes share the sequence, which recurrent states do not allow.
@@ -118,7 +121,7 @@ class LayerCache:
         return getattr(self.model_cache, name)
 
     def release(self) -> None:
-        """Free the memory."""
+        """Free the stand-in cache's memory for keys and values."""
         self._buffers.clear()
         self.begin_layer()
 

@@ -27,7 +27,7 @@ _DESCRIPTORS = "/proc/self/fd"
 
 
 def is_directory(name: str) -> bool:
-    """Whether ``offload_activations`` names a directory rather than a device."""
+    """Whether activations are offloaded to a directory rather than a device of this name."""
     try:
         torch.device(name)
     except RuntimeError:
@@ -77,7 +77,7 @@ def allocate(where: torch.device | Path, shape: Sequence[int], dtype: torch.dtyp
 
 
 def _new_file(directory: Path) -> tuple[int, str]:
-    """Create a file to map; return its descriptor and a path to open it by.
+    """Create an offload file to map; return its descriptor and a path to open it by.
 
     On Linux the file never has a name, so a kill at any point leaves nothing behind. Where that
     is not supported the path is a name, which the caller deletes once the file is mapped.
@@ -91,13 +91,13 @@ def _new_file(directory: Path) -> tuple[int, str]:
 
 @functools.cache
 def warn_if_in_memory(folder: Path) -> None:
-    """Warn once if the storage directory for hidden states is itself in memory."""
+    """Warn once if the offload directory for hidden states is itself in memory."""
     if in_memory(folder):
         log.warning("offload_activations %s: its files are kept in memory, not on a disk", folder)
 
 
 def in_memory(folder: Path) -> bool:
-    """Whether a directory's files are kept in memory (tmpfs), as in /dev/shm."""
+    """Whether an offload directory's files are kept in memory (tmpfs), as in /dev/shm."""
     device = os.stat(folder).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -109,7 +109,7 @@ def in_memory(folder: Path) -> bool:
 
 
 def free_on_disk(offload_activations: str | None) -> int | None:
-    """Free bytes per local process in an offload directory; None for devices."""
+    """Return the free bytes per local process in an offload directory; None for devices."""
     if offload_activations is None or not is_directory(offload_activations):
         return None
     folder = Path(offload_activations).expanduser()

@@ -71,7 +71,9 @@ def incompatibility(model: Any, base: Rescale) -> str | None:
 
 @torch.inference_mode()
 def effective_window(model: Any, base: Rescale) -> int | None:
-    """Return the sliding window in tokens that limits every layer with RoPE, or None.
+    """Test whether a sliding window limits every layer with RoPE of a loaded model.
+
+    Returns the window in tokens, or None.
 
     No rescale helps such a model beyond its window: every layer of Mistral 7B v0.1 has one, and
     Cohere 2's full-attention layers have no RoPE. Tested with windows of one token, where RoPE
@@ -107,7 +109,7 @@ def _median_off(found: Tensor, expected: Tensor) -> float:
 
 
 def _windows_seen(model: Any, ids: Tensor) -> set[int | None]:
-    """Return the sliding windows that the layers pass to their attention."""
+    """Observe the sliding windows that a loaded model's layers pass to their attention."""
     seen: set[int | None] = set()
 
     def noting(*args: Any, sliding_window: int | None = None, **options: Any) -> Any:
@@ -120,7 +122,7 @@ def _windows_seen(model: Any, ids: Tensor) -> set[int | None]:
 
 
 def warn_if_out_of_reach(model: Any, info: ModelInfo, target: int) -> None:
-    """Warn if the target is beyond the model's :func:`effective_window`."""
+    """Warn if the target is beyond the :func:`effective_window` of a loaded model."""
     window = effective_window(model, info.rescale("none", target))
     if window is not None and window < target:
         log.warning(

@@ -9,7 +9,7 @@ from longrope.layerwise.storage import is_directory, warn_if_in_memory
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return a device by name; without a name a GPU if there is one.
+    """Find a device by name; without a name, a GPU if there is one.
 
     Raises:
         ValueError: no such device on this machine.
@@ -20,7 +20,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def find_offload_target(name: str) -> torch.device | Path:
-    """Return the device or writable directory that hidden states are offloaded to.
+    """Find the device or writable directory to offload hidden states to.
 
     Raises:
         ValueError: it is neither.

@@ -88,12 +88,12 @@ class ModelInfo:
 
     @property
     def name(self) -> str:
-        """Name for publication: a hub id, or the last part of a local path."""
+        """The inspected model's name for publication: a hub id, or the end of a local path."""
         path = Path(self.source)
         return path.name if path.exists() else self.source
 
     def require_extendable(self) -> None:
-        """Refuse a model that cannot be extended.
+        """Refuse an inspected model that cannot be extended.
 
         Raises:
             ValueError: names the model and the reason.
@@ -104,7 +104,7 @@ class ModelInfo:
             )
 
     def check_representable(self, existing: ScalingChoice | None, boundary: int) -> None:
-        """Refuse an extension that a checkpoint's config cannot express.
+        """Refuse an extension of the inspected model that no checkpoint's config can express.
 
         Args:
             existing: whether existing scaling was kept or replaced.
@@ -128,7 +128,7 @@ class ModelInfo:
             )
 
     def rescale(self, method: str, target: int, length: int | None = None) -> Rescale:
-        """Return the factors of a known method for this model, on top of scaling that is kept.
+        """Return a known method's factors for the inspected model, on top of kept scaling.
 
         Args:
             method: such as ``"yarn"``; ``"none"`` is no extension.
@@ -154,7 +154,7 @@ class ModelInfo:
         )
 
     def forward_flops(self, length: int) -> tuple[float, float]:
-        """Return the FLOPs of one forward pass: of products with weights, and of attention.
+        """Return the inspected model's FLOPs per forward pass: products with weights, attention.
 
         Each token costs two per weight (the embedding table only if it is the head too).
         Attention costs 4 · heads · head_dim per layer and visible pair of tokens. Recurrent
@@ -260,7 +260,7 @@ def _with_original_length(
     existing: ScalingChoice | None,
     original_length: int | None,
 ) -> ModelInfo:
-    """Add the original length, and the scaling that an extension starts from."""
+    """Add the original length, and the scaling an extension starts from, to a model's info."""
     text, read_from = config.get_text_config(), "max_position_embeddings"
     original = getattr(text, read_from, None)
     if not is_in_config_file(info.source, text, read_from):

@@ -39,7 +39,7 @@ class LoadedModel:
     group: SequenceParallelGroup = dataclasses.field(default_factory=SequenceParallelGroup)
 
     def forward(self) -> LongForward:
-        """Return the layer-by-layer forward pass of this model.
+        """Return the layer-by-layer forward pass of the loaded model.
 
         Raises:
             ValueError: no device or directory to offload hidden states to.

@@ -1,4 +1,4 @@
-"""Build a model without weights from its config, and find its rotary embedding."""
+"""Build a model without weights, on the meta device, and find its rotary embedding."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ RESCALABLE = ("default", "proportional", "linear", "dynamic", "yarn", "llama3", 
 
 
 def unscaled(config: Any, layer_type: str | None) -> Any:
-    """Copy a config without its RoPE scaling.
+    """Copy a model's config without its RoPE scaling, to build the unscaled model.
 
     Args:
         layer_type: whose RoPE parameters to change, where the config has a set per layer type.

@@ -21,7 +21,7 @@ def active_parameters(model: nn.Module, config: Any) -> int:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Return whether the embeddings are the output head too, by the config of the whole model."""
+    """Return whether embeddings and output head share parameters, by the whole model's config."""
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
@@ -37,6 +37,9 @@ def text_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _first(config: Any, *names: str) -> int | None:
-    """Return the first field that is a positive number; some families have a list per layer."""
+    """Return a config's first field that is a positive number, to count parameters of experts.
+
+    Some families have a list per layer, which is skipped.
+    """
     found = (getattr(config, name, None) for name in names)
     return next((value for value in found if type(value) is int and value > 0), None)

@@ -16,7 +16,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
-    """Call ``auto.from_pretrained`` for any kind of source.
+    """Call ``auto.from_pretrained`` for any source: a directory, hub id, GGUF file or bundled.
 
     Raises:
         ValueError: no such model, or it cannot be read; one line. A model with missing tensors
@@ -68,7 +68,7 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
 
 
 def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
-    """Refuse a directory that is no checkpoint of safetensors; the error says what it is."""
+    """Refuse a model source that is no safetensors checkpoint; the error says what it is."""
     if not (path / "config.json").exists():
         if (path / "adapter_config.json").exists():
             raise ValueError(
@@ -85,7 +85,7 @@ def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
 
 
 def is_in_config_file(source: str, config: Any, key: str) -> bool:
-    """Return whether the config file holds a key, rather than transformers' default."""
+    """Return whether a model source's config file sets a key; else transformers' default holds."""
     path = _local_path(source)
     if path.is_file():  # GGUF
         return True
@@ -104,7 +104,7 @@ def _local_path(source: str) -> Path:
 
 
 def local_copy(source: str) -> Path:
-    """Return the directory or GGUF file of a model; a hub id is downloaded first.
+    """Return the directory or GGUF file of a model source; a hub id is downloaded first.
 
     Raises:
         ValueError: no such model.
@@ -124,7 +124,7 @@ def local_copy(source: str) -> Path:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """List the safetensors files that transformers loads from a directory.
+    """List the safetensors files that transformers loads from a model's source directory.
 
     Raises:
         ValueError: there are none, or one that the index names is missing.
@@ -143,7 +143,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def refuse_scaled_gguf(source: str) -> None:
-    """Refuse a GGUF file with RoPE scaling, which transformers would drop silently.
+    """Refuse a GGUF source with RoPE scaling, which transformers drops silently on reading.
 
     Raises:
         ValueError: the file is scaled, or is no GGUF file.

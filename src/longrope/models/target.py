@@ -6,7 +6,7 @@ from longrope.units import parse_length
 
 
 def starting_point(info: ModelInfo, target: int, attention_factor: float | None) -> Rescale:
-    """Return the rescale that every candidate of a first search multiplies.
+    """Return the starting rescale for a target, which all candidates of a first search multiply.
 
     Args:
         target: length in tokens.
@@ -21,7 +21,7 @@ def starting_point(info: ModelInfo, target: int, attention_factor: float | None)
 
 
 def parse_extension(text: str, info: ModelInfo) -> int:
-    """Return the target length of an extension in tokens.
+    """Parse the target length of a model's extension, in tokens.
 
     Args:
         text: such as ``131072``, ``128k`` or ``8x``.

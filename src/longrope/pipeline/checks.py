@@ -24,7 +24,7 @@ from longrope.train.trainer import require_lora
 
 
 def preflight(run: Run) -> None:
-    """Refuse an extension that would fail later.
+    """Check before an extension starts that no stage of it will fail later.
 
     Raises:
         ValueError: too little memory or text, a missing device, or stages out of order. Names the
@@ -60,7 +60,7 @@ def check_search(
     execution: ExecutionConfig,
     ranks: Ranks,
 ) -> None:
-    """Refuse a search that does not fit, before any weights are read.
+    """Check that a search has its device and enough memory, before any weights are read.
 
     Raises:
         ValueError: a missing device or too little memory; names the option that helps.
@@ -77,7 +77,10 @@ def check_search(
 def check_measuring(
     info: ModelInfo, longest: int, execution: ExecutionConfig, ranks: Ranks
 ) -> None:
-    """Refuse an evaluation at up to ``longest`` tokens that does not fit, before weights are read.
+    """Check that an evaluation has its device and enough memory, before any weights are read.
+
+    Args:
+        longest: largest length to evaluate at, in tokens.
 
     Raises:
         ValueError: a missing device or too little memory; names the option that helps.
@@ -95,7 +98,7 @@ def check_measuring(
 
 
 def _device(execution: ExecutionConfig) -> torch.device:
-    """Return the device to compute on, after checking that it and the offload target exist."""
+    """Check that the device and the offload target exist, and return the device."""
     device = find_device(local_device(execution.device))
     if execution.offload_activations:
         find_offload_target(execution.offload_activations)
@@ -103,7 +106,7 @@ def _device(execution: ExecutionConfig) -> torch.device:
 
 
 def check_settings(run: Run, stages: Sequence[Stage]) -> None:
-    """Refuse settings that these processes cannot carry out.
+    """Check the recipe's settings against the model and these processes, before a run starts.
 
     Raises:
         ValueError: names the recipe's key, its value and the remedy.
@@ -129,7 +132,9 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def check_text(run: Run, stages: Sequence[Stage]) -> Splits:
-    """Split the documents; refuse too little text, or lengths too short for passkey prompts.
+    """Check that a run has enough text, and lengths that hold its passkey prompts.
+
+    Returns the documents, split.
 
     Raises:
         ValueError: says how many tokens there are and how many are needed.
@@ -142,7 +147,10 @@ def check_text(run: Run, stages: Sequence[Stage]) -> Splits:
 
 
 def _asks(recipe: Recipe, stage: Stage) -> str:
-    """Return the recipe key that asks for passkey prompts in a stage, or an empty string."""
+    """Return the recipe key to name if a stage's passkey prompts do not fit.
+
+    Empty if the stage has no passkey prompts.
+    """
     if stage.kind == "finetune" and recipe.finetune.passkey_share:
         shorter = stage.name == "final-finetune" and recipe.finetune.final.length
         return "finetune.passkey_share" + " (with finetune.final.length)" * bool(shorter)

@@ -20,7 +20,7 @@ _OFFLOAD = "execution.offload_activations"
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a plan and its cost.
+    """Cost of one stage of a plan.
 
     Args:
         name: of the stage and its directory.
@@ -56,7 +56,7 @@ class Stage:
 
 
 class Costs:
-    """FLOPs and memory of a model's forward passes and training steps under a recipe."""
+    """Costs of a recipe's stages: FLOPs and memory of forward passes and training steps."""
 
     def __init__(self, info: ModelInfo, recipe: Recipe, on_cpu: bool, group_size: int = 1):
         self.info, self.recipe, self.on_cpu = info, recipe, on_cpu
@@ -73,7 +73,7 @@ class Costs:
         self.weights = info.parameters * self.size
 
     def search(self, name: str, length: int) -> Stage:
-        """Return the cost of a search stage at a length.
+        """Return the cost of a search stage at a length, in FLOPs and memory.
 
         Raises:
             ValueError: a gradient search in float16, whose range is too small for gradients.
@@ -98,7 +98,7 @@ class Costs:
         return stage
 
     def training(self, name: str, steps: int, length: int) -> Stage:
-        """Return the cost of training on long sequences, short windows and a teacher's forwards."""
+        """Return the cost of a fine-tuning stage: long sequences, short windows and a teacher."""
         tuning = self.recipe.finetune
         sequences = steps * tuning.batch
         # One forward, a backward of twice its FLOPs, and a second forward under checkpointing.
@@ -129,12 +129,12 @@ class Costs:
         )
 
     def choice(self, recovery: Stage) -> Stage:
-        """Return the cost of choosing between two short-context rescales."""
+        """Return the cost of the stage that chooses between short-context rescales."""
         forwards = 6 * self.recipe.recovery.config.windows
         return self.forwards("recovery", "choose", recovery.length, forwards)
 
     def evaluation(self, lengths: Sequence[int], trained: int) -> Stage:
-        """Return the cost of perplexity and retrieval at every length; benchmarks not included.
+        """Return the cost of the evaluation stage: perplexity and retrieval, without benchmarks.
 
         Recovery lengths are also measured without recovery and with the unscaled model.
         ``lengths`` ascend from the original length to the target.
@@ -178,14 +178,14 @@ class Costs:
         )
 
     def _places(self, work: float, offloadable: float) -> dict[str, int]:
-        """Split bytes over device, host and disk, as the recipe offloads them."""
+        """Divide a stage's memory cost over device, host and disk, as the recipe offloads."""
         here = 0 if self.on_host or self.on_disk else offloadable
         host = offloadable if self.on_host else 0
         disk = offloadable if self.on_disk else 0
         return {"memory": int(work + here), "host": int(host), "disk": int(disk)}
 
     def _forward_memory(self, length: int) -> int:
-        """Return the peak bytes of a long forward, hidden states not included.
+        """Return the memory cost of a long forward pass: peak bytes without hidden states.
 
         Weights, then the larger of one layer's work with its keys and values, and the logits.
         """
@@ -202,11 +202,10 @@ class Costs:
 
     @property
     def _angles(self) -> int:
-        """Numbers in the cosines and sines of one token."""
-        return 2 * self.info.head_dim
+        return 2 * self.info.head_dim  # numbers in the cosines and sines of one token
 
     def _held(self) -> int:
-        """Return the bytes of weights on the device at a time.
+        """Return the memory cost of the weights: bytes on the device at a time.
 
         All of them, or with offloading two layers and everything outside the layers. On a CPU,
         weights of a converted dtype are all in memory: only the original files are mapped.
@@ -219,7 +218,7 @@ class Costs:
         return outside + 2 * (self.weights - outside) // info.layers
 
     def _gradient_memory(self, length: int) -> tuple[float, float]:
-        """Return the bytes of a long gradient: those in use, and those that can be offloaded.
+        """Return the memory cost of a long gradient: bytes in use, and bytes to offload.
 
         In use: weights, angles and their gradients, and the largest of a forward, one chunk's
         graph, and attention's backward pass over some heads. Kept for the backward pass: every
@@ -245,11 +244,11 @@ class Costs:
 
     @property
     def _master(self) -> int:
-        """Bytes of one weight during training."""
+        """Memory cost of one weight during training, in bytes."""
         return 2 if self.recipe.finetune.precision == "pure-bf16" else 4
 
     def _training_memory(self, length: int, tokens: int, taught: bool) -> int:
-        """Return the peak bytes of a training step.
+        """Return the memory cost of a training step: its peak bytes.
 
         Weights, gradients, Adam's two moments, and the activations kept for the backward pass:
         with gradient checkpointing one hidden state per layer and token, and one whole layer.
@@ -274,7 +273,7 @@ class Costs:
         return int(states + tuning.micro_batch * work + head)
 
     def _scores(self, length: int) -> int:
-        """Return the scores per head held at once where training has no fused kernel."""
+        """Return the scores per head that cost memory where training has no fused kernel."""
         info = self.info
         window = None if info.explicit_scores else info.sliding_window
         if not info.explicit_scores and (window is None or window >= length):
@@ -283,5 +282,5 @@ class Costs:
 
 
 def _head(info: ModelInfo, rows: int) -> int:
-    """Return the bytes of ``rows`` float32 logits and their softmax or gradient."""
+    """Return the memory cost of ``rows`` float32 logits and their softmax or gradient."""
     return 2 * rows * info.vocabulary * 4

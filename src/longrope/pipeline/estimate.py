@@ -28,7 +28,7 @@ _OVERHEAD = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """FLOPs per second of products with weights and of causal attention."""
+    """Speeds for time estimates, in FLOPs per second: products with weights, causal attention."""
 
     linear: float
     attention: float
@@ -38,7 +38,7 @@ class Rates:
 
 
 def calibrate(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure the FLOPs per second of a device, to estimate times."""
+    """Measure the FLOPs per second of a device, to estimate the time of each stage."""
     # A GPU needs large products to be busy; on a CPU those can take minutes in bfloat16.
     most, rows = (4096, 2048) if device.type == "cuda" else (1024, 256)
     width = min(info.hidden_size, most)
@@ -69,7 +69,7 @@ def _rate(work, flops: float, device: torch.device) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Free bytes for a model.
+    """Free memory that estimates are compared with, in bytes.
 
     Args:
         each: on one device. On a CPU, this process's share of the host's memory.
@@ -84,14 +84,14 @@ class Memory:
     disk: int | None = None
 
     def of(self, stage: Stage) -> int:
-        """Return the bytes a stage can use: of one device, or of all in FSDP training."""
+        """Return the free bytes that a stage can use: of one device, or of all in FSDP training."""
         if stage.kind != "finetune":
             return self.each
         return self.each * self.devices - stage.replicated * (self.devices - 1)
 
 
 def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False) -> None:
-    """Refuse stages that do not fit into memory.
+    """Refuse stages whose estimated memory exceeds the free memory.
 
     Args:
         options: spell the remedies as command-line options instead of recipe keys.
@@ -144,7 +144,7 @@ def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False)
 
 
 def _as_option(remedy: str) -> str:
-    """Write a recipe key and its value as an option of the command line."""
+    """Write a remedy for too little memory, a recipe key, as an option of the command line."""
     key, value = remedy.rpartition(".")[2].split()
     return f"--{key.replace('_', '-')}" + (f" {value}" if value != "true" else "")
 
@@ -152,7 +152,7 @@ def _as_option(remedy: str) -> str:
 def available(
     device: torch.device, processes: int = 1, offload_activations: str | None = None
 ) -> Memory:
-    """Return the free memory of this process's device, host and offload directory."""
+    """Measure the free memory of this process's device, host and offload directory."""
     host = psutil.virtual_memory().available // local_processes()
     disk = free_on_disk(offload_activations)
     if device.type != "cuda":
@@ -162,7 +162,7 @@ def available(
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A plan with the time of each stage on this machine, and the memory available."""
+    """Estimate of a plan: the time of each stage on this machine, and the memory available."""
 
     plan: ContextPlan
     rates: Rates
@@ -176,7 +176,7 @@ class Estimate:
         return rates.seconds(stage)
 
     def table(self) -> Table:
-        """Return the table that ``extend --dry-run`` prints."""
+        """Return the estimate as the table that ``extend --dry-run`` prints."""
         elsewhere = any(stage.host or stage.disk for stage in self.plan.stages)
         heads = ["stage", "length", "tokens", "FLOPs", "memory"]
         heads += ["offloaded"] if elsewhere else []
@@ -210,7 +210,7 @@ class Estimate:
         }
 
     def check(self) -> None:
-        """Refuse a plan that does not fit into the memory."""
+        """Refuse the estimated plan if it does not fit into the memory."""
         check_memory(self.plan.stages, self.memory)
 
 
@@ -221,7 +221,7 @@ def dry_run(
     memory_given: str | None = None,
     ranks: Ranks | None = None,
 ) -> Estimate:
-    """Measure this machine and estimate the cost of a plan.
+    """Measure this machine and estimate the time and memory of a plan.
 
     Args:
         memory_given: GPUs to plan for instead of this machine, in gigabytes: ``80`` or ``8x80``.

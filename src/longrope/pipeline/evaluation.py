@@ -32,7 +32,7 @@ _EXTENDED = (RESULT, WITHOUT)
 
 
 def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
-    """Run the measurements that are missing, and write ``results.json``."""
+    """Run the evaluation stage: the measurements that are missing, then ``results.json``."""
     ranks, directory = run.ranks, run.directory(stage.name)
     file = directory / "cells.jsonl"
     results = JsonlStore(file, rank=ranks.rank)
@@ -66,7 +66,7 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def benchmark_config(run: Run) -> BenchmarkConfig:
-    """Return the recipe's benchmarks; RULER runs at every evaluation length that holds it."""
+    """Return the benchmarks of the evaluation stage; RULER runs at every length that holds it."""
     config = run.recipe.evaluate.benchmarks
     if config.ruler_lengths:
         return config
@@ -76,10 +76,11 @@ def benchmark_config(run: Run) -> BenchmarkConfig:
 
 
 def _wanted(run: Run) -> Iterator[Cell]:
-    """Yield every measurement: the original model's first, so that each model is loaded once.
+    """Yield every measurement of the evaluation stage.
 
-    Retrieval skips lengths that do not hold the question. The unscaled model is always measured
-    at the lengths where recovery is judged against it.
+    Those of the original model are first, so that each model is loaded once. Retrieval skips
+    lengths that do not hold the question. The unscaled model is always measured at the lengths
+    where recovery is judged against it.
     """
     recipe, plan = run.recipe, run.plan
     section, trained = recipe.evaluate, plan.trained or plan.target
@@ -135,7 +136,7 @@ def _wanted(run: Run) -> Iterator[Cell]:
 
 
 def _identity(run: Run, extended: bool) -> str:
-    """Return a hash that identifies a model of the run without loading its weights."""
+    """Return a hash that identifies the model to evaluate, without loading its weights."""
     if not run.ranks.first:
         return run.ranks.broadcast(None)
     recipe = run.recipe
@@ -160,7 +161,7 @@ def _choose(run: Run, method: str) -> Callable[[int], Rescale]:
 
 
 def _result(kind: str, found: Any) -> dict[str, Any]:
-    """Return a measurement's result as JSON."""
+    """Return a measurement's result as the evaluation stage stores it, in JSON."""
     if kind == "benchmark":
         return {"scores": found}
     if kind != "perplexity":

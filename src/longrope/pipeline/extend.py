@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
-    """Run every stage of a recipe that is not done yet, and return the report's path.
+    """Extend a model: run every stage of a recipe that is not done, and return the report's path.
 
     Leaves in ``out``: ``model/``, ``rescale.json`` (long) and ``short.json``, ``report.html``
     and ``report.md``, ``results.json``, ``recipe.yaml`` (resolved), and a directory per stage.
@@ -91,7 +91,9 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
 
 
 def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
-    """Inspect the model and plan a run. No weights are read and nothing is written.
+    """Open an extension: inspect the model and plan the stages.
+
+    No weights are read and nothing is written.
 
     Raises:
         ValueError: the model cannot be extended to this target, or ``out`` cannot be written.
@@ -110,7 +112,7 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
 
 
 def _search(run: Run, stage: Stage) -> dict[str, Any]:
-    """Run one search stage: for the training length, the target, or short sequences."""
+    """Run a search stage of an extension: for the training length, target, or short sequences."""
     section, problem = _problem(run, stage)
     directory = run.directory(stage.name)
     if section.method != "search":
@@ -168,7 +170,10 @@ def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
 
 
 def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Rescale:
-    """Return a known method's factors in place of searched ones, with the same attention factor."""
+    """Return a known method's factors for an extension's search stage that searches nothing.
+
+    The attention factor is that of a search.
+    """
     if before := run.plan.before(stage.name, "search"):
         factors = step_factors(run.info, run.rescale(before), method, stage.length)
         return multiplied(problem.space.start, factors)
@@ -223,7 +228,7 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def _choose(run: Run, stage: Stage) -> dict[str, Any]:
-    """Choose the short-context factors that serve both recovery lengths better."""
+    """Run the stage of an extension that chooses the short-context factors."""
     names = [name for name in ("recovery-1", "recovery-2") if name in run.plan]
     loaded, recipe = run.trained(), run.recipe
     forward = loaded.forward()

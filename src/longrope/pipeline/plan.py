@@ -20,7 +20,7 @@ SHORTEST = 16
 
 @dataclasses.dataclass(frozen=True)
 class ContextPlan:
-    """The lengths and stages from the original length to the target.
+    """Plan of an extension: its lengths and stages from the original length to the target.
 
     ``trained`` is the fine-tuning length, or None where nothing is trained.
     """
@@ -32,7 +32,7 @@ class ContextPlan:
 
     @property
     def first(self) -> int:
-        """Length of the first search, in tokens."""
+        """Length that the plan's stage ``search`` is for, in tokens."""
         return self.trained or self.target
 
     def __contains__(self, name: str) -> bool:
@@ -42,7 +42,7 @@ class ContextPlan:
         return next(stage for stage in self.stages if stage.name == name)
 
     def before(self, name: str, kind: str) -> str | None:
-        """Return the name of the last stage of ``kind`` before stage ``name``, or None."""
+        """Return the name of the plan's last stage of ``kind`` before stage ``name``, or None."""
         earlier = self.stages[: self.stages.index(self[name])]
         return next((stage.name for stage in reversed(earlier) if stage.kind == kind), None)
 
@@ -92,7 +92,7 @@ def make_plan(
 
 
 def _training(cost: Costs, recipe: Recipe, original: int, trained: int, target: int) -> list[Stage]:
-    """Return the search and training stages up to the target."""
+    """Plan the search and training stages up to the target."""
     tuning, stages = recipe.finetune, []
     if tuning.through is not None:
         through = parse_length(tuning.through, original)
@@ -137,7 +137,7 @@ def _trained_length(recipe: Recipe, original: int, target: int) -> int:
 
 
 def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:
-    """Return the lengths to evaluate: original, target, and the recipe's or doublings between.
+    """Plan the lengths to evaluate at: original, target, and the recipe's or doublings between.
 
     Raises:
         ValueError: the lengths cannot be scored on the same tokens.

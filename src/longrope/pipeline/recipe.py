@@ -118,7 +118,7 @@ class Evaluate(Config):
 
 
 class Recipe(Config):
-    """All settings of a run of ``longrope extend``.
+    """Recipe: all settings of a run of ``longrope extend``.
 
     ``execution`` says where and how the model computes; training does not offload its weights.
     """
@@ -141,7 +141,7 @@ class Recipe(Config):
     execution: ExecutionConfig = ExecutionConfig()
 
     def section(self, stage: str) -> tuple[str, Search]:
-        """Return the key and the section of a search stage.
+        """Return the recipe's key and section for a search stage.
 
         ``search`` is also the section of ``through-search``, ``recovery`` of both its lengths.
         """
@@ -150,7 +150,7 @@ class Recipe(Config):
         return key, getattr(self, key)
 
     def check(self) -> None:
-        """Refuse values that no stage can work with.
+        """Refuse recipe values that no stage can work with.
 
         Raises:
             ValueError: names the field, its value and what it may be.
@@ -191,7 +191,7 @@ class Recipe(Config):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, as its specification has it."""
+    """YAML loader for recipes that refuses duplicate keys, as the YAML specification does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -205,9 +205,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_recipe(source: str | Path, **changes: Any) -> Recipe:
-    """A recipe from a YAML file, or from the package by its name (``bundled``).
+    """Read a recipe from a YAML file, or a shipped recipe by its name, such as ``bundled``.
 
-    ``changes`` replace keys of it where they are not None.
+    ``changes`` replace keys of the recipe where they are not None.
 
     Raises:
         ValueError: no such file, not YAML, a key twice, an unknown key or a value out of range.
@@ -239,7 +239,7 @@ def resolve_recipe(
     execution: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Recipe:
-    """The recipe that the command line asks for: a file's, the bundled one, or the defaults.
+    """Return the recipe for the options of a command: from a file, shipped, or all defaults.
 
     Args:
         finetune: keys of that section to change, where they are not None.
@@ -269,7 +269,10 @@ def resolve_recipe(
 
 
 def _of_bundled(target: str | None) -> str:
-    """The recipe for the bundled model to a target: 512x takes other training than 64x."""
+    """Return the name of the shipped recipe that extends the bundled model to a target.
+
+    512x requires other training than 64x.
+    """
     config = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
     original = config["max_position_embeddings"]
     if target is not None:
@@ -281,7 +284,7 @@ def _of_bundled(target: str | None) -> str:
 
 
 def make_recipe(content: dict[str, Any]) -> Recipe:
-    """A checked recipe from its keys and values.
+    """Make a recipe from its keys and values, and check it.
 
     Raises:
         ValueError: an unknown key or a value out of range; names it.

@@ -13,7 +13,7 @@ from longrope.search.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The chosen short-context rescale, and the losses in nats per token behind the choice.
+    """Choice of a recovery: the short-context rescale, and its losses in nats per token.
 
     Args:
         short: the chosen rescale.
@@ -55,7 +55,7 @@ def choose(
     *,
     free_attention_factor: float,
 ) -> Choice:
-    """Return the candidate with the lowest mean loss over all short lengths.
+    """Choose the short-context rescale with the lowest mean loss over all recovery lengths.
 
     Each candidate is used up to its recovery length and the long rescale beyond it. All candidates
     are compared on the same windows, because longer windows have lower losses under any factors.

@@ -17,7 +17,7 @@ SCHEMA = 1
 
 
 class Cell(NamedTuple):
-    """One measurement of a run, and the name of the factors that it is under."""
+    """One cell of a run's results: a measurement, and the name of the factors that it is under."""
 
     method: str
     measurement: Measurement
@@ -27,7 +27,7 @@ Measured = Sequence[tuple[Cell, dict[str, Any]]]
 
 
 def run_results(run: Run, measured: Measured) -> dict[str, Any]:
-    """Return the content of ``results.json``."""
+    """Return a run's results as the content of ``results.json``."""
     plan, pair = run.plan, run.pair
     perplexity = [
         {"length": cell.measurement.length, "method": cell.method} | found
@@ -94,7 +94,7 @@ def _recovery(perplexity: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _benchmarks(measured: Measured) -> list[dict[str, Any]]:
-    """Return each task's share of correct answers, and the difference from the original model."""
+    """Return the benchmark rows of ``results.json``: scores, and differences from the original."""
     scores: dict[str, dict[str, Any]] = {}
     for cell, found in measured:
         if cell.measurement.kind == "benchmark":

@@ -33,7 +33,7 @@ _MEASURED = ("evaluate", "report")
 
 
 class Run:
-    """One run of a recipe: its plan, directory, processes, and the model in memory."""
+    """State of one run: its recipe, plan, directory, processes, and the model in memory."""
 
     def __init__(self, recipe: Recipe, info: ModelInfo, plan: ContextPlan, out: Path, ranks: Ranks):
         self.recipe, self.info, self.plan = recipe, info, plan
@@ -42,7 +42,7 @@ class Run:
         self._remeasures = False
 
     def claim(self) -> bool:
-        """Write the resolved recipe, or check that the directory holds the same run.
+        """Claim the run directory: write the resolved recipe, or check that it holds this run.
 
         Returns True if the directory was empty. A changed ``evaluate`` section is written later,
         by :meth:`remeasure`.
@@ -85,12 +85,12 @@ class Run:
             ) from None
 
     def unclaim(self) -> None:
-        """Remove what :meth:`claim` wrote, after a run was refused."""
+        """Remove the files that identify the run from its directory, after it was refused."""
         for name in ("recipe.yaml", "splits.json", "model.sha256"):
             (self.out / name).unlink(missing_ok=True)
 
     def remeasure(self) -> None:
-        """Mark the evaluation as not done if the recipe's ``evaluate`` section changed."""
+        """Mark the run's evaluation as not done if the recipe's ``evaluate`` section changed."""
         if self._remeasures:
             for name in _MEASURED:
                 (self.out / name / "done.json").unlink(missing_ok=True)
@@ -101,16 +101,16 @@ class Run:
         return self.out / name
 
     def done(self, name: str) -> bool:
-        """Return whether a stage is done, as rank 0's disk says."""
+        """Return whether a stage of the run is done, as rank 0's disk says."""
         anew = self._remeasures and name in _MEASURED
         return bool(self.ranks.broadcast((self.out / name / "done.json").exists() and not anew))
 
     def record(self, name: str) -> dict[str, Any]:
-        """Return the record of a finished stage."""
+        """Read the record of a finished stage of the run, its ``done.json``."""
         return json.loads((self.out / name / "done.json").read_text(encoding="utf-8"))
 
     def finish(self, stage: Stage, record: dict[str, Any]) -> None:
-        """Mark a stage as done, and wait for every process."""
+        """Mark a stage of the run as done, and wait for every process."""
         if self.ranks.first:
             file = self.out / stage.name / "done.json"
             write_atomically(file, json.dumps(record, indent=1) + "\n")
@@ -118,28 +118,28 @@ class Run:
         self.ranks.gather(0.0)
 
     def original(self) -> LoadedModel:
-        """Return the original model, loaded."""
+        """Return the run's original model, loaded."""
         return self._load(self.recipe.model, offload=True)
 
     def trained(self) -> LoadedModel:
-        """Return the model to export: fine-tuned if the plan trains."""
+        """Return the run's model to export, loaded: fine-tuned if the plan trains."""
         return self.model_before("export")
 
     def model_before(self, stage: str, offload: bool = True) -> LoadedModel:
-        """Return the model that a stage starts from: the original, or the last fine-tuned one."""
+        """Return the model that a stage of the run starts from: original or last fine-tuned."""
         trained = self.plan.before(stage, "finetune")
         source = str(self.out / trained / "model") if trained else self.recipe.model
         return self._load(source, offload)
 
     def forget(self) -> None:
-        """Free the model in memory, for example after training changed it."""
+        """Free the run's model in memory, for example after training changed it."""
         self._loaded = None
         gc.collect()  # accelerate's prepared optimizer is in reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def keep_splits(self) -> None:
-        """Record the split of the documents, or check that it is the recorded one.
+        """Record the split of the documents in the run directory, or check that it is the same.
 
         Raises:
             ValueError: too little text, or other documents than this run started with.
@@ -163,7 +163,7 @@ class Run:
         write_atomically(file, json.dumps(now, indent=1) + "\n")
 
     def teacher(self) -> LoadedModel:
-        """Load the original model as the teacher for distillation.
+        """Load the run's original model as the teacher for distillation.
 
         It keeps its own RoPE scaling even where the extension replaces it.
         """
@@ -189,7 +189,7 @@ class Run:
         return self._loaded[1]
 
     def _require_same(self, loaded: LoadedModel) -> None:
-        """Record the model's fingerprint, or check that it is the recorded one.
+        """Record the model's fingerprint in the run directory, or check that it is the same.
 
         Raises:
             ValueError: finished stages used other weights.
@@ -212,30 +212,30 @@ class Run:
 
     @functools.cached_property
     def splits(self) -> Splits:
-        """The documents for search, training and evaluation."""
+        """The run's documents, split for search, training and evaluation."""
         return split_documents(self.tokenizer, self.recipe, self.plan.target, self.plan.trained)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded without its weights."""
+        """The tokenizer of the run's model, loaded without the weights."""
         return load_tokenizer(self.recipe.model, self.recipe.execution.trust_remote_code)
 
     def attention_factor(self, length: int) -> float:
-        """Return the attention factor for a length: the recipe's, or √(1 + ln s / ln L)."""
+        """Return the run's attention factor for a length: the recipe's, or √(1 + ln s / ln L)."""
         return starting_point(self.info, length, self.recipe.attention_factor).attention_factor
 
     def rescale(self, name: str) -> Rescale:
-        """Return the rescale that a search stage found."""
+        """Read the rescale that a search stage of the run found."""
         return Rescale.load(self.out / name / "rescale.json")
 
     @property
     def long(self) -> Rescale:
-        """The rescale for the target length."""
+        """The run's rescale for the target length."""
         return self.rescale("second-search" if "second-search" in self.plan else "search")
 
     @property
     def pair(self) -> RescalePair:
-        """The rescales for short and long sequences; equal factors without a recovery stage."""
+        """The run's rescales for short and long sequences; equal without a recovery stage."""
         long = self.long
         if "recovery" in self.plan:
             return RescalePair(self.rescale("recovery"), long)

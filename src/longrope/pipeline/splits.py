@@ -21,7 +21,7 @@ _SHARE = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Disjoint documents for search, training and evaluation."""
+    """Disjoint splits of the documents, for search, training and evaluation."""
 
     search: tuple[TokenDocument, ...]
     training: tuple[TokenDocument, ...]
@@ -30,7 +30,7 @@ class Splits:
     eos: int | None
 
     def search_windows(self, length: int, samples: int, seed: int) -> Windows:
-        """Return search windows; short documents are joined.
+        """Cut search windows from the search split; short documents are joined.
 
         Raises:
             ValueError: all documents together are shorter than ``length``.
@@ -39,12 +39,17 @@ class Splits:
         return search_windows(documents, length, samples, seed, self.bos, spare_half=False)
 
     def evaluation_documents(self, length: int, count: int) -> list[TokenDocument]:
-        """Return up to ``count`` documents of at least ``length`` tokens; short ones are joined."""
+        """Return up to ``count`` long documents of the evaluation split; short ones are joined.
+
+        Each has at least ``length`` tokens.
+        """
         return joined(self.evaluation, length, self.bos, self.eos)[:count]
 
 
 def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | None) -> Splits:
-    """Read the documents and split them at random, independent of their order.
+    """Read the documents and split them for search, training and evaluation.
+
+    The split is random, and does not depend on the order of the documents.
 
     Raises:
         ValueError: too few documents or tokens; names how many there are and are needed.
@@ -83,7 +88,7 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
 def _take(
     documents: list[TokenDocument], needed: int, wanted: int, leave: int
 ) -> list[TokenDocument]:
-    """Take documents from the end of the list until they hold ``wanted`` tokens.
+    """Take the documents of one split from the end of a list, until they hold ``wanted`` tokens.
 
     Once they hold ``needed`` tokens, the last ``leave`` documents are not taken.
     """

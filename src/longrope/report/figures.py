@@ -12,7 +12,7 @@ from longrope.rope.rescale import Rescale
 
 
 def report(directory: Path) -> list[Path]:
-    """Draw every figure that the files in ``directory`` allow, and return the PNG files.
+    """Draw the figures of a search or comparison directory, and return the PNG files.
 
     Raises:
         ValueError: no search and no comparison wrote there, or a file is damaged.
@@ -43,7 +43,7 @@ def report(directory: Path) -> list[Path]:
 
 
 def known_methods(rescale: Rescale) -> dict[str, Rescale]:
-    """Return the factors of the known methods for the model and target of a rescale."""
+    """Return the known methods' factors to draw beside a rescale, for its model and target."""
     rescales = {
         name: METHODS[name](
             rescale.rope_theta,

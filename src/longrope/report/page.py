@@ -40,7 +40,7 @@ def write_page(directory: Path) -> list[Path]:
 
 
 def _drawn(section: Section, directory: Path) -> Section:
-    """Return the section with its figures saved and base64-encoded."""
+    """Return a section for the page, with its figures saved and base64-encoded."""
     pictures = []
     for picture in section.figures:
         file = plots.save_figure(picture.figure, directory / "images" / picture.file)

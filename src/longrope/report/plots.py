@@ -78,7 +78,7 @@ def position_figure(rows: Sequence[Mapping[str, Any]], original: int) -> Figure:
 
 
 def history_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot the perplexity of every candidate, the best so far, and the starting points.
+    """Plot a search's candidates by perplexity, the best so far, and the starting points.
 
     Of the ramps among the starting points, only the best is shown.
     """
@@ -151,7 +151,7 @@ def retrieval_figure(rows: Sequence[Mapping[str, Any]], kind: str) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG atomically, close it, and return the path."""
+    """Save a plot as PNG atomically, close its figure, and return the path."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     plt.close(figure)
@@ -173,7 +173,7 @@ def _finished(figure: Figure, axes: Axes) -> Figure:
 
 
 def _style(name: str) -> dict[str, Any]:
-    """Return a row's line style: one color per method, dashed for its own attention factor."""
+    """Return a plot's line style: one color per method, dashed for its own attention factor."""
     method, _, own_factor = name.partition(" ")
     color = _COLORS.get(method)
     if not color:  # a file: every search writes a rescale.json, so name the directory

@@ -21,7 +21,7 @@ from longrope.units import duration, gigabytes, number, percent, ratio
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A figure with its caption and file name."""
+    """A figure in a section of the report, with its caption and file name."""
 
     file: str
     caption: str
@@ -31,7 +31,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of formatted cells."""
+    """A table in a section of the report; its cells are formatted."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -49,7 +49,7 @@ class Section:
 
 
 def headline(results: dict[str, Any]) -> list[str]:
-    """Return the summary lines of a run, the most important first."""
+    """Return the headline of a report: summary lines of a run, the most important first."""
     found = {(r["method"], r["length"]): r["perplexity"] for r in results["perplexity"]}
     original, target = results["original_length"], results["target"]
     own = {length: found[m, length] for m, length in found if m == RESULT}
@@ -81,7 +81,7 @@ def headline(results: dict[str, Any]) -> list[str]:
 
 
 def all_sections(directory: Path, results: dict[str, Any]) -> list[Section]:
-    """Return the sections that the run has results for."""
+    """Return the sections of the report that the run has results for."""
     sections = [
         _perplexity(results),
         *([_retrieval(results, "passkey")] if results["passkey"] else []),
@@ -267,7 +267,7 @@ def _reproduce(directory: Path, results: dict[str, Any]) -> Section:
 
 
 def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[int, int]]]:
-    """Return (correct answers, trials) by method and length."""
+    """Return (correct answers, trials) by method and length, for a section on retrieval."""
     methods = dict.fromkeys(row["method"] for row in rows)
     return {name: totals(row for row in rows if row["method"] == name) for name in methods}
 

@@ -1,1 +1,1 @@
-"""Rescaled rotary position embeddings, and how they are put into a model."""
+"""Rescaled rotary position embeddings, and their application to models."""

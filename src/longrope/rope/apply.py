@@ -56,7 +56,7 @@ class RescaledRotary(StandIn):
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Rotation]]:
-        """Record the rotations computed in the block, as leaves for :meth:`gradient`."""
+        """Record cosines and sines computed in a ``with`` block, as leaves for :meth:`gradient`."""
         self._recorded = recorded = []
         try:
             yield recorded
@@ -65,7 +65,7 @@ class RescaledRotary(StandIn):
 
     @contextlib.contextmanager
     def positions_as(self, position_ids: Tensor) -> Iterator[None]:
-        """Rotate token i as if it stood at ``position_ids[:, i]`` in the block, (batch, tokens)."""
+        """Rotate token i as if it stood at ``position_ids[:, i]`` within a ``with`` block."""
         self._positions = position_ids
         try:
             yield
@@ -76,7 +76,7 @@ class RescaledRotary(StandIn):
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> tuple[Tensor, ...] | Tensor:
-        """Compute cosines and sines, shape (batch, tokens, columns).
+        """Compute the cosines and sines of a rescaled RoPE, shape (batch, tokens, columns).
 
         Returns complex numbers instead where the model's own module does.
 
@@ -105,7 +105,7 @@ class RescaledRotary(StandIn):
         return given[0] if self._complex else given
 
     def _phases(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return phases, attention factors, and a mask of positions below ``start_tokens``.
+        """Return rescaled phases, attention factors, and a mask of the first ``start_tokens``.
 
         Phases are float64, shape (batch, tokens, d/2).
         """
@@ -122,7 +122,9 @@ class RescaledRotary(StandIn):
 
     @torch.no_grad()
     def gradient(self, recorded: Sequence[Rotation]) -> Tensor:
-        """Compute d loss / d ln λ, shape (d/2,), float64, after a backward pass.
+        """Sum d loss / d ln λ over recorded rotations, after a backward pass to them.
+
+        The result has shape (d/2,), float64.
 
         A phase is p = n · θ^(−2i/d) / λ, so d p / d ln λ = −p.
 
@@ -157,7 +159,7 @@ class RescaledRotary(StandIn):
 
 @contextlib.contextmanager
 def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False) -> Iterator[None]:
-    """Apply ``rescale`` within a ``with`` block; the model is restored bit for bit afterwards.
+    """Apply ``rescale`` to a model within a ``with`` block, and restore it bit for bit after.
 
     Position ids that the caller does not pass are computed from the attention mask, so that a
     left-padded row equals the unpadded one.
@@ -198,10 +200,10 @@ def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False)
 
 @contextlib.contextmanager
 def position_override(model: nn.Module, position_ids: Tensor | None) -> Iterator[None]:
-    """Rotate tokens as if they stood at ``position_ids``, (batch, tokens), within the block.
+    """Rotate a rescaled model's tokens as if they stood at ``position_ids``, (batch, tokens).
 
-    Attention and its masks still count tokens, so a jump does not start another sequence. Requires
-    a model inside :func:`rescaled`; None changes nothing.
+    For a ``with`` block. Attention and its masks still count tokens, so a jump does not start
+    another sequence. Requires a model inside :func:`rescaled`; None changes nothing.
     """
     if position_ids is None:
         yield
@@ -214,7 +216,7 @@ def position_override(model: nn.Module, position_ids: Tensor | None) -> Iterator
 
 
 def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:
-    """Check that a rescale fits a model's rotary embedding.
+    """Check that a rescale can be applied to a model: number of factors, and ``rope_theta``.
 
     Args:
         rescale: to check.
@@ -234,7 +236,7 @@ def check_fits(rescale: Rescale, factors: int, rope_theta: float) -> None:
 
 
 def _positions_from_mask(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook: compute position ids from the attention mask."""
+    """Forward pre-hook of a rescaled model: compute position ids from the attention mask."""
     given = inspect.signature(owner.forward).bind_partial(*args, **kwargs).arguments
     given = given | given.get("kwargs", {})
     mask = given.get("attention_mask")
@@ -245,7 +247,7 @@ def _positions_from_mask(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[t
 
 
 def one_axis(position_ids: Tensor) -> Tensor:
-    """Return position ids (batch, tokens), also from multimodal models with an id per axis.
+    """Reduce multimodal position ids to one axis, (batch, tokens), as a rescale requires.
 
     Raises:
         ValueError: the axes differ, as for an image.
@@ -261,7 +263,7 @@ def one_axis(position_ids: Tensor) -> Tensor:
 
 
 def positions_of(tokens: Tensor, mask: Tensor | None, cached: int = 0) -> Tensor:
-    """Return each token's position (batch, tokens), counted over unmasked tokens."""
+    """Compute position ids (batch, tokens) for a rescaled model, counting unmasked tokens."""
     if mask is None:
         row = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)
         return row[None].expand(tokens.shape[0], -1)

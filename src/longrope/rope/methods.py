@@ -16,7 +16,7 @@ Method = Callable[[float, int, int, int], Rescale]
 
 
 def _rescale(method: str, theta: float, original: int, target: int, factors: np.ndarray, **more):
-    """Build a rescale with the method's name as provenance."""
+    """Build the rescale of a known method, with the method's name as provenance."""
     return Rescale(
         factors=tuple(factors.tolist()),
         rope_theta=theta,
@@ -28,7 +28,7 @@ def _rescale(method: str, theta: float, original: int, target: int, factors: np.
 
 
 def identity(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
-    """No extension: every factor is 1."""
+    """The ``none`` method, no extension: every factor is 1."""
     return _rescale("none", rope_theta, original, target, np.ones(rotary_dim // 2))
 
 

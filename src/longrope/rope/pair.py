@@ -26,16 +26,16 @@ class RescalePair:
 
     @property
     def recovery_length(self) -> int:
-        """Longest sequence in tokens, generated ones included, that uses ``short``."""
+        """Longest sequence, in tokens with generated ones, that uses the pair's ``short``."""
         return self.short.max_position_embeddings
 
     def choose(self, tokens: int) -> Rescale:
-        """Return the rescale for a sequence of ``tokens`` tokens."""
+        """Choose the short or long rescale of the pair for a sequence of ``tokens`` tokens."""
         return self.short if tokens <= self.recovery_length else self.long
 
     @classmethod
     def from_config(cls, config: Any) -> "RescalePair | None":
-        """Read the pair from the config of a ``longrope`` checkpoint; None for other configs."""
+        """Read a pair of rescales from a ``longrope`` checkpoint's config; None for others."""
         text = config.get_text_config()
         scaling = getattr(text, "rope_parameters", None) or {}
         scaling = scaling.get("full_attention", scaling)

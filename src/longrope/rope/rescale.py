@@ -19,15 +19,18 @@ UNROTATED = 1e30
 
 
 def default_inv_freq(rope_theta: float, rotary_dim: int) -> np.ndarray:
-    """Unscaled frequencies θ^(−2i/d) in radians per token, shape (d/2,), float64."""
+    """Return the unscaled frequencies θ^(−2i/d), which a rescale divides, in radians per token.
+
+    Shape (d/2,), float64.
+    """
     return rope_theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
 
 
 def default_attention_factor(original: int, target: int) -> float:
-    """Attention factor √(1 + ln s / ln L), which inference engines compute by default.
+    """Return the default attention factor of a rescale, √(1 + ln s / ln L), as in engines.
 
-    It multiplies cosines and sines, so attention scores grow by its square. It comes from the Phi-3
-    models and is not in the LongRoPE paper.
+    Inference engines compute it if a config has none. It multiplies cosines and sines, so attention
+    scores grow by its square. It comes from the Phi-3 models and is not in the LongRoPE paper.
 
     Args:
         original: original length L in tokens.
@@ -106,41 +109,44 @@ class Rescale:
 
     @property
     def rotary_dim(self) -> int:
-        """d: number of rotated dimensions of a head."""
+        """The rescale's rotary dimension d, twice its number of factors."""
         return 2 * len(self.factors)
 
     @property
     def rotated(self) -> int:
-        """Number of leading factors whose dimensions the model rotates."""
+        """Number of leading factors of the rescale whose dimensions the model rotates."""
         return sum(factor < UNROTATED / 10 for factor in self.factors)
 
     @property
     def scale(self) -> float:
-        """s: target length over original length."""
+        """The rescale's s: target length over original length."""
         return self.max_position_embeddings / self.original_max_position_embeddings
 
     @property
     def portable(self) -> bool:
-        """Whether inference engines can load it: no format supports ``start_tokens``."""
+        """Whether inference engines can load the rescale: no format supports ``start_tokens``."""
         return self.start_tokens == 0
 
     @property
     def inv_freq(self) -> np.ndarray:
-        """Rescaled frequencies in radians per token, shape (d/2,), float64."""
+        """The rescaled frequencies in radians per token, shape (d/2,), float64."""
         return default_inv_freq(self.rope_theta, self.rotary_dim) / np.asarray(self.factors)
 
     def replace(self, **changes: Any) -> "Rescale":
-        """Return a copy with some fields changed."""
+        """Return a copy of the rescale with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object that :meth:`save` writes; field names are transformers' own."""
+        """Return the rescale as the JSON object that :meth:`save` writes.
+
+        Field names are transformers' own.
+        """
         return {"schema": SCHEMA} | {
             field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
         }
 
     def applied(self) -> dict[str, Any]:
-        """Return the part of the JSON object that decides how the rescale is applied."""
+        """Return the part of the rescale's JSON object that decides how it is applied."""
         return {"schema": SCHEMA} | {
             field.name: _plain(getattr(self, field.name))
             for field in dataclasses.fields(self)
@@ -149,7 +155,7 @@ class Rescale:
 
     @classmethod
     def from_json(cls, data: Any) -> "Rescale":
-        """Read the JSON object that :meth:`to_json` returns.
+        """Read a rescale from the JSON object that :meth:`to_json` returns.
 
         Keys that :meth:`applied` leaves out may be missing.
 
@@ -218,7 +224,7 @@ class Rescale:
         max_position_embeddings: int,
         attention_factor: float | None = None,
     ) -> "Rescale":
-        """Read factors from the LongRoPE authors' CSV format: one row, or one row per layer.
+        """Read a rescale from the LongRoPE authors' CSV format: one row, or one per layer.
 
         Args:
             path: of the CSV file.

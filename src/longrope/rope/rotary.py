@@ -37,7 +37,7 @@ class RotarySite:
 
     @property
     def inv_freq(self) -> Tensor:
-        """Current frequencies in radians per token, shape (d/2,), float32."""
+        """The rotary module's frequencies in radians per token, shape (d/2,), float32."""
         prefix = "" if self.layer_type is None else f"{self.layer_type}_"
         if self.rope_type == "longrope":  # the module holds the short set until a long input
             config = self.module.config
@@ -46,25 +46,25 @@ class RotarySite:
 
     @property
     def attention_factor(self) -> float:
-        """Current factor of cosines and sines."""
+        """The rotary module's own factor of cosines and sines."""
         prefix = "" if self.layer_type is None else f"{self.layer_type}_"
         return float(getattr(self.module, f"{prefix}attention_scaling"))
 
     @property
     def rope_type(self) -> str:
-        """The ``rope_type`` of the model's own scaling."""
+        """The rotary module's ``rope_type``, which names the model's own scaling."""
         kind = self.module.rope_type
         return kind if self.layer_type is None else kind[self.layer_type]
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The ``rope_parameters`` of the config for this embedding."""
+        """The config's ``rope_parameters`` for this rotary embedding."""
         parameters = self.module.config.rope_parameters
         return dict(parameters if self.layer_type is None else parameters[self.layer_type])
 
 
 def _longrope_frequencies(config: Any, layer_type: str | None) -> Tensor:
-    """Compute the long factors' frequencies from a ``longrope`` config."""
+    """Compute the long factors' rotary frequencies from a ``longrope`` config."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = (
@@ -101,7 +101,7 @@ def _rotary_sites(model: nn.Module) -> Iterator[RotarySite]:
 
 
 def column_layout(site: RotarySite) -> Tensor:
-    """Map each column of the module's cosines to the index of its frequency.
+    """Map each column of a rotary module's cosines to the index of its frequency.
 
     Calls the module at position 1, so any layout (repeated halves, interleaved, not repeated) is
     supported without a list of architectures.
@@ -135,7 +135,7 @@ def column_layout(site: RotarySite) -> Tensor:
 
 
 def _at_one(site: RotarySite) -> tuple[Any, Any]:
-    """Build a module of the same class with real frequencies, and call it at position 1."""
+    """Build a rotary module of the same class with real frequencies, and call it at position 1."""
     module = type(site.module)(config=site.module.config)
     extra = () if site.layer_type is None else (site.layer_type,)
     return module, module(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), *extra)
@@ -155,7 +155,9 @@ def cosines_and_sines(output: Any) -> tuple[Tensor, Tensor]:
 
 
 def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return a model's ``rope_parameters`` without its scaling, for a ``longrope`` config.
+    """Return those of a rotary embedding's ``rope_parameters`` that ``longrope`` scaling keeps.
+
+    They are for a config whose ``rope_type`` becomes ``longrope``.
 
     ``partial_rotary_factor`` is dropped where ``longrope`` factors express it.
     """
@@ -168,7 +170,7 @@ def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def unscaled_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return a model's ``rope_parameters`` without its scaling."""
+    """Return a rotary embedding's ``rope_parameters`` without its scaling."""
     if parameters["rope_type"] in UNSCALED:
         return dict(parameters)
     kept = kept_parameters(parameters)
@@ -179,17 +181,20 @@ def unscaled_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def boundary_of(site: RotarySite) -> int | None:
-    """Return the length in which the model scales scores by position, or None."""
+    """Return the unit in which rotary parameters count positions to scale scores, or None.
+
+    It is a length in tokens.
+    """
     parameters = site.parameters
     return parameters[_LENGTH] if _BY_POSITION in parameters else None
 
 
 def scaled_length(parameters: dict[str, Any], longest: int) -> int:
-    """Return the length in tokens that a model's own scaling supports.
+    """Return the length in tokens that a rotary embedding's existing scaling supports.
 
-    Some configs raise ``max_position_embeddings`` to it; others keep the length before scaling. It
-    is taken as it stands where nothing tells which (``linear``), and where it was raised and the
-    factor is no ratio of lengths (``llama3``: factor 32 on 8,192 for 131,072).
+    Some configs raise ``max_position_embeddings`` to this length; others keep the length before
+    scaling. The field is returned unchanged where the config does not tell which (``linear``), and
+    where it was raised by another ratio than ``factor`` (``llama3``: 32 on 8,192 for 131,072).
 
     Args:
         parameters: the ``rope_parameters``.
@@ -205,7 +210,7 @@ def scaled_length(parameters: dict[str, Any], longest: int) -> int:
 
 
 def changes_nothing(site: RotarySite, rescale: Rescale) -> bool:
-    """Return whether a rescale computes the same as a rotary module does by itself."""
+    """Return whether a rotary module already computes what a rescale would."""
     return (
         site.rope_type in _STATIC
         and rescale.attention_factor == site.attention_factor
@@ -227,7 +232,7 @@ def unscaled_factors(site: RotarySite) -> np.ndarray:
 
 
 def existing_factors(site: RotarySite) -> np.ndarray:
-    """Return the factors that a model already applies, (d/2,): 1 where unscaled."""
+    """Return the factors that a rotary module already applies, (d/2,): 1 where unscaled."""
     theta = float(site.parameters["rope_theta"])
     inv_freq = site.inv_freq.double().cpu().numpy()
     default = default_inv_freq(theta, 2 * len(inv_freq))

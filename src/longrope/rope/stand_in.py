@@ -6,7 +6,7 @@ from torch import nn
 
 
 class StandIn(nn.Module):
-    """A module that replaces another one and forwards unknown attributes to it.
+    """Base class of stand-ins: replaces a module and forwards unknown attributes to it.
 
     Args:
         original: the module that is replaced.
@@ -19,11 +19,11 @@ class StandIn(nn.Module):
 
     @property
     def original(self) -> Any:
-        """The module that is replaced."""
+        """The module that the stand-in replaces."""
         return self._original[0]
 
     def __getattr__(self, name: str) -> Any:
-        """Return the original's attribute, as some models read their modules' attributes."""
+        """Return an attribute of the replaced module, which some models read from the stand-in."""
         try:
             return super().__getattr__(name)
         except AttributeError:

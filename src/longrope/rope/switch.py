@@ -33,7 +33,7 @@ _NO_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_")
 
 @contextlib.contextmanager
 def switched(model: nn.Module, pair: RescalePair) -> Iterator[None]:
-    """Apply both rescales of a pair within a ``with`` block, chosen per row by its length.
+    """Switch between both rescales of a pair per row, by its length, within a ``with`` block.
 
     Raises:
         ValueError: the model has no rotary embedding that can be rescaled, or a rescale does not
@@ -96,7 +96,7 @@ class _Filled:
 
 
 class _Switch:
-    """Hooks around a decoder that judge every row and refill the cache at a crossing."""
+    """Hooks of the short/long switch: choose factors per row, refill the cache at a crossing."""
 
     def __init__(self, pair: RescalePair, site: RotarySite):
         self.recovery_length = pair.recovery_length
@@ -107,7 +107,9 @@ class _Switch:
         self._model_inputs: dict[str, Any] = {}  # inputs of the model around the decoder
 
     def note(self, model: Any, args: tuple, kwargs: dict) -> None:
-        """Note the token ids and mask of a multimodal model, whose decoder gets embeddings.
+        """Forward pre-hook of the switch: note a multimodal model's token ids and mask.
+
+        Its decoder gets embeddings instead of token ids.
 
         Raises:
             ValueError: the input contains an image, a video or audio.
@@ -121,7 +123,7 @@ class _Switch:
         self._model_inputs = {name: given.get(name) for name in ("input_ids", "attention_mask")}
 
     def before(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Choose factors per row; refill the cache where a row crossed the boundary.
+        """Forward pre-hook of the switch: choose factors per row, refill the cache at a crossing.
 
         Raises:
             ValueError: no token ids or row lengths, or a cache that was filled elsewhere.
@@ -169,7 +171,7 @@ class _Switch:
         return (), given
 
     def after(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Note the cache's contents, and return the new tokens' hidden states only."""
+        """Forward hook of the switch: note the cache's contents, keep only new hidden states."""
         assert self._call is not None
         ids, new = self._call
         self._call = None
@@ -180,7 +182,10 @@ class _Switch:
         return output
 
     def _judge(self, ids: Tensor, mask: Tensor | None, cached: int) -> Tensor:
-        """Return which rows exceed the recovery length without padding, shape (batch,)."""
+        """Return which rows switch to long factors, (batch,): those longer than the boundary.
+
+        Padding does not count.
+        """
         if mask is None:
             lengths = torch.full((ids.shape[0],), cached + ids.shape[1])
         else:
@@ -191,7 +196,7 @@ class _Switch:
         return lengths > self.recovery_length
 
     def generate(self, original: Any, inputs: Any = None, *args: Any, **options: Any) -> Any:
-        """``generate`` of a model with the switch: refuse modes in which the switch is not exact.
+        """Call ``generate`` under the short/long switch; refuse modes in which it is not exact.
 
         Raises:
             ValueError: assisted generation, beam search or a static cache.
@@ -200,7 +205,7 @@ class _Switch:
         configs = (given, getattr(original.__self__, "generation_config", None))
 
         def option(name: str) -> Any:
-            """Resolve as transformers does: the argument, the given config, the model's own."""
+            """Resolve a generation option: the argument, the given config, the model's own."""
             found = (getattr(config, name, None) for config in configs)
             return options.get(name, next((value for value in found if value is not None), None))
 

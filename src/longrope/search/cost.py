@@ -9,7 +9,7 @@ from longrope.search.space import Request
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationCost:
-    """The cost of requests, in forward passes over all search windows.
+    """The cost of a search request, in forward passes over all search windows.
 
     Attributes:
         windows: number of search windows.
@@ -26,7 +26,7 @@ class EvaluationCost:
 
 
 def gradient_cost(info: ModelInfo, length: int, chunk_size: int) -> float:
-    """Return the cost of one gradient in forward passes of the same sequence, by FLOPs.
+    """Return the cost of one search gradient, in forward passes over the same sequence, by FLOPs.
 
     The weights are frozen: each product with weights is computed once forward and once backward.
     Offloaded weights and sequence parallelism do not change the cost, so histories stay the same.
@@ -34,7 +34,7 @@ def gradient_cost(info: ModelInfo, length: int, chunk_size: int) -> float:
     linear, attention = info.forward_flops(length)
     again = 0.0
     if not is_kept(info.layers, info.hidden_size, length, -(-length // chunk_size)):
-        # The layers once more; once more again what makes queries, keys and values, or states.
+        # All layers are recomputed once; QKV projections and recurrent layers a second time.
         inputs = info.hidden_size * (info.heads + 2 * info.kv_heads) * info.head_dim
         again = 1 + 2 * info.attention_layers * inputs * length / linear
         again += 1 - info.attention_layers / info.layers

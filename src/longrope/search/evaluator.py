@@ -17,7 +17,7 @@ from longrope.search.space import Candidate, Request, Result, Space
 
 @dataclasses.dataclass
 class Progress:
-    """The progress of a search, reported at its start and after every evaluation.
+    """Progress that a search evaluator reports at its start and after every evaluation.
 
     ``forwards`` of ``total`` forward passes over all windows are done.
     """
@@ -35,7 +35,7 @@ class Progress:
 
 @dataclasses.dataclass
 class SearchResult:
-    """The best factors, the best portable ones, and the cost of the search."""
+    """Result of a search evaluator: the best factors, the best portable ones, and the cost."""
 
     best: Rescale
     best_loss: float
@@ -49,19 +49,19 @@ class SearchResult:
 
 
 class BudgetSpent(Exception):
-    """Raised when the budget or the patience of a search is spent."""
+    """Raised by the search evaluator when the budget or the patience is spent."""
 
 
 class Evaluator:
-    """Evaluates requests: replays the history, computes the rest, and stops at the budget.
+    """Search evaluator: replays the history, computes new requests, and stops at the budget.
 
     Args:
         loss: returns the result of a rescale, on one window or all, with or without gradient.
         out: directory of the search.
-        provenance: is written into the rescale files.
+        provenance: entries to write into the rescale files.
 
     Raises:
-        ValueError: ``out`` holds another search, or processes search for different things.
+        ValueError: ``out`` holds another search, or the processes run different searches.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class Evaluator:
     def __call__(
         self, requests: Sequence[Request], starts: dict[str, Candidate] | None = None, /
     ) -> list[Result]:
-        """Return the results of one generation of requests; known ones cost nothing.
+        """Evaluate one generation of search requests; those already evaluated cost nothing.
 
         Args:
             starts: names of candidates, for reports.
 
         Raises:
-            BudgetSpent: before all requests are evaluated, or after the last of the patience.
-            ValueError: the history does not hold these requests.
+            BudgetSpent: the budget does not cover all requests, or the patience is spent.
+            ValueError: the history on disk holds other requests.
         """
         self.starts |= starts or {}
         affordable = self._affordable(requests) if self.forwards < self.total else []
@@ -121,7 +121,7 @@ class Evaluator:
         self._evaluate(affordable)
         self.generation += 1
         self._without_gain = 0 if self.best_loss() < best_before else self._without_gain + 1
-        if len(self.results) >= len(self.history):  # else the disk is further than the replay
+        if len(self.results) >= len(self.history):  # else the replay continues
             if self.ranks.first:
                 self.record.save_state(len(self.results), self.generation)
                 self._save_bests()
@@ -139,7 +139,7 @@ class Evaluator:
             return {"error": str(error)}
 
     def _affordable(self, requests: Sequence[Request]) -> list[Request]:
-        """Return the first requests that the rest of the budget covers."""
+        """Return the first requests that the evaluator's remaining budget covers."""
         left, chosen = self.total - self.forwards + 1e-9, []
         for request in requests:
             left -= 0 if request in self.results else self.cost.of(request)
@@ -149,7 +149,7 @@ class Evaluator:
         return chosen
 
     def _evaluate(self, requests: Sequence[Request]) -> None:
-        """Replay requests from the history, then compute one per sequence-parallel group."""
+        """Replay search requests from the history, then compute one per sequence-parallel group."""
         fresh = [request for request in requests if request not in self.results]
         while fresh and len(self.results) < len(self.history):
             self._replay(fresh.pop(0))
@@ -162,7 +162,7 @@ class Evaluator:
                 self._record(request, result)
 
     def _compute(self, share: Sequence[Request]) -> list[Result]:
-        """Compute one request per sequence-parallel group; return all results on every rank."""
+        """Evaluate one search request per sequence-parallel group; every rank gets all results."""
         result = Result(math.nan)
         if self.ranks.group_index < len(share):
             own = share[self.ranks.group_index]
@@ -176,7 +176,7 @@ class Evaluator:
         ]
 
     def _line(self, request: Request) -> dict[str, Any]:
-        """Return the history line of a request, without its result."""
+        """Return the line that the evaluator adds to the history for a request, without result."""
         rescale = self.space.rescale(request.candidate)
         line: dict[str, Any] = {
             "evaluation": len(self.results),
@@ -246,7 +246,7 @@ class Evaluator:
         )
 
     def start_losses(self) -> dict[str, float]:
-        """Return the loss of each known start: on all windows, or on those of the comparison."""
+        """Return the evaluated loss of each start: on all search windows, or on those compared."""
         known: dict[str, dict[int | None, float]] = {}
         for name, candidate in self.starts.items():
             for window in (None, *range(self.cost.windows)):
@@ -260,7 +260,7 @@ class Evaluator:
         return {n: sum(losses[p] for p in shared) / len(shared) for n, losses in whole.items()}
 
     def best(self, portable: bool) -> tuple[float, Candidate] | None:
-        """Return the least loss on all windows, and its candidate."""
+        """Return the lowest loss evaluated on all search windows, and its candidate."""
         finite = [
             (round(result.loss, 6), number, request)
             for number, (request, result) in enumerate(self.results.items())
@@ -274,7 +274,7 @@ class Evaluator:
         return self.results[request].loss, request.candidate
 
     def best_loss(self) -> float:
-        """Return the least loss on all windows, rounded; infinity if there is none."""
+        """Return the lowest loss evaluated on all search windows, rounded; infinity if none."""
         found = self.best(portable=False)
         return math.inf if found is None else round(found[0], 6)
 
@@ -299,7 +299,7 @@ class Evaluator:
         )
 
     def result(self) -> SearchResult:
-        """Return the best factors.
+        """Return the search result: the best factors evaluated so far, and the cost.
 
         Raises:
             ValueError: no candidate has a finite loss.

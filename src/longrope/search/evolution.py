@@ -8,18 +8,18 @@ from longrope.search.problem import Problem
 from longrope.search.settings import EvolutionSearchConfig
 from longrope.search.space import Candidate, Evaluate, Request, distinct
 
-# Draws for one new candidate before the search does without: near the end every neighbour of the
-# parents may be known.
+# Attempts to draw one new candidate: near the end every neighbour of the parents may be known.
 _TRIES = 100
 
 
 def evolution_search(
     evaluate: Evaluate, problem: Problem, config: EvolutionSearchConfig, seed: int
 ) -> None:
-    """Evaluate one generation of candidates after the other.
+    """Run the evolution search: evaluate one generation of candidates after the other.
 
-    The first generation has the starts and mutants of them, the others children of the best
-    candidates. No candidate is evaluated twice. The same seed and losses give the same candidates.
+    The first generation has the starts and their mutants, later ones mutants and crossovers of
+    the best candidates. No candidate is evaluated twice. The same seed and losses give the same
+    candidates.
 
     Args:
         evaluate: returns the results of requests, or raises to end the search.

@@ -1,8 +1,8 @@
 """The gradient search: descent on the loss under the monotone constraint.
 
-One backward pass gives the gradient by all factors for the cost of about three forward passes;
-Algorithm 1 learns one number from each forward pass. Each step uses the gradient on one search
-window, in turn, so it costs a fraction of an evaluation on all windows.
+One backward pass gives the gradient with respect to all factors for the cost of about three
+forward passes. Algorithm 1 learns one number from each forward pass. Each step uses the gradient on
+one search window, in turn, so it costs a fraction of an evaluation on all windows.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ _START_TOKENS = (4, 8, 16, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How a gradient search spends its budget.
+    """Schedule of a gradient search: how it spends its budget.
 
     Attributes:
         compared: windows on which starts are compared; None for all windows at once.
@@ -87,7 +87,7 @@ class Schedule:
 def make_schedule(
     problem: Problem, config: GradientSearchConfig, cost: EvaluationCost, spent: float | None = None
 ) -> Schedule:
-    """Return the schedule for a number of windows and a budget.
+    """Return the schedule of a gradient search for a number of windows and a budget.
 
     Args:
         spent: forward passes that the comparison of starts took; by default what it takes with
@@ -133,7 +133,7 @@ def gradient_search(
     cost: EvaluationCost,
     show: Callable[[Schedule], None] = lambda schedule: None,
 ) -> None:
-    """Compare the starts, take Adam's steps in ln λ from the best, and evaluate where they lead.
+    """Run the gradient search: compare the starts, then take Adam steps in ln λ from the best.
 
     The starts are YaRN and ramps where the problem has ramps, else those of the problem. Each step
     is projected to the nearest monotone factors. The last point and the mean of the last steps are
@@ -143,7 +143,7 @@ def gradient_search(
     Args:
         evaluate: returns the results of requests, or raises to end the search.
         cost: of the requests; the schedule follows from it.
-        show: is called with the schedule, and again where the ramps left a budget for more steps.
+        show: called with the schedule, and again if the ramps leave a budget for more steps.
     """
     spent: dict[Request, float] = {}  # in order, so that the sum is the same in every process
 
@@ -208,7 +208,7 @@ def _losses(
     windows: Sequence[int | None],
     starts: dict[str, Candidate] | None = None,
 ) -> dict[Candidate, float]:
-    """Return the sum of each candidate's losses on some windows; infinity if one is not finite."""
+    """Sum each start's or finalist's losses in a gradient search; infinity if one is not finite."""
     candidates, size = distinct(candidates), len(windows)
     requests = [Request(candidate, window) for candidate in candidates for window in windows]
     losses = [result.loss for result in evaluate(requests, starts)]
@@ -223,7 +223,7 @@ def _least(losses: dict[Candidate, float]) -> Candidate:
 
 
 def _window_order(windows: int, rng: random.Random) -> Iterator[int | None]:
-    """Yield window numbers in shuffled rounds without end; None where there is only one window."""
+    """Yield the window of each gradient step, in endless shuffled rounds; None for a single one."""
     while True:
         order: list[int | None] = [None] if windows == 1 else list(range(windows))
         if windows > 1:
@@ -239,7 +239,7 @@ def _descend(
     begin: Candidate,
     windows: Iterator[int | None],
 ) -> list[np.ndarray]:
-    """Return ln λ after each step of Adam, shape (dimensions,).
+    """Return ln λ after each Adam step of the gradient search, shape (dimensions,).
 
     The step size falls linearly to 0 over the second half. Gradients that are not finite count as
     zero.
@@ -268,14 +268,14 @@ def _descend(
 
 
 def _fixed_dimensions(space: Space) -> int:
-    """Return the number of first dimensions that keep their factors."""
+    """Return the number of leading dimensions whose factors the gradient search does not change."""
     start = space.start
     rotations = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
     return int((rotations > _ROTATIONS).sum())
 
 
 def _projected(point: np.ndarray, before: np.ndarray, space: Space) -> np.ndarray:
-    """Return the nearest point of the space, with the fixed dimensions as they were before."""
+    """Project a gradient step to the nearest point of the space; fixed dimensions do not move."""
     number = _fixed_dimensions(space)
     fixed = before[:number]
     low = fixed[-1] if len(fixed) else 0.0
@@ -284,7 +284,7 @@ def _projected(point: np.ndarray, before: np.ndarray, space: Space) -> np.ndarra
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Share a fraction of each number with its neighbours; at the ends it stays."""
+    """Smooth a search gradient: each dimension shares a fraction with its neighbours."""
     wide = np.pad(values, 1, mode="edge")
     return (1 - 2 * _SHARED) * values + _SHARED * (wide[:-2] + wide[2:])
 

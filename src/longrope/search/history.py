@@ -17,11 +17,11 @@ SCHEMA = 2  # 1: before the search options were renamed
 
 @dataclasses.dataclass(frozen=True)
 class SearchIdentity:
-    """Everything that decides the course of a search; equal identities are the same search.
+    """Identity of a search, stored beside its history: everything that decides its course.
 
-    ``model``, ``documents`` and ``tokens`` (of windows and prompts) are content hashes.
-    ``chunk_size`` and ``device`` decide the last bits of a loss. Of ``config`` everything counts
-    that its ``identity()`` returns.
+    Equal identities are the same search. ``model``, ``documents`` and ``tokens`` (of windows and
+    prompts) are content hashes. ``chunk_size`` and ``device`` decide the last bits of a loss.
+    ``config`` counts with the fields that its ``identity()`` returns.
     """
 
     model: str
@@ -49,10 +49,10 @@ class SearchIdentity:
 
 
 def refuse_another_s(directory: Path) -> None:
-    """Refuse a directory with factors or a history that are not of a search.
+    """Refuse a directory whose history or factors were not written by a search.
 
     Raises:
-        ValueError: it is of an extension or an import, whose files would be overwritten.
+        ValueError: an extension or an import wrote it, and its files would be overwritten.
     """
     if (directory / "state.json").exists():
         return
@@ -65,7 +65,7 @@ def refuse_another_s(directory: Path) -> None:
 
 
 class Record:
-    """The directory of one search: its identity and its history.
+    """Record of one search in its directory: its identity, progress and evaluation history.
 
     ``history.jsonl`` holds a line per evaluation, each synced; ``state.json`` the identity, and
     the progress after the last complete generation.
@@ -78,7 +78,7 @@ class Record:
         self.state = directory / "state.json"
 
     def open(self) -> list[dict[str, Any]]:
-        """Return the history of this search, empty in a new directory.
+        """Open the record of a search, and return its history; empty in a new directory.
 
         Raises:
             ValueError: the directory holds another search (the differing fields are
@@ -106,7 +106,7 @@ class Record:
                 self.history,
                 len(lines) + 1,
             )
-        # A line that a kill cut short is dropped from the file too, or the next would join it.
+        # A line that a kill cut short is removed from the file; the next would be appended to it.
         write_atomically(self.history, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
@@ -129,7 +129,7 @@ class Record:
         )
 
     def save_state(self, evaluations: int, generation: int) -> None:
-        """Write the progress of the search, atomically."""
+        """Write ``state.json`` beside the search history, atomically."""
         state = {
             "schema": SCHEMA,
             "config_hash": self.config.sha256,

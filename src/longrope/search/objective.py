@@ -26,7 +26,7 @@ class Objective:
     A single window is evaluated with its share of the questions.
 
     Args:
-        forward: the model's long forward.
+        forward: the model's long forward pass.
         windows: token ids, shape (windows, tokens), all of one length.
     """
 
@@ -36,7 +36,10 @@ class Objective:
         self.questions = questions
 
     def __call__(self, rescale: Rescale, window: int | None = None, grad: bool = False) -> Result:
-        """Return the loss, NaN if not finite, and the gradient by ln λ if requested."""
+        """Return the search objective of a rescale, NaN if not finite, and any requested gradient.
+
+        The gradient is with respect to ln λ.
+        """
         windows, questions, share = self.windows, list(self.questions), 1
         if window is not None:
             share = len(windows)
@@ -77,7 +80,7 @@ class Objective:
 
 
 def passkey_questions(tokenizer: Any, length: int, count: int, seed: int) -> list[Prompt]:
-    """Return passkey prompts to search on, never those of an evaluation with this seed.
+    """Return a search objective's passkey prompts, never those of an evaluation with this seed.
 
     Raises:
         ValueError: the length is too short for a question.

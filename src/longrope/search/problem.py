@@ -26,7 +26,7 @@ _SHRUNK = (0.75, 0.5, 0.25)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The problem of one search: its space, its named starts, and optionally a family of ramps.
+    """Search problem: its space, its named starts, and optionally a family of ramps.
 
     ``ramp`` returns λ = s^ramp for two numbers of rotations within the original length. Dimensions
     with more rotations than the first are not scaled; with fewer than the second they are
@@ -47,9 +47,9 @@ def first_search(
     start_tokens: tuple[int, ...] = START_TOKENS,
     max_factor: float | None = None,
 ) -> Problem:
-    """Return the search from the original model to ``target``: λ in [1, 1.25 · s].
+    """Return the problem of the first search, from the original model to ``target``.
 
-    The starts are PI, NTK and YaRN, and a family of ramps.
+    λ is in [1, 1.25 · s]. The starts are PI, NTK and YaRN, and a family of ramps.
     """
     start = starting_point(info, target, attention_factor)
     space = Space(start, max_factor or MARGIN * start.scale, start_tokens)
@@ -71,7 +71,7 @@ def first_search(
 
 
 def require_start_tokens(start_tokens: int, info: ModelInfo) -> None:
-    """Refuse a number of start tokens beyond the original length.
+    """Refuse a search problem with more start tokens than the original length.
 
     Positions below n̂ are not scaled, so the model must know them.
 
@@ -94,10 +94,11 @@ def second_search(
     attention_factor: float | None = None,
     max_factor: float | None = None,
 ) -> Problem:
-    """Return the second search, from a fine-tuned length to ``target`` (section 3.4).
+    """Return the problem of the second search, from a fine-tuned length to ``target``.
 
-    The multipliers on the fine-tuned factors are in [1, 1.25 · s₂], s₂ = target / fine-tuned
-    length. The starts are PI, NTK and YaRN with the fine-tuned length as original length.
+    This is section 3.4 of the LongRoPE paper. The multipliers on the fine-tuned factors
+    are in [1, 1.25 · s₂], s₂ = target / fine-tuned length. The starts are PI, NTK and YaRN with the
+    fine-tuned length as original length.
     """
     if attention_factor is None:
         attention_factor = starting_point(info, target, None).attention_factor
@@ -114,14 +115,14 @@ def second_search(
 
 
 def step_factors(info: ModelInfo, finetuned: Rescale, method: str, target: int) -> np.ndarray:
-    """Return a method's factors from a fine-tuned length to ``target``, shape (d/2,).
+    """Return a start of the second search: a method's factors from a fine-tuned length, (d/2,).
 
-    YaRN's ramp counts rotations within the fine-tuned length at the *fine-tuned* frequencies. With
-    unscaled frequencies it would not scale dimensions with less than one rotation (perplexity at
-    16k on the bundled model is then 6 times the original's, against equal). ``yarn-log`` is the
-    same ramp as an exponent, s₂^ramp, from 32 to 4 rotations; below 4 dimensions are interpolated
-    in full. With 2 instead of 4, perplexity at 16k is 1.3% lower but the passkey is lost
-    (docs/log.md).
+    The factors extend the fine-tuned length to ``target``. YaRN's ramp counts rotations within
+    the fine-tuned length at the *fine-tuned* frequencies. With unscaled frequencies it would not
+    scale dimensions with less than one rotation (perplexity at 16k on the bundled model is then 6
+    times the original's instead of equal). ``yarn-log`` is the same ramp as an exponent, s₂^ramp,
+    from 32 to 4 rotations; below 4 dimensions are interpolated in full. With 2 instead of 4,
+    perplexity at 16k is 1.3% lower but the passkey is lost (docs/log.md).
     """
     if not method.startswith("yarn"):
         step = dataclasses.replace(
@@ -138,9 +139,10 @@ def step_factors(info: ModelInfo, finetuned: Rescale, method: str, target: int) 
 
 
 def ramp(rotations: np.ndarray, fast: float, slow: float) -> np.ndarray:
-    """Return 0 above ``fast`` rotations, 1 below ``slow``, and linear in their logarithm between.
+    """Return the ramp of a search problem: 0 above ``fast`` rotations, 1 below ``slow``.
 
-    YaRN's ramp is linear in the logarithm too, because it is linear in the dimension.
+    Between, it is linear in the logarithm of the rotations. So is YaRN's ramp, because it is
+    linear in the dimension.
     """
     return np.clip(np.log(fast / rotations) / np.log(fast / slow), 0, 1)
 
@@ -148,10 +150,11 @@ def ramp(rotations: np.ndarray, fast: float, slow: float) -> np.ndarray:
 def recovery_search(
     info: ModelInfo, finetuned: Rescale, length: int, attention_factor: float
 ) -> Problem:
-    """Return the search for short sequences of an extended model (section 3.3).
+    """Return the problem of the recovery search, for short sequences of an extended model.
 
-    λ is in [1, 1.25 · the largest fine-tuned factor], with the ``attention_factor`` of the long
-    factors. The starts are the original factors, the fine-tuned ones, and these shrunk towards 1.
+    This is section 3.3 of the LongRoPE paper. λ is in [1, 1.25 · the largest fine-tuned
+    factor], with the ``attention_factor`` of the long factors. The starts are the original
+    factors, the fine-tuned ones, and these shrunk towards 1.
     """
     start = info.rescale("none", length).replace(attention_factor=attention_factor)
     relative = np.divide(finetuned.factors, start.factors)
@@ -165,5 +168,5 @@ def recovery_search(
 
 
 def multiplied(start: Rescale, factors: np.ndarray) -> Rescale:
-    """Return ``start`` with its factors multiplied by others."""
+    """Return a search problem's rescale ``start`` with its factors multiplied by others."""
     return start.replace(factors=tuple(np.multiply(start.factors, factors).tolist()))

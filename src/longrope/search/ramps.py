@@ -4,15 +4,15 @@ from collections.abc import Generator
 
 # YaRN's: unscaled above 32 rotations, interpolated in full below one.
 _FIRST = (32.0, 1.0)
-# Multipliers of the two numbers, round by round: in one direction while it helps, or the other.
+# Multipliers of the pair, by round: one direction while it helps; the other if it does not.
 _ROUNDS = (((4, 1), (1 / 4, 1)), ((2, 1), (1 / 2, 1)), ((1, 1 / 2), (1, 2)))
 
 
 def walk() -> Generator[tuple[float, float], float, None]:
-    """Yield pairs of rotations to try (unscaled above, interpolated in full below).
+    """Walk over ramps: yield pairs of rotations (unscaled above, interpolated in full below).
 
     Send the loss of each pair, infinity if not finite. The first number differs most from model
-    to model (4 and 256 were best), so that it comes first and in the largest steps.
+    to model (4 and 256 were best), so it comes first and in the largest steps.
     """
     best = _FIRST
     least = yield best

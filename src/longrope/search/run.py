@@ -44,7 +44,7 @@ from longrope.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
-    """Options of one search from the unscaled model.
+    """Options of one search run from the unscaled model: target, data, directory, settings.
 
     Raises:
         ValueError: a value out of range.
@@ -70,7 +70,7 @@ class SearchOptions:
             raise ValueError(f"start_tokens is {self.start_tokens}; it must not be negative")
 
     def check(self, info: ModelInfo) -> None:
-        """Check the options against a model, before its weights are read.
+        """Check the options of a search run against a model, before its weights are read.
 
         Raises:
             ValueError: a target that is no extension, data that is not there, or an ``out`` that
@@ -84,11 +84,10 @@ class SearchOptions:
 
 
 def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
-    """Search the rescale factors for a target length, or resume an interrupted search.
+    """Run the search of the rescale factors for a target length, or resume it.
 
-    Leaves ``rescale.json`` (the best), ``portable.json`` (the best that engines can
-    load, n̂ = 0), ``history.jsonl`` (every evaluation) and ``state.json`` in
-    ``options.out``.
+    Writes ``rescale.json`` (the best), ``portable.json`` (the best that engines can load, n̂ = 0),
+    ``history.jsonl`` (every evaluation) and ``state.json`` to ``options.out``.
 
     Raises:
         ValueError: an option out of range, too few tokens, or a directory that holds
@@ -132,7 +131,7 @@ def search_stage(
     seed: int = 0,
     title: str = "search",
 ) -> SearchResult:
-    """Run or resume any of the three searches on windows of its length.
+    """Run or resume any of the three searches on its windows, and show its progress.
 
     Raises:
         ValueError: ``out`` holds another search, or no candidate has a finite loss.
@@ -202,7 +201,7 @@ def search(
     report: Callable[[Progress], None] = lambda progress: None,
     show: Callable[[Schedule], None] = lambda schedule: None,
 ) -> SearchResult:
-    """Run a search, or resume the one in ``out``.
+    """Run a search with the configured algorithm, or resume the one in ``out``.
 
     Args:
         problem: the search space and its starts.
@@ -260,7 +259,7 @@ _SHOWN = 3
 
 
 class _Reporter:
-    """Report a search: its headline, the estimated time, then the best loss so far."""
+    """Reporter of a search run: its headline, the estimated time, then the best loss so far."""
 
     def __init__(self, headline: str, advance: Advance):
         self.headline, self.advance = headline, advance

@@ -1,4 +1,4 @@
-"""Search configuration: one model per algorithm, with every default and bound."""
+"""Search settings: one pydantic model per algorithm, with every default and bound."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ LEAST_BUDGET = 4
 
 
 class _SearchConfig(Config):
-    """The fields of both algorithms."""
+    """The search settings that both algorithms share."""
 
     windows: int = Field(default=5, ge=1, description="Number of search windows.")
     passkey_prompts: int = Field(
@@ -36,7 +36,7 @@ class _SearchConfig(Config):
 
 
 class GradientSearchConfig(_SearchConfig):
-    """Configuration of the gradient search."""
+    """Settings of the gradient search."""
 
     algorithm: Literal["gradient"] = Field(
         default="gradient",
@@ -58,22 +58,22 @@ class GradientSearchConfig(_SearchConfig):
     )
 
     def identity(self) -> dict[str, Any]:
-        """Return the options that decide the course of a search."""
+        """Return the settings that decide the course of a gradient search."""
         return self.model_dump()
 
     @property
     def forwards(self) -> int:
-        """Budget in forward passes over all windows."""
+        """Budget in the gradient search's settings, in forward passes over all windows."""
         return self.budget
 
     @property
     def max_forwards(self) -> int:
-        """Largest number of forward passes that this search can use."""
+        """Largest number of forward passes that the gradient search's settings allow."""
         return self.budget
 
 
 class EvolutionSearchConfig(_SearchConfig):
-    """Configuration of LongRoPE's Algorithm 1; defaults are the paper's for targets up to 256k."""
+    """Settings of the evolution search (Algorithm 1); the paper's defaults up to 256k tokens."""
 
     algorithm: Literal["evolution"] = Field(
         default="evolution", description=GradientSearchConfig.model_fields["algorithm"].description
@@ -109,20 +109,20 @@ class EvolutionSearchConfig(_SearchConfig):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Return the options that decide the course of a search.
+        """Return the settings that decide the course of an evolution search.
 
-        Budget and patience only say where to stop: a finished search can resume with larger ones.
+        Budget and patience only decide when to stop: a finished search can resume with larger ones.
         """
         return self.model_dump(exclude={"budget", "patience"})
 
     @property
     def forwards(self) -> int:
-        """Budget in forward passes over all windows."""
+        """Budget in the evolution search's settings, in forward passes over all windows."""
         return self.budget or self.max_forwards
 
     @property
     def max_forwards(self) -> int:
-        """Forward passes of all generations; 1,344 with the defaults."""
+        """Forward passes of all generations under these settings; 1,344 with the defaults."""
         return self.population + self.iterations * (self.mutations + self.crossovers)
 
 
@@ -147,10 +147,10 @@ _ADAPTER: TypeAdapter[GradientSearchConfig | EvolutionSearchConfig] = TypeAdapte
 def make_search_config(
     options: Mapping[str, Any], name: Callable[[str], str] = str
 ) -> GradientSearchConfig | EvolutionSearchConfig:
-    """Return the configuration with these options; the algorithm is gradient if not given.
+    """Return the search settings with these options; the algorithm is gradient if not given.
 
     Args:
-        name: how the caller writes an option's name, for error messages.
+        name: returns the caller's spelling of an option, for error messages.
 
     Raises:
         ValueError: an unknown option, a value out of range, or an option of the other algorithm.
@@ -162,11 +162,11 @@ def make_search_config(
 
 
 def describe_error(error: Any, name: Callable[[str], str] = str, others: Sequence[str] = ()) -> str:
-    """Return one line for a validation error of a search configuration.
+    """Return one line for a validation error of search settings.
 
     Args:
         error: one of ``ValidationError.errors()``.
-        name: how the caller writes an option's name.
+        name: returns the caller's spelling of an option.
         others: names of further options that the caller knows.
     """
     if error["type"] == "union_tag_invalid":

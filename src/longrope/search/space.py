@@ -27,17 +27,17 @@ class Candidate:
 
     @property
     def portable(self) -> bool:
-        """Whether inference engines can load it: no checkpoint format has a field for n̂."""
+        """Whether engines can load a search candidate: no checkpoint format has a field for n̂."""
         return self.start_tokens == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One evaluation of a candidate.
+    """Request to evaluate one candidate of the search space.
 
     Attributes:
         window: number of the only search window to evaluate; None for all windows.
-        grad: whether the gradient of the loss by ln λ is requested too.
+        grad: whether to return the gradient of the loss with respect to ln λ too.
     """
 
     candidate: Candidate
@@ -47,14 +47,17 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The loss of a request in nats per token, NaN if not finite, and the requested gradient."""
+    """Loss of a search-space candidate in nats per token, NaN if not finite, and its gradient."""
 
     loss: float
     grad: tuple[float, ...] = ()
 
 
 class Evaluate(Protocol):
-    """Evaluates requests; ``starts`` names candidates for reports. Raises to end the search."""
+    """Protocol of a function that evaluates candidates of the search space.
+
+    ``starts`` names candidates for reports. The function raises to end the search.
+    """
 
     def __call__(
         self, requests: Sequence[Request], starts: dict[str, Candidate] | None = None, /
@@ -63,11 +66,11 @@ class Evaluate(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The bounds of one search, and the :class:`Rescale` of each candidate.
+    """Search space: the bounds of the candidates, and the :class:`Rescale` of each.
 
-    ``start`` is the rescale that candidates multiply: the identity in a first search. Every
-    candidate has its lengths, ``rope_theta`` and ``attention_factor``, and its factors in
-    dimensions that the model does not rotate.
+    ``start`` is the rescale that candidates multiply: the identity in a first search. The rescale
+    of a candidate has the lengths, ``rope_theta`` and ``attention_factor`` of ``start``, and its
+    factors in dimensions that the model does not rotate.
     """
 
     start: Rescale
@@ -80,11 +83,11 @@ class Space:
 
     @property
     def top(self) -> int:
-        """The largest factor, in hundredths."""
+        """Largest factor in the search space, in hundredths."""
         return max(_STEPS, round(self.max_factor * _STEPS))
 
     def rescale(self, candidate: Candidate) -> Rescale:
-        """Return the rescale of a candidate."""
+        """Return the rescale of a candidate in the search space."""
         factors = np.array(self.start.factors)
         factors[: self.dimensions] *= self.multipliers(candidate)
         return self.start.replace(
@@ -92,21 +95,21 @@ class Space:
         )
 
     def nearest(self, rescale: Rescale) -> Candidate:
-        """Return the candidate closest to a rescale: rounded, bounded, and made monotone."""
+        """Return the search-space candidate closest to a rescale: rounded, bounded, monotone."""
         factors = np.array(rescale.factors) / np.array(self.start.factors)
         return self.rounded(factors[: self.dimensions], rescale.start_tokens)
 
     def rounded(self, factors: np.ndarray, start_tokens: int) -> Candidate:
-        """Return the candidate closest to multipliers of shape (dimensions,)."""
+        """Return the search-space candidate closest to multipliers of shape (dimensions,)."""
         hundredths = np.clip(np.rint(factors * _STEPS), _STEPS, self.top).astype(int)
         return Candidate(tuple(np.maximum.accumulate(hundredths).tolist()), start_tokens)
 
     def multipliers(self, candidate: Candidate) -> np.ndarray:
-        """Return the multipliers of a candidate on the start's factors, shape (dimensions,)."""
+        """Return a search candidate's multipliers on the start's factors, shape (dimensions,)."""
         return np.array(candidate.hundredths) / _STEPS
 
     def contains(self, candidate: Candidate) -> bool:
-        """Whether a candidate obeys every bound of the space."""
+        """Whether a candidate obeys every bound of the search space."""
         h = candidate.hundredths
         return (
             len(h) == self.dimensions
@@ -117,11 +120,11 @@ class Space:
         )
 
     def mutate(self, candidate: Candidate, probability: float, rng: random.Random) -> Candidate:
-        """Redraw each factor and n̂ with a probability, keeping factors monotone.
+        """Mutate a candidate in the search space: redraw factors and n̂, keep factors monotone.
 
-        A run of redrawn factors is drawn uniformly, in order, between the factors on
-        either side of it that stay: the uniform distribution over all candidates that
-        share the rest. So no draw is ever rejected and the rate is the one stated.
+        Each is redrawn with ``probability``. Adjacent redrawn factors are drawn uniformly between
+        the kept factors on either side, then sorted. No draw is rejected, so the mutation rate is
+        exactly ``probability``.
         """
         drawn: list[int | None] = [
             None if rng.random() < probability else value for value in candidate.hundredths
@@ -148,10 +151,10 @@ class Space:
         return Candidate(tuple(result), tokens)
 
     def cross(self, a: Candidate, b: Candidate, rng: random.Random) -> Candidate:
-        """Join the low dimensions of one parent with the high ones of the other; n̂ of either.
+        """Cross two candidates of the search space: low dimensions of one, high ones of the other.
 
-        At every cut at least one way round is monotone: if b's factor at the cut lies
-        below a's before it, then b's before the cut lies below a's at it.
+        n̂ is either parent's. At every cut at least one of the two orders is monotone: if b's
+        factor at the cut is below a's before it, then b's before the cut is below a's at it.
         """
         cut = rng.randrange(1, self.dimensions) if self.dimensions > 1 else 0
         if rng.random() < 0.5:
@@ -163,5 +166,5 @@ class Space:
 
 
 def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return candidates without repetition, in order of first appearance."""
+    """Return search-space candidates without duplicates, in order of first appearance."""
     return list(dict.fromkeys(candidates))

@@ -1,4 +1,4 @@
-"""Fine-tuning configuration, as in a recipe's ``finetune`` section."""
+"""Training configuration of fine-tuning: steps, batch, learning rate, precision, loss."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class FinetuneConfig(Config):
-    """Configuration of fine-tuning; defaults are the paper's for LLaMA2 (section 4.1, its code).
+    """Training configuration; defaults are the paper's for LLaMA2 (section 4.1, its code).
 
     ``passkey_share``, ``answer_share``, ``short_share`` and ``distill`` are not in the paper.
 
@@ -55,7 +55,7 @@ class FinetuneConfig(Config):
     lora: _Count | None = None
 
     def accumulation(self, processes: int) -> int:
-        """Return the number of gradient accumulation steps per process.
+        """Return the gradient accumulation steps per process under this training configuration.
 
         Raises:
             ValueError: the batch cannot be divided evenly.

@@ -14,9 +14,9 @@ from longrope.data.windows import TokenDocument, bos_token, pack
 
 
 class LongContextDataset(Dataset):
-    """Training sequences of ``length`` tokens, cut from shuffled and joined documents.
+    """Dataset of training sequences of ``length`` tokens, cut from shuffled, joined documents.
 
-    Each stands between BOS and EOS where the tokenizer has them, as in the paper (section 4.1).
+    Each is put between BOS and EOS where the tokenizer has them, as in the paper (section 4.1).
     Item i depends only on the seed and i, so resuming and sharding need no sampler state. After the
     last token the text is reused in another order.
 
@@ -82,7 +82,7 @@ class LongContextDataset(Dataset):
 
     @property
     def epochs(self) -> float:
-        """Number of times the text is used."""
+        """Epochs over the dataset's text, passkey prompts not counted."""
         return self.count * (1 - self.passkey_share) / self.distinct
 
     def __len__(self) -> int:
@@ -90,11 +90,11 @@ class LongContextDataset(Dataset):
 
     @property
     def has_short_windows(self) -> bool:
-        """Whether any sequence comes with short windows."""
+        """Whether any training sequence comes with short windows."""
         return short_windows(self.count // self.batch, self.short) > 0
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """Return sequence ``number``.
+        """Return training sequence ``number`` of the dataset.
 
         Returns:
             ``input_ids`` and ``weights`` (of each token's loss), shape (length,). With short
@@ -104,7 +104,7 @@ class LongContextDataset(Dataset):
         rng = random.Random(f"{self.seed} {number}")
         text = self._text(number)
         weights = np.ones(self.length, dtype=np.float32)
-        end = self.length  # of the tokens before which positions may jump
+        end = self.length  # positions jump before this token, if at all
         if rng.random() < self.passkey_share:
             longest = rng.randint(self._shortest, self.length)
             prompt = passkey_prompt(self.tokenizer, longest, rng.random(), rng)
@@ -127,13 +127,13 @@ class LongContextDataset(Dataset):
         return sequence
 
     def _window(self, rng: random.Random) -> np.ndarray:
-        """Draw a short window of text."""
+        """Draw a short window of the training text, with BOS."""
         tokens = self.short_length - len(self._start)
         first = rng.randrange(len(self._stream) - tokens + 1)
         return np.concatenate([self._start, self._stream[first : first + tokens]])
 
     def _text(self, number: int) -> np.ndarray:
-        """Return the text of sequence ``number``, with BOS and EOS."""
+        """Return the text of training sequence ``number``, with BOS and EOS."""
         epoch, index = divmod(number, self.distinct)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.distinct)
         # Each epoch cuts the text at another offset, if there are spare tokens.
@@ -145,5 +145,8 @@ class LongContextDataset(Dataset):
 
 
 def short_windows(steps: int, beside: float) -> int:
-    """Return the number of short windows in the first ``steps`` steps, ``beside`` per step."""
+    """Count the dataset's short windows in the first ``steps`` steps, for one sequence per step.
+
+    ``beside`` is their mean number per step.
+    """
     return int(steps * beside + 0.5)

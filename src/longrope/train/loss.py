@@ -27,13 +27,14 @@ ROWS = 1024
 def chunked_loss(
     model: Any, short: Rescale | None = None, *, teacher: Any = None, rows: int = ROWS
 ) -> Iterator[None]:
-    """Make ``model(input_ids=…, weights=…)`` return ``{"loss": …}`` within a ``with`` block.
+    """Compute the training loss in chunks of tokens within a ``with`` block.
 
-    The loss is the mean over tokens of weight × negative log-likelihood in nats. The model's own
-    head computes the logits of ``rows`` tokens at a time, and again in the backward pass, so memory
-    does not grow with vocabulary × tokens, and the model's logit scaling and soft-cap apply.
+    ``model(input_ids=…, weights=…)`` then returns ``{"loss": …}``, the mean over tokens of
+    weight × negative log-likelihood in nats. The model's own head computes the logits of
+    ``rows`` tokens at a time, and again in the backward pass, so memory does not grow with
+    vocabulary × tokens, and the model's logit scaling and soft-cap apply.
 
-    The forward also accepts ``rotary_positions``, shape (batch, tokens), at which tokens are
+    The model also accepts ``rotary_positions``, shape (batch, tokens), at which tokens are
     rotated, and ``short_ids``, shape (batch, windows, tokens): windows whose losses under the
     rescale ``short`` are added.
 
@@ -85,7 +86,7 @@ def _total_loss(
     rows: int,
     teacher: "_SplitModel | None" = None,
 ) -> Tensor:
-    """Sum weight × loss over tokens, ``rows`` of them at a time."""
+    """Sum weight × training loss over tokens, ``rows`` of them at a time."""
     taught = None
     if teacher is not None:
         with torch.no_grad():
@@ -125,7 +126,7 @@ def _total_loss(
 
 
 class _SplitModel:
-    """A model split into its decoder and its language-model head."""
+    """Model split into decoder and head, so that the training loss needs few logits at a time."""
 
     def __init__(self, model: Any):
         self._decoder, _ = find_layers(model)
@@ -134,17 +135,17 @@ class _SplitModel:
         self._output: type[Any] = BaseModelOutputWithPast
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Run the decoder; hidden states have shape (batch, tokens, hidden size)."""
+        """Run the decoder for the training loss; hidden states have shape (batch, tokens, size)."""
         output = self._decoder(input_ids=ids, use_cache=False)
         # Mixture-of-experts outputs have more fields, which the head returns.
         self._output = type(output)
         return output.last_hidden_state
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
-        """Train through our attention where transformers needs a mask or materialises all scores.
+        """Use longrope's attention in the training loss where transformers' needs quadratic memory.
 
-        That is, with sliding windows, sinks (GPT-OSS) or soft-caps (Gemma 2). A mask has an entry
-        per pair of tokens. Attention dropout is not supported by ours.
+        transformers' attention needs a mask or all scores for sliding windows, sinks (GPT-OSS) and
+        soft-caps (Gemma 2). longrope's attention does not support attention dropout.
         """
         config: Any = self._decoder.config
         layers, _ = sliding_layers(config)
@@ -153,7 +154,7 @@ class _SplitModel:
         return attention_implementation(config, autograd.TRAINED)
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Apply the model's own head to hidden states of the tokens ``ids``."""
+        """Compute one chunk's logits for the training loss, by the model's own head."""
         given = _GivenOutput(self._decoder, self._output(last_hidden_state=hidden))
         setattr(self._owner, self._name, given)
         try:
@@ -163,11 +164,6 @@ class _SplitModel:
 
 
 def _owner_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
-    """Find the module that owns another, and its attribute name.
-
-    Raises:
-        ValueError: the model is the module itself.
-    """
     for owner in model.modules():
         for name, child in owner.named_children():
             if child is module:
@@ -176,7 +172,7 @@ def _owner_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
 
 
 class _GivenOutput(StandIn):
-    """Stand-in for the decoder that returns a given output."""
+    """Stand-in for the decoder in the training loss: returns an output computed before."""
 
     def __init__(self, decoder: nn.Module, output: Any):
         super().__init__(decoder)

@@ -46,17 +46,17 @@ def finetune(
     teacher: LoadedModel | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Fine-tune a model under a rescale, or resume from the last complete checkpoint.
+    """Fine-tune a model with transformers' Trainer under a rescale, or resume its training.
 
-    Writes ``out/model``, a checkpoint in the original dtype with an unscaled config, and
-    ``out/loss.jsonl`` with a line per step.
+    Training resumes from the last complete checkpoint. Writes ``out/model``, a checkpoint
+    in the original dtype with an unscaled config, and ``out/loss.jsonl`` with a line per step.
 
     Args:
         loaded: the model to train.
         rescale: applied to the long sequences.
         short: applied to the short windows; None for the original RoPE.
         dataset: the training sequences.
-        settings: how to train.
+        settings: training configuration.
         out: output directory.
         ranks: the processes that train together.
         teacher: its predictions are the short windows' targets.
@@ -115,7 +115,6 @@ def _run_trainer(
     callback: "_StepCallback",
     resume: Path | None,
 ) -> Trainer:
-    """Train, and return the Trainer."""
     with quiet():
         trainer = _Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[callback])
         trainer.remove_callback(PrinterCallback)
@@ -125,12 +124,12 @@ def _run_trainer(
 
 
 def _unwrapped(trainer: Trainer) -> Any:
-    """Return the model without accelerate's wrappers."""
+    """Return the Trainer's model without accelerate's wrappers."""
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
 
 
 def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: Path) -> None:
-    """Write the trained model in its original dtype, with tokenizer."""
+    """Write the model that the Trainer trained, in its original dtype, with its tokenizer."""
     dtype = getattr(torch, loaded.info.dtype)
     state = {
         name: tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu()
@@ -147,7 +146,7 @@ def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: P
 def _arguments(
     settings: FinetuneConfig, work: Path, device: torch.device, ranks: Ranks, seed: int
 ) -> TrainingArguments:
-    """Translate the settings into transformers' TrainingArguments."""
+    """Translate the settings into the TrainingArguments of transformers' Trainer."""
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
@@ -186,10 +185,10 @@ def _arguments(
 
 
 class _Trainer(Trainer):
-    """Trainer that reports full disks and non-finite losses as ``ValueError``."""
+    """transformers' Trainer that reports full disks and non-finite losses as ``ValueError``."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint; raises ``ValueError`` if it cannot be written."""
+        """Save a Trainer checkpoint; raises ``ValueError`` if it cannot be written."""
         try:
             super()._save_checkpoint(*args, **kwargs)
         # A full disk is an OSError in Python, but other errors in torch and safetensors.
@@ -202,7 +201,7 @@ class _Trainer(Trainer):
             ) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a training step; raises ``ValueError`` if the loss is not finite."""
+        """Run a step of the Trainer; raises ``ValueError`` if the loss is not finite."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise _not_finite("loss", loss.item(), self.state.global_step + 1)
@@ -210,7 +209,6 @@ class _Trainer(Trainer):
 
 
 def _not_finite(what: str, value: float, step: int) -> ValueError:
-    """Build the error for a loss or gradient that is not finite."""
     return ValueError(
         f"the {what} is {value} at step {step}; checkpoints before it are kept: lower "
         "finetune.learning_rate or set finetune.precision to float32, with another "
@@ -226,11 +224,11 @@ class _StepCallback(TrainerCallback):
         self.started, self.first_step = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note when and at which step training started."""
+        """Note when and at which step the Trainer started."""
         self.started, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Log a step's loss, and raise ``ValueError`` if its gradient is not finite."""
+        """Log the loss of a training step; raises ``ValueError`` if its gradient is not finite."""
         if not logs or "loss" not in logs:
             return
         norm = float(logs.get("grad_norm", 0.0))
@@ -250,7 +248,7 @@ class _StepCallback(TrainerCallback):
         self.advance(state.global_step, f"loss {line['loss']:.4f}, {duration(left)} left")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Flush a checkpoint to disk, then mark it complete."""
+        """Flush a Trainer checkpoint to disk, then mark it complete."""
         if not self.first:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -262,7 +260,7 @@ class _StepCallback(TrainerCallback):
 
 
 def _last_complete(work: Path) -> Path | None:
-    """Return the newest complete checkpoint; incomplete ones are deleted."""
+    """Return the newest complete Trainer checkpoint; incomplete ones are deleted."""
     whole = []
     for directory in work.glob("checkpoint-*"):
         if (directory / _MARKER).exists():
@@ -273,19 +271,18 @@ def _last_complete(work: Path) -> Path | None:
 
 
 def _step(checkpoint: Path) -> int:
-    """Return a checkpoint's step number."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def _drop_losses_after(checkpoint: Path | None, log: Path) -> None:
-    """Drop the logged losses of the steps after a checkpoint, which are repeated."""
+    """Drop the logged losses of training steps after a checkpoint, which resuming repeats."""
     last = _step(checkpoint) if checkpoint else 0
     lines = [line for line in read_lines(log) if line["step"] <= last]
     write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def require_lora(rank: int) -> None:
-    """Check that LoRA can be used.
+    """Check that LoRA training is possible.
 
     Raises:
         ValueError: peft is not installed, or the model is to be sharded.
@@ -302,14 +299,17 @@ def require_lora(rank: int) -> None:
 
 
 def _freeze_unused(model: Any) -> None:
-    """Freeze parameters that text does not use (vision, audio), which get no gradients."""
+    """Freeze parameters that get no gradients in training on text (vision, audio)."""
     met = text_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in met)
 
 
 def _with_lora(model: Any, rank: int) -> Any:
-    """Add LoRA to every linear layer; embeddings and norms train in full (as in LongLoRA)."""
+    """Add LoRA to every linear layer for training; embeddings and norms train in full.
+
+    This follows LongLoRA.
+    """
     require_lora(rank)
     from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
 
