@@ -40,7 +40,7 @@ from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.compat import auto_class
 from longrope.execution import ExecutionConfig
-from longrope.inference.generate import stream
+from longrope.inference.generate import generate_tokens
 from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
 from longrope.models.bundled import BUNDLED
@@ -223,9 +223,8 @@ def exported(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> float
 
 def generated(loaded: LoadedModel, pair: RescalePair, ids: torch.Tensor) -> bool:
     row = ids[0, : ORIGINAL - 8].tolist()
-    found = list(
-        stream(loaded, pair.choose, row, max_new_tokens=20, forward=LongForward(loaded.model, 30))
-    )
+    chunks = LongForward(loaded.model, 30)
+    found = list(generate_tokens(loaded, pair.choose, row, max_new_tokens=20, forward=chunks))
     for token in found:
         with rescaled(loaded.model, pair.choose(len(row)), always=True):
             if int(plain(loaded.model, torch.tensor([row]))[0, -1].argmax()) != token:

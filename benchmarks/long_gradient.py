@@ -87,12 +87,13 @@ def measure(args: argparse.Namespace) -> dict:
     forward = LongForward(model, args.chunk_size or None, where, offloaded=args.offload_weights)
     info = long_forward.facts_of(config, args.dtype)
     ids = torch.randint(10, config.vocab_size, (1, tokens + 1))
-    there = {
+    execution = {
         "offload_activations": args.offload_activations,
         "offload_weights": args.offload_weights,
-        "chunk": forward.chunk_size,
+        "chunk_size": forward.chunk_size,
     }
-    recipe = make_recipe({"target": f"{tokens}", "search": {"windows": 1}} | there)
+    asked = {"target": f"{tokens}", "search": {"windows": 1}, "execution": execution}
+    recipe = make_recipe(asked)
     stage = Costs(info, recipe, device.type == "cpu").search("search", tokens)
     times = []
     with rescaled(model, info.rescale("yarn", tokens), always=True):

@@ -31,7 +31,7 @@ from longrope.models.load import load_model
 from longrope.pipeline.plan import make_plan
 from longrope.pipeline.recipe import load_recipe, make_recipe
 from longrope.rope.apply import rescaled
-from longrope.search.problem import first_search
+from longrope.search.problem import first_search_problem
 from longrope.search.run import search_stage
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
@@ -60,7 +60,7 @@ def _search(config: GradientSearchConfig | EvolutionSearchConfig, these: Ranks, 
     loaded = load_model("bundled", ExecutionConfig(dtype="float32", device="cpu"))
     documents = load_documents(loaded.tokenizer, ["python-library"])
     windows = search_windows(documents, 2048, config.windows, 0, bos_token(loaded.tokenizer))
-    problem = first_search(loaded.info, 2048)
+    problem = first_search_problem(loaded.info, 2048)
     these.gather(0.0)
     started = time.perf_counter()
     search_stage(loaded, problem, windows, config, out, these)

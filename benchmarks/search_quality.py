@@ -1,8 +1,8 @@
 """Both searches on the same windows: the loss that each reaches, against forwards of all windows.
 
     python benchmarks/search_quality.py --data python-library --out runs/quality
-    python benchmarks/search_quality.py --data python-library --target 64x --windows 2 --seeds 0 --budgets 27 \\
-        --paper-budget 200 --out runs/quality-64x
+    python benchmarks/search_quality.py --data python-library --target 64x --windows 2 --seeds 0 \\
+        --budgets 27 --paper-budget 200 --out runs/quality-64x
 
 The windows are those of seed 0, so the seeds differ in the candidates alone. Interrupted, it goes
 on; under ``torchrun --nproc-per-node N`` the processes share Algorithm 1's candidates. Held out:
@@ -27,9 +27,9 @@ from longrope.data.documents import check_sources
 from longrope.data.windows import (
     Windows,
     bos_token,
+    exclude_documents,
     load_documents,
     search_windows,
-    unseen,
     with_bos,
 )
 from longrope.distributed import Ranks, ranks
@@ -39,7 +39,7 @@ from longrope.models.load import LoadedModel, load_model
 from longrope.models.target import parse_extension
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
-from longrope.search.problem import first_search
+from longrope.search.problem import first_search_problem
 from longrope.search.run import search_stage
 from longrope.search.settings import make_search_config
 
@@ -80,7 +80,7 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
     documents = load_documents(loaded.tokenizer, args.data)
     windows = search_windows(documents, length, args.windows, 0, bos)
     held_out = unseen_windows(loaded, args.data, documents, windows, length, args.held_out)
-    problem, rows = first_search(loaded.info, length), []
+    problem, rows = first_search_problem(loaded.info, length), []
     runs = [("evolution", args.paper_budget)] + [
         ("gradient", int(b)) for b in args.budgets.split(",")
     ]
@@ -123,7 +123,7 @@ def unseen_windows(
     others = (
         load_documents(loaded.tokenizer, ["python-library-held-out"])
         if not data
-        else unseen(documents, searched)
+        else exclude_documents(documents, searched)
     )
     bos = bos_token(loaded.tokenizer)
     rows = [with_bos(d.ids[:length], bos) for d in others if len(d) >= length]

@@ -24,7 +24,7 @@ from longrope.data.prompts import passkey_prompt
 from longrope.distributed import Ranks
 from longrope.evaluate.perplexity import score
 from longrope.evaluate.retrieval import retrieve
-from longrope.files import JsonlStore, whole_directory
+from longrope.files import JsonlStore, atomic_directory
 from longrope.models.load import LoadedModel
 from longrope.pipeline.extend import extend, open_run
 from longrope.pipeline.plan import evaluation_lengths
@@ -32,7 +32,7 @@ from longrope.pipeline.recipe import Evaluate, load_recipe
 from longrope.pipeline.run_state import Run
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
-from longrope.search.problem import multiplied, step_factors
+from longrope.search.problem import multiplied, second_search_factors
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def long_factors(run: Run, method: str) -> Rescale:
         return start
     if method == "searched":
         return run.rescale("second-search")
-    return multiplied(start, step_factors(run.info, finetuned, method, target))
+    return multiplied(start, second_search_factors(run.info, finetuned, method, target))
 
 
 def extended(run: Run, method: str, final: bool, dtype: str | None) -> LoadedModel:
@@ -125,7 +125,7 @@ def final_run(run: Run, method: str) -> Run:
         if stage.name == "second-search":
             break
         if not (out / stage.name / "done.json").exists():
-            with whole_directory(out / stage.name) as directory:
+            with atomic_directory(out / stage.name) as directory:
                 shutil.copytree(run.directory(stage.name), directory, dirs_exist_ok=True)
     extend(recipe, out)
     return open_run(recipe, out, Ranks())

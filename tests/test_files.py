@@ -6,9 +6,9 @@ import pytest
 
 from longrope.files import (
     append_line,
+    atomic_directory,
     read_lines,
     recover_directory,
-    whole_directory,
     write_atomically,
 )
 
@@ -56,7 +56,7 @@ def contents(directory):
 
 
 def replace(path):
-    with whole_directory(path) as directory:
+    with atomic_directory(path) as directory:
         fill(directory, NEW)
 
 

@@ -11,7 +11,7 @@ from layerwise.test_forward import plain_losses, yarn
 from longrope.attention import cudnn
 from longrope.attention.chunked import _online_softmax, causal_attention_with_lse
 from longrope.execution import ExecutionConfig
-from longrope.inference.generate import stream
+from longrope.inference.generate import generate_tokens
 from longrope.inference.load import load_extended
 from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
@@ -180,7 +180,7 @@ def test_a_whole_extension(checkpoints, texts, tmp_path, precision):
     assert both is not None
     loaded.model.generation_config.eos_token_id = None
     prompt = list(range(100, 96 + both.recovery_length))  # four more cross the boundary
-    found = list(stream(loaded, both.choose, prompt, max_new_tokens=9))
+    found = list(generate_tokens(loaded, both.choose, prompt, max_new_tokens=9))
     ids = torch.tensor([prompt], device="cuda")
     with switched(loaded.model, both):
         expected = loaded.model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=2)

@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """Write a directory atomically: yield an empty one, which replaces ``path`` once synced.
 
     A directory at ``path`` survives a kill at any point: it is renamed aside before the new one
@@ -185,7 +185,7 @@ def _delete(directory: Path, target: Path, within: bool) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically in parts: yield a temporary path, sync it, and rename it.
 
     For content written in parts; :func:`write_atomically` takes the whole content.

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from longrope.data.documents import Document
-from longrope.data.windows import TokenDocument, bos_token, pack, search_windows, tokenize, unseen
+from longrope.data.windows import (
+    TokenDocument,
+    bos_token,
+    exclude_documents,
+    pack,
+    search_windows,
+    tokenize,
+)
 from longrope.models.bundled import BUNDLED
 from longrope.units import parse_length
 
@@ -99,9 +106,9 @@ def test_pack_joins_with_bos_and_eos():
 
 def test_unseen_is_disjoint():
     documents = [document(name, 5) for name in "abc"]
-    assert [d.name for d in unseen(documents, ["b"])] == ["a", "c"]
+    assert [d.name for d in exclude_documents(documents, ["b"])] == ["a", "c"]
     packed = pack(documents[:2], None, None)
-    assert [d.name for d in unseen([packed, documents[2]], ["a"])] == ["c"]
+    assert [d.name for d in exclude_documents([packed, documents[2]], ["a"])] == ["c"]
 
 
 @pytest.mark.parametrize(

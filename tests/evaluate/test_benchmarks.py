@@ -13,7 +13,7 @@ from longrope.evaluate.compare import compare_benchmarks
 from longrope.evaluate.lm_eval_tasks import manager, task_parts
 from longrope.evaluate.local_data import read_dataset
 from longrope.evaluate.settings import BenchmarkConfig
-from longrope.evaluate.statistics import paired
+from longrope.evaluate.statistics import benchmark_difference
 from longrope.execution import ExecutionConfig
 from longrope.files import JsonlStore
 from longrope.layerwise.forward import LongForward
@@ -190,7 +190,7 @@ def test_a_model_against_itself_differs_in_nothing(bundled, benchmark_data):
 def test_the_interval_is_that_of_paired_differences():
     original = {str(i): float(i % 2) for i in range(100)}
     extended = {key: 1.0 if key == "0" else value for key, value in original.items()}
-    row = paired("t", original, extended)
+    row = benchmark_difference("t", original, extended)
     assert row["difference"] == pytest.approx(0.01)
     assert row["high"] - row["difference"] == pytest.approx(1.959964 * 0.01)
 
@@ -217,7 +217,7 @@ def test_ruler_asks_every_model_the_same(bundled, task):
 
 def test_other_questions_are_not_paired():
     with pytest.raises(ValueError, match="different questions"):
-        paired("t", {"0 hash": 1.0}, {"0 other": 0.0})
+        benchmark_difference("t", {"0 hash": 1.0}, {"0 other": 0.0})
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from longrope.data.prompts import (
     needle_prompt,
     passkey_prompt,
 )
-from longrope.evaluate.retrieval import Row, retrieve
-from longrope.evaluate.statistics import totals, wilson
+from longrope.evaluate.retrieval import RetrievalRow, retrieve
+from longrope.evaluate.statistics import retrieval_totals, wilson
 from longrope.files import JsonlStore
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
@@ -125,8 +125,12 @@ def test_interval_of_a_share():
 
 
 def test_totals():
-    rows = [Row(256, 0.1, 1, 2), Row(256, 0.9, 2, 2), Row(512, 0.5, 0, 3)]
-    assert totals(map(dataclasses.asdict, rows)) == {256: (3, 4), 512: (0, 3)}
+    rows = [
+        RetrievalRow(256, 0.1, 1, 2),
+        RetrievalRow(256, 0.9, 2, 2),
+        RetrievalRow(512, 0.5, 0, 3),
+    ]
+    assert retrieval_totals(map(dataclasses.asdict, rows)) == {256: (3, 4), 512: (0, 3)}
 
 
 def test_lines_of_documents(bundled):

@@ -12,7 +12,7 @@ from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.checkpoints.run_directory import original_of
 from longrope.execution import ExecutionConfig
-from longrope.inference.generate import decode_stream, stream
+from longrope.inference.generate import decode_tokens, generate_tokens
 from longrope.inference.load import load_extended
 from longrope.models.load import LoadedModel, load_model
 from longrope.pipeline.recipe import make_recipe
@@ -39,7 +39,7 @@ def test_stream_equals_generate_without_a_cache(checkpoints, ids, family):
     loaded = load_model(str(checkpoints(family)), execution)
     both, prompt = pair(loaded.model), ids[0, :75].tolist()
     loaded.model.generation_config.eos_token_id = None
-    found = list(stream(loaded, both.choose, prompt, max_new_tokens=12))
+    found = list(generate_tokens(loaded, both.choose, prompt, max_new_tokens=12))
     with switched(loaded.model, both):
         expected = loaded.model.generate(
             ids[:1, :75],
@@ -67,7 +67,9 @@ def test_an_export_generates_the_same_in_a_process_of_its_own(bundled, tmp_path)
     loaded, loaded_pair = load_extended(str(tmp_path))
     assert loaded_pair == made
     ids = loaded.tokenizer(book.read_text() + "import")["input_ids"]
-    expected = "".join(decode_stream(loaded, stream(loaded, made.choose, ids, max_new_tokens=9)))
+    expected = "".join(
+        decode_tokens(loaded, generate_tokens(loaded, made.choose, ids, max_new_tokens=9))
+    )
     assert texts == [expected + "\n"] * 2
 
 
@@ -112,7 +114,7 @@ def test_sampling_is_decided_by_the_seed(bundled):
     def text(seed):
         ids = bundled.tokenizer("def f(")["input_ids"]
         options = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}
-        return list(stream(bundled, None, ids, **options))
+        return list(generate_tokens(bundled, None, ids, **options))
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -121,7 +123,7 @@ def test_sampling_is_decided_by_the_seed(bundled):
 def test_an_empty_prompt_is_refused(bundled):
     loaded = LoadedModel(bundled.model, bundled.tokenizer, bundled.info)
     with pytest.raises(ValueError, match="prompt is empty"):
-        next(stream(loaded, None, [], max_new_tokens=1))
+        next(generate_tokens(loaded, None, [], max_new_tokens=1))
 
 
 def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp_path):
@@ -138,7 +140,7 @@ def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for model in (loaded.model, plain):
         model.generation_config.eos_token_id = None
-    found = list(stream(loaded, None, ids[0].tolist(), max_new_tokens=8))
+    found = list(generate_tokens(loaded, None, ids[0].tolist(), max_new_tokens=8))
     told = {"attention_mask": torch.ones_like(ids[:1]), "pad_token_id": 2}
     expected = plain.generate(ids[:1], max_new_tokens=8, do_sample=False, **told)
     assert found == expected[0, ids.shape[1] :].tolist()

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from longrope.report import plots
-from longrope.report.figures import known_methods, report
+from longrope.report.figures import draw_figures, known_methods
 from longrope.rope import methods
 from longrope.rope.rescale import Rescale
 
@@ -75,18 +75,18 @@ def test_history_names_its_starts_and_of_ramps_the_best():
 
 def test_report_draws_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
-        report(tmp_path)
+        draw_figures(tmp_path)
     yarn().save(tmp_path / "rescale.json")
-    assert [path.name for path in report(tmp_path)] == ["factors.png"]
+    assert [path.name for path in draw_figures(tmp_path)] == ["factors.png"]
     (tmp_path / "compare.json").write_text("{")
     with pytest.raises(ValueError, match=r"compare\.json is damaged"):
-        report(tmp_path)
+        draw_figures(tmp_path)
     comparison = {
         "original_length": 256,
         "perplexity": rows("perplexity", lambda m, n: 5.0),
         "by_position": rows("buckets", lambda m, n: [(0, n, 5.0)]),
     }
     (tmp_path / "compare.json").write_text(json.dumps(comparison))
-    names = [path.name for path in report(tmp_path)]
+    names = [path.name for path in draw_figures(tmp_path)]
     assert names == ["factors.png", "perplexity.png", "position.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in report(tmp_path))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in draw_figures(tmp_path))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longrope.search.cost import EvaluationCost
 from longrope.search.gradient_search import _smoothed, gradient_search, isotonic, make_schedule
 from longrope.search.problem import Problem
-from longrope.search.ramps import walk
+from longrope.search.ramps import walk_ramps
 from longrope.search.settings import GradientSearchConfig
 from longrope.search.space import Result, Space
 from search.test_evolution import problem
@@ -165,7 +165,7 @@ def test_ramps_have_a_share_of_the_budget(cost, forwards):
 @given(st.floats(0, 13), st.floats(-6, 4))
 def test_a_walk_ends_beside_the_least(fast, slow):
     """Of a bowl: within a step of either number, unless the two meet."""
-    steps, least, best = walk(), math.inf, None
+    steps, least, best = walk_ramps(), math.inf, None
     tried = []
     with contextlib.suppress(StopIteration):
         turns = next(steps)
@@ -183,7 +183,7 @@ def test_a_walk_ends_beside_the_least(fast, slow):
 
 
 def test_a_walk_does_not_stay_where_there_is_no_loss():
-    steps = walk()
+    steps = walk_ramps()
     assert next(steps) == (32, 1)
     assert steps.send(math.inf) == (128, 1)
     assert steps.send(math.inf) == (8, 1)

@@ -5,7 +5,12 @@ import pytest
 
 from longrope.models.info import inspect_model
 from longrope.rope.rescale import default_attention_factor
-from longrope.search.problem import first_search, recovery_search, second_search, step_factors
+from longrope.search.problem import (
+    first_search_problem,
+    recovery_problem,
+    second_search_factors,
+    second_search_problem,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +24,7 @@ def finetuned(info):
 
 
 def test_second_multiplies_the_fine_tuned_factors(info, finetuned):
-    problem = second_search(info, finetuned, 16_384)
+    problem = second_search_problem(info, finetuned, 16_384)
     space = problem.space
     assert space.top == 1000  # 1.25 · s₂
     assert space.start_tokens == (0,)
@@ -38,7 +43,7 @@ def test_second_multiplies_the_fine_tuned_factors(info, finetuned):
 def test_the_step_of_yarn_is_yarn_itself_on_an_unscaled_model(info):
     """The ramp in turns equals YaRN's in dimensions, but for the rounding of its ends."""
     unscaled = info.rescale("none", 256)
-    step = step_factors(info, unscaled, "yarn", 2048)
+    step = second_search_factors(info, unscaled, "yarn", 2048)
     known = np.array(info.rescale("yarn", 2048).factors)
     assert (step[0], step[-1]) == (1, 8)
     ramp = (1 - 1 / step) / (1 - 1 / 8)
@@ -47,17 +52,17 @@ def test_the_step_of_yarn_is_yarn_itself_on_an_unscaled_model(info):
 
 
 def test_the_step_of_yarn_sees_the_rescaled_frequencies(info, finetuned):
-    step = step_factors(info, finetuned, "yarn", 16_384)
+    step = second_search_factors(info, finetuned, "yarn", 16_384)
     turns = 2048 * finetuned.inv_freq / (2 * np.pi)
     np.testing.assert_allclose(step[turns <= 1], 8)
     np.testing.assert_allclose(step[turns >= 32], 1)
     assert (np.diff(step) >= 0).all()
-    logarithmic = step_factors(info, finetuned, "yarn-log", 16_384)
+    logarithmic = second_search_factors(info, finetuned, "yarn-log", 16_384)
     np.testing.assert_allclose(logarithmic[turns <= 4], 8)
 
 
 def test_recovery_starts_from_the_original_and_ends_at_the_fine_tuned(info, finetuned):
-    problem = recovery_search(info, finetuned, 512, attention_factor=1.3)
+    problem = recovery_problem(info, finetuned, 512, attention_factor=1.3)
     space = problem.space
     assert space.top == round(125 * max(finetuned.factors))
     original = space.rescale(problem.starts["original"])
@@ -73,14 +78,14 @@ def test_recovery_starts_from_the_original_and_ends_at_the_fine_tuned(info, fine
 
 
 def test_first_is_bounded_by_the_paper(info):
-    problem = first_search(info, 2048, start_tokens=(0,))
+    problem = first_search_problem(info, 2048, start_tokens=(0,))
     assert problem.space.top == 1000
     assert set(problem.starts) == {"pi", "ntk", "yarn"}
     assert problem.space.start.attention_factor == default_attention_factor(256, 2048)
 
 
 def test_ramps_are_a_family_with_ntk_in_it(info):
-    problem = first_search(info, 2048)
+    problem = first_search_problem(info, 2048)
     turns = 256 * info.rescale("none", 256).inv_freq / (2 * np.pi)
     factors = np.array(problem.space.rescale(problem.ramp(16, 0.5)).factors)
     np.testing.assert_allclose(factors[turns > 16], 1)
@@ -95,15 +100,15 @@ def test_ramps_are_a_family_with_ntk_in_it(info):
 def test_starts_have_the_dimensions_that_turn(checkpoints):
     """Gemma 4's other dimensions keep the factor that they have."""
     info = inspect_model(str(checkpoints("gemma4")))
-    problem = first_search(info, 512)
+    problem = first_search_problem(info, 512)
     assert problem.space.dimensions == 4
     for candidate in (*problem.starts.values(), problem.ramp(16, 0.5)):
         assert problem.space.contains(candidate)
         assert set(problem.space.rescale(candidate).factors[4:]) == {1e30}
     finetuned = problem.space.rescale(problem.starts["yarn"])
     second, third = (
-        second_search(info, finetuned, 1024),
-        recovery_search(info, finetuned, 64, 1.1),
+        second_search_problem(info, finetuned, 1024),
+        recovery_problem(info, finetuned, 64, 1.1),
     )
     for step in (second, third):
         assert all(step.space.contains(candidate) for candidate in step.starts.values())

@@ -10,7 +10,7 @@ from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost
 from longrope.search.history import SearchIdentity
 from longrope.search.problem import Problem, ramp
-from longrope.search.run import search
+from longrope.search.run import run_algorithm
 from longrope.search.settings import GradientSearchConfig
 from longrope.search.space import Result
 from search.test_evolution import SMALL, bowl, problem
@@ -56,7 +56,7 @@ def small(**changes):
 
 def go(out, loss=None, budget=None, patience=None, **more):
     here = more.pop("identity", identity(config=small(budget=budget, patience=patience)))
-    return search(here, problem(SPACE), loss or Loss(), out, **more)
+    return run_algorithm(here, problem(SPACE), loss or Loss(), out, **more)
 
 
 def contents(out):
@@ -115,7 +115,9 @@ def test_a_finished_search_computes_nothing(tmp_path):
 def test_fixed_start_tokens_leave_nothing_portable(tmp_path):
     fixed = dataclasses.replace(SPACE, start_tokens=(8,))
     begin = {"pi": dataclasses.replace(problem(SPACE).starts["pi"], start_tokens=8)}
-    result = search(identity(config=small(budget=5)), Problem(fixed, begin), Loss(), tmp_path)
+    result = run_algorithm(
+        identity(config=small(budget=5)), Problem(fixed, begin), Loss(), tmp_path
+    )
     assert result.best.start_tokens == 8
     assert result.portable is None
     assert not (tmp_path / "portable.json").exists()
@@ -261,7 +263,7 @@ def fast(out, fail_at=None, **more):
         problem(SPACE), ramp=lambda f, g: SPACE.rounded(8 ** ramp(turns, f, g), 0)
     )
     here = identity(config=GradientSearchConfig())
-    result = search(here, family, loss, out, cost=EvaluationCost(5, 2.66), **more)
+    result = run_algorithm(here, family, loss, out, cost=EvaluationCost(5, 2.66), **more)
     return result, losses.calls
 
 

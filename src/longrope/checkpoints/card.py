@@ -6,7 +6,7 @@ from longrope.checkpoints.manifest import Manifest
 from longrope.labels import RESULT, WITHOUT
 
 
-def write(manifest: Manifest, results: dict[str, Any] | None = None) -> str:
+def model_card(manifest: Manifest, results: dict[str, Any] | None = None) -> str:
     """Return the model card of an export: the Markdown of its ``README.md``.
 
     Args:

@@ -308,7 +308,7 @@ def _write_card(manifest: Manifest, out: Path, run: Path | None) -> None:
     results: dict[str, Any] | None = None
     if run and (run / "results.json").exists():
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    write_atomically(_card_file(out), card.write(manifest, results))
+    write_atomically(_card_file(out), card.model_card(manifest, results))
 
 
 def _card_file(out: Path) -> Path:

@@ -15,7 +15,7 @@ from longrope.checkpoints.gguf_io import (
 )
 from longrope.checkpoints.llama_gguf import llama_metadata, llama_tensors
 from longrope.checkpoints.manifest import Manifest
-from longrope.files import whole_file
+from longrope.files import atomic_file
 from longrope.rope.pair import RescalePair
 
 # Architectures whose graph in llama.cpp multiplies by rope_factors_* (or rope_freqs), by name.
@@ -68,7 +68,7 @@ def export_gguf(source: Path, manifest: Manifest, path: Path) -> None:
     metadata = [item for item in metadata if item[0] != f"{arch}.context_length"]
     metadata += scaling_metadata(arch, manifest)
     tensors = [t for t in tensors if t.name not in (LONG, SHORT, ONE)] + _factors(manifest)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         write_file(temporary, arch, metadata, tensors)
 
 

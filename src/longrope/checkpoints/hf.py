@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from longrope.checkpoints import card
 from longrope.checkpoints.fold import fold_attention_factor
 from longrope.checkpoints.manifest import Manifest
-from longrope.files import whole_directory
+from longrope.files import atomic_directory
 from longrope.models.load import LoadedModel
 from longrope.models.sources import read_pretrained, weight_files
 from longrope.progress import quiet
@@ -103,7 +103,7 @@ def export_model(loaded: LoadedModel, manifest: Manifest, path: Path) -> None:
     require_portable(manifest.pair)
     site = find_rotary(loaded.model)
     assert site is not None
-    with whole_directory(path) as directory, quiet():
+    with atomic_directory(path) as directory, quiet():
         loaded.model.save_pretrained(directory)
         loaded.tokenizer.save_pretrained(directory)
         _finish(directory, manifest, site.module.config)
@@ -130,7 +130,7 @@ def export_directory(
     files = weight_files(source)
     with quiet():
         config = read_pretrained(AutoConfig, str(source), trust_remote_code)
-    with whole_directory(path) as directory:
+    with atomic_directory(path) as directory:
         for file in source.iterdir():
             if file.is_file() and file.suffix in _KEPT:
                 shutil.copyfile(file, directory / file.name)
@@ -170,7 +170,7 @@ def _finish(directory: Path, manifest: Manifest, known: Any) -> None:
     longest = manifest.pair.long.max_position_embeddings
     _edit(directory / "tokenizer_config.json", lambda found: _readable_tokenizer(found, longest))
     manifest.save(directory)
-    (directory / "README.md").write_text(card.write(manifest), encoding="utf-8")
+    (directory / "README.md").write_text(card.model_card(manifest), encoding="utf-8")
 
 
 def _readable_tokenizer(config: dict[str, Any], longest: int) -> dict[str, Any]:

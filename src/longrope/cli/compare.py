@@ -18,9 +18,9 @@ from longrope.cli.options import (
     TokensPerDocument,
     add_options,
     existing_choice,
-    flag,
+    option_name,
 )
-from longrope.cli.tables import console, print_differences, print_json, print_rows
+from longrope.cli.tables import console, print_differences, print_json, print_perplexity
 from longrope.execution import ExecutionConfig
 
 
@@ -70,20 +70,20 @@ def compare(
     from longrope.files import require_directory
     from longrope.models.info import ModelInfo, inspect_model
     from longrope.models.load import load_model
-    from longrope.pipeline.checks import check_measuring
-    from longrope.report.figures import report as write_report
+    from longrope.pipeline.checks import check_evaluation
+    from longrope.report.figures import draw_figures as write_report
     from longrope.rope.methods import METHODS
 
     names = [name.strip() for name in methods.split(",")]
     files = [Path(name) for name in names if name not in METHODS]
     directory = out or (files[0].parent if files else Path("compare"))
     require_one_process("compare")
-    how = ExecutionConfig.make(execution, flag)
+    how = ExecutionConfig.make(execution, option_name)
 
-    def resolve(info: ModelInfo) -> tuple[PerplexityConfig, int, list[comparing.Entry]]:
+    def resolve(info: ModelInfo) -> tuple[PerplexityConfig, int, list[comparing.ComparedMethod]]:
         tokens, made_for = comparing.resolve_lengths(info, (lengths or target).split(","), target)
         options = PerplexityConfig.make(
-            {"lengths": tuple(tokens), "tokens_per_document": tokens_per_document}, flag
+            {"lengths": tuple(tokens), "tokens_per_document": tokens_per_document}, option_name
         )
         factors = {"attention_factor": attention_factor, "own_attention_factors": True}
         return options, made_for, comparing.method_entries(info, names, made_for, **factors)
@@ -107,7 +107,7 @@ def compare(
     file = directory / "compare.json"
     comparing.check_same_comparison(file, entries, options.lengths, made_for, of)
     require_directory(directory)
-    check_measuring(info, options.lengths[-1], how, Ranks())
+    check_evaluation(info, options.lengths[-1], how, Ranks())
     loaded = load_model(model, how, info=info)
     with measurement_cache(directory) as cache:
         documents = comparing.perplexity_documents(
@@ -121,7 +121,7 @@ def compare(
     if json_:
         print_json(comparison.to_json() | {"figures": [str(path) for path in figures]})
         return
-    print_rows(comparison.rows())
+    print_perplexity(comparison.rows())
     print_differences(comparison.differences())
     for path in figures:
         console.print(str(path), soft_wrap=True)
@@ -135,7 +135,7 @@ def report(
     json_: Json = False,
 ) -> None:
     """Write a run's report again, or draw a search's or comparison's figures; print their paths."""
-    from longrope.report.figures import report as draw
+    from longrope.report.figures import draw_figures as draw
     from longrope.report.page import write_page
 
     written = write_page(directory) if (directory / "results.json").exists() else draw(directory)

@@ -20,15 +20,20 @@ from longrope.cli.options import (
     Pack,
     add_options,
     existing_choice,
-    flag,
+    option_name,
 )
-from longrope.cli.tables import console, print_benchmarks, print_json, print_retrieval, print_rows
+from longrope.cli.tables import (
+    console,
+    print_benchmarks,
+    print_json,
+    print_perplexity,
+    print_retrieval,
+)
 from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
 from longrope.execution import ExecutionConfig
 
 if TYPE_CHECKING:
     from longrope.distributed import Ranks
-    from longrope.evaluate.compare import Entry
     from longrope.models.info import ModelInfo
     from longrope.rope.pair import RescalePair
 
@@ -100,11 +105,11 @@ class _Subject:
             given = getattr(self, name) is not None
             if given and find_pair(self.model, self.execution.trust_remote_code):
                 raise ValueError(
-                    f"{flag(name)} is {getattr(self, name)}, which needs a method, and "
+                    f"{option_name(name)} is {getattr(self, name)}, which needs a method, and "
                     f"{self.model} has its own factors: omit it, or give --rescale"
                 )
 
-    def entry(self, info: "ModelInfo", made_for: int, longest: int) -> "Entry":
+    def entry(self, info: "ModelInfo", made_for: int, longest: int) -> "ComparedMethod":
         """Return the factors that the verb's options name; check that they fit the model."""
         from longrope.evaluate.compare import check_entries, method_entries
 
@@ -137,7 +142,7 @@ def perplexity(
     """Measure and print perplexity on documents, on the same tokens at every length."""
     from longrope.evaluate.compare import perplexity_documents, perplexity_row
 
-    how = ExecutionConfig.make(execution, flag)
+    how = ExecutionConfig.make(execution, option_name)
     subject = _Subject(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
     )
@@ -155,14 +160,14 @@ def perplexity(
         lengths,
         sources,
         of | {"stride": None, "tokens_per_document": None} | scoring,
-        lambda tokens: PerplexityConfig.make(scoring | {"lengths": tuple(tokens)}, flag),
+        lambda tokens: PerplexityConfig.make(scoring | {"lengths": tuple(tokens)}, option_name),
         load,
         lambda name, info, scores: [
             perplexity_row(name, scores, info.original_max_position_embeddings or 0)
         ],
         out,
     )
-    _show("perplexity", rows, print_rows, out, json_)
+    _show("perplexity", rows, print_perplexity, out, json_)
 
 
 @verbs.command()
@@ -183,7 +188,7 @@ def passkey(
     json_: Json = False,
 ) -> None:
     """Measure and print retrieval of a number hidden in repeated sentences."""
-    how = ExecutionConfig.make(execution, flag)
+    how = ExecutionConfig.make(execution, option_name)
     subject = _Subject(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
     )
@@ -210,7 +215,7 @@ def needle(
     json_: Json = False,
 ) -> None:
     """Measure and print retrieval of a sentence hidden among lines of documents."""
-    how = ExecutionConfig.make(execution, flag)
+    how = ExecutionConfig.make(execution, option_name)
     subject = _Subject(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
     )
@@ -258,14 +263,14 @@ def benchmarks(
     from longrope.models.load import load_model
     from longrope.rope.methods import METHODS
 
-    how = ExecutionConfig.make(execution, flag)
+    how = ExecutionConfig.make(execution, option_name)
     subject = _Subject(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
     )
     if target is None and rescale in METHODS and rescale != "none":
         raise ValueError(f"--target is missing; give the target length of {rescale}, such as 8x")
     ruler = tuple(lengths.split(",")) if lengths else ()
-    asked = BenchmarkConfig.make(config | {"tasks": tuple(tasks.split(","))}, flag)
+    asked = BenchmarkConfig.make(config | {"tasks": tuple(tasks.split(","))}, option_name)
     of = _of(subject, asked.model_dump(mode="json") | {"lengths": ruler})
     with ranks(how.sequence_parallel) as these:
         info, pair = subject.inspect()
@@ -301,7 +306,7 @@ def _retrieve(
 ) -> None:
     from longrope.data.windows import load_documents
 
-    config = RetrievalConfig.make(retrieval, flag)
+    config = RetrievalConfig.make(retrieval, option_name)
 
     def load(tokenizer: Any) -> Any:
         if kind == "passkey":
@@ -382,7 +387,7 @@ def _check(
     """Refuse an ``evaluate`` verb that cannot run, before any weights are read."""
     from longrope.evaluate.cache import require_same
     from longrope.files import require_directory
-    from longrope.pipeline.checks import check_measuring
+    from longrope.pipeline.checks import check_evaluation
 
     if these.group_count > 1:
         raise ValueError(
@@ -393,7 +398,7 @@ def _check(
     if out:
         require_directory(out)
         require_same(out / f"{kind}.json", of)
-    check_measuring(info, longest, subject.execution, these)
+    check_evaluation(info, longest, subject.execution, these)
 
 
 def _save(

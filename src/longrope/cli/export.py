@@ -15,7 +15,7 @@ from longrope.cli.options import (
     TrustRemoteCode,
     add_options,
     existing_choice,
-    flag,
+    option_name,
 )
 from longrope.cli.tables import console, print_json
 from longrope.execution import ExecutionConfig
@@ -113,7 +113,7 @@ def verify(
 
     if prompts < 1:
         raise ValueError(f"--prompts is {prompts}; it must be at least 1")
-    how = ExecutionConfig.make({"dtype": "float32"} | execution, flag)
+    how = ExecutionConfig.make({"dtype": "float32"} | execution, option_name)
     if how.dtype == "auto":
         raise ValueError("--dtype is auto; name the dtype of both sides, such as float32")
     points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()

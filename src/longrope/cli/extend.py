@@ -15,7 +15,7 @@ from longrope.cli.options import (
     OriginalLength,
     add_options,
     existing_choice,
-    flag,
+    option_name,
 )
 from longrope.cli.tables import console, print_json
 from longrope.execution import ExecutionConfig
@@ -152,7 +152,7 @@ def generate(
 ) -> None:
     """Generate text from a prompt of any length, and print it token by token."""
     from longrope.data.documents import read_text
-    from longrope.inference.generate import decode_stream, stream
+    from longrope.inference.generate import decode_tokens, generate_tokens
     from longrope.inference.load import load_extended
 
     if max_new_tokens < 1 or temperature < 0:
@@ -165,12 +165,12 @@ def generate(
         raise ValueError("--prompt is empty; give a prompt or a --prompt-file")
     loaded, pair = load_extended(
         model,
-        ExecutionConfig.make(execution, flag),
+        ExecutionConfig.make(execution, option_name),
         existing_scaling=existing_choice(existing_scaling),
         original_length=original_length,
     )
     ids = loaded.tokenizer(text, verbose=False)["input_ids"]
-    tokens = stream(
+    tokens = generate_tokens(
         loaded,
         pair.choose if pair else None,
         ids,
@@ -178,6 +178,6 @@ def generate(
         temperature=temperature,
         seed=seed,
     )
-    for part in decode_stream(loaded, tokens):
+    for part in decode_tokens(loaded, tokens):
         print(part, end="", flush=True)
     print()

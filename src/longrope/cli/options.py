@@ -59,7 +59,7 @@ def existing_choice(choice: str | None) -> Any:
     return choice
 
 
-def flag(name: str) -> str:
+def option_name(name: str) -> str:
     """Return the command-line option of a field: ``chunk_size`` is ``--chunk-size``."""
     return "--" + name.replace("_", "-")
 
@@ -95,7 +95,7 @@ def add_options(
         text = _help(name, titles)
         if kinds == [bool]:
             kind, default = (
-                Annotated[bool, typer.Option(flag(name), help=text, rich_help_panel=panel)],
+                Annotated[bool, typer.Option(option_name(name), help=text, rich_help_panel=panel)],
                 False,
             )
         else:

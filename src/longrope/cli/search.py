@@ -19,7 +19,7 @@ from longrope.cli.options import (
     TrustRemoteCode,
     add_options,
     existing_choice,
-    flag,
+    option_name,
 )
 from longrope.cli.tables import console, print_json
 from longrope.execution import ExecutionConfig
@@ -104,9 +104,9 @@ def search(
         attention_factor=attention_factor,
         start_tokens=start_tokens,
         seed=seed,
-        config=make_search_config(config, flag),
+        config=make_search_config(config, option_name),
     )
-    how = ExecutionConfig.make(execution, flag)
+    how = ExecutionConfig.make(execution, option_name)
     with ranks(how.sequence_parallel) as these:
         info = inspect_model(
             model,

@@ -14,7 +14,7 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
+def print_perplexity(rows: list[dict[str, Any]]) -> None:
     """Print a table of perplexity by length and method."""
     table = Table("length", "method", "perplexity", "± s.e.", "tail", "tokens", "windows")
     for row in rows:
@@ -32,10 +32,10 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def print_retrieval(rows: Any) -> None:
     """Print a table of correct answers by length with their 95% interval."""
-    from longrope.evaluate.statistics import totals, wilson
+    from longrope.evaluate.statistics import retrieval_totals, wilson
 
     table = Table("length", "correct", "trials", "share", "95% interval")
-    for length, (correct, trials) in totals(rows).items():
+    for length, (correct, trials) in retrieval_totals(rows).items():
         low, high = wilson(correct, trials)
         shares = f"{correct / trials:.0%}", f"{low:.0%} – {high:.0%}"
         table.add_row(f"{length:,}", str(correct), str(trials), *shares)

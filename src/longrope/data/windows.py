@@ -111,7 +111,7 @@ def pack(documents: Sequence[TokenDocument], bos: int | None, eos: int | None) -
     return TokenDocument(name + more, hashes, np.concatenate(packed))
 
 
-def joined(
+def join_short_documents(
     documents: Sequence[TokenDocument], length: int, bos: int | None, eos: int | None
 ) -> list[TokenDocument]:
     """Pack short tokenized documents together, so that each has at least ``length`` tokens.
@@ -162,7 +162,7 @@ class Windows:
     documents: tuple[TokenDocument, ...]
 
 
-def half(documents: Sequence[TokenDocument], rng: random.Random) -> list[TokenDocument]:
+def random_half(documents: Sequence[TokenDocument], rng: random.Random) -> list[TokenDocument]:
     """Return a random half of tokenized documents, rounded up, independent of their order."""
     return _shuffled(documents, rng)[: (len(documents) + 1) // 2]
 
@@ -225,7 +225,9 @@ def with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
     return ids if bos is None else np.concatenate([[bos], ids]).astype(ids.dtype)
 
 
-def unseen(documents: Sequence[TokenDocument], hashes: Iterable[str]) -> list[TokenDocument]:
+def exclude_documents(
+    documents: Sequence[TokenDocument], hashes: Iterable[str]
+) -> list[TokenDocument]:
     """Return the tokenized documents that contain no text with one of these hashes."""
     seen = set(hashes)
     return [document for document in documents if not seen & set(document.sha256)]

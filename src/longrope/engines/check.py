@@ -28,7 +28,7 @@ _PAD = 256  # llama.cpp rounds a context up to a multiple of it, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class LengthResult:
     """Result of an engine check at one prompt length.
 
     Args:
@@ -60,7 +60,7 @@ class Verdict:
 
     engine: str
     version: str
-    lines: list[Line]
+    lines: list[LengthResult]
 
     @property
     def right(self) -> bool:
@@ -160,7 +160,7 @@ class Reference:
         context: int | None,
         prompts: list[list[int]],
         answers: list[dict[str, float]],
-    ) -> Line:
+    ) -> LengthResult:
         """Check the engine's answers to prompts of one length, and return the result.
 
         Args:
@@ -181,7 +181,7 @@ class Reference:
         clear = distances[nearest] * _CLEAR < distances[second] and distances[nearest] < _NEAR
         applied = nearest if clear else "unclear"
         largest = float(differences[intended].max())
-        return Line(length, context, applied, intended, largest, distances)
+        return LengthResult(length, context, applied, intended, largest, distances)
 
     def _differences(
         self, rescale: Rescale, ids: list[int], answer: dict[str, float]

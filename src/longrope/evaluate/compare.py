@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.data.windows import TokenDocument, bos_token, load_documents, unseen
+from longrope.data.windows import TokenDocument, bos_token, exclude_documents, load_documents
 from longrope.data.windows import pack as packed
 from longrope.evaluate.benchmarks import require_benchmark_data
 from longrope.evaluate.cache import MeasurementCache
@@ -19,7 +19,7 @@ from longrope.evaluate.measure import (
 )
 from longrope.evaluate.perplexity import Scores, paired_difference
 from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig
-from longrope.evaluate.statistics import paired
+from longrope.evaluate.statistics import benchmark_difference
 from longrope.files import finite_or_none, write_atomically
 from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
@@ -35,7 +35,7 @@ SCHEMA = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class ComparedMethod:
     """One row of a comparison: a method or a rescale file.
 
     Args:
@@ -79,7 +79,7 @@ def method_entries(
     *,
     attention_factor: float | None = None,
     own_attention_factors: bool = False,
-) -> list[Entry]:
+) -> list[ComparedMethod]:
     """Return the rows of a comparison: one per method for ``target`` tokens, one per file.
 
     Args:
@@ -100,24 +100,26 @@ def method_entries(
     entries = []
     for name in methods:
         if name in files:
-            entries.append(Entry(name, lambda length, file=files[name]: file, is_file=True))
+            entries.append(
+                ComparedMethod(name, lambda length, file=files[name]: file, is_file=True)
+            )
             continue
-        own = Entry(name, lambda length, name=name: info.rescale(name, target, length))
+        own = ComparedMethod(name, lambda length, name=name: info.rescale(name, target, length))
         factor = own.rescale(target).attention_factor
         if shared is None or name == "none" or factor == shared:
             entries.append(own)
             continue
         entries.append(
-            Entry(
+            ComparedMethod(
                 name, lambda length, own=own: own.rescale(length).replace(attention_factor=shared)
             )
         )
         if own_attention_factors:
-            entries.append(Entry(f"{name} (attention factor {factor:.4g})", own.rescale))
+            entries.append(ComparedMethod(f"{name} (attention factor {factor:.4g})", own.rescale))
     return entries
 
 
-def check_entries(info: ModelInfo, entries: Sequence[Entry], longest: int) -> None:
+def check_entries(info: ModelInfo, entries: Sequence[ComparedMethod], longest: int) -> None:
     """Check that all factors to compare fit the model; warn about files for a shorter target.
 
     Raises:
@@ -138,7 +140,11 @@ def check_entries(info: ModelInfo, entries: Sequence[Entry], longest: int) -> No
 
 
 def check_same_comparison(
-    file: Path, entries: Sequence[Entry], lengths: Sequence[int], target: int, of: Mapping[str, Any]
+    file: Path,
+    entries: Sequence[ComparedMethod],
+    lengths: Sequence[int],
+    target: int,
+    of: Mapping[str, Any],
 ) -> None:
     """Check that an existing ``compare.json`` belongs to this comparison and has no other rows.
 
@@ -212,7 +218,7 @@ def _not_searched_on(
         if Path(name).suffix == ".json"
         for digest in Rescale.load(name).searched_documents
     ]
-    remaining = unseen(documents, searched)
+    remaining = exclude_documents(documents, searched)
     number = len(documents) - len(remaining)
     if not number:
         return documents
@@ -314,7 +320,7 @@ def perplexity_row(method: str, scores: Scores, original: int) -> dict[str, Any]
 
 def compare_perplexity(
     loaded: LoadedModel,
-    entries: Sequence[Entry],
+    entries: Sequence[ComparedMethod],
     target: int,
     documents: Sequence[TokenDocument],
     options: PerplexityConfig,
@@ -355,7 +361,7 @@ def compare_benchmarks(
 ) -> list[dict[str, Any]]:
     """Compare the benchmark scores of an extended model with those of the original model.
 
-    Returns one :func:`paired` row per task; for RULER, per task and length.
+    Returns one :func:`benchmark_difference` row per task; for RULER, per task and length.
 
     Args:
         choose: the extended model's rescale for a sequence of so many tokens.
@@ -387,7 +393,7 @@ def compare_benchmarks(
     base = scores(before, lambda tokens: unscaled, window)
     extended = scores(loaded, choose, longest)
     return [
-        paired(row, answers.get(row, {}), found[row])
+        benchmark_difference(row, answers.get(row, {}), found[row])
         for answers, found in zip(base, extended, strict=True)
         for row in found
     ]

@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from longrope.compat import cache_name
 from longrope.data.windows import bos_token
 from longrope.evaluate.lm_eval_tasks import generation_settings
-from longrope.inference.generate import stream
+from longrope.inference.generate import generate_tokens
 from longrope.layerwise.forward import BATCH_TOKENS, Continuation
 from longrope.layerwise.losses import ContinuationScore, score_continuation
 from longrope.models.load import LoadedModel
@@ -169,7 +169,7 @@ class HarnessModel(TemplateLM):
         prompt = self.tok_encode(context)[-(self.longest - new) :]
         tokens: list[int] = []
         text = ""
-        for token in stream(
+        for token in generate_tokens(
             self.loaded, self.choose, prompt, max_new_tokens=new, forward=self.forward
         ):
             tokens.append(token)

@@ -21,7 +21,7 @@ from longrope.rope.rescale import Rescale
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RetrievalRow:
     """Retrieval result: correct answers at one length and range of depths.
 
     Args:
@@ -47,7 +47,7 @@ def retrieve(
     bins: int = 10,
     seed: int = 0,
     answered: MutableMapping[str, bool] | None = None,
-) -> list[Row]:
+) -> list[RetrievalRow]:
     """Run retrieval trials at one length, with stratified depths.
 
     Args:
@@ -75,7 +75,7 @@ def retrieve(
             for number, prompt in enumerate(prompts)
             if low <= prompt.depth < high
         ]
-        rows.append(Row(length, round((low + high) / 2, 4), sum(inside), len(inside)))
+        rows.append(RetrievalRow(length, round((low + high) / 2, 4), sum(inside), len(inside)))
     return rows
 
 

@@ -9,7 +9,9 @@ import numpy as np
 from longrope.evaluate.benchmarks import QuestionScores
 
 
-def paired(task: str, original: QuestionScores, extended: QuestionScores) -> dict[str, Any]:
+def benchmark_difference(
+    task: str, original: QuestionScores, extended: QuestionScores
+) -> dict[str, Any]:
     """Compute the paired difference of two models on the same questions, with its 95% interval.
 
     Returns:
@@ -58,7 +60,7 @@ def wilson(correct: int, trials: int) -> tuple[float, float]:
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
-def totals(rows: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+def retrieval_totals(rows: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
     """Sum correct answers and trials over depths for intervals: (correct, trials) by length."""
     result: dict[int, tuple[int, int]] = {}
     for row in rows:

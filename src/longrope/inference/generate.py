@@ -16,7 +16,7 @@ from longrope.rope.rescale import Rescale
 log = logging.getLogger(__name__)
 
 
-def stream(
+def generate_tokens(
     loaded: LoadedModel,
     choose: Callable[[int], Rescale] | None,
     ids: list[int],
@@ -81,7 +81,7 @@ def _pick(logits: Tensor, temperature: float, chance: torch.Generator) -> int:
     return int(torch.multinomial(shares, 1, generator=chance))
 
 
-def decode_stream(loaded: LoadedModel, tokens: Iterator[int]) -> Iterator[str]:
+def decode_tokens(loaded: LoadedModel, tokens: Iterator[int]) -> Iterator[str]:
     """Yield the text of generated tokens as they come, in whole characters."""
     seen: list[int] = []
     shown = ""

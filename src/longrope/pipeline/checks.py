@@ -23,7 +23,7 @@ from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 from longrope.train.trainer import require_lora
 
 
-def preflight(run: Run) -> None:
+def check_extension(run: Run) -> None:
     """Check before an extension starts that no stage of it will fail later.
 
     Raises:
@@ -74,7 +74,7 @@ def check_search(
     check_memory([stage], memory, options=True)
 
 
-def check_measuring(
+def check_evaluation(
     info: ModelInfo, longest: int, execution: ExecutionConfig, ranks: Ranks
 ) -> None:
     """Check that an evaluation has its device and enough memory, before any weights are read.

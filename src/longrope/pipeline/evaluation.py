@@ -21,7 +21,7 @@ from longrope.files import JsonlStore, finite_or_none, write_atomically
 from longrope.labels import RESULT, WITHOUT
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.plan import evaluation_lengths
-from longrope.pipeline.results import Cell, run_results
+from longrope.pipeline.results import RunMeasurement, run_results
 from longrope.pipeline.run_state import Run
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
@@ -75,7 +75,7 @@ def benchmark_config(run: Run) -> BenchmarkConfig:
     return config.model_copy(update={"ruler_lengths": ruler})
 
 
-def _wanted(run: Run) -> Iterator[Cell]:
+def _wanted(run: Run) -> Iterator[RunMeasurement]:
     """Yield every measurement of the evaluation stage.
 
     Those of the original model are first, so that each model is loaded once. Retrieval skips
@@ -90,21 +90,21 @@ def _wanted(run: Run) -> Iterator[Cell]:
     haystack = run.splits.evaluation
     models = {extended: _identity(run, extended) for extended in (False, True)}
 
-    def cell(kind: str, method: str, length: int, options: Any) -> Cell:
+    def cell(kind: str, method: str, length: int, options: Any) -> RunMeasurement:
         documents: tuple[TokenDocument, ...] | list[TokenDocument] = ()
         documents = {"perplexity": scored, "needle": haystack}.get(kind, documents)
         model, choose = models[method in _EXTENDED], _choose(run, method)
-        return Cell(method, Measurement(kind, model, choose, length, options, documents))
+        return RunMeasurement(method, Measurement(kind, model, choose, length, options, documents))
 
-    def perplexity(method: str, length: int) -> Cell:
+    def perplexity(method: str, length: int) -> RunMeasurement:
         options = PerplexityConfig(lengths=tuple(lengths), tokens_per_document=plan.target)
         return cell("perplexity", method, length, options)
 
-    def retrieval(kind: str, method: str, length: int, trials: int) -> Cell:
+    def retrieval(kind: str, method: str, length: int, trials: int) -> RunMeasurement:
         config = RetrievalConfig(trials=trials, digits=section.digits, seed=recipe.seed)
         return cell(kind, method, length, config)
 
-    def benchmarks(method: str) -> Iterator[Cell]:
+    def benchmarks(method: str) -> Iterator[RunMeasurement]:
         longest = plan.original if method == "none" else plan.target
         config = benchmark_config(run)
         for task in config.tasks:

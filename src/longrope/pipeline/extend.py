@@ -28,7 +28,7 @@ from longrope.errors import RankLost
 from longrope.files import only_process, require_directory
 from longrope.models.devices import find_device
 from longrope.models.info import inspect_model
-from longrope.pipeline.checks import preflight
+from longrope.pipeline.checks import check_extension
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.evaluation import evaluate_run
 from longrope.pipeline.plan import make_plan
@@ -41,11 +41,11 @@ from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
 from longrope.search.problem import (
     Problem,
-    first_search,
+    first_search_problem,
     multiplied,
-    recovery_search,
-    second_search,
-    step_factors,
+    recovery_problem,
+    second_search_factors,
+    second_search_problem,
 )
 from longrope.search.run import search_stage
 from longrope.train.dataset import LongContextDataset
@@ -70,7 +70,7 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
         claimed = ranks.first and run.claim()
         try:
             if not all(run.done(stage.name) for stage in run.plan.stages):
-                preflight(run)
+                check_extension(run)
         except (ValueError, RankLost):  # this process or another one refuses
             if claimed:  # the corrected command may describe another run
                 run.unclaim()
@@ -151,16 +151,16 @@ def _problem(run: Run, stage: Stage) -> tuple[Search, Problem]:
     before = run.plan.before(stage.name, "search")
     if key == "recovery":
         exported = run.attention_factor(run.plan.target)
-        return section, recovery_search(run.info, run.rescale("search"), stage.length, exported)
+        return section, recovery_problem(run.info, run.rescale("search"), stage.length, exported)
     if before:
-        return section, second_search(
+        return section, second_search_problem(
             run.info,
             run.rescale(before),
             stage.length,
             attention_factor=factor,
             max_factor=section.config.max_factor,
         )
-    return section, first_search(
+    return section, first_search_problem(
         run.info,
         stage.length,
         attention_factor=factor,
@@ -175,7 +175,7 @@ def _known_factors(run: Run, stage: Stage, method: str, problem: Problem) -> Res
     The attention factor is that of a search.
     """
     if before := run.plan.before(stage.name, "search"):
-        factors = step_factors(run.info, run.rescale(before), method, stage.length)
+        factors = second_search_factors(run.info, run.rescale(before), method, stage.length)
         return multiplied(problem.space.start, factors)
     known = run.info.rescale(method, stage.length)
     return known.replace(

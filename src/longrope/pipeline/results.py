@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from longrope.evaluate.measure import Measurement
-from longrope.evaluate.statistics import paired
+from longrope.evaluate.statistics import benchmark_difference
 from longrope.labels import RESULT, WITHOUT
 from longrope.pipeline.run_state import Run
 from longrope.version import __version__
@@ -16,14 +16,14 @@ from longrope.version import __version__
 SCHEMA = 1
 
 
-class Cell(NamedTuple):
+class RunMeasurement(NamedTuple):
     """One cell of a run's results: a measurement, and the name of the factors that it is under."""
 
     method: str
     measurement: Measurement
 
 
-Measured = Sequence[tuple[Cell, dict[str, Any]]]
+Measured = Sequence[tuple[RunMeasurement, dict[str, Any]]]
 
 
 def run_results(run: Run, measured: Measured) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _benchmarks(measured: Measured) -> list[dict[str, Any]]:
                 scores.setdefault(task, {})[cell.method] = questions
     rows = []
     for task, found in scores.items():
-        row = paired(task, found["none"], found[RESULT])
+        row = benchmark_difference(task, found["none"], found[RESULT])
         # Where no recovery was searched, both are the same.
         without = list(found.get(WITHOUT, found[RESULT]).values())
         row |= {"with": row.pop("extended"), "without": sum(without) / len(without)}

@@ -8,10 +8,10 @@ from longrope.data.windows import (
     TokenDocument,
     Windows,
     bos_token,
-    joined,
+    exclude_documents,
+    join_short_documents,
     load_documents,
     search_windows,
-    unseen,
 )
 from longrope.pipeline.recipe import Recipe
 
@@ -35,7 +35,7 @@ class Splits:
         Raises:
             ValueError: all documents together are shorter than ``length``.
         """
-        documents = joined(self.search, length, self.bos, self.eos)
+        documents = join_short_documents(self.search, length, self.bos, self.eos)
         return search_windows(documents, length, samples, seed, self.bos, spare_half=False)
 
     def evaluation_documents(self, length: int, count: int) -> list[TokenDocument]:
@@ -43,7 +43,7 @@ class Splits:
 
         Each has at least ``length`` tokens.
         """
-        return joined(self.evaluation, length, self.bos, self.eos)[:count]
+        return join_short_documents(self.evaluation, length, self.bos, self.eos)[:count]
 
 
 def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | None) -> Splits:
@@ -57,7 +57,9 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
     documents = load_documents(tokenizer, recipe.data, recipe.field)
     if recipe.evaluation_data:
         evaluation = load_documents(tokenizer, recipe.evaluation_data, recipe.field)
-        documents = unseen(documents, [h for document in evaluation for h in document.sha256])
+        documents = exclude_documents(
+            documents, [h for document in evaluation for h in document.sha256]
+        )
     else:
         evaluation = []
     remaining = sorted(documents, key=lambda document: document.sha256)

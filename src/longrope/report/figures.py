@@ -11,7 +11,7 @@ from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale
 
 
-def report(directory: Path) -> list[Path]:
+def draw_figures(directory: Path) -> list[Path]:
     """Draw the figures of a search or comparison directory, and return the PNG files.
 
     Raises:

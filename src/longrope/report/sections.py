@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from longrope.evaluate.statistics import totals, wilson
+from longrope.evaluate.statistics import retrieval_totals, wilson
 from longrope.files import read_lines
 from longrope.labels import RESULT
 from longrope.report import plots
@@ -269,7 +269,9 @@ def _reproduce(directory: Path, results: dict[str, Any]) -> Section:
 def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[int, int]]]:
     """Return (correct answers, trials) by method and length, for a section on retrieval."""
     methods = dict.fromkeys(row["method"] for row in rows)
-    return {name: totals(row for row in rows if row["method"] == name) for name in methods}
+    return {
+        name: retrieval_totals(row for row in rows if row["method"] == name) for name in methods
+    }
 
 
 def _share(asked: tuple[int, int] | None) -> str:

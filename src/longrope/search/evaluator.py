@@ -16,7 +16,7 @@ from longrope.search.space import Candidate, Request, Result, Space
 
 
 @dataclasses.dataclass
-class Progress:
+class SearchProgress:
     """Progress that a search evaluator reports at its start and after every evaluation.
 
     ``forwards`` of ``total`` forward passes over all windows are done.
@@ -72,7 +72,7 @@ class Evaluator:
         out: Path,
         cost: EvaluationCost,
         ranks: Ranks,
-        report: Callable[[Progress], None],
+        report: Callable[[SearchProgress], None],
         provenance: dict[str, Any],
     ):
         self.identity, self.space, self.cost, self.loss = identity, space, cost, loss
@@ -232,7 +232,7 @@ class Evaluator:
             recent = sorted(self._seconds[-15:])
             left = recent[len(recent) // 2] * (self.total - self.forwards)
         self.report(
-            Progress(
+            SearchProgress(
                 evaluations=len(self.results),
                 forwards=self.forwards,
                 total=self.total,

@@ -15,7 +15,7 @@ import numpy as np
 
 from longrope.search.cost import EvaluationCost
 from longrope.search.problem import Problem
-from longrope.search.ramps import walk
+from longrope.search.ramps import walk_ramps
 from longrope.search.settings import LEAST_BUDGET, GradientSearchConfig
 from longrope.search.space import (
     Candidate,
@@ -188,7 +188,7 @@ def gradient_search(
 def _best_start(evaluate: Evaluate, problem: Problem, schedule: Schedule) -> Candidate:
     starts = {"yarn": problem.starts["yarn"]} if problem.ramp else problem.starts
     losses = _losses(evaluate, list(starts.values()), schedule.compared, starts)
-    ramps, loss = walk(), None
+    ramps, loss = walk_ramps(), None
     for _ in range(schedule.ramp_trials):
         assert problem.ramp is not None
         try:

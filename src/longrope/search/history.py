@@ -48,7 +48,7 @@ class SearchIdentity:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def refuse_another_s(directory: Path) -> None:
+def require_search_directory(directory: Path) -> None:
     """Refuse a directory whose history or factors were not written by a search.
 
     Raises:
@@ -84,7 +84,7 @@ class Record:
             ValueError: the directory holds another search (the differing fields are
                 named) or a damaged state, or it cannot be written.
         """
-        refuse_another_s(self.directory)
+        require_search_directory(self.directory)
         if not self.state.exists():
             self.save_state(0, 0)
             return []

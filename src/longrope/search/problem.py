@@ -39,7 +39,7 @@ class Problem:
     ramp: Callable[[float, float], Candidate] | None = None
 
 
-def first_search(
+def first_search_problem(
     info: ModelInfo,
     target: int,
     *,
@@ -86,7 +86,7 @@ def require_start_tokens(start_tokens: int, info: ModelInfo) -> None:
         )
 
 
-def second_search(
+def second_search_problem(
     info: ModelInfo,
     finetuned: Rescale,
     target: int,
@@ -108,13 +108,17 @@ def second_search(
     return Problem(
         space,
         {
-            name: space.nearest(multiplied(start, step_factors(info, finetuned, name, target)))
+            name: space.nearest(
+                multiplied(start, second_search_factors(info, finetuned, name, target))
+            )
             for name in STEP_STARTS
         },
     )
 
 
-def step_factors(info: ModelInfo, finetuned: Rescale, method: str, target: int) -> np.ndarray:
+def second_search_factors(
+    info: ModelInfo, finetuned: Rescale, method: str, target: int
+) -> np.ndarray:
     """Return a start of the second search: a method's factors from a fine-tuned length, (d/2,).
 
     The factors extend the fine-tuned length to ``target``. YaRN's ramp counts rotations within
@@ -147,7 +151,7 @@ def ramp(rotations: np.ndarray, fast: float, slow: float) -> np.ndarray:
     return np.clip(np.log(fast / rotations) / np.log(fast / slow), 0, 1)
 
 
-def recovery_search(
+def recovery_problem(
     info: ModelInfo, finetuned: Rescale, length: int, attention_factor: float
 ) -> Problem:
     """Return the problem of the recovery search, for short sequences of an extended model.

@@ -8,7 +8,7 @@ _FIRST = (32.0, 1.0)
 _ROUNDS = (((4, 1), (1 / 4, 1)), ((2, 1), (1 / 2, 1)), ((1, 1 / 2), (1, 2)))
 
 
-def walk() -> Generator[tuple[float, float], float, None]:
+def walk_ramps() -> Generator[tuple[float, float], float, None]:
     """Walk over ramps: yield pairs of rotations (unscaled above, interpolated in full below).
 
     Send the loss of each pair, infinity if not finite. The first number differs most from model

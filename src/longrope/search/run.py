@@ -19,7 +19,14 @@ import torch
 
 from longrope.data.documents import check_sources
 from longrope.data.prompts import Prompt
-from longrope.data.windows import Windows, bos_token, half, load_documents, pack, search_windows
+from longrope.data.windows import (
+    Windows,
+    bos_token,
+    load_documents,
+    pack,
+    random_half,
+    search_windows,
+)
 from longrope.distributed import Ranks
 from longrope.files import only_process, require_directory
 from longrope.layerwise.backward import check_gradient_support
@@ -30,12 +37,12 @@ from longrope.models.target import parse_extension
 from longrope.progress import Advance, console, progress
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost, gradient_cost
-from longrope.search.evaluator import BudgetSpent, Evaluator, Progress, SearchResult
+from longrope.search.evaluator import BudgetSpent, Evaluator, SearchProgress, SearchResult
 from longrope.search.evolution import evolution_search
 from longrope.search.gradient_search import Schedule, gradient_search
-from longrope.search.history import SearchIdentity, refuse_another_s
+from longrope.search.history import SearchIdentity, require_search_directory
 from longrope.search.objective import Objective, passkey_questions
-from longrope.search.problem import Problem, first_search, require_start_tokens
+from longrope.search.problem import Problem, first_search_problem, require_start_tokens
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 from longrope.search.space import START_TOKENS, Result
 from longrope.units import duration
@@ -80,7 +87,7 @@ class SearchOptions:
         require_start_tokens(self.start_tokens or 0, info)
         check_sources(self.data)
         require_directory(self.out)
-        refuse_another_s(self.out)
+        require_search_directory(self.out)
 
 
 def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
@@ -94,7 +101,7 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
             another search; before any long work.
     """
     target = parse_extension(options.target, loaded.info)
-    problem = first_search(
+    problem = first_search_problem(
         loaded.info,
         target,
         attention_factor=options.attention_factor,
@@ -104,7 +111,7 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
     bos, seed = bos_token(loaded.tokenizer), options.seed
     documents = load_documents(loaded.tokenizer, options.data, options.field)
     if options.pack:
-        documents = half(documents, random.Random(seed))
+        documents = random_half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
     windows = search_windows(documents, target, options.config.windows, seed, bos)
     if ranks.first:
@@ -153,7 +160,7 @@ def search_stage(
     )
     headline = _headline(info, start, windows, questions)
     with progress(title, config.forwards, show=ranks.first) as advance:
-        result = search(
+        result = run_algorithm(
             _identity(loaded, problem, windows, questions, config, seed, forward.chunk_size),
             problem,
             Objective(forward, windows.ids, questions),
@@ -189,7 +196,7 @@ def _headline(
     )
 
 
-def search(
+def run_algorithm(
     identity: SearchIdentity,
     problem: Problem,
     loss: Callable[[Rescale, int | None, bool], Result],
@@ -198,7 +205,7 @@ def search(
     cost: EvaluationCost | None = None,
     ranks: Ranks | None = None,
     provenance: dict[str, Any] | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[SearchProgress], None] = lambda progress: None,
     show: Callable[[Schedule], None] = lambda schedule: None,
 ) -> SearchResult:
     """Run a search with the configured algorithm, or resume the one in ``out``.
@@ -265,7 +272,7 @@ class _Reporter:
         self.headline, self.advance = headline, advance
         self.estimated = False
 
-    def __call__(self, now: Progress) -> None:
+    def __call__(self, now: SearchProgress) -> None:
         if now.evaluations == 0:
             console.print(self.headline, highlight=False)
             return

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from longrope.distributed import Ranks, detect_lost_ranks, is_lost_rank_error, sharded
-from longrope.files import append_line, read_lines, whole_directory, write_atomically
+from longrope.files import append_line, atomic_directory, read_lines, write_atomically
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
 from longrope.progress import Advance, progress, quiet
@@ -137,7 +137,7 @@ def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: P
     }
     before = model.config.dtype
     model.config.dtype = dtype
-    with whole_directory(path) as directory, quiet():
+    with atomic_directory(path) as directory, quiet():
         model.save_pretrained(directory, state_dict=state)
         loaded.tokenizer.save_pretrained(directory)
     model.config.dtype = before
