@@ -125,8 +125,10 @@ def run(*arguments, ranks=1, env=None, **options) -> subprocess.CompletedProcess
         processes.append(start(*arguments, env=(env or {}) | own, **options))
     while not any(codes := [process.poll() for process in processes]) and None in codes:
         time.sleep(0.01)
+    if any(codes):  # torchrun ends the others when it sees that one failed
+        time.sleep(0.5)
     for process in processes:
-        if process.poll() is None:  # torchrun ends the others when one fails
+        if process.poll() is None:
             process.send_signal(signal.SIGTERM)
     ended = [process.wait() for process in processes]
     code = next((done.returncode for done in ended if done.returncode), 0)

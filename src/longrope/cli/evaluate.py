@@ -34,6 +34,7 @@ from longrope.execution import ExecutionConfig
 
 if TYPE_CHECKING:
     from longrope.distributed import Ranks
+    from longrope.evaluate.compare import ComparedMethod
     from longrope.models.info import ModelInfo
     from longrope.rope.pair import RescalePair
 
