@@ -6,7 +6,8 @@
 
 The windows are those of seed 0, so the seeds differ in the candidates alone. Interrupted, it goes
 on; under ``torchrun --nproc-per-node N`` the processes share Algorithm 1's candidates. Held out:
-the first window of each document that was not searched on, differences paired.
+the first window of each document that was not searched on (of python-library, packages that the
+bundled model has not seen), differences paired.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def unseen_windows(
     searched = [h for document in windows.documents for h in document.sha256]
     others = (
         load_documents(loaded.tokenizer, ["python-library-held-out"])
-        if not data
+        if data == ["python-library"]
         else exclude_documents(documents, searched)
     )
     bos = bos_token(loaded.tokenizer)

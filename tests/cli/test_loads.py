@@ -66,6 +66,13 @@ def test_search_and_evaluate(checkpoints, texts, tmp_path, counts):
     assert counts == {"inspected": 2, "loaded": 2}
 
 
+def test_compare(checkpoints, texts, tmp_path, counts):
+    comparison = ["--target", "2x", "--methods", "none,yarn", "--tokens-per-document", 128]
+    data = ["--data", texts, "--device", "cpu", "--out", tmp_path]
+    go("compare", checkpoints("llama"), *comparison, *data)
+    assert counts == {"inspected": 1, "loaded": 1}
+
+
 def test_extend(checkpoints, texts, tmp_path, counts):
     recipe = make_recipe(
         {
