@@ -29,11 +29,13 @@ from longrope.execution import ExecutionConfig
 from longrope.models.load import load_model
 from longrope.pipeline.extend import extend
 from longrope.pipeline.recipe import make_recipe
-from longrope.search.run import SearchOptions, search_factors
+from longrope.search.run import SearchOptions, run_search
 from longrope.search.settings import EvolutionSearchConfig
 
 RECIPE: dict[str, Any] = {
     "target": "16x",
+    "data": ["python-library"],
+    "evaluation_data": ["python-library-held-out"],
     "search": {"algorithm": "evolution", "budget": 64},
     "finetune": {
         "precision": "float32",
@@ -166,7 +168,7 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
             seed=seed,
             config=config,
         )
-        result = search_factors(loaded, asked, Ranks())
+        result = run_search(loaded, asked, Ranks())
         losses.append(result.best_loss)
         starts.append(min(result.starts.values()))
         files.append(str(directory / "rescale.json"))

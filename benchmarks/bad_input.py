@@ -53,6 +53,8 @@ def cases(folder: Path) -> list[tuple[str, str]]:
     run(
         [
             "search",
+            "--data",
+            "python-library",
             "--target",
             "2x",
             "--windows",
@@ -67,16 +69,17 @@ def cases(folder: Path) -> list[tuple[str, str]]:
     )
     shutil.copytree(done, folder / "corrupt")
     (folder / "corrupt/state.json").write_text("{")
-    search, evaluate = "search --target 2x --out out", "evaluate --lengths 512"
-    again = "search --target 2x --windows 1 --algorithm evolution --budget 3 --out done"
+    text = "--data python-library"
+    search, evaluate = "search --target 2x --out out", f"evaluate perplexity {text} --lengths 512"
+    again = f"search {text} --target 2x --windows 1 --algorithm evolution --budget 3 --out done"
     return [
-        ("no RoPE", "search gpt2 --target 2x --out out"),
-        ("no such model", "search ./nowhere --target 2x --out out"),
-        ("a hub id, offline", "search owner/name --target 2x --out out"),
-        ("NaN weights", "search nan --target 2x --out out"),
-        ("scaled already", "search yarn --target 2x --out out"),
-        ("target ≤ original", "search --target 256 --out out"),
-        ("target unreadable", "search --target much --out out"),
+        ("no RoPE", f"search {text} gpt2 --target 2x --out out"),
+        ("no such model", f"search {text} ./nowhere --target 2x --out out"),
+        ("a hub id, offline", f"search {text} owner/name --target 2x --out out"),
+        ("NaN weights", f"search {text} nan --target 2x --out out"),
+        ("scaled already", f"search {text} yarn --target 2x --out out"),
+        ("target ≤ original", f"search {text} --target 256 --out out"),
+        ("target unreadable", f"search {text} --target much --out out"),
         ("missing file", f"{search} --data missing.txt"),
         ("empty document", f"{search} --data empty.txt"),
         ("binary document", f"{search} --data binary.bin"),
@@ -90,14 +93,14 @@ def cases(folder: Path) -> list[tuple[str, str]]:
         ("unknown key", f"{evaluate} --rescale unknown.json"),
         ("rows differ per layer", f"{evaluate} --rescale layers.csv"),
         ("neither method nor file", f"{evaluate} --rescale magic"),
-        ("lengths do not tile", "evaluate --lengths 512,768"),
-        ("corrupt state", "search --target 2x --windows 1 --budget 4 --out corrupt"),
+        ("lengths do not tile", f"evaluate perplexity {text} --lengths 512,768"),
+        ("corrupt state", f"search {text} --target 2x --windows 1 --budget 4 --out corrupt"),
         ("state of another search", f"{again} --seed 1"),
-        ("state of another model", again.replace("search", "search smaller", 1)),
-        ("disk full on the state file", "FULL search --target 2x --windows 1 --out full"),
-        ("more than the memory holds", "evaluate --lengths 512,1000000x"),
-        ("another's directory", "search --target 2x --out run"),
-        ("another comparison's", "compare --target 2x --out compared"),
+        ("state of another model", again.replace("search", f"search {text} smaller", 1)),
+        ("disk full on the state file", f"FULL search {text} --target 2x --windows 1 --out full"),
+        ("more than the memory holds", f"evaluate perplexity {text} --lengths 512,1000000x"),
+        ("another's directory", f"search {text} --target 2x --out run"),
+        ("another comparison's", f"compare {text} --target 2x --out compared"),
         ("an export over something else", "export nan --rescale unknown.json --out mine --force"),
         ("nothing to draw", "report nan"),
         ("no such option", "search --trget 2x"),

@@ -2,7 +2,7 @@
 
 The LongRoPE paper's table 2 in miniature.
 
-    python benchmarks/start_tokens.py --lengths 512,1024,2048
+    python benchmarks/start_tokens.py --data python-library-held-out --lengths 512,1024,2048
     python benchmarks/start_tokens.py --model smollm2 --dtype bfloat16 --lengths 16384 \
         --data texts/austen-emma.txt --data texts/austen-persuasion.txt \
         --start-tokens 0,1,4,16,64 --tokens-per-document 16384

@@ -2,11 +2,13 @@
 
 The public names, imported when first used::
 
-    from longrope import Rescale, load_model, rescaled
+    import longrope
 
-    loaded = load_model("bundled")
-    with rescaled(loaded.model, Rescale.load("out/rescale.json")):
-        loaded.model(**inputs)
+    result = longrope.search_factors(
+        model, tokenizer, target_length="8x", texts=texts, output_dir="runs/first"
+    )
+    with longrope.rescaled(model, result.best):
+        model.generate(**inputs)
 """
 
 import importlib
@@ -15,48 +17,85 @@ from typing import TYPE_CHECKING, Any
 from longrope.version import __version__
 
 _HOMES = {
+    "EvolutionSearchConfig": "longrope.search.settings",
+    "ExecutionConfig": "longrope.execution",
+    "GradientSearchConfig": "longrope.search.settings",
     "LoadedModel": "longrope.models.load",
     "LongForward": "longrope.layerwise.forward",
     "ModelInfo": "longrope.models.info",
-    "RescalePair": "longrope.rope.pair",
+    "Recipe": "longrope.pipeline.recipe",
     "Rescale": "longrope.rope.rescale",
-    "SearchOptions": "longrope.search.run",
+    "RescalePair": "longrope.rope.pair",
+    "apply_rescale": "longrope.rope.apply",
+    "export": "longrope.api",
+    "extend": "longrope.api",
+    "from_pretrained": "longrope.api",
     "inspect_model": "longrope.models.info",
-    "rescaled": "longrope.rope.apply",
     "load_extended": "longrope.inference.load",
     "load_model": "longrope.models.load",
-    "search_factors": "longrope.search.run",
+    "perplexity": "longrope.api",
+    "remove_rescale": "longrope.rope.apply",
+    "rescaled": "longrope.rope.apply",
+    "search_factors": "longrope.api",
     "switched": "longrope.rope.switch",
+    "token_losses": "longrope.api",
+    "verify": "longrope.api",
 }
 __all__ = [
+    "EvolutionSearchConfig",
+    "ExecutionConfig",
+    "GradientSearchConfig",
     "LoadedModel",
     "LongForward",
     "ModelInfo",
+    "Recipe",
     "Rescale",
     "RescalePair",
-    "SearchOptions",
     "__version__",
+    "apply_rescale",
+    "export",
+    "extend",
+    "from_pretrained",
     "inspect_model",
     "load_extended",
     "load_model",
+    "methods",
+    "perplexity",
+    "remove_rescale",
     "rescaled",
     "search_factors",
     "switched",
+    "token_losses",
+    "verify",
 ]
 
 if TYPE_CHECKING:
+    from longrope import methods
+    from longrope.api import (
+        export,
+        extend,
+        from_pretrained,
+        perplexity,
+        search_factors,
+        token_losses,
+        verify,
+    )
+    from longrope.execution import ExecutionConfig
     from longrope.inference.load import load_extended
     from longrope.layerwise.forward import LongForward
     from longrope.models.info import ModelInfo, inspect_model
     from longrope.models.load import LoadedModel, load_model
-    from longrope.rope.apply import rescaled
+    from longrope.pipeline.recipe import Recipe
+    from longrope.rope.apply import apply_rescale, remove_rescale, rescaled
     from longrope.rope.pair import RescalePair
     from longrope.rope.rescale import Rescale
     from longrope.rope.switch import switched
-    from longrope.search.run import SearchOptions, search_factors
+    from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
 
 def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("longrope.methods")
     if name not in _HOMES:
         raise AttributeError(f"module 'longrope' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

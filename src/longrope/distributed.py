@@ -238,10 +238,11 @@ def local_device(name: str | None) -> str | None:
         ValueError: several ranks would share one GPU.
     """
     local, here = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here > 1 and name is not None and ":" in name and not name.startswith("cpu"):
+    indexed = name is not None and ":" in name and not name.startswith("cpu")
+    if here > 1 and indexed and str(name).partition(":")[2] != local:
         raise ValueError(
-            f"device {name} would be shared by {here} processes: leave the device unset to give "
-            "each process its own"
+            f"device is {name!r}, which {here} processes would share: leave the device unset to "
+            "give each process its own"
         )
     if local is None or name not in (None, "cuda") or not torch.cuda.is_available():
         return name

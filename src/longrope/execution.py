@@ -1,4 +1,4 @@
-"""Where and how a model computes: device, dtype, chunk size, offloading. Imports no torch."""
+"""Where and how a model computes: device, dtype, offloading, processes. Imports no torch."""
 
 from typing import Literal
 

@@ -64,15 +64,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02d} min" if hours < 72 else f"{hours / 24:,.0f} days"
 
 
-def parse_length(text: str, original: int | None = None) -> int:
-    """Parse a length in tokens: ``131072``, ``128k`` (× 1,024), ``2m`` or ``8x``.
+def parse_length(text: str | int, original: int | None = None) -> int:
+    """Parse a length in tokens: ``131072`` (also as a number), ``128k`` (× 1,024), ``2m``, ``8x``.
 
     ``8x`` requires an original length.
 
     Raises:
         ValueError: none of these forms.
     """
-    number, unit = text.strip().lower(), 1
+    number, unit = str(text).strip().lower(), 1
     if number.endswith(("k", "m")):
         number, unit = number[:-1], 1024 if number[-1] == "k" else 1024**2
     elif number.endswith("x") and original is not None:

@@ -99,7 +99,7 @@ def test_mistakes_are_one_line(exported, tmp_path):
         (["export", "bundled", "--out", tmp_path / "x", "--format", "onnx"], "--format is 'onnx'"),
         (["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"], "must end in .gguf"),
         (["verify", exported, "--prompts", "0"], "--prompts is 0"),
-        (["verify", exported, "--dtype", "auto"], "--dtype is auto"),
+        (["verify", exported, "--dtype", "auto"], "'--dtype'"),
         (["import", BUNDLED, "--out", tmp_path / "x"], "its RoPE is not scaled"),
     )
     lines = program.each_refused(*(arguments for arguments, _ in mistakes))

@@ -17,8 +17,9 @@ from longrope.models.load import LoadedModel
 from longrope.models.sources import read_pretrained, weight_files
 from longrope.progress import quiet
 from longrope.rope.pair import RescalePair
+from longrope.rope.parameters import kept_parameters
 from longrope.rope.rescale import UNROTATED
-from longrope.rope.rotary import find_rotary, kept_parameters, unscaled_parameters
+from longrope.rope.rotary import find_rotary, unscaled_parameters
 
 # Files of a checkpoint beside its weights; pickled and other weights are not copied.
 _KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")

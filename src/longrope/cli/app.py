@@ -41,7 +41,7 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
             _fail(
-                "the GPU is out of memory: try --offload-activations cpu or a smaller --chunk-size",
+                "the GPU is out of memory: try --offload-weights, or a shorter length",
                 1,
             )
         raise

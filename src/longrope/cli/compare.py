@@ -15,16 +15,16 @@ from longrope.cli.options import (
     Model,
     OriginalLength,
     Pack,
-    TokensPerDocument,
     add_options,
-    existing_choice,
     option_name,
 )
 from longrope.cli.tables import console, print_differences, print_json, print_perplexity
+from longrope.evaluate.settings import PerplexityConfig
 from longrope.execution import ExecutionConfig
 
 
 @app.command()
+@add_options("scoring", {"": PerplexityConfig}, leave_out=("lengths", "stride"))
 @add_options("execution", {"Execution": ExecutionConfig}, leave_out=("sequence_parallel",))
 def compare(
     *,
@@ -51,7 +51,7 @@ def compare(
     data: Data,
     field: Field = "text",
     pack: Pack = False,
-    tokens_per_document: TokensPerDocument = None,
+    scoring: dict[str, Any],
     attention_factor: AttentionFactor = None,
     execution: dict[str, Any],
     existing_scaling: ExistingScaling = None,
@@ -66,7 +66,6 @@ def compare(
     from longrope.distributed import Ranks, require_one_process
     from longrope.evaluate import compare as comparing
     from longrope.evaluate.cache import measurement_cache
-    from longrope.evaluate.settings import PerplexityConfig
     from longrope.files import require_directory
     from longrope.models.info import ModelInfo, inspect_model
     from longrope.models.load import load_model
@@ -82,20 +81,18 @@ def compare(
 
     def resolve(info: ModelInfo) -> tuple[PerplexityConfig, int, list[comparing.ComparedMethod]]:
         tokens, made_for = comparing.resolve_lengths(info, (lengths or target).split(","), target)
-        options = PerplexityConfig.make(
-            {"lengths": tuple(tokens), "tokens_per_document": tokens_per_document}, option_name
-        )
+        options = PerplexityConfig.make(scoring | {"lengths": tuple(tokens)}, option_name)
         factors = {"attention_factor": attention_factor, "own_attention_factors": True}
         return options, made_for, comparing.method_entries(info, names, made_for, **factors)
 
     def settings(info: ModelInfo) -> dict[str, Any]:
         of = {"model": info.source, "data": data, "field": field, "pack": pack}
-        of |= {"stride": None, "tokens_per_document": tokens_per_document}
+        of |= {"stride": None, "tokens_per_document": scoring.get("tokens_per_document")}
         return of | {"attention_factor": attention_factor}
 
     info = inspect_model(
         model,
-        existing_scaling=existing_choice(existing_scaling),
+        existing_scaling=existing_scaling,
         original_length=original_length,
         trust_remote_code=how.trust_remote_code,
     )

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +19,6 @@ from longrope.cli.options import (
     OriginalLength,
     Pack,
     add_options,
-    existing_choice,
     option_name,
 )
 from longrope.cli.tables import (
@@ -73,7 +72,7 @@ class _Subject:
     rescale: str | None
     target: str | None
     attention_factor: float | None
-    existing_scaling: str | None
+    existing_scaling: Literal["keep", "replace"] | None
     original_length: int | None
     execution: ExecutionConfig
 
@@ -93,7 +92,7 @@ class _Subject:
             self._refuse_options_of_a_method()
             info, pair = inspect_extended(self.model, **how)
         else:
-            scaling = existing_choice(self.existing_scaling)
+            scaling = self.existing_scaling
             info, pair = inspect_weights(self.model, existing_scaling=scaling, **how), None
         info.require_extendable()
         return info, pair
@@ -148,7 +147,7 @@ def perplexity(
         model, rescale, target, attention_factor, existing_scaling, original_length, how
     )
     sources = tuple(data)
-    of = {"data": sources, "field": field, "pack": pack, "attention_factor": attention_factor}
+    of = {"data": sources, "field": field, "pack": pack}
 
     def load(tokenizer: Any) -> Any:
         return perplexity_documents(
@@ -272,7 +271,7 @@ def benchmarks(
         raise ValueError(f"--target is missing; give the target length of {rescale}, such as 8x")
     ruler = tuple(lengths.split(",")) if lengths else ()
     asked = BenchmarkConfig.make(config | {"tasks": tuple(tasks.split(","))}, option_name)
-    of = _of(subject, asked.model_dump(mode="json") | {"lengths": ruler})
+    of = _of(subject, asked.model_dump(mode="json") | {"lengths": ruler, "original": original})
     with ranks(how.sequence_parallel) as these:
         info, pair = subject.inspect()
         (measured,), made_for = resolve_lengths(info, (target or "1x",), target)
@@ -372,7 +371,15 @@ def _measure(
 
 def _of(subject: _Subject, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of an ``evaluate`` verb as its result file stores them."""
-    of = {"model": subject.model, "rescale": subject.rescale, "target": subject.target}
+    of = {
+        "model": subject.model,
+        "rescale": subject.rescale,
+        "target": subject.target,
+        "attention_factor": subject.attention_factor,
+        "existing_scaling": subject.existing_scaling,
+        "original_length": subject.original_length,
+        "dtype": subject.execution.dtype,
+    }
     return json.loads(json.dumps(of | options))
 
 
@@ -439,4 +446,5 @@ def _original(model: str, named: str | None, how: ExecutionConfig) -> Any:
     from longrope.models.load import load_model
 
     source: dict[str, Any] | None = {"source": named} if named else original_of(model)
-    return load_model(execution=how, **source) if source is not None else None
+    alone = how.model_copy(update={"sequence_parallel": 1})
+    return load_model(execution=alone, **source) if source is not None else None

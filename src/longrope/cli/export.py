@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -14,7 +14,6 @@ from longrope.cli.options import (
     OriginalLength,
     TrustRemoteCode,
     add_options,
-    existing_choice,
     option_name,
 )
 from longrope.cli.tables import console, print_json
@@ -47,7 +46,10 @@ def export(
     drop_start_tokens: Annotated[
         bool, typer.Option("--drop-start-tokens", help="Export as if n̂ were 0.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Of weights that come from a GGUF file.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Dtype of weights that come from a GGUF file."),
+    ] = "bfloat16",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     existing_scaling: ExistingScaling = None,
     original_length: OriginalLength = None,
@@ -67,7 +69,7 @@ def export(
             short=short,
             target=target,
             drop_start_tokens=drop_start_tokens,
-            existing_scaling=existing_choice(existing_scaling),
+            existing_scaling=existing_scaling,
             original_length=original_length,
             dtype=dtype,
             force=force,
@@ -87,7 +89,7 @@ def export(
 @add_options(
     "execution",
     {"Execution": ExecutionConfig},
-    leave_out=("offload_activations", "sequence_parallel", "trust_remote_code"),
+    leave_out=("dtype", "offload_activations", "sequence_parallel", "trust_remote_code"),
 )
 def verify(
     *,
@@ -102,6 +104,9 @@ def verify(
         str | None, typer.Option(help="Prompts' tokens; by default around the boundary and deep.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="At each length.")] = 2,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of both sides.")
+    ] = "float32",
     execution: dict[str, Any],
     json_: Json = False,
 ) -> None:
@@ -113,9 +118,7 @@ def verify(
 
     if prompts < 1:
         raise ValueError(f"--prompts is {prompts}; it must be at least 1")
-    how = ExecutionConfig.make({"dtype": "float32"} | execution, option_name)
-    if how.dtype == "auto":
-        raise ValueError("--dtype is auto; name the dtype of both sides, such as float32")
+    how = ExecutionConfig.make({"dtype": dtype} | execution, option_name)
     points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()
     require_engine(path, engine, python)
     reference = Reference(path, how)

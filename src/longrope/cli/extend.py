@@ -1,5 +1,6 @@
 """The verbs `extend` and `generate`."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -9,12 +10,11 @@ import typer
 
 from longrope.cli.app import app
 from longrope.cli.options import (
-    Data,
     ExistingScaling,
     Json,
+    OptionalData,
     OriginalLength,
     add_options,
-    existing_choice,
     option_name,
 )
 from longrope.cli.tables import console, print_json
@@ -38,7 +38,7 @@ def extend(
     out: Annotated[
         Path | None, typer.Option(help="Run directory; an interrupted run resumes.")
     ] = None,
-    data: Data | None = None,
+    data: OptionalData = None,
     evaluation_data: Annotated[
         list[str] | None, typer.Option(help="Held-out documents. Default: some of --data.")
     ] = None,
@@ -73,7 +73,7 @@ def extend(
 
     Stages: search, fine-tune, search again, recover, export, evaluate, report.
     """
-    from longrope.distributed import ranks
+    from longrope.distributed import Ranks, SequenceParallelGroup, ranks
     from longrope.pipeline.checks import check_settings, check_text
     from longrope.pipeline.estimate import dry_run as estimate
     from longrope.pipeline.extend import extend as run_extension
@@ -82,6 +82,7 @@ def extend(
 
     if memory is not None and not dry_run:
         raise ValueError(f"--memory is {memory}, but applies only with --dry-run")
+    ExecutionConfig.make(execution, option_name)
     chosen = resolve_recipe(
         recipe,
         model,
@@ -90,13 +91,18 @@ def extend(
         evaluation_data=evaluation_data,
         start_tokens=start_tokens,
         seed=seed,
-        existing_scaling=existing_choice(existing_scaling),
+        existing_scaling=existing_scaling,
         original_length=original_length,
         finetune={"enabled": finetune, "lora": lora},
         execution=execution,
     )
     directory = out or Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
-    with ranks(chosen.execution.sequence_parallel) as these:
+    group_size = chosen.execution.sequence_parallel
+    if memory is not None:  # the plan is for another machine, whose processes are not here
+        joined = contextlib.nullcontext(Ranks(0, group_size, SequenceParallelGroup(0, group_size)))
+    else:
+        joined = ranks(group_size)
+    with joined as these:
         run = open_run(chosen, directory, these)
         if lora is not None and run.plan.trained is None:
             raise ValueError(f"--lora is {lora}, but up to 8x nothing is trained; add --finetune")
@@ -166,7 +172,7 @@ def generate(
     loaded, pair = load_extended(
         model,
         ExecutionConfig.make(execution, option_name),
-        existing_scaling=existing_choice(existing_scaling),
+        existing_scaling=existing_scaling,
         original_length=original_length,
     )
     ids = loaded.tokenizer(text, verbose=False)["input_ids"]

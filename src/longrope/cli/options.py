@@ -14,21 +14,20 @@ from longrope.execution import ExecutionConfig
 Model = Annotated[
     str, typer.Argument(help="Directory, hub id, GGUF file, or 'bundled'.", metavar="[MODEL]")
 ]
-Data = Annotated[
-    list[str],
-    typer.Option(
-        help="Text, JSON, JSONL or Parquet file, directory of such files, hub dataset, or "
-        "python-library (of this machine); repeatable.",
-    ),
-]
+_DATA = typer.Option(
+    help="Text, JSON, JSONL or Parquet file, directory of such files, hub dataset, or one of "
+    "python-library and python-library-held-out (of this machine); repeatable."
+)
+Data = Annotated[list[str], _DATA]
+OptionalData = Annotated[list[str] | None, _DATA]
 Field = Annotated[str, typer.Option(help="Text field in JSON, JSONL, Parquet and datasets.")]
 Pack = Annotated[
     bool, typer.Option("--pack", help="Join documents into windows, with BOS and EOS between them.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 ExistingScaling = Annotated[
-    str | None,
-    typer.Option(help="For a model with RoPE scaling: 'keep' or 'replace' it."),
+    Literal["keep", "replace"] | None,
+    typer.Option(help="For a model with RoPE scaling: keep it, or replace it."),
 ]
 OriginalLength = Annotated[
     int | None, typer.Option(help="Original context length in tokens, if the config is wrong.")
@@ -43,20 +42,6 @@ AttentionFactor = Annotated[
     float | None,
     typer.Option(help="One attention factor for every method (not for rescale files)."),
 ]
-TokensPerDocument = Annotated[
-    int | None, typer.Option(help="Tokens to score per document. Default: all.")
-]
-
-
-def existing_choice(choice: str | None) -> Any:
-    """Check the value of the option --existing-scaling, and return it.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if choice not in (None, "keep", "replace"):
-        raise ValueError(f"--existing-scaling {choice}: choose keep or replace")
-    return choice
 
 
 def option_name(name: str) -> str:

@@ -18,7 +18,6 @@ from longrope.cli.options import (
     Pack,
     TrustRemoteCode,
     add_options,
-    existing_choice,
     option_name,
 )
 from longrope.cli.tables import console, print_json
@@ -45,7 +44,7 @@ def inspect(
 
     info = inspect_model(
         model,
-        existing_scaling=existing_choice(existing_scaling),
+        existing_scaling=existing_scaling,
         original_length=original_length,
         trust_remote_code=trust_remote_code,
     )
@@ -93,7 +92,7 @@ def search(
     from longrope.models.info import inspect_model
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_search
-    from longrope.search.run import SearchOptions, search_factors
+    from longrope.search.run import SearchOptions, run_search
 
     options = SearchOptions(
         target=target,
@@ -110,7 +109,7 @@ def search(
     with ranks(how.sequence_parallel) as these:
         info = inspect_model(
             model,
-            existing_scaling=existing_choice(existing_scaling),
+            existing_scaling=existing_scaling,
             original_length=original_length,
             trust_remote_code=how.trust_remote_code,
         )
@@ -118,7 +117,7 @@ def search(
         options.check(info)
         check_search(info, target, options.config, how, these)
         loaded = load_model(model, how, group=these.group, info=info)
-        result = search_factors(loaded, options, these)
+        result = run_search(loaded, options, these)
     if not these.first:
         return
     if json_:

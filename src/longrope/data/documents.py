@@ -54,7 +54,39 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     return list(documents.values())
 
 
-def check_sources(sources: Sequence[str]) -> None:
+def documents_of(texts: Any, field: str = "text") -> list[Document]:
+    """Return documents from texts in memory, or from files.
+
+    Args:
+        texts: one path or several, a list of strings (each is one document), or a
+            ``datasets.Dataset`` with a text ``field``.
+
+    Raises:
+        ValueError: no text, or a string in the list that is the path of a file.
+    """
+    if isinstance(texts, str | Path):
+        return read_documents([str(texts)], field)
+    if hasattr(texts, "column_names"):
+        return list(_rows(texts, "texts", field))
+    items = list(texts)
+    if items and all(isinstance(item, Path) for item in items):
+        return read_documents([str(item) for item in items], field)
+    documents = []
+    for number, item in enumerate(items):
+        if not isinstance(item, str):
+            raise ValueError(f"texts[{number}] is a {type(item).__name__}; give strings or paths")
+        if len(item) < 4096 and "\n" not in item and Path(item).exists():
+            raise ValueError(
+                f"texts[{number}] is {item!r}, the path of a file: give pathlib.Path(…) to read it"
+            )
+        if item.strip():
+            documents.append(Document(f"texts[{number}]", item))
+    if not documents:
+        raise ValueError("texts is empty; give documents with text")
+    return documents
+
+
+def check_sources(sources: Sequence[str], name: str = "data") -> None:
     """Check that there are sources of documents and that each exists, without reading it.
 
     Raises:
@@ -62,13 +94,13 @@ def check_sources(sources: Sequence[str]) -> None:
     """
     if not sources:
         raise ValueError(
-            "data is missing; give text files, a directory or a dataset, or python-library for a "
+            f"{name} is missing; give text files, a directory, a dataset, or python-library for a "
             "first try"
         )
     for source in sources:
         known = source in SOURCES or Path(source).exists()
         if not known and not _is_hub_dataset(source):
-            raise ValueError(f"data={source!r}: no such file or directory")
+            raise ValueError(f"{name}={source!r}: no such file or directory")
 
 
 def _is_hub_dataset(source: str) -> bool:

@@ -137,6 +137,8 @@ class Reference:
 
     def __init__(self, path: str, execution: ExecutionConfig | None = None):
         execution = execution or ExecutionConfig(dtype="float32")
+        if execution.dtype == "auto":
+            raise ValueError("dtype is auto; name the dtype of both sides, such as float32")
         loaded, pair = load_extended(path, execution)
         if pair is None:
             raise ValueError(f"{path}: its RoPE is not scaled; give an exported model to verify")

@@ -1,5 +1,6 @@
 """Inspect a model from its config: shape, RoPE, original length, whether it can be extended."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from longrope.attention.config import attention_shape, explicit_scores
 from longrope.models.meta import RESCALABLE, build_meta_model, find_rescalable
@@ -26,6 +27,7 @@ from longrope.rope.rotary import (
 )
 
 ScalingChoice = Literal["keep", "replace"]
+_LENGTH = "max_position_embeddings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,7 @@ class ModelInfo:
 
 
 def inspect_model(
-    source: str,
+    source: Any,
     *,
     existing_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
@@ -177,7 +179,8 @@ def inspect_model(
     """Inspect a model from its config alone, without reading weights.
 
     Args:
-        source: a local directory, a hub id, a GGUF file or ``"bundled"``.
+        source: a local directory, a hub id, a GGUF file, ``"bundled"``, or a transformers model in
+            memory, PEFT's wrapper included.
         existing_scaling: ``"keep"`` extends a scaled model on top of its scaling, ``"replace"``
             starts over without it. A scaled model needs one of the two to be extendable.
         original_length: tokens that the model handles, where its config is wrong.
@@ -185,14 +188,27 @@ def inspect_model(
 
     Raises:
         ValueError: there is no such model, or transformers does not know its config.
+
+    Example:
+        >>> import longrope
+        >>> info = longrope.inspect_model("bundled")
+        >>> info.original_max_position_embeddings, info.extendable
+        (256, True)
     """
     if existing_scaling not in (None, "keep", "replace"):
         raise ValueError(f"existing_scaling is {existing_scaling!r}; choose keep or replace")
-    if existing_scaling != "replace" or original_length is None:
+    loaded = None if isinstance(source, str | Path) else without_adapters(source)
+    source = str(source) if loaded is None else loaded.name_or_path or type(loaded).__name__
+    if loaded is None and (existing_scaling != "replace" or original_length is None):
         refuse_scaled_gguf(source)
     with quiet():
-        config = read_pretrained(AutoConfig, source, trust_remote_code)
-        model, site, reason = build_meta_model(source, config, trust_remote_code)
+        if loaded is None:
+            config = read_pretrained(AutoConfig, source, trust_remote_code)
+        else:
+            config = copy.deepcopy(loaded.config)
+        model, site, reason = build_meta_model(
+            source, config, trust_remote_code, None if loaded is None else type(loaded)
+        )
         scaled = site is not None and site.rope_type not in UNSCALED
         scaling = site.parameters if site and scaled else None
         replaces = existing_scaling == "replace" and scaling is not None
@@ -207,7 +223,25 @@ def inspect_model(
     if site is None:
         return info
     info = dataclasses.replace(info, replaces_scaling=replaces)
-    return _with_original_length(info, site, config, existing_scaling, original_length)
+    if loaded is not None:
+        info = dataclasses.replace(info, dtype=str(loaded.dtype).removeprefix("torch."))
+    in_file = loaded is not None or is_in_config_file(source, config.get_text_config(), _LENGTH)
+    return _with_original_length(info, site, config, in_file, existing_scaling, original_length)
+
+
+def without_adapters(model: Any) -> Any:
+    """Return the transformers model inside a wrapper of PEFT, adapters included.
+
+    Raises:
+        ValueError: not a transformers model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}; give a transformers model, or the path or hub id "
+            "of one"
+        )
+    return base
 
 
 def _from_config(
@@ -257,13 +291,14 @@ def _with_original_length(
     info: ModelInfo,
     site: RotarySite,
     config: Any,
+    in_file: bool,
     existing: ScalingChoice | None,
     original_length: int | None,
 ) -> ModelInfo:
     """Add the original length, and the scaling an extension starts from, to a model's info."""
-    text, read_from = config.get_text_config(), "max_position_embeddings"
+    text, read_from = config.get_text_config(), _LENGTH
     original = getattr(text, read_from, None)
-    if not is_in_config_file(info.source, text, read_from):
+    if not in_file:
         read_from = f"the default of {type(text).__name__} (not in its config.json)"
     factors, attention_factor, reason = unscaled_factors(site), 1.0, info.reason
     scaling = info.existing_scaling

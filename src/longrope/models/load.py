@@ -16,7 +16,7 @@ from longrope.layerwise.forward import LongForward
 from longrope.layerwise.offload import offload as offload_layers
 from longrope.models.compatibility import incompatibility
 from longrope.models.devices import find_device, find_offload_target
-from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
+from longrope.models.info import ModelInfo, ScalingChoice, inspect_model, without_adapters
 from longrope.models.meta import unscaled
 from longrope.models.sources import read_pretrained
 from longrope.progress import quiet
@@ -44,14 +44,7 @@ class LoadedModel:
         Raises:
             ValueError: no device or directory to offload hidden states to.
         """
-        where = self.execution.offload_activations
-        return LongForward(
-            self.model,
-            self.execution.chunk_size,
-            find_offload_target(where) if where else None,
-            offloaded=self.execution.offload_weights,
-            group=self.group,
-        )
+        return long_forward(self.model, self.execution, self.group)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of a loaded model: a hash of a sample of every weight."""
@@ -61,6 +54,24 @@ class LoadedModel:
             sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
         return digest.hexdigest()
+
+
+def long_forward(
+    model: Any, execution: ExecutionConfig, group: SequenceParallelGroup | None = None
+) -> LongForward:
+    """Return the layer-by-layer forward pass of a transformers model under a configuration.
+
+    Raises:
+        ValueError: no device or directory to offload hidden states to.
+    """
+    where = execution.offload_activations
+    return LongForward(
+        model,
+        execution.chunk_size,
+        find_offload_target(where) if where else None,
+        offloaded=execution.offload_weights,
+        group=group,
+    )
 
 
 def load_model(
@@ -90,6 +101,11 @@ def load_model(
             config shows is refused before any weight is read.
     """
     execution = execution or ExecutionConfig()
+    if group is None and execution.sequence_parallel > 1:
+        raise ValueError(
+            f"sequence_parallel is {execution.sequence_parallel}, and the model is loaded without "
+            "the group of processes that share its sequences: give group"
+        )
     trusted = execution.trust_remote_code
     dtype = "auto" if execution.dtype == "auto" else getattr(torch, execution.dtype)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
@@ -122,6 +138,58 @@ def load_model(
     unextended = info.rescale("none", info.original_max_position_embeddings)
     dataclasses.replace(info, reason=incompatibility(model, unextended)).require_extendable()
     return LoadedModel(model, tokenizer, info, execution, group or SequenceParallelGroup())
+
+
+def wrap_model(
+    model: Any,
+    tokenizer: Any = None,
+    execution: ExecutionConfig | None = None,
+    *,
+    existing_scaling: ScalingChoice | None = None,
+    original_length: int | None = None,
+) -> LoadedModel:
+    """Verify that a model in memory can be extended, and return it as a :class:`LoadedModel`.
+
+    The model itself is not changed. It should be in evaluation mode.
+
+    Args:
+        model: a transformers model, or PEFT's wrapper of one; on one device.
+        execution: chunk size, offloaded activations and sequence parallelism. Device, dtype and
+            offloaded weights are the model's own.
+
+    Raises:
+        ValueError: the model cannot be extended, is quantised, is spread over devices, or an
+            execution option that a model in memory cannot follow.
+    """
+    base, execution = without_adapters(model), execution or ExecutionConfig()
+    for name in ("device", "dtype", "offload_weights"):
+        if getattr(execution, name) != ExecutionConfig.model_fields[name].default:
+            raise ValueError(
+                f"{name} is {getattr(execution, name)!r}, but the model is in memory already: load "
+                "it so, or give its path"
+            )
+    if existing_scaling == "replace":
+        raise ValueError(
+            "existing_scaling is 'replace', which needs the model without its scaling: give its "
+            "path instead of the model in memory"
+        )
+    if method := getattr(base, "quantization_method", None):
+        raise ValueError(
+            f"model is quantised ({getattr(method, 'value', method)}), which longrope has not been "
+            "verified with: load it without quantisation"
+        )
+    places = {parameter.device for parameter in base.parameters()}
+    if len(places) > 1 or torch.device("meta") in places:
+        raise ValueError(
+            f"model is spread over {', '.join(sorted(map(str, places)))}: load it on one device, "
+            "or give its path with offload_weights"
+        )
+    info = inspect_model(base, existing_scaling=existing_scaling, original_length=original_length)
+    info.require_extendable()
+    assert info.original_max_position_embeddings
+    unextended = info.rescale("none", info.original_max_position_embeddings)
+    dataclasses.replace(info, reason=incompatibility(base, unextended)).require_extendable()
+    return LoadedModel(base, tokenizer, info, execution)
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

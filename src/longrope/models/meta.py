@@ -32,9 +32,12 @@ def unscaled(config: Any, layer_type: str | None) -> Any:
 
 
 def build_meta_model(
-    source: str, config: Any, trust_remote_code: bool
+    source: str, config: Any, trust_remote_code: bool, kind: type | None = None
 ) -> tuple[nn.Module, RotarySite | None, str | None]:
     """Build a model on the meta device, and find its rotary embedding.
+
+    Args:
+        kind: the model's class; None leaves the choice to transformers.
 
     Returns:
         The model, and what :func:`find_rescalable` returns for it.
@@ -43,9 +46,12 @@ def build_meta_model(
         ValueError: transformers cannot build a causal language model from the config.
     """
     try:
-        auto = auto_class(config)
+        auto = auto_class(config)  # imports the model's code, not under the meta device
         with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+            if kind is not None:
+                model = kind(config)
+            else:
+                model = auto.from_config(config, trust_remote_code=trust_remote_code)
         return model, *find_rescalable(model)
     except ValueError:
         raise ValueError(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from longrope.data.documents import check_sources
 from longrope.data.prompts import require_room
 from longrope.distributed import Ranks, local_device
 from longrope.evaluate.benchmarks import check_benchmarks, require_benchmark_data
@@ -40,6 +41,9 @@ def check_extension(run: Run) -> None:
                 f"{run.directory(stage.name)} was made from an earlier {todo[0].name} that "
                 "has been deleted; delete it too and run again"
             )
+    check_sources(recipe.data)
+    if recipe.evaluation_data:
+        check_sources(recipe.evaluation_data, "evaluation_data")
     check_settings(run, todo)
     if recipe.evaluate.benchmarks.tasks:
         require_benchmark_data(benchmark_config(run), run.tokenizer, plan.original)

@@ -65,6 +65,11 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
             another run. Raised before any long work.
     """
     ranks = ranks or Ranks()
+    if ranks.group.size != recipe.execution.sequence_parallel:
+        raise ValueError(
+            f"execution.sequence_parallel is {recipe.execution.sequence_parallel}, but "
+            f"{ranks.group.size} processes share each sequence: give ranks of such groups"
+        )
     run = open_run(recipe, out, ranks)
     with only_process(out) if ranks.first else contextlib.nullcontext():
         claimed = ranks.first and run.claim()

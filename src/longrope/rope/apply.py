@@ -9,6 +9,7 @@ keep the original angles, and phases are exact at any position.
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class RescaledRotary(StandIn):
         self._original_attention_scaling = site.attention_factor
         self._layout = column_layout(site)
         self._complex = is_complex(site)
+        self.hooks: tuple[Any, ...] = ()
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Rotation]]:
@@ -176,26 +178,77 @@ def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False)
     if rescale is None:
         yield
         return
-    site = find_rotary(model)
-    if site is None:
-        raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
-    check_fits(rescale, len(site.inv_freq), float(site.parameters["rope_theta"]))
+    site = rotary_to_rescale(model, rescale)
     before = getattr(site.owner, site.name)  # an outer rescale, perhaps
     if not always and before is site.module and changes_nothing(site, rescale):
         yield
         return
-    # In multimodal models the decoder does not get the mask, so the model is hooked too.
-    hooks = [
-        module.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
-        for module in dict.fromkeys((model, site.owner))
-    ]
-    setattr(site.owner, site.name, RescaledRotary(site, rescale))
+    _install(model, site, rescale)
     try:
         yield
     finally:
-        setattr(site.owner, site.name, before)
-        for hook in hooks:
-            hook.remove()
+        _uninstall(site, before)
+
+
+def apply_rescale(model: nn.Module, rescale: Rescale) -> None:
+    """Apply a rescale to a model in place, until :func:`remove_rescale`.
+
+    A rescale that was applied before is replaced. For a ``with`` block use :func:`rescaled`. The
+    config is left as it is; ``longrope.export`` writes checkpoints with factors.
+
+    Raises:
+        ValueError: as :func:`rescaled`.
+
+    Example:
+        >>> import longrope
+        >>> loaded = longrope.load_model("bundled")
+        >>> yarn = longrope.methods.yarn(loaded.info, target_length="8x")
+        >>> longrope.apply_rescale(loaded.model, yarn)
+        >>> longrope.remove_rescale(loaded.model)
+    """
+    site = rotary_to_rescale(model, rescale)
+    remove_rescale(model)
+    _install(model, site, rescale)
+
+
+def remove_rescale(model: nn.Module) -> None:
+    """Remove what :func:`apply_rescale` put into a model; without it, do nothing."""
+    site = find_rotary(model)
+    if site is not None and isinstance(getattr(site.owner, site.name), RescaledRotary):
+        _uninstall(site, site.module)
+
+
+def rotary_to_rescale(model: nn.Module, *rescales: Rescale) -> RotarySite:
+    """Find the rotary embedding of a model, and check that rescales fit it.
+
+    Raises:
+        ValueError: the model has no rotary embedding that can be rescaled, or a rescale does not
+            fit.
+    """
+    site = find_rotary(model)
+    if site is None:
+        raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
+    for rescale in rescales:
+        check_fits(rescale, len(site.inv_freq), float(site.parameters["rope_theta"]))
+    return site
+
+
+def _install(model: nn.Module, site: RotarySite, rescale: Rescale) -> None:
+    """Put a rescaled rotary module into a model, with hooks that compute position ids."""
+    rotary = RescaledRotary(site, rescale)
+    # In multimodal models the decoder does not get the mask, so the model is hooked too.
+    rotary.hooks = tuple(
+        module.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
+        for module in dict.fromkeys((model, site.owner))
+    )
+    setattr(site.owner, site.name, rotary)
+
+
+def _uninstall(site: RotarySite, before: nn.Module) -> None:
+    """Put back the module that was there before a rescaled rotary module, and remove its hooks."""
+    for hook in getattr(site.owner, site.name).hooks:
+        hook.remove()
+    setattr(site.owner, site.name, before)
 
 
 @contextlib.contextmanager

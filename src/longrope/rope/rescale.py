@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from longrope.files import write_atomically
+from longrope.rope.parameters import kept_parameters
 
 SCHEMA = 1
 # Some models rotate only some of their dimensions; the others have frequency 0 (Gemma 4). As a
@@ -145,6 +146,44 @@ class Rescale:
             field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
         }
 
+    def to_hf(self, config: Any) -> dict[str, Any]:
+        """Return the ``rope_parameters`` that apply the rescale at every length in transformers 5.
+
+        Args:
+            config: the model's config, with its own RoPE parameters.
+
+        Raises:
+            ValueError: start tokens, which no config can express, or a model with RoPE parameters
+                per layer type, which ``longrope.export`` writes.
+
+        Example:
+            >>> import longrope
+            >>> loaded = longrope.load_model("bundled")
+            >>> yarn = longrope.methods.yarn(loaded.info, target_length="8x")
+            >>> yarn.to_hf(loaded.model.config)["rope_type"]
+            'longrope'
+        """
+        if self.start_tokens:
+            raise ValueError(
+                f"start_tokens is {self.start_tokens}, which no config can express: use the "
+                "portable rescale of the search"
+            )
+        own = config.get_text_config().rope_parameters
+        if own.get("rope_type", "default") == "proportional" or "rope_theta" not in own:
+            raise ValueError(
+                "config has RoPE parameters that one set of factors does not cover: use "
+                "longrope.export"
+            )
+        return kept_parameters({"rope_type": "default"} | own) | {
+            "rope_type": "longrope",
+            "rope_theta": self.rope_theta,
+            "short_factor": list(self.factors),
+            "long_factor": list(self.factors),
+            "original_max_position_embeddings": self.original_max_position_embeddings,
+            "factor": self.scale,
+            "attention_factor": self.attention_factor,
+        }
+
     def applied(self) -> dict[str, Any]:
         """Return the part of the rescale's JSON object that decides how it is applied."""
         return {"schema": SCHEMA} | {
@@ -178,11 +217,11 @@ class Rescale:
         if not isinstance(provenance, dict):
             raise ValueError("provenance must be a JSON object")
         # Files of older versions hold these two in their provenance.
-        old = {
-            "base_factors": provenance.get("base_factors", []),
-            "searched_documents": provenance.get("documents", []),
-        }
-        data = old | data
+        old = {"base_factors": "base_factors", "searched_documents": "documents"}
+        data = {
+            name: known if isinstance(known := provenance.get(key), list) else []
+            for name, key in old.items()
+        } | data
         for name in ("factors", "base_factors"):
             if not isinstance(data[name], list) or not all(map(_is_number, data[name])):
                 raise ValueError(f"{name} must be a list of numbers")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longrope.rope.parameters import BY_POSITION, LENGTH, kept_parameters
 from longrope.rope.rescale import UNROTATED, Rescale, default_inv_freq
 
 # The layer type whose rotary embedding is scaled where a model has several. Sliding-window layers
@@ -16,14 +17,6 @@ _SCALED_LAYER_TYPE = "full_attention"
 UNSCALED = ("default", "proportional")
 # Types whose frequencies do not depend on the sequence length.
 _STATIC = ("default", "proportional", "linear", "yarn", "llama3")
-_LENGTH = "original_max_position_embeddings"
-# Scales scores with the position (Ministral 3), in units of the length above.
-_BY_POSITION = "llama_4_scaling_beta"
-_SCALING = {
-    *("rope_type", "type", "factor", "attention_factor", _LENGTH, "truncate", "finetuned"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
-    *("short_factor", "long_factor", "short_mscale", "long_mscale"),
-}
 
 
 @dataclass(frozen=True)
@@ -154,21 +147,6 @@ def cosines_and_sines(output: Any) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return those of a rotary embedding's ``rope_parameters`` that ``longrope`` scaling keeps.
-
-    They are for a config whose ``rope_type`` becomes ``longrope``.
-
-    ``partial_rotary_factor`` is dropped where ``longrope`` factors express it.
-    """
-    kept = {key: value for key, value in parameters.items() if key not in _SCALING}
-    if parameters["rope_type"] == "proportional":
-        kept.pop("partial_rotary_factor", None)
-    if _BY_POSITION in parameters:  # which is in units of it
-        kept[_LENGTH] = parameters[_LENGTH]
-    return kept
-
-
 def unscaled_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return a rotary embedding's ``rope_parameters`` without its scaling."""
     if parameters["rope_type"] in UNSCALED:
@@ -186,7 +164,7 @@ def boundary_of(site: RotarySite) -> int | None:
     It is a length in tokens.
     """
     parameters = site.parameters
-    return parameters[_LENGTH] if _BY_POSITION in parameters else None
+    return parameters[LENGTH] if BY_POSITION in parameters else None
 
 
 def scaled_length(parameters: dict[str, Any], longest: int) -> int:

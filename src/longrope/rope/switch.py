@@ -9,7 +9,7 @@ the cost of one more prefill per row.
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from longrope.compat import cache_name
 from longrope.rope.apply import (
     RescaledRotary,
-    check_fits,
     one_axis,
     positions_of,
+    rotary_to_rescale,
 )
 from longrope.rope.pair import RescalePair
-from longrope.rope.rotary import RotarySite, find_rotary
+from longrope.rope.rotary import RotarySite
 from longrope.rope.stand_in import StandIn
 
 # Prefixes of multimodal inputs.
@@ -39,12 +39,23 @@ def switched(model: nn.Module, pair: RescalePair) -> Iterator[None]:
         ValueError: the model has no rotary embedding that can be rescaled, or a rescale does not
             fit. Later, ``generate`` raises for generation modes that cannot be exact.
     """
-    site = find_rotary(model)
-    if site is None:
-        raise ValueError(f"{type(model).__name__} has no rotary position embedding to rescale")
-    theta = float(site.parameters["rope_theta"])
-    for rescale in (pair.short, pair.long):
-        check_fits(rescale, len(site.inv_freq), theta)
+    remove = apply_pair(model, pair)
+    try:
+        yield
+    finally:
+        remove()
+
+
+def apply_pair(model: nn.Module, pair: RescalePair) -> Callable[[], None]:
+    """Switch a model between both rescales of a pair, by each row's length, until further notice.
+
+    Returns:
+        A function that restores the model.
+
+    Raises:
+        ValueError: as :func:`switched`.
+    """
+    site = rotary_to_rescale(model, pair.short, pair.long)
     before, generate = getattr(site.owner, site.name), getattr(model, "generate", None)
     switch = _Switch(pair, site)
     around = model if model is not site.owner else None
@@ -56,14 +67,15 @@ def switched(model: nn.Module, pair: RescalePair) -> Iterator[None]:
     setattr(site.owner, site.name, switch.rotary)
     if generate is not None:
         model.generate = lambda *a, **k: switch.generate(generate, *a, **k)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
+
+    def remove() -> None:
         setattr(site.owner, site.name, before)
         for hook in hooks:
             hook.remove()
         if generate is not None:
             del model.generate
+
+    return remove
 
 
 class _SwitchedRotary(StandIn):

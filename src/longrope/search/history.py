@@ -12,7 +12,7 @@ from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2  # 1: before the search options were renamed
+SCHEMA = 3  # 1: before the search options were renamed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from longrope.data.documents import check_sources
 from longrope.data.prompts import Prompt
 from longrope.data.windows import (
+    TokenDocument,
     Windows,
     bos_token,
     load_documents,
@@ -90,7 +91,7 @@ class SearchOptions:
         require_search_directory(self.out)
 
 
-def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
+def run_search(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) -> SearchResult:
     """Run the search of the rescale factors for a target length, or resume it.
 
     Writes ``rescale.json`` (the best), ``portable.json`` (the best that engines can load, n̂ = 0),
@@ -100,6 +101,14 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
         ValueError: an option out of range, too few tokens, or a directory that holds
             another search; before any long work.
     """
+    documents = load_documents(loaded.tokenizer, options.data, options.field)
+    return search_documents(loaded, documents, options, ranks)
+
+
+def search_documents(
+    loaded: LoadedModel, documents: Sequence[TokenDocument], options: SearchOptions, ranks: Ranks
+) -> SearchResult:
+    """Search as :func:`run_search`, on tokenized documents in place of the options' data."""
     target = parse_extension(options.target, loaded.info)
     problem = first_search_problem(
         loaded.info,
@@ -109,7 +118,6 @@ def search_factors(loaded: LoadedModel, options: SearchOptions, ranks: Ranks) ->
         max_factor=options.config.max_factor,
     )
     bos, seed = bos_token(loaded.tokenizer), options.seed
-    documents = load_documents(loaded.tokenizer, options.data, options.field)
     if options.pack:
         documents = random_half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]

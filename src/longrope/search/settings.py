@@ -51,7 +51,7 @@ class GradientSearchConfig(_SearchConfig):
         default=0.06,
         gt=0,
         allow_inf_nan=False,
-        description="Largest step in ln λ; three times this value with a single window.",
+        description="Largest step in ln λ (tripled for a single window).",
     )
     windows_per_step: int = Field(
         default=1, ge=1, description="Number of windows per gradient step; processes share them."

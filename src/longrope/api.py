@@ -1,0 +1,360 @@
+"""The Python API on models in memory: search, measure, load, extend, export, verify.
+
+Each function checks its arguments, calls one function of a package, and returns plain values. The
+processes of a torchrun launch are found in the environment, as in accelerate.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longrope.checkpoints.export import ExportOptions
+from longrope.checkpoints.export import export as export_checkpoint
+from longrope.checkpoints.manifest import Manifest
+from longrope.data.documents import documents_of
+from longrope.data.windows import tokenize
+from longrope.distributed import ranks
+from longrope.engines.check import Reference, Verdict
+from longrope.engines.check import verify as verify_export
+from longrope.engines.specs import require_engine
+from longrope.evaluate.cache import MeasurementCache
+from longrope.evaluate.compare import perplexity_row, resolve_lengths
+from longrope.evaluate.measure import Measurement, measure_all, model_identity
+from longrope.evaluate.settings import PerplexityConfig
+from longrope.execution import ExecutionConfig
+from longrope.files import require_directory
+from longrope.inference.load import load_extended
+from longrope.models.info import ScalingChoice, without_adapters
+from longrope.models.load import LoadedModel, load_model, long_forward, wrap_model
+from longrope.pipeline.extend import extend as run_extension
+from longrope.pipeline.recipe import Recipe, load_recipe, make_recipe
+from longrope.rope.rescale import Rescale
+from longrope.rope.switch import apply_pair
+from longrope.search.evaluator import SearchResult
+from longrope.search.history import require_search_directory
+from longrope.search.run import SearchOptions, search_documents
+from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
+
+
+def search_factors(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    target_length: int | str,
+    texts: Any,
+    output_dir: str | Path,
+    config: GradientSearchConfig | EvolutionSearchConfig | None = None,
+    seed: int = 0,
+    attention_factor: float | None = None,
+    start_tokens: int | None = None,
+    pack: bool = False,
+    field: str = "text",
+    existing_scaling: ScalingChoice | None = None,
+    original_length: int | None = None,
+    execution: ExecutionConfig | None = None,
+) -> SearchResult:
+    """Search the rescale factors of a model for a longer context, or resume the search.
+
+    Args:
+        model: a transformers model in memory (also in PEFT's wrapper), or a directory, hub id or
+            GGUF file.
+        tokenizer: the model's; not needed with a path.
+        target_length: tokens, or such as ``"128k"`` or ``"8x"``.
+        texts: a list of strings, a ``datasets.Dataset``, or paths.
+        output_dir: directory of the search: ``rescale.json``, ``portable.json``,
+            ``history.jsonl``. The same call resumes an interrupted search.
+        config: :class:`GradientSearchConfig` (the default) or :class:`EvolutionSearchConfig`.
+        seed: random seed of windows and candidates.
+        attention_factor: of every candidate; by default √(1 + ln s / ln L).
+        start_tokens: a fixed n̂; searched by default.
+        pack: join texts into windows, with BOS and EOS between them.
+        field: text field of a dataset or of JSON files.
+
+    Returns:
+        The best rescale in ``best``, the best that engines can load in ``portable``.
+
+    Raises:
+        ValueError: a model that cannot be extended, too little text, or a directory that holds
+            another search.
+
+    Example:
+        >>> import tempfile
+        >>> import longrope
+        >>> from longrope import GradientSearchConfig
+        >>> result = longrope.search_factors(
+        ...     "bundled", target_length="2x", texts="python-library", pack=True,
+        ...     output_dir=tempfile.mkdtemp(), config=GradientSearchConfig(windows=1, budget=4),
+        ... )
+        >>> result.best.max_position_embeddings
+        512
+    """
+    options = SearchOptions(
+        target=str(target_length),
+        out=Path(output_dir),
+        pack=pack,
+        attention_factor=attention_factor,
+        start_tokens=start_tokens,
+        seed=seed,
+        config=config or GradientSearchConfig(),
+    )
+    require_directory(options.out)
+    require_search_directory(options.out)
+    with _prepared(model, tokenizer, execution, existing_scaling, original_length) as prepared:
+        loaded, these = prepared
+        documents = tokenize(documents_of(texts, field), loaded.tokenizer)
+        return search_documents(loaded, documents, options, these)
+
+
+def token_losses(
+    model: Any, input_ids: Tensor, *, execution: ExecutionConfig | None = None
+) -> Tensor:
+    """Compute the loss of every token of sequences of any length, layer by layer.
+
+    Args:
+        model: a transformers model in memory, with or without a rescale.
+        input_ids: token ids, shape (batch, tokens).
+
+    Returns:
+        Losses in nats, shape (batch, tokens − 1), float32 on the CPU.
+
+    Raises:
+        ValueError: the model's layers cannot run one after the other.
+
+    Example:
+        >>> import torch
+        >>> import longrope
+        >>> loaded = longrope.load_model("bundled")
+        >>> longrope.token_losses(loaded.model, torch.arange(3, 300)[None]).shape
+        torch.Size([1, 296])
+    """
+    base = without_adapters(model)
+    with _evaluating(base):
+        return long_forward(base, execution or ExecutionConfig()).losses(input_ids)
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any = None,
+    texts: Any = (),
+    *,
+    lengths: Sequence[int | str],
+    rescale: Rescale | None = None,
+    tokens_per_document: int | None = None,
+    field: str = "text",
+    existing_scaling: ScalingChoice | None = None,
+    original_length: int | None = None,
+    execution: ExecutionConfig | None = None,
+) -> list[dict[str, Any]]:
+    """Measure perplexity at several context lengths, on the same tokens at every length.
+
+    Args:
+        model: as of :func:`search_factors`.
+        texts: a list of strings, a ``datasets.Dataset``, or paths; each text at least as long as
+            the longest length.
+        lengths: window lengths in tokens, or such as ``"8k"`` or ``"2x"``.
+        rescale: factors to measure under; by default those of the model as it is.
+        tokens_per_document: tokens to score per document; by default all.
+
+    Returns:
+        A row per length with ``length``, ``perplexity``, ``standard_error``, ``tokens`` and
+        ``windows``, as ``longrope evaluate perplexity --json`` prints it.
+
+    Raises:
+        ValueError: too little text, or lengths that cannot be scored together.
+
+    Example:
+        >>> import longrope
+        >>> rows = longrope.perplexity(
+        ...     "bundled", texts="python-library-held-out", lengths=[256], tokens_per_document=256
+        ... )
+        >>> rows[0]["perplexity"] < 20
+        True
+    """
+    with _prepared(model, tokenizer, execution, existing_scaling, original_length) as prepared:
+        loaded, _ = prepared
+        info = loaded.info
+        measured, _ = resolve_lengths(info, tuple(map(str, lengths)), None)
+        config = PerplexityConfig.make(
+            {"lengths": tuple(measured), "tokens_per_document": tokens_per_document}
+        )
+        documents = tokenize(documents_of(texts, field), loaded.tokenizer)
+        original = info.original_max_position_embeddings or 0
+        factors = rescale or info.rescale("none", max(*measured, original))
+        identity = model_identity(loaded)
+        wanted = [
+            Measurement("perplexity", identity, lambda _: factors, length, config, documents)
+            for length in measured
+        ]
+        name = (rescale.provenance.get("method", "rescale") if rescale else "none") or "rescale"
+        found = measure_all(loaded, wanted, MeasurementCache())
+        return [perplexity_row(name, scores, original) for scores in found]
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load an extended model as a transformers model whose every call uses the right factors.
+
+    Each row of a batch gets short factors up to the boundary and long ones beyond it, also while
+    ``generate()`` crosses it, and ``n̂`` is applied. ``transformers.pipeline`` works.
+
+    Args:
+        source: a run of ``longrope extend``, or a checkpoint with longrope factors.
+        device: such as ``"cuda:1"``; by default a GPU if there is one.
+        dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        A ``PreTrainedModel`` in evaluation mode.
+
+    Raises:
+        ValueError: no such model, or one without factors of its own.
+    """
+    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded, pair = load_extended(str(source), ExecutionConfig.make(options))
+    if pair is None:
+        raise ValueError(
+            f"source is {str(source)!r}, which has no factors of its own: give a run of longrope "
+            "extend, or apply factors with longrope.apply_rescale"
+        )
+    apply_pair(loaded.model, pair)
+    return loaded.model
+
+
+def extend(
+    model: str | Path | None = None,
+    *,
+    target_length: int | str | None = None,
+    data: Sequence[str | Path] | str | Path = (),
+    output_dir: str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | None = None,
+) -> Path:
+    """Extend a model: search, fine-tune, search again, recover, export, evaluate, report.
+
+    The same call resumes an interrupted run.
+
+    Args:
+        model: a directory, hub id or GGUF file; by default the recipe's.
+        target_length: tokens, or such as ``"512k"`` or ``"64x"``; by default the recipe's.
+        data: files, directories or datasets; by default the recipe's.
+        output_dir: the run's directory.
+        recipe: a :class:`Recipe`, its keys and values, a YAML file, or the name of a shipped one.
+
+    Returns:
+        ``output_dir``, which :func:`from_pretrained` loads and :func:`export` exports.
+
+    Raises:
+        ValueError: the recipe cannot work, memory or text is too small, or the directory holds
+            another run.
+    """
+    sources = [data] if isinstance(data, str | Path) else data
+    given: dict[str, Any] = {
+        "model": None if model is None else str(model),
+        "target": None if target_length is None else str(target_length),
+        "data": tuple(map(str, sources)) or None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(recipe, str):
+        chosen = load_recipe(recipe, **given)
+    else:
+        content = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe or {})
+        chosen = make_recipe(content | given)
+    with ranks(chosen.execution.sequence_parallel) as these:
+        run_extension(chosen, Path(output_dir), these)
+    return Path(output_dir)
+
+
+def export(
+    model: str | Path, output: str | Path, *, format: str = "hf", **options: Any
+) -> Manifest:
+    """Export an extended model in a format that an inference engine loads.
+
+    Args:
+        model: a run of ``longrope extend``, or a checkpoint or GGUF file with ``rescale`` factors.
+        output: directory to write; a ``.gguf`` file for GGUF formats.
+        format: ``"hf"``, ``"hf-static"``, ``"gguf"`` or ``"gguf-static"``.
+        options: further fields of :class:`longrope.checkpoints.export.ExportOptions`, such as
+            ``rescale``, ``short``, ``target`` and ``force``.
+
+    Raises:
+        ValueError: a format that cannot express the factors, or an ``output`` that exists.
+    """
+    names = {field.name for field in dataclasses.fields(ExportOptions)}
+    if unknown := sorted(set(options) - names):
+        raise ValueError(f"no option {unknown[0]!r}; there are {', '.join(sorted(names))}")
+    return export_checkpoint(ExportOptions(str(model), Path(output), format=format, **options))  # type: ignore[arg-type]
+
+
+def verify(
+    path: str | Path,
+    *,
+    engine: str = "transformers",
+    python: str | None = None,
+    lengths: Sequence[int] = (),
+    prompts: int = 2,
+    execution: ExecutionConfig | None = None,
+) -> Verdict:
+    """Check which factors an inference engine applies, by its log-probabilities.
+
+    Args:
+        path: what :func:`export` wrote.
+        engine: ``"transformers"``, ``"transformers-legacy"``, ``"vllm"``, ``"llamacpp"`` or
+            ``"mlx"``.
+        python: the Python of the engine's own environment.
+        lengths: tokens of the prompts; by default around the boundary and deep.
+        prompts: prompts at each length.
+
+    Returns:
+        A verdict; ``right`` says whether the engine applies the exported factors.
+
+    Raises:
+        ValueError: an engine that is not there, or a model without factors.
+    """
+    require_engine(str(path), engine, python)
+    reference = Reference(str(path), execution)
+    return verify_export(reference, engine, python=python, lengths=tuple(lengths), prompts=prompts)
+
+
+@contextlib.contextmanager
+def _prepared(
+    model: Any,
+    tokenizer: Any,
+    execution: ExecutionConfig | None,
+    existing_scaling: ScalingChoice | None,
+    original_length: int | None,
+) -> Iterator[tuple[LoadedModel, Any]]:
+    """Load a model, or verify one in memory, and join the processes of the launch."""
+    execution = execution or ExecutionConfig()
+    choice: dict[str, Any] = {
+        "existing_scaling": existing_scaling,
+        "original_length": original_length,
+    }
+    with ranks(execution.sequence_parallel) as these:
+        if isinstance(model, str | Path):
+            yield load_model(str(model), execution, group=these.group, **choice), these
+            return
+        if tokenizer is None:
+            raise ValueError("tokenizer is missing; give the tokenizer of the model in memory")
+        with _evaluating(model):
+            loaded = wrap_model(model, tokenizer, execution, **choice)
+            yield dataclasses.replace(loaded, group=these.group), these
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode for a ``with`` block."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,70 @@
+"""Known methods (YaRN, NTK, PI, …) for an inspected model: the public ``longrope.methods``.
+
+Each returns a :class:`~longrope.Rescale`. The formulas behind them are in ``rope/methods.py``.
+"""
+
+from longrope.models.info import ModelInfo
+from longrope.rope.rescale import Rescale
+from longrope.units import parse_length
+
+
+def none(info: ModelInfo, target_length: int | str) -> Rescale:
+    """Return the model's own factors: no extension."""
+    return _rescale("none", info, target_length)
+
+
+def pi(info: ModelInfo, target_length: int | str) -> Rescale:
+    """Return the factors of position interpolation (Chen et al. 2023).
+
+    Args:
+        info: what :func:`longrope.inspect_model` returned.
+        target_length: tokens, or such as ``"128k"`` or ``"8x"``.
+
+    Example:
+        >>> import longrope
+        >>> info = longrope.inspect_model("bundled")
+        >>> longrope.methods.pi(info, target_length="4x").factors[:2]
+        (4.0, 4.0)
+    """
+    return _rescale("pi", info, target_length)
+
+
+def ntk(info: ModelInfo, target_length: int | str) -> Rescale:
+    """Return the factors of NTK-aware scaling (bloc97 2023); arguments as of :func:`pi`."""
+    return _rescale("ntk", info, target_length)
+
+
+def dynamic_ntk(
+    info: ModelInfo, target_length: int | str, *, sequence_length: int | None = None
+) -> Rescale:
+    """Return the factors of dynamic NTK scaling, as in transformers; arguments as of :func:`pi`.
+
+    Args:
+        sequence_length: tokens of the sequence; by default the target.
+    """
+    return _rescale("dynamic-ntk", info, target_length, sequence_length)
+
+
+def yarn(info: ModelInfo, target_length: int | str) -> Rescale:
+    """Return the factors of YaRN (Peng et al. 2023); arguments as of :func:`pi`.
+
+    Example:
+        >>> import longrope
+        >>> info = longrope.inspect_model("bundled")
+        >>> longrope.methods.yarn(info, target_length=2048).max_position_embeddings
+        2048
+    """
+    return _rescale("yarn", info, target_length)
+
+
+def llama3(info: ModelInfo, target_length: int | str) -> Rescale:
+    """Return the factors of Llama 3.1; arguments as of :func:`pi`."""
+    return _rescale("llama3", info, target_length)
+
+
+def _rescale(
+    name: str, info: ModelInfo, target_length: int | str, length: int | None = None
+) -> Rescale:
+    info.require_extendable()
+    target = parse_length(target_length, info.original_max_position_embeddings)
+    return info.rescale(name, target, length)

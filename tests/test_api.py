@@ -1,0 +1,226 @@
+"""The public Python API on models in memory; only public names are used."""
+
+import doctest
+import importlib
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import longrope
+from longrope.models.bundled import BUNDLED
+
+QUICK = longrope.GradientSearchConfig(windows=2, budget=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BUNDLED)
+
+
+@pytest.fixture
+def model():
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def texts_in_memory(texts):
+    return [file.read_text() for file in sorted(Path(texts).glob("*.txt"))]
+
+
+def history(directory):
+    lines = (Path(directory) / "history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_search_in_memory_is_the_search_by_path(model, tokenizer, texts, tmp_path):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.train()
+    asked = {"target_length": "2x", "config": QUICK, "seed": 3}
+    found = longrope.search_factors(
+        model, tokenizer, texts=Path(texts), output_dir=tmp_path / "memory", **asked
+    )
+    by_path = longrope.search_factors(
+        "bundled",
+        texts=Path(texts),
+        output_dir=tmp_path / "path",
+        execution=longrope.ExecutionConfig(dtype="float32"),
+        **asked,
+    )
+    assert found.best == by_path.best
+    assert history(tmp_path / "memory") == history(tmp_path / "path")
+    # The model is as it was: weights, no gradients, its mode, its own rotary module.
+    assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training
+    assert type(model.model.rotary_emb).__name__ == "LlamaRotaryEmbedding"
+
+
+# peft reads a property that transformers will drop
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["bfloat16", "device_map", "peft"])
+def test_models_as_people_have_them(kind, model, tokenizer, texts_in_memory, tmp_path):
+    if kind == "bfloat16":
+        model = model.to(torch.bfloat16)
+    if kind == "device_map":
+        model = AutoModelForCausalLM.from_pretrained(BUNDLED, device_map="cpu")
+    if kind == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = get_peft_model(model, adapters)
+    ids = torch.randint(3, 1500, (1, 120), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits[:, :-1].float()
+    expected = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    tolerance = 0.05 if kind == "bfloat16" else 1e-4
+    assert_close(longrope.token_losses(model, ids), expected, atol=tolerance, rtol=tolerance)
+    rows = longrope.perplexity(
+        model, tokenizer, texts_in_memory, lengths=[256], tokens_per_document=256
+    )
+    assert rows[0]["perplexity"] > 1
+    found = longrope.search_factors(
+        model,
+        tokenizer,
+        target_length="2x",
+        texts=texts_in_memory,
+        output_dir=tmp_path,
+        config=longrope.GradientSearchConfig(windows=1, budget=6),
+    )
+    assert found.best.max_position_embeddings == 512
+    assert len(found.best.factors) == 32
+
+
+def test_texts_as_people_have_them(tokenizer, texts, texts_in_memory, tmp_path):
+    import datasets
+
+    files = sorted(Path(texts).glob("*.txt"))
+    dataset = datasets.Dataset.from_dict({"body": texts_in_memory})
+    asked = {"lengths": [256, "2x"], "tokens_per_document": 1024}
+    ways = [
+        longrope.perplexity("bundled", texts=texts_in_memory, **asked),
+        longrope.perplexity("bundled", texts=files, **asked),
+        longrope.perplexity("bundled", texts=str(texts), **asked),
+        longrope.perplexity("bundled", texts=dataset, field="body", **asked),
+    ]
+    assert [row["length"] for row in ways[0]] == [256, 512]
+    assert all(rows == ways[0] for rows in ways)
+    with pytest.raises(ValueError, match=r"texts\[0\] is '.*argparse.txt'"):
+        longrope.perplexity("bundled", texts=[str(files[0])], **asked)
+    with pytest.raises(ValueError, match="texts is empty"):
+        longrope.perplexity("bundled", texts=[], **asked)
+
+
+def test_a_rescale_is_applied_and_removed(model):
+    ids = torch.randint(3, 1500, (1, 40), generator=torch.Generator().manual_seed(0))
+    yarn = longrope.methods.yarn(longrope.inspect_model(model), target_length="8x")
+    pi = longrope.methods.pi(longrope.inspect_model("bundled"), target_length=2048)
+
+    @torch.no_grad()
+    def logits():
+        return model.eval()(input_ids=ids).logits
+
+    plain = logits()
+    with longrope.rescaled(model, yarn):
+        under_yarn = logits()
+    longrope.apply_rescale(model, pi)
+    longrope.apply_rescale(model, yarn)  # takes the place of the one before
+    assert torch.equal(logits(), under_yarn)
+    assert not torch.allclose(plain, under_yarn, atol=0.1)
+    longrope.remove_rescale(model)
+    longrope.remove_rescale(model)
+    assert torch.equal(logits(), plain)
+    assert not model._forward_pre_hooks
+    assert not model.model._forward_pre_hooks
+
+
+def test_what_cannot_be_done_in_memory_is_refused(model, tokenizer, texts, tmp_path):
+    def search(model, tokenizer=tokenizer, **changes):
+        asked = {"target_length": "2x", "texts": Path(texts), "output_dir": tmp_path, **changes}
+        return longrope.search_factors(model, tokenizer, **asked)
+
+    with pytest.raises(ValueError, match="tokenizer is missing"):
+        search(model, None)
+    for name, value in (("dtype", "bfloat16"), ("device", "cpu"), ("offload_weights", True)):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+            search(model, execution=longrope.ExecutionConfig(**{name: value}))
+    with pytest.raises(ValueError, match="model is a Linear"):
+        search(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="target is"):
+        search(model, target_length=128)
+    model.model.layers[0].to("meta")
+    with pytest.raises(ValueError, match="spread over cpu, meta"):
+        search(model)
+
+
+def test_an_extended_model_generates_across_the_boundary(finished, caplog):
+    """Plain ``generate`` and a pipeline, per row, without a warning about the old length."""
+    out, _ = finished
+    model = longrope.from_pretrained(out, dtype="float32")
+    _, pair = longrope.load_extended(str(out), longrope.ExecutionConfig(dtype="float32"))
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    boundary = pair.recovery_length
+    ids = torch.randint(3, 1500, (1, boundary - 3), generator=torch.Generator().manual_seed(0))
+    how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+    model.generation_config.eos_token_id = None
+    caplog.clear()
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        text = tokenizer.decode(ids[0])
+        written = pipeline("text-generation", model=model, tokenizer=tokenizer)(text, **how)
+    assert not [record for record in caplog.records if "length" in record.getMessage()]
+    assert len(written[0]["generated_text"]) > len(text)
+    row = ids[0].tolist()
+    plain, _ = longrope.load_extended(str(out), longrope.ExecutionConfig(dtype="float32"))
+    for token in found[0, ids.shape[1] :].tolist():  # each without a cache, under its own factors
+        with torch.no_grad(), longrope.rescaled(plain.model, pair.choose(len(row))):
+            logits = plain.model(input_ids=torch.tensor([row])).logits[0, -1]
+        assert logits[token] >= logits.max() - 1e-3
+        row.append(token)
+    assert len(row) > boundary
+    with pytest.raises(ValueError, match="no factors of its own"):
+        longrope.from_pretrained("bundled")
+
+
+def test_an_extension_exports_and_verifies(finished, arguments, tmp_path):
+    out, _ = finished
+    assert longrope.extend(output_dir=out, recipe=str(arguments[1])) == out  # all of it is done
+    longrope.export(out, tmp_path / "model")
+    verdict = longrope.verify(tmp_path / "model", prompts=1)
+    assert verdict.right
+    with pytest.raises(ValueError, match="no option 'quick'"):
+        longrope.export(out, tmp_path / "other", quick=True)
+
+
+def test_a_rescale_is_written_into_a_config(model, tmp_path):
+    yarn = longrope.methods.yarn(longrope.inspect_model(model), target_length="8x")
+    model.config.rope_parameters = yarn.to_hf(model.config)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 1500, (1, 500), generator=torch.Generator().manual_seed(0))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    own = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    with torch.no_grad(), longrope.rescaled(own, yarn):
+        assert_close(plain(input_ids=ids).logits, own(input_ids=ids).logits, atol=2e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="start_tokens is 4"):
+        yarn.replace(start_tokens=4).to_hf(model.config)
+
+
+@pytest.mark.parametrize("name", [n for n in longrope.__all__ if n != "__version__"])
+def test_public_names_are_documented_and_their_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value = getattr(longrope, name)
+    assert value.__doc__
+    module = importlib.import_module(value.__module__ if name != "methods" else value.__name__)
+    tests = doctest.DocTestFinder(recurse=name == "methods").find(value, name, module=module)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for test in tests:
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+    assert os.listdir(tmp_path) == []
