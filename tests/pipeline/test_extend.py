@@ -167,7 +167,7 @@ def test_the_readme_goes_on_from_a_run(finished, tmp_path):
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if str(out) in c]
     verb = shlex.split(line)[1:]
     assert succeeds(*verb, "--max-new-tokens", 5, cwd=tmp_path).strip()
-    assert succeeds(code=code, cwd=tmp_path).startswith("<|bos|>import os")
+    assert succeeds(code=code, cwd=tmp_path).startswith("import os")
 
 
 def test_other_weights_under_the_same_name_are_no_resumption(checkpoints, texts, tmp_path):
