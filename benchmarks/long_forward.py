@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def predicted(args: argparse.Namespace, config: transformers.LlamaConfig) -> int:
-    """Peak memory as ``longrope extend --dry-run`` has it."""
+    """Peak memory as ``longrope plan`` has it."""
     info = facts_of(config, args.dtype)
     execution = {"offload_weights": args.offload_weights, "chunk_size": args.chunk_size or None}
     asked = {"target": f"{args.tokens}", "execution": execution}

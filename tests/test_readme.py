@@ -63,6 +63,6 @@ def test_every_verb_is_described():
         for group, before in groups
         for command in group.registered_commands
     ]
-    assert len(verbs) == 13
+    assert len(verbs) == 15
     for verb in verbs:
         assert f"`longrope {verb}" in README, verb

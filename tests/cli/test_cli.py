@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import longrope
 from longrope.rope.rescale import Rescale
 from program import interpreter, refused, succeeds
 
@@ -32,10 +33,30 @@ def test_recipes_import_neither_torch_nor_transformers():
     assert interpreter("-c", code).stdout.strip() == "[]"
 
 
+def test_version_and_usage():
+    assert succeeds("--version").strip() == longrope.__version__
+    verbs = ["demo", "inspect", "plan", "search", "extend", "generate", "evaluate", "compare"]
+    text = succeeds()
+    places = [text.index(f"│ {verb} ") for verb in [*verbs, "report", "export", "verify", "import"]]
+    assert places == sorted(places)
+    for bare in (["plan"], ["search"], ["inspect"], ["evaluate"], ["evaluate", "passkey"]):
+        assert "Usage:" in succeeds(*bare)
+
+
+def test_a_key_of_the_recipe_can_be_set(tmp_path):
+    settings = ["finetune.steps=7", "search.algorithm=evolution", "search.population=9"]
+    asked = ["plan", "bundled", "--target", "64x", "--no-finetune", "--json"]
+    refused(*asked)  # 64x needs fine-tuning
+    asked.remove("--no-finetune")
+    found = json.loads(succeeds(*asked, *(part for s in settings for part in ("--set", s))))
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert stages["finetune"]["steps"] == 7
+
+
 def test_inspect(checkpoints):
     info = json.loads(succeeds("inspect", checkpoints("gpt_neox"), "--json"))
     assert (info["rotary_dim"], info["head_dim"], info["extendable"]) == (4, 16, True)
-    out = succeeds("inspect")
+    out = succeeds("inspect", "bundled")
     assert re.search(r"rope_theta +10000", out)
     assert re.search(r"original_read_from +max_position_embeddings", out)
 

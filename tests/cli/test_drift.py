@@ -4,6 +4,7 @@ import pytest
 import typer
 
 from longrope.cli import app
+from longrope.cli.extend import ExtensionOptions
 from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
 from longrope.execution import ExecutionConfig
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
@@ -23,6 +24,8 @@ def options(verb: str) -> dict:
         ("search", EvolutionSearchConfig, ()),
         ("search", ExecutionConfig, ()),
         ("extend", ExecutionConfig, ()),
+        ("extend", ExtensionOptions, ()),
+        ("plan", ExtensionOptions, ()),
         ("compare", ExecutionConfig, ("sequence_parallel",)),
         ("generate", ExecutionConfig, ("offload_activations", "sequence_parallel")),
         ("evaluate perplexity", ExecutionConfig, ()),
@@ -47,3 +50,11 @@ def test_a_verb_has_an_option_for_each_field(verb, model, without):
         assert option.default is (False if field.annotation is bool else None)
         if field.default not in (None, False) and name != "algorithm":
             assert f"default {field.default}" in option.help
+
+
+def test_every_option_of_every_verb_has_help():
+    command = typer.main.get_command(app)
+    verbs = command.commands | command.commands["evaluate"].commands
+    for name, verb in verbs.items():
+        for parameter in verb.params:
+            assert getattr(parameter, "help", "group"), (name, parameter.name)

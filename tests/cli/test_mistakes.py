@@ -192,8 +192,10 @@ def test_retrieval_and_generation(tmp_path):
         ("generate", "bundled"): "--prompt is empty",
         ("generate", "runs/nowhere", "--prompt", "a"): "runs/nowhere: no such directory, nor read",
         ("generate", "bundled", "--prompt-file", tmp_path / "x"): "no such file",
-        ("extend", tmp_path): "--target is missing",
-        ("extend", "--memory", 80, "--out", tmp_path): "--memory is 80",
+        ("extend", tmp_path, "--seed", 1): "--target is missing",
+        ("plan", "bundled", "--gpus", "many"): "--gpus is 'many'",
+        ("plan", "bundled", "--set", "finetune.steps"): "--set finetune.steps",
+        ("plan", "bundled", "--set", "finetune.stesp=3"): "no key 'finetune.stesp'",
     }
     for line, message in zip(each_refused(*messages), messages.values(), strict=True):
         assert message in line.replace("No such", "no such")

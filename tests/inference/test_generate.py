@@ -146,8 +146,8 @@ def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp
     assert found == expected[0, ids.shape[1] :].tolist()
     kept = ["--existing-scaling", "keep"]
     succeeds("generate", source, "--prompt", "import os", *kept, "--max-new-tokens", 2)
-    told = [*kept, "--original-length", 32, "--target", "2x", "--dry-run", "--json"]
-    assert json.loads(succeeds("extend", source, *told))["stages"][0]["length"] == 64
+    told = [*kept, "--original-length", 32, "--target", "2x", "--json"]
+    assert json.loads(succeeds("plan", source, *told))["stages"][0]["length"] == 64
 
 
 def test_an_export_is_as_long_originally_as_what_it_was_made_from(bundled, tmp_path):

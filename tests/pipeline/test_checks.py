@@ -22,32 +22,32 @@ def test_too_little_text_is_said_before_any_work(arguments, tmp_path, checkpoint
     assert not (out / "search").exists()
 
 
-def test_dry_run_prices_every_stage_and_runs_none(arguments, tmp_path):
+def test_a_plan_prices_every_stage_and_runs_none(arguments, tmp_path):
     out = tmp_path / "out"
-    done = run(*arguments, "--out", out, "--dry-run", "--memory", "8x80")
+    done = run(*arguments, "--gpus", "8x80GB", verb="plan")
     for name in STAGES:
         assert name in done.stdout
     assert not out.exists()
-    done = run(*arguments, "--out", out, "--dry-run", "--memory", "0.001", code=2)
+    done = run(*arguments, "--gpus", "0.001", verb="plan", code=2)
     assert "are free; try" in done.stderr.splitlines()[-1]
 
 
-def test_dry_run_counts_the_text(arguments, tmp_path, checkpoints):
+def test_a_plan_counts_the_text(arguments, tmp_path, checkpoints):
     text, out = tmp_path / "short.txt", tmp_path / "out"
     text.write_text("import os\n" * 50)
-    done = run(*arguments, "--data", text, "--out", out, "--dry-run", code=2)
+    done = run(*arguments, "--data", text, verb="plan", code=2)
     assert "of the target needs 1,024" in done.stderr.splitlines()[-1]
     assert not out.exists()
     # A price may be asked before there is any text, or more of the model than its config.
     bare = tmp_path / "model"
     bare.mkdir()
     shutil.copy(checkpoints("llama") / "config.json", bare)
-    done = run(bare, "--target", "2x", "--out", out, "--dry-run")
+    done = run(bare, "--target", "2x", verb="plan")
     assert "no usable text yet" in done.stderr
-    done = run(bare, "--target", "2x", "--out", out, "--dry-run", "--lora", 4, code=2)
+    done = run(bare, "--target", "2x", "--lora", 4, verb="plan", code=2)
     assert "--lora is 4" in done.stderr
     # In the default recipe too, whose final fine-tuning needs a second search.
-    done = run("--target", "8x", "--finetune", "--lora", 4, "--out", out, "--dry-run")
+    done = run("bundled", "--target", "8x", "--finetune", "--lora", 4, verb="plan")
     assert "finetune" in done.stdout
     assert "final-finetune" not in done.stdout
 

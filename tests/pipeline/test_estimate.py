@@ -10,7 +10,7 @@ from longrope.execution import ExecutionConfig
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.pipeline.costs import Costs
-from longrope.pipeline.estimate import Memory, Rates, available, check_memory, dry_run
+from longrope.pipeline.estimate import Memory, Rates, available, check_memory, estimate_plan
 from longrope.pipeline.plan import make_plan
 from longrope.pipeline.recipe import make_recipe
 from pipeline.test_plan import info, plan
@@ -64,19 +64,19 @@ def test_the_whole_model_is_on_every_device_before_it_is_shared_out(info):
 def test_the_estimate_has_a_time_for_every_stage_that_computes(info):
     recipe = make_recipe({"target": "64x"})
     made = make_plan(info, recipe)
-    estimate = dry_run(made, info, recipe, "2x40")
+    estimate = estimate_plan(made, info, recipe, "2x40GB")
     assert estimate.memory == Memory(40 * 10**9, 2)
     for stage in made.stages:
         assert (estimate.seconds(stage) > 0) == (stage.tokens > 0)
     for wrong in ("lots", "inf"):
-        with pytest.raises(ValueError, match=f"memory is {wrong!r}"):
-            dry_run(made, info, recipe, wrong)
+        with pytest.raises(ValueError, match=f"gpus is {wrong!r}"):
+            estimate_plan(made, info, recipe, wrong)
 
 
 def test_a_price_for_gpus_is_theirs_on_a_machine_without_one(info):
     recipe = make_recipe({"target": "8x", "execution": {"offload_activations": "cpu"}})
-    here = dry_run(make_plan(info, recipe, on_cpu=True), info, recipe)
-    there = dry_run(make_plan(info, recipe, on_cpu=True), info, recipe, "80")
+    here = estimate_plan(make_plan(info, recipe, on_cpu=True), info, recipe)
+    there = estimate_plan(make_plan(info, recipe, on_cpu=True), info, recipe, "80")
     assert there.plan["search"].memory < here.plan["search"].memory
     shown = [[column.header for column in made.table().columns] for made in (here, there)]
     assert shown[1] == [*shown[0][:-1], "offloaded", shown[0][-1]]
@@ -90,11 +90,11 @@ def test_where_bfloat16_is_slow_it_is_said(info, monkeypatch):
 
     monkeypatch.setattr("longrope.pipeline.estimate.calibrate", calibrated)
     recipe = make_recipe({"target": "64x", "execution": {"dtype": "bfloat16"}})
-    found = dry_run(make_plan(info, recipe), info, recipe).advice
+    found = estimate_plan(make_plan(info, recipe), info, recipe).advice
     assert "100 times as fast" in found
     assert "execution.dtype: float32 and finetune.precision: float32" in found
     exact = make_recipe({"target": "8x", "execution": {"dtype": "float32"}})
-    assert not dry_run(make_plan(info, exact), info, exact).advice
+    assert not estimate_plan(make_plan(info, exact), info, exact).advice
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -159,9 +159,7 @@ def test_a_run_takes_no_factors_of_a_method(finished):
 def test_the_readme_goes_on_from_a_run(finished, tmp_path):
     """Its command that generates, and its code that loads the result."""
     out, _ = finished
-    readme = (
-        (Path(__file__).parents[2] / "README.md").read_text().replace("runs/bundled-64x", str(out))
-    )
+    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("runs/demo", str(out))
     (line,) = [line for line in readme.splitlines() if line.startswith("longrope generate")]
     (tmp_path / "long.py").write_text("import os\n" * 60)
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if str(out) in c]
@@ -273,5 +271,5 @@ def test_a_refused_run_claims_nothing(arguments, tmp_path):
 def test_json_is_all_that_is_printed(finished, arguments):
     out, _ = finished
     assert json.loads(run(*arguments, "--out", out, "--json").stdout)["target"] == 1024
-    priced = json.loads(run(*arguments, "--dry-run", "--json").stdout)
+    priced = json.loads(run(*arguments, "--json", verb="plan").stdout)
     assert [stage["name"] for stage in priced["stages"]] == STAGES

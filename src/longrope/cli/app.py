@@ -4,18 +4,52 @@ import logging
 import os
 import re
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from longrope.errors import RankLost
+from longrope.version import __version__
+
+# In the order of the work.
+_VERBS = ("demo", "inspect", "plan", "search", "extend", "generate", "evaluate", "compare")
+_VERBS += ("report", "export", "verify", "import")
+
+
+class _InOrder(TyperGroup):
+    """The verbs of the program, in the order of the work."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [verb for verb in _VERBS if verb in self.commands]
+
 
 app = typer.Typer(
     name="longrope",
+    cls=_InOrder,
     help="Extend the context window of any RoPE language model.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 _RESUMED = ("extend", "search", "compare", "evaluate")
 # click's class; some versions of typer ship their own copy
 _UsageError: Any = typer.BadParameter.__base__
@@ -23,7 +57,10 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Run the ``longrope`` program. A user's mistake prints one line and exits with code 2."""
-    arguments = sys.argv[1:] or ["--help"]
+    arguments = sys.argv[1:]
+    bare = all(argument[:1] != "-" for argument in arguments) and arguments != ["demo"]
+    if bare and len(arguments) <= 1 + (arguments[:1] == ["evaluate"]):
+        arguments = [*arguments, "--help"]  # a verb alone prints its usage
     handler = logging.StreamHandler()
     handler.setFormatter(_WithOptions(arguments))
     logging.getLogger("longrope").addHandler(handler)

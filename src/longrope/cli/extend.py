@@ -1,132 +1,222 @@
-"""The verbs `extend` and `generate`."""
+"""The verbs `demo`, `plan`, `extend` and `generate`."""
 
 import contextlib
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import Field
 
+from longrope.base_config import Config
 from longrope.cli.app import app
 from longrope.cli.options import (
+    DATA_HELP,
     ExistingScaling,
     Json,
-    OptionalData,
     OriginalLength,
     add_options,
+    examples,
     option_name,
 )
 from longrope.cli.tables import console, print_json
 from longrope.execution import ExecutionConfig
 
+if TYPE_CHECKING:
+    from longrope.pipeline.recipe import Recipe
+
 log = logging.getLogger(__name__)
 
+EXECUTION = {"Execution": ExecutionConfig}
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        help="Directory, hub id or GGUF file; by default the recipe's.", metavar="MODEL"
+    ),
+]
 
-@app.command()
-@add_options("execution", {"Execution": ExecutionConfig})
-def extend(
+
+class ExtensionOptions(Config):
+    """The options that ``plan`` and ``extend`` share: a recipe, and changes of it."""
+
+    target: str | None = Field(
+        default=None, description="Target length in tokens: 131072, 128k or 64x."
+    )
+    recipe: str | None = Field(
+        default=None, description="YAML file with settings, or the name of a shipped recipe."
+    )
+    data: list[str] | None = Field(default=None, description=DATA_HELP)
+    evaluation_data: list[str] | None = Field(
+        default=None, description="Held-out text; by default some of --data."
+    )
+    finetune: bool | None = Field(
+        default=None, description="Force fine-tuning on or off; by default on beyond 8x."
+    )
+    lora: int | None = Field(
+        default=None,
+        description="Train with LoRA of this rank; embeddings and norms are trained in full.",
+    )
+    start_tokens: int | None = Field(
+        default=None, description="Start tokens left unscaled (n̂); only longrope applies them."
+    )
+    seed: int | None = Field(default=None, description="Random seed.")
+    existing_scaling: Literal["keep", "replace"] | None = Field(
+        default=None, description="For a model with RoPE scaling: keep it, or replace it."
+    )
+    original_length: int | None = Field(
+        default=None, description="Original context length in tokens, if the config is wrong."
+    )
+    set: list[str] | None = Field(
+        default=None,
+        description="Any key of the recipe as KEY=VALUE, such as finetune.steps=400; repeatable.",
+    )
+
+
+@app.command(
+    epilog=examples(
+        "longrope plan meta-llama/Llama-3.2-1B --target 128k --gpus 1x24GB",
+        "longrope plan --recipe mistral-7b --data books/ --set finetune.steps=200",
+    )
+)
+@add_options("options", {"": ExtensionOptions})
+@add_options("execution", EXECUTION)
+def plan(
     *,
-    model: Annotated[
+    model: Source = None,
+    options: dict[str, Any],
+    gpus: Annotated[
         str | None,
-        typer.Argument(help="Directory, hub id or GGUF file. Default: the recipe's, or 'bundled'."),
+        typer.Option(help="GPUs to plan for instead of this machine: 80GB or 8x80GB."),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Target length: 131072, 128k or 64x.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="YAML file, or the name of a shipped recipe.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run directory; an interrupted run resumes.")
-    ] = None,
-    data: OptionalData = None,
-    evaluation_data: Annotated[
-        list[str] | None, typer.Option(help="Held-out documents. Default: some of --data.")
-    ] = None,
-    finetune: Annotated[
-        bool | None, typer.Option(help="Force fine-tuning on or off. Default: on beyond 8x.")
-    ] = None,
-    lora: Annotated[
-        int | None,
-        typer.Option(
-            help="Train with LoRA of this rank; embeddings and norms are trained in full."
-        ),
-    ] = None,
-    start_tokens: Annotated[
-        int | None,
-        typer.Option(help="Start tokens left unscaled (n̂); only longrope applies them."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     execution: dict[str, Any],
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the cost of each stage, check --data, and stop."),
-    ] = False,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="With --dry-run: GPUs to plan for, in GB, such as 80 or 8x80."),
-    ] = None,
     json_: Json = False,
 ) -> None:
-    """Extend a model (search, fine-tune, recover, export, evaluate), and print the results.
-
-    Stages: search, fine-tune, search again, recover, export, evaluate, report.
-    """
+    """Print the stages of an extension with tokens, FLOPs, memory and hours; check the text."""
     from longrope.distributed import Ranks, SequenceParallelGroup, ranks
     from longrope.pipeline.checks import check_settings, check_text
-    from longrope.pipeline.estimate import dry_run as estimate
-    from longrope.pipeline.extend import extend as run_extension
+    from longrope.pipeline.estimate import estimate_plan
     from longrope.pipeline.extend import open_run
-    from longrope.pipeline.recipe import resolve_recipe
 
-    if memory is not None and not dry_run:
-        raise ValueError(f"--memory is {memory}, but applies only with --dry-run")
-    ExecutionConfig.make(execution, option_name)
-    chosen = resolve_recipe(
-        recipe,
-        model,
-        target=target,
-        data=data,
-        evaluation_data=evaluation_data,
-        start_tokens=start_tokens,
-        seed=seed,
-        existing_scaling=existing_scaling,
-        original_length=original_length,
-        finetune={"enabled": finetune, "lora": lora},
-        execution=execution,
-    )
-    directory = out or Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
+    chosen = _recipe(model, options, execution)
     group_size = chosen.execution.sequence_parallel
-    if memory is not None:  # the plan is for another machine, whose processes are not here
+    if gpus is not None:  # the plan is for another machine, whose processes are not here
         joined = contextlib.nullcontext(Ranks(0, group_size, SequenceParallelGroup(0, group_size)))
     else:
         joined = ranks(group_size)
     with joined as these:
+        run = open_run(chosen, _directory(chosen), these)
+        _require_training(options, run.plan.trained)
+        estimated = estimate_plan(run.plan, run.info, chosen, gpus, these)
+        if these.first and json_:
+            print_json(estimated.to_json())
+        elif these.first:
+            _print_estimate(estimated)
+        estimated.check()
+        if gpus is None:
+            check_settings(run, run.plan.stages)
+        try:
+            check_text(run, run.plan.stages)
+        except ValueError as error:
+            if chosen.data:
+                raise
+            log.warning("no usable text yet: %s", error)
+
+
+@app.command(
+    epilog=examples(
+        "longrope extend meta-llama/Llama-3.2-1B --target 8x --data books/ --out runs/llama",
+        "longrope extend --recipe mistral-7b --data books/ --set finetune.steps=200",
+    )
+)
+@add_options("options", {"": ExtensionOptions})
+@add_options("execution", EXECUTION)
+def extend(
+    *,
+    model: Source = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run directory, by default runs/MODEL-TARGET; the command resumes it."),
+    ] = None,
+    options: dict[str, Any],
+    execution: dict[str, Any],
+    json_: Json = False,
+) -> None:
+    """Extend a model in all stages, and print the results. Run again to resume.
+
+    Stages: search, fine-tune, search again, recover, export, evaluate, report.
+    """
+    chosen = _recipe(model, options, execution)
+    _extend(chosen, out or _directory(chosen), options, json_)
+
+
+@app.command()
+@add_options("execution", EXECUTION)
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="Run directory; the command resumes it.")] = Path(
+        "runs/demo"
+    ),
+    execution: dict[str, Any],
+    json_: Json = False,
+) -> None:
+    """Extend the small model in the package from 256 to 16,384 tokens: minutes on 2 cores.
+
+    Its text is the source of this machine's Python library.
+    """
+    _extend(_recipe(None, {"recipe": "bundled"}, execution), out, {}, json_)
+
+
+def _recipe(model: str | None, options: dict[str, Any], execution: dict[str, Any]) -> "Recipe":
+    """Return the recipe that the options of ``plan`` and ``extend`` ask for."""
+    from longrope.pipeline.recipe import resolve_recipe
+
+    ExecutionConfig.make(execution, option_name)
+    given = dict(options)
+    finetune = {"enabled": given.pop("finetune", None), "lora": given.pop("lora", None)}
+    return resolve_recipe(
+        given.pop("recipe", None),
+        model,
+        settings=given.pop("set", ()),
+        finetune=finetune,
+        execution=execution,
+        **given,
+    )
+
+
+def _directory(chosen: "Recipe") -> Path:
+    return Path("runs") / f"{Path(chosen.model).name}-{chosen.target}"
+
+
+def _require_training(options: dict[str, Any], trained: int | None) -> None:
+    if options.get("lora") is not None and trained is None:
+        raise ValueError(
+            f"--lora is {options['lora']}, but up to 8x nothing is trained; add --finetune"
+        )
+
+
+def _print_estimate(estimated: Any) -> None:
+    console.print(estimated.table())
+    if estimated.advice:
+        console.print(estimated.advice, soft_wrap=True)
+
+
+def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: bool) -> None:
+    """Run an extension, after printing its plan; print the results on the first process."""
+    from longrope.distributed import ranks
+    from longrope.pipeline.estimate import estimate_plan
+    from longrope.pipeline.extend import extend as run_extension
+    from longrope.pipeline.extend import open_run
+
+    with ranks(chosen.execution.sequence_parallel) as these:
         run = open_run(chosen, directory, these)
-        if lora is not None and run.plan.trained is None:
-            raise ValueError(f"--lora is {lora}, but up to 8x nothing is trained; add --finetune")
-        estimated = estimate(run.plan, run.info, chosen, memory, these)
+        _require_training(options, run.plan.trained)
+        estimated = estimate_plan(run.plan, run.info, chosen, None, these)
         if these.first and not json_:
-            console.print(estimated.table())
-            if estimated.advice:
-                console.print(estimated.advice, soft_wrap=True)
-        if dry_run:
-            if json_:
-                print_json(estimated.to_json())
-            estimated.check()
-            if memory is None:  # with --memory the plan is for another machine
-                check_settings(run, [s for s in run.plan.stages if not run.done(s.name)])
-            try:
-                check_text(run, run.plan.stages)
-            except ValueError as error:
-                if chosen.data:
-                    raise
-                log.warning("no usable text yet: %s", error)
-            return
+            _print_estimate(estimated)
         page = run_extension(chosen, directory, these)
-    if not these.first:
-        return
+        if not these.first:
+            return
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     if json_:
         print_json(results)

@@ -12,14 +12,13 @@ from pydantic.fields import FieldInfo
 from longrope.execution import ExecutionConfig
 
 Model = Annotated[
-    str, typer.Argument(help="Directory, hub id, GGUF file, or 'bundled'.", metavar="[MODEL]")
+    str, typer.Argument(help="Directory, hub id, GGUF file, or 'bundled'.", metavar="MODEL")
 ]
-_DATA = typer.Option(
-    help="Text, JSON, JSONL or Parquet file, directory of such files, hub dataset, or one of "
+DATA_HELP = (
+    "Text, JSON, JSONL or Parquet file, directory of such files, hub dataset, or one of "
     "python-library and python-library-held-out (of this machine); repeatable."
 )
-Data = Annotated[list[str], _DATA]
-OptionalData = Annotated[list[str] | None, _DATA]
+Data = Annotated[list[str], typer.Option(help=DATA_HELP)]
 Field = Annotated[str, typer.Option(help="Text field in JSON, JSONL, Parquet and datasets.")]
 Pack = Annotated[
     bool, typer.Option("--pack", help="Join documents into windows, with BOS and EOS between them.")
@@ -47,6 +46,11 @@ AttentionFactor = Annotated[
 def option_name(name: str) -> str:
     """Return the command-line option of a field: ``chunk_size`` is ``--chunk-size``."""
     return "--" + name.replace("_", "-")
+
+
+def examples(*commands: str) -> str:
+    """Return the examples at the end of a verb's help."""
+    return "\n\n".join(["Examples:", *commands])
 
 
 def add_options(
@@ -93,6 +97,12 @@ def add_options(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
         )
 
+    flags = {
+        name
+        for name, titles in fields.items()
+        if all(field.annotation is bool for field in titles.values())
+    }
+
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(verb)
         parameters = []
@@ -103,7 +113,11 @@ def add_options(
         @functools.wraps(verb)
         def called(**arguments: Any) -> None:
             values = {name: arguments.pop(name) for name in fields}
-            given = {k: v for k, v in values.items() if v is not None and v is not False}
+            given = {
+                name: value
+                for name, value in values.items()
+                if value is not None and not (value is False and name in flags)
+            }
             verb(**arguments, **{parameter: given})
 
         called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -176,7 +176,7 @@ class Estimate:
         return rates.seconds(stage)
 
     def table(self) -> Table:
-        """Return the estimate as the table that ``extend --dry-run`` prints."""
+        """Return the estimate as the table that ``longrope plan`` prints."""
         elsewhere = any(stage.host or stage.disk for stage in self.plan.stages)
         heads = ["stage", "length", "tokens", "FLOPs", "memory"]
         heads += ["offloaded"] if elsewhere else []
@@ -214,21 +214,21 @@ class Estimate:
         check_memory(self.plan.stages, self.memory)
 
 
-def dry_run(
+def estimate_plan(
     plan: ContextPlan,
     info: ModelInfo,
     recipe: Recipe,
-    memory_given: str | None = None,
+    gpus: str | None = None,
     ranks: Ranks | None = None,
 ) -> Estimate:
     """Measure this machine and estimate the time and memory of a plan.
 
     Args:
-        memory_given: GPUs to plan for instead of this machine, in gigabytes: ``80`` or ``8x80``.
+        gpus: GPUs to plan for instead of this machine, in gigabytes: ``80GB`` or ``8x80GB``.
         ranks: the processes that share the work.
 
     Raises:
-        ValueError: ``memory_given`` is not an amount of memory.
+        ValueError: ``gpus`` is not an amount of memory.
     """
     device = find_device(local_device(recipe.execution.device))
     name = info.dtype if recipe.execution.dtype == "auto" else recipe.execution.dtype
@@ -239,16 +239,14 @@ def dry_run(
     }
     ranks = ranks or Ranks()
     memory = available(device, ranks.size, recipe.execution.offload_activations)
-    if memory_given is not None:
+    if gpus is not None:
         # for GPUs, whatever this machine has
         plan = make_plan(info, recipe, group_size=ranks.group.size)
-        count, _, size = memory_given.lower().rpartition("x")
+        count, _, size = gpus.lower().removesuffix("gb").rpartition("x")
         try:
             memory = Memory(int(float(size) * 1e9), int(count or 1))
         except (ValueError, OverflowError):
-            raise ValueError(
-                f"memory is {memory_given!r}; give gigabytes, such as 80 or 8x80"
-            ) from None
+            raise ValueError(f"gpus is {gpus!r}; give gigabytes, such as 80GB or 8x80GB") from None
     used = {"execution.dtype": name, "finetune.precision": training}
     if plan.trained is None:
         del used["finetune.precision"]

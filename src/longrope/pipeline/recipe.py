@@ -1,7 +1,7 @@
 """The recipe of an extension: every setting of `longrope extend`, read from a YAML file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -235,6 +235,7 @@ def resolve_recipe(
     source: str | None,
     model: str | None,
     *,
+    settings: Sequence[str] = (),
     finetune: Mapping[str, Any] | None = None,
     execution: Mapping[str, Any] | None = None,
     **changes: Any,
@@ -242,6 +243,7 @@ def resolve_recipe(
     """Return the recipe for the options of a command: from a file, shipped, or all defaults.
 
     Args:
+        settings: further changes, each as ``KEY=VALUE`` with dots in the key.
         finetune: keys of that section to change, where they are not None.
         execution: keys of that section to change, where they are not None.
         changes: other keys of the recipe to change, where they are not None.
@@ -265,7 +267,28 @@ def resolve_recipe(
     for section, given in (("finetune", finetune), ("execution", execution)):
         given = {name: value for name, value in (given or {}).items() if value is not None}
         content[section] |= given
+    for setting in settings:
+        _set(content, setting)
     return make_recipe(content)
+
+
+def _set(content: dict[str, Any], setting: str) -> None:
+    """Change one key of a recipe's content by ``KEY=VALUE``, such as ``finetune.steps=400``."""
+    key, equals, value = setting.partition("=")
+    *sections, name = key.strip().split(".")
+    place = content
+    for section in sections:
+        place = place.get(section) if isinstance(place, dict) else None
+    if not equals or not isinstance(place, dict):
+        raise ValueError(f"set={setting!r}: give KEY=VALUE, such as finetune.steps=400")
+    if name == "algorithm" and len(sections) == 1:  # the other algorithm's options do not apply
+        shared = {"method", "enabled", "windows", "passkey_prompts", "max_factor"}
+        for other in set(place) - shared:
+            del place[other]
+    try:
+        place[name] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"set={setting!r}: its value is not valid YAML") from None
 
 
 def _of_bundled(target: str | None) -> str:
