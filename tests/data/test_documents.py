@@ -97,3 +97,11 @@ def test_the_library_is_there_and_split():
     assert not {d.name for d in held_out} & {d.name for d in rest}
     assert any(d.name == "pydoc_topics" for d in rest)
     assert sum(len(d.text) for d in rest) > 3_000_000
+
+
+def test_csv_is_read_by_rows(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text('id,text\n1,"a, ""b""\nc"\n2,second\n3,\n')
+    assert [d.text for d in read_documents([str(file)])] == ['a, "b"\nc', "second"]
+    with pytest.raises(ValueError, match=r"no field 'body'.*id, text"):
+        read_documents([str(file)], field="body")

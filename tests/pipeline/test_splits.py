@@ -69,13 +69,41 @@ def test_short_documents_are_joined(bundled, texts):
     assert windows.ids.shape == (1, longest + 1)  # with BOS
 
 
-def test_nothing_left_to_train_on(bundled, texts):
-    file = str(sorted(texts.glob("*.txt"))[0])
+def test_nothing_left_to_train_on(bundled, texts, tmp_path):
+    (tmp_path / "short.txt").write_text("import os\n" * 300)  # too short for two spans
     other = str(sorted(texts.glob("*.txt"))[1])
     with pytest.raises(ValueError, match="train on: 0 of"):
-        splits(bundled, target=512, data=[file], evaluation_data=[other])
+        splits(bundled, target=512, data=[str(tmp_path)], evaluation_data=[other])
 
 
 def test_text_must_be_named(bundled):
     with pytest.raises(ValueError, match="data is missing"):
         splits(bundled)
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_one_large_file_is_enough(bundled, tmp_path, documents, caplog):
+    """It is cut into spans with a gap between, and no two purposes see the same part."""
+    words = [f"word{number}" for number in range(9000)]
+    for part in range(documents):
+        (tmp_path / f"{part}.txt").write_text(" ".join(words[part::documents]))
+    made = splits(bundled, target=512, data=[str(tmp_path)])
+    parts = {name: getattr(made, name) for name in ("search", "training", "evaluation")}
+    assert all(sum(map(len, part)) >= 512 for part in parts.values())
+    own = [{document.sha256[-1] for document in part} for part in parts.values()]
+    assert not any(a & b for a, b in itertools.combinations(own, 2))
+    seen = {}
+    for name, part in parts.items():
+        for document in part:
+            for start in range(len(document) - 20):
+                window = tuple(document.ids[start : start + 20].tolist())
+                assert seen.setdefault(window, name) == name
+    assert caplog.text.count("spans, 512 tokens apart") == documents
+    again = splits(bundled, target=512, data=[str(tmp_path)])
+    assert all(hashes(getattr(again, name)) == hashes(part) for name, part in parts.items())
+
+
+def test_a_small_file_is_not_enough(bundled, tmp_path):
+    (tmp_path / "short.txt").write_text("word " * 700)
+    with pytest.raises(ValueError, match="too few tokens"):
+        splits(bundled, target=512, data=[str(tmp_path)])

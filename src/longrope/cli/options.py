@@ -15,11 +15,11 @@ Model = Annotated[
     str, typer.Argument(help="Directory, hub id, GGUF file, or 'bundled'.", metavar="MODEL")
 ]
 DATA_HELP = (
-    "Text, JSON, JSONL or Parquet file, directory of such files, hub dataset, or one of "
+    "Text, JSON, JSONL, CSV or Parquet file, directory of such files, hub dataset, or one of "
     "python-library and python-library-held-out (of this machine); repeatable."
 )
 Data = Annotated[list[str], typer.Option(help=DATA_HELP)]
-Field = Annotated[str, typer.Option(help="Text field in JSON, JSONL, Parquet and datasets.")]
+Field = Annotated[str, typer.Option(help="Text field in JSON, JSONL, CSV, Parquet and datasets.")]
 Pack = Annotated[
     bool, typer.Option("--pack", help="Join documents into windows, with BOS and EOS between them.")
 ]

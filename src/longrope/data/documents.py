@@ -1,8 +1,10 @@
 """Read documents from text, JSON, JSONL and Parquet files, directories and hub datasets."""
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import re
@@ -37,8 +39,8 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     Documents with the same text are read once.
 
     Args:
-        sources: paths of text, JSON, JSONL or Parquet files, of directories, ids of datasets, or
-            ``python-library`` and ``python-library-held-out``, the library of this Python.
+        sources: paths of text, JSON, JSONL, CSV or Parquet files, of directories, ids of datasets,
+            or ``python-library`` and ``python-library-held-out``, the library of this Python.
         field: name of the text field in JSON, JSONL, Parquet and datasets.
 
     Raises:
@@ -133,6 +135,8 @@ def _read_file(path: Path, field: str) -> Iterable[Document]:
         yield from _rows(_parquet_rows(path, field), str(path), field)
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
         yield from _rows(_json_rows(path), str(path), field)
+    elif path.suffix == ".csv":
+        yield from _rows(_csv_rows(path), str(path), field)
     else:
         text = read_text(path)
         if not text.strip():
@@ -155,7 +159,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise ValueError(f"{path} is not UTF-8 text; give text, JSON, JSONL or Parquet files")
+        raise ValueError(f"{path} is not UTF-8 text; give text, JSON, JSONL, CSV or Parquet files")
     return text
 
 
@@ -176,6 +180,15 @@ def _json_rows(path: Path) -> Iterable[Any]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
+
+
+def _csv_rows(path: Path) -> Iterable[Any]:
+    """Yield the rows of a CSV file with a header line, as objects."""
+    csv.field_size_limit(2**31 - 1)  # a field may be a whole book
+    try:
+        yield from csv.DictReader(io.StringIO(read_text(path), newline=""))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not valid CSV ({error})") from None
 
 
 def _parquet_rows(path: Path, field: str) -> Iterable[Any]:

@@ -231,3 +231,19 @@ def exclude_documents(
     """Return the tokenized documents that contain no text with one of these hashes."""
     seen = set(hashes)
     return [document for document in documents if not seen & set(document.sha256)]
+
+
+def cut_into_spans(document: TokenDocument, spans: int, gap: int) -> list[TokenDocument]:
+    """Cut a tokenized document into equal spans with ``gap`` unused tokens between neighbours.
+
+    A span has the hash of its document too, so that comparisons leave out the whole document where
+    a span was searched on.
+    """
+    each = (len(document) - gap * (spans - 1)) // spans
+    found = []
+    for number in range(spans):
+        ids = document.ids[number * (each + gap) :][:each]
+        own = hashlib.sha256(f"{document.sha256} span {number} of {spans}".encode()).hexdigest()
+        name = f"{document.name} ({number + 1} of {spans})"
+        found.append(TokenDocument(name, (*document.sha256, own), ids))
+    return found

@@ -1,6 +1,7 @@
 """Split documents into disjoint sets for search, training and evaluation."""
 
 import dataclasses
+import logging
 import random
 from typing import Any
 
@@ -8,6 +9,7 @@ from longrope.data.windows import (
     TokenDocument,
     Windows,
     bos_token,
+    cut_into_spans,
     exclude_documents,
     join_short_documents,
     load_documents,
@@ -17,6 +19,10 @@ from longrope.pipeline.recipe import Recipe
 
 # Share of the tokens for search, and as much for evaluation where no evaluation data is given.
 _SHARE = 0.25
+# Spans that a document is cut into where there are fewer documents than purposes.
+_SPANS = 8
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,8 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
         )
     else:
         evaluation = []
+    purposes = 1 + (trained is not None) + (not evaluation)
+    documents = _enough_documents(documents, purposes, target)
     remaining = sorted(documents, key=lambda document: document.sha256)
     random.Random(recipe.seed).shuffle(remaining)
     total = sum(map(len, remaining))
@@ -85,6 +93,32 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
         )
     bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
     return Splits(tuple(search), tuple(remaining), tuple(evaluation), bos, eos)
+
+
+def _enough_documents(
+    documents: list[TokenDocument], purposes: int, target: int
+) -> list[TokenDocument]:
+    """Cut long documents into spans where there are fewer documents than purposes.
+
+    Windows of different spans are ``target`` tokens apart.
+    """
+    if len(documents) >= purposes:
+        return documents
+    found: list[TokenDocument] = []
+    for document in documents:
+        spans = min(_SPANS, (len(document) + target) // (2 * target))
+        if spans < purposes:
+            found.append(document)
+            continue
+        found += cut_into_spans(document, spans, target)
+        log.warning(
+            "%s is cut into %d spans, %s tokens apart: search, training and evaluation use "
+            "different ones",
+            document.name,
+            spans,
+            f"{target:,}",
+        )
+    return found
 
 
 def _take(
