@@ -29,6 +29,7 @@ def document(name: str, tokens: int) -> TokenDocument:
 def test_tokens_are_cached_and_exact(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("LONGROPE_CACHE", str(tmp_path))
     documents = [Document("a", "def f(x): return 12"), Document("b", "import os")]
+    monkeypatch.setattr("longrope.data.windows._BATCH", 20)  # each in a batch of its own
     first = tokenize(documents, tokenizer)
     assert tokenizer.decode(first[0].ids) == documents[0].text
     assert tokenizer.bos_token_id not in first[0].ids
@@ -41,6 +42,18 @@ def test_tokens_are_cached_and_exact(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "__call__", forbidden)
     again = tokenize(documents, tokenizer)
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
+
+
+def test_many_small_documents_share_batches(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LONGROPE_CACHE", str(tmp_path))
+    monkeypatch.setattr("longrope.data.windows._BATCH", 2000)
+    documents = [Document(str(n), f"def f{n}(x): return {n}") for n in range(1000)]
+    found = tokenize(documents, tokenizer)
+    for document, tokens in zip(documents, found, strict=True):
+        alone = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        assert (tokens.name, tokens.ids.tolist()) == (document.name, alone)
+    assert 10 <= len(list((tmp_path / "tokens").iterdir())) <= 20
+    assert "tokenize 1000/1000" in capsys.readouterr().err
 
 
 def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, monkeypatch):

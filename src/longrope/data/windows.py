@@ -2,19 +2,21 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from longrope.data.documents import Document, check_sources, read_documents
 from longrope.files import write_atomically
+from longrope.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -44,28 +46,47 @@ def bos_token(tokenizer: Any) -> int | None:
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocument]:
-    """Tokenize whole documents, with a cache on disk by content hash.
+    """Tokenize whole documents in batches, with a cache on disk by content hash.
 
-    The cache is ``$LONGROPE_CACHE``, by default ``~/.cache/longrope``.
+    The cache is ``$LONGROPE_CACHE``, by default ``~/.cache/longrope``; it has a file per batch.
     """
     cache = Path(os.environ.get("LONGROPE_CACHE", Path.home() / ".cache" / "longrope")) / "tokens"
-    kind = _tokenizer_digest(tokenizer)
-    result = []
-    for document in documents:
-        key = hashlib.sha256(f"{kind} {document.sha256}".encode()).hexdigest()
-        file = cache / f"{key}.npy"
-        ids = _load_ids(file)
-        if ids is None:
-            encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
-            ids = np.asarray(encoded["input_ids"], dtype=np.int32)
-            buffer = io.BytesIO()
-            np.save(buffer, ids)
-            try:
-                write_atomically(file, buffer.getvalue())
-            except ValueError as error:
-                log.warning("cannot cache tokens: %s", error)
-        result.append(TokenDocument(document.name, (document.sha256,), ids))
+    kind, result = _tokenizer_digest(tokenizer), []
+    batches = list(_batches(documents))
+    with progress("tokenize", len(documents), show=len(batches) >= _SHOWN) as advance:
+        for batch in batches:
+            key = hashlib.sha256(" ".join([kind, *(d.sha256 for d in batch)]).encode()).hexdigest()
+            file = cache / f"{key}.safetensors"
+            rows = _load_ids(file, len(batch))
+            if rows is None:
+                texts = [document.text for document in batch]
+                encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+                rows = [np.asarray(ids, dtype=np.int32) for ids in encoded]
+                _save_ids(file, rows)
+            result += [
+                TokenDocument(document.name, (document.sha256,), ids)
+                for document, ids in zip(batch, rows, strict=True)
+            ]
+            advance(len(result), "documents")
     return result
+
+
+# Characters that are tokenized together, and batches from which on a progress bar is shown.
+_BATCH, _SHOWN = 1_000_000, 8
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Yield documents in batches of about a million characters; a longer one is alone."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        if batch and characters + len(document.text) > _BATCH:
+            yield batch
+            batch, characters = [], 0
+        batch.append(document)
+        characters += len(document.text)
+    if batch:
+        yield batch
 
 
 def load_documents(
@@ -84,11 +105,25 @@ def load_documents(
     return tokenize(read_documents(data, field), tokenizer)
 
 
-def _load_ids(file: Path) -> np.ndarray | None:
+def _load_ids(file: Path, documents: int) -> list[np.ndarray] | None:
+    """Read the token ids of a batch from the cache; None where it has none, or damaged ones."""
     try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        found = load_file(file)
+        lengths = found["lengths"]
+    except (OSError, SafetensorError, KeyError):
         return None
+    if len(lengths) != documents or lengths.sum() != len(found["ids"]):
+        return None
+    return np.split(found["ids"], np.cumsum(lengths)[:-1])
+
+
+def _save_ids(file: Path, rows: Sequence[np.ndarray]) -> None:
+    """Write the token ids of a batch to the cache; warn where that fails."""
+    lengths = np.array([len(ids) for ids in rows], dtype=np.int64)
+    try:
+        write_atomically(file, save({"ids": np.concatenate(rows), "lengths": lengths}))
+    except ValueError as error:
+        log.warning("cannot cache tokens: %s", error)
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
