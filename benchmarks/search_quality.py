@@ -37,7 +37,7 @@ from longrope.distributed import Ranks, ranks
 from longrope.execution import ExecutionConfig
 from longrope.files import read_lines, write_atomically
 from longrope.models.load import LoadedModel, load_model
-from longrope.models.target import parse_extension
+from longrope.models.target_length import parse_extension
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 from longrope.search.problem import first_search_problem

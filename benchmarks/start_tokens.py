@@ -19,7 +19,7 @@ from longrope.evaluate.perplexity import paired_difference, score
 from longrope.execution import ExecutionConfig
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
-from longrope.models.target import starting_point
+from longrope.models.target_length import starting_point
 from longrope.rope.apply import rescaled
 from longrope.search.space import START_TOKENS
 

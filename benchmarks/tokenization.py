@@ -1,6 +1,6 @@
 """Tokenizing many small documents: in batches, against one after the other with a file each.
 
-    python benchmarks/tokenization.py --documents 5000
+python benchmarks/tokenization.py --documents 5000
 """
 
 import argparse

@@ -57,7 +57,7 @@ def search_factors(
     original_length: int | None = None,
     execution: ExecutionConfig | None = None,
 ) -> SearchResult:
-    """Search the rescale factors of a model for a longer context, or resume the search.
+    """Python API of ``longrope search``: search the rescale factors of a model, or resume.
 
     Args:
         model: a transformers model in memory (also in PEFT's wrapper), or a directory, hub id or
@@ -112,7 +112,7 @@ def search_factors(
 def token_losses(
     model: Any, input_ids: Tensor, *, execution: ExecutionConfig | None = None
 ) -> Tensor:
-    """Compute the loss of every token of sequences of any length, layer by layer.
+    """Python API of the long forward pass: the loss of every token, at any length.
 
     Args:
         model: a transformers model in memory, with or without a rescale.
@@ -149,7 +149,7 @@ def perplexity(
     original_length: int | None = None,
     execution: ExecutionConfig | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure perplexity at several context lengths, on the same tokens at every length.
+    """Python API of ``longrope evaluate perplexity``: the same tokens at every length.
 
     Args:
         model: as of :func:`search_factors`.
@@ -201,9 +201,9 @@ def from_pretrained(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load an extended model as a transformers model whose every call uses the right factors.
+    """Python API to load an extended model as a transformers model, ready to generate.
 
-    Each row of a batch gets short factors up to the boundary and long ones beyond it, also while
+    Every call uses the right factors: each row of a batch gets short factors up to the boundary and long ones beyond it, also while
     ``generate()`` crosses it, and ``n̂`` is applied. ``transformers.pipeline`` works.
 
     Args:
@@ -237,7 +237,7 @@ def extend(
     output_dir: str | Path,
     recipe: Recipe | Mapping[str, Any] | str | None = None,
 ) -> Path:
-    """Extend a model: search, fine-tune, search again, recover, export, evaluate, report.
+    """Python API of ``longrope extend``: run every stage of an extension, or resume it.
 
     The same call resumes an interrupted run.
 
@@ -275,7 +275,7 @@ def extend(
 def export(
     model: str | Path, output: str | Path, *, format: str = "hf", **options: Any
 ) -> Manifest:
-    """Export an extended model in a format that an inference engine loads.
+    """Python API of ``longrope export``: write a format that an inference engine loads.
 
     Args:
         model: a run of ``longrope extend``, or a checkpoint or GGUF file with ``rescale`` factors.
@@ -302,7 +302,7 @@ def verify(
     prompts: int = 2,
     execution: ExecutionConfig | None = None,
 ) -> Verdict:
-    """Check which factors an inference engine applies, by its log-probabilities.
+    """Python API of ``longrope verify``: check which factors an inference engine applies.
 
     Args:
         path: what :func:`export` wrote.
@@ -331,7 +331,7 @@ def _prepared(
     existing_scaling: ScalingChoice | None,
     original_length: int | None,
 ) -> Iterator[tuple[LoadedModel, Any]]:
-    """Load a model, or verify one in memory, and join the processes of the launch."""
+    """Load the model of an API call, or verify the one in memory; join the launch's processes."""
     execution = execution or ExecutionConfig()
     choice: dict[str, Any] = {
         "existing_scaling": existing_scaling,
@@ -350,7 +350,7 @@ def _prepared(
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Put a model into evaluation mode for a ``with`` block."""
+    """Put the model of an API call into evaluation mode for a ``with`` block."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

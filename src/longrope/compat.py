@@ -22,7 +22,7 @@ def cache_name(module: nn.Module) -> str:
 
 
 def auto_class(config: Any) -> Any:
-    """Return the transformers auto class that loads a model of this config.
+    """Return the auto class that this version of transformers loads a config with.
 
     Many multimodal models are not registered as causal language models.
     """

@@ -20,7 +20,7 @@ from longrope.files import recover_directory, write_atomically
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import load_model
 from longrope.models.sources import local_copy
-from longrope.models.target import parse_extension
+from longrope.models.target_length import parse_extension
 from longrope.progress import quiet
 from longrope.rope.apply import check_fits
 from longrope.rope.methods import METHODS

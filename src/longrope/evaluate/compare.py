@@ -23,7 +23,7 @@ from longrope.evaluate.statistics import benchmark_difference
 from longrope.files import finite_or_none, write_atomically
 from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
-from longrope.models.target import starting_point
+from longrope.models.target_length import starting_point
 from longrope.rope.apply import check_fits
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale, load_rescale
@@ -52,7 +52,7 @@ class ComparedMethod:
 def resolve_lengths(
     info: ModelInfo, lengths: Sequence[str], target: str | None
 ) -> tuple[list[int], int]:
-    """Parse the lengths that methods are compared at, and the methods' target length.
+    """Resolve the context lengths of an evaluation or comparison, and the methods' target.
 
     Returns:
         The lengths in tokens, ascending, and the target. The default target is the longest

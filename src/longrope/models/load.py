@@ -59,7 +59,7 @@ class LoadedModel:
 def long_forward(
     model: Any, execution: ExecutionConfig, group: SequenceParallelGroup | None = None
 ) -> LongForward:
-    """Return the layer-by-layer forward pass of a transformers model under a configuration.
+    """Make the long forward pass of a loaded model, as its execution configuration says.
 
     Raises:
         ValueError: no device or directory to offload hidden states to.

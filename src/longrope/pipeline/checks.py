@@ -12,7 +12,7 @@ from longrope.execution import ExecutionConfig
 from longrope.models.compatibility import warn_if_out_of_reach
 from longrope.models.devices import find_device, find_offload_target
 from longrope.models.info import ModelInfo
-from longrope.models.target import parse_extension
+from longrope.models.target_length import parse_extension
 from longrope.pipeline.costs import Costs, Stage
 from longrope.pipeline.estimate import available, check_memory
 from longrope.pipeline.evaluation import benchmark_config

@@ -136,7 +136,7 @@ def _wanted(run: Run) -> Iterator[RunMeasurement]:
 
 
 def _identity(run: Run, extended: bool) -> str:
-    """Return a hash that identifies the model to evaluate, without loading its weights."""
+    """Return a hash of the model that a run's evaluation stage measures, without its weights."""
     if not run.ranks.first:
         return run.ranks.broadcast(None)
     recipe = run.recipe

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from longrope.models.info import ModelInfo
-from longrope.models.target import parse_extension
+from longrope.models.target_length import parse_extension
 from longrope.pipeline.costs import Costs, Stage
 from longrope.pipeline.recipe import Recipe
 from longrope.units import check_lengths, parse_length

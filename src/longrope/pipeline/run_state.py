@@ -14,7 +14,7 @@ from longrope.distributed import Ranks
 from longrope.files import write_atomically
 from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
-from longrope.models.target import starting_point
+from longrope.models.target_length import starting_point
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.plan import ContextPlan
 from longrope.pipeline.recipe import Recipe, make_recipe

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from longrope.models.info import ModelInfo
-from longrope.models.target import starting_point
+from longrope.models.target_length import starting_point
 from longrope.rope.rescale import Rescale
 from longrope.search.space import START_TOKENS, Candidate, Space
 

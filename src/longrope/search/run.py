@@ -34,7 +34,7 @@ from longrope.layerwise.backward import check_gradient_support
 from longrope.models.compatibility import warn_if_out_of_reach
 from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
-from longrope.models.target import parse_extension
+from longrope.models.target_length import parse_extension
 from longrope.progress import Advance, console, progress
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost, gradient_cost
