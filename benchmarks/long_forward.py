@@ -33,7 +33,7 @@ import transformers
 from torch import nn
 
 from longrope.layerwise.forward import LongForward
-from longrope.layerwise.offload import offload
+from longrope.layerwise.weight_offload import offload
 from longrope.models.info import ModelInfo, inspect_model
 from longrope.pipeline.costs import Costs
 from longrope.pipeline.recipe import make_recipe

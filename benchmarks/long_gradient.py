@@ -28,7 +28,7 @@ import transformers
 
 from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
-from longrope.layerwise.offload import offload
+from longrope.layerwise.weight_offload import offload
 from longrope.models.devices import find_offload_target
 from longrope.pipeline.costs import Costs
 from longrope.pipeline.recipe import make_recipe

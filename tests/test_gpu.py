@@ -15,7 +15,7 @@ from longrope.inference.generate import generate_tokens
 from longrope.inference.load import load_extended
 from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
-from longrope.layerwise.offload import offload
+from longrope.layerwise.weight_offload import offload
 from longrope.rope.apply import rescaled
 from longrope.rope.switch import switched
 from whole_run import RECIPE, STAGES, evaluated, run

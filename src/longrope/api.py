@@ -112,7 +112,7 @@ def search_factors(
 def token_losses(
     model: Any, input_ids: Tensor, *, execution: ExecutionConfig | None = None
 ) -> Tensor:
-    """Python API of the long forward pass: the loss of every token, at any length.
+    """Python API to score tokens: the loss of every token, by the long forward pass.
 
     Args:
         model: a transformers model in memory, with or without a rescale.
@@ -203,8 +203,9 @@ def from_pretrained(
 ) -> Any:
     """Python API to load an extended model as a transformers model, ready to generate.
 
-    Every call uses the right factors: each row of a batch gets short factors up to the boundary and long ones beyond it, also while
-    ``generate()`` crosses it, and ``n̂`` is applied. ``transformers.pipeline`` works.
+    Every call uses the right factors: each row of a batch gets short factors up to the boundary
+    and long ones beyond it, also while ``generate()`` crosses it, and n̂ is applied.
+    ``transformers.pipeline`` works.
 
     Args:
         source: a run of ``longrope extend``, or a checkpoint with longrope factors.

@@ -29,8 +29,8 @@ from longrope.layerwise.split_attention import SplitAttention
 from longrope.models.load import load_model
 from longrope.rope.apply import one_axis, rescaled
 from longrope.rope.rotary import find_rotary
-from longrope.rope.stand_in import StandIn
 from longrope.search.cost import gradient_cost
+from longrope.stand_in import StandIn
 
 assert dense_attention is not None  # registered under "dense64"
 CACHES = ("cache", "past_key_values")

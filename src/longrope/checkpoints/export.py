@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.checkpoints import card
-from longrope.checkpoints.attention_factor import folding_check, needs_folding, with_folding
+from longrope.checkpoints.folding_check import folding_check, needs_folding, with_folding
 from longrope.checkpoints.gguf import export_gguf
 from longrope.checkpoints.hf import export_directory
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest

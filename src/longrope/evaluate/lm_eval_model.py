@@ -16,7 +16,7 @@ from longrope.data.windows import bos_token
 from longrope.evaluate.lm_eval_tasks import generation_settings
 from longrope.inference.generate import generate_tokens
 from longrope.layerwise.forward import BATCH_TOKENS, Continuation
-from longrope.layerwise.losses import ContinuationScore, score_continuation
+from longrope.layerwise.output_head import ContinuationScore, score_continuation
 from longrope.models.load import LoadedModel
 from longrope.progress import progress
 from longrope.rope.apply import rescaled

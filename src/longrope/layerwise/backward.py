@@ -19,7 +19,7 @@ from longrope.attention import autograd
 from longrope.layerwise.chunks import Chunks
 from longrope.layerwise.forward import LongForward
 from longrope.layerwise.layer_backward import ChunkCache, LayerGradient, run_layer
-from longrope.layerwise.losses import loss_and_grad
+from longrope.layerwise.output_head import loss_and_grad
 from longrope.layerwise.stand_ins import LayerCache, Recording
 from longrope.rope.apply import RescaledRotary, rescaled
 from longrope.rope.rescale import Rescale

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
 from longrope.attention import chunked as attention
-from longrope.attention.config import attention_shape
+from longrope.attention.shape import attention_shape
 from longrope.compat import cache_name
 from longrope.distributed import SequenceParallelGroup
+from longrope.layerwise.activation_storage import allocate
 from longrope.layerwise.chunks import Chunk, Chunks
 from longrope.layerwise.decoder import find_layers
-from longrope.layerwise.losses import ContinuationScore, score_continuation, token_losses
+from longrope.layerwise.output_head import ContinuationScore, score_continuation, token_losses
 from longrope.layerwise.stand_ins import Injector, LayerCache, PassThrough, Recorder, Recording
-from longrope.layerwise.storage import allocate
 from longrope.rope.rotary import column_layout, find_rotary
 
 AttentionInterface.register(attention.NAME, attention.chunk_attention)
@@ -110,7 +110,7 @@ class LongForward:
         self.group = group or SequenceParallelGroup()
 
     def batches(self, windows: np.ndarray) -> Iterator[Tensor]:
-        """Yield token losses of windows by long forward passes; short windows run as one batch.
+        """Run long forward passes over windows and yield token losses; short ones run as one batch.
 
         Args:
             windows: token ids, shape (windows, tokens).

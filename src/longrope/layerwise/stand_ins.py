@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from longrope.distributed import SequenceParallelGroup
-from longrope.rope.stand_in import StandIn
+from longrope.stand_in import StandIn
 
 # Cache methods that layers with a recurrent state call.
 _STATE_METHODS = {

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from longrope.attention import chunked as attention
-from longrope.attention.config import sliding_layers
+from longrope.attention.shape import sliding_layers
 from longrope.errors import first_line
 from longrope.layerwise.forward import LongForward
 from longrope.models.info import ModelInfo

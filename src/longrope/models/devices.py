@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from longrope.layerwise.storage import is_directory, warn_if_in_memory
+from longrope.layerwise.activation_storage import is_directory, warn_if_in_memory
 
 
 def find_device(name: str | None) -> torch.device:

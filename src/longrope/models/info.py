@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from longrope.attention.config import attention_shape, explicit_scores
+from longrope.attention.shape import attention_shape, explicit_scores
 from longrope.models.meta import RESCALABLE, build_meta_model, find_rescalable
 from longrope.models.parameters import active_parameters, is_tied
 from longrope.models.sources import is_in_config_file, read_pretrained, refuse_scaled_gguf

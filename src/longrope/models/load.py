@@ -13,7 +13,7 @@ from longrope.compat import auto_class
 from longrope.distributed import SequenceParallelGroup, local_device
 from longrope.execution import ExecutionConfig
 from longrope.layerwise.forward import LongForward
-from longrope.layerwise.offload import offload as offload_layers
+from longrope.layerwise.weight_offload import offload as offload_layers
 from longrope.models.compatibility import incompatibility
 from longrope.models.devices import find_device, find_offload_target
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model, without_adapters

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from longrope.attention.backward import KEYS
 from longrope.attention.chunked import query_block_size
+from longrope.layerwise.activation_storage import is_directory
 from longrope.layerwise.backward import graph_bytes, is_kept
 from longrope.layerwise.forward import default_chunk_size, head_rows
 from longrope.layerwise.split_attention import backward_bytes
-from longrope.layerwise.storage import is_directory
 from longrope.models.info import ModelInfo
 from longrope.pipeline.recipe import Recipe
 from longrope.train.dataset import short_windows

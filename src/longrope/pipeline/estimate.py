@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from longrope.distributed import Ranks, local_device, local_processes, sharded
-from longrope.layerwise.storage import free_on_disk
+from longrope.layerwise.activation_storage import free_on_disk
 from longrope.models.devices import find_device
 from longrope.models.info import ModelInfo
 from longrope.pipeline.costs import Stage

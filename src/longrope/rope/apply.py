@@ -24,7 +24,7 @@ from longrope.rope.rotary import (
     find_rotary,
     is_complex,
 )
-from longrope.rope.stand_in import StandIn
+from longrope.stand_in import StandIn
 
 # Positions, and the cosines and sines (or complex numbers) computed for them.
 Rotation = tuple[Tensor, tuple[Tensor, ...]]

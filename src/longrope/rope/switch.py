@@ -25,7 +25,7 @@ from longrope.rope.apply import (
 )
 from longrope.rope.pair import RescalePair
 from longrope.rope.rotary import RotarySite
-from longrope.rope.stand_in import StandIn
+from longrope.stand_in import StandIn
 
 # Prefixes of multimodal inputs.
 _NO_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_")

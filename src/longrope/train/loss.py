@@ -12,12 +12,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longrope.attention import autograd
 from longrope.attention.chunked import attention_implementation
-from longrope.attention.config import explicit_scores, sliding_layers
+from longrope.attention.shape import explicit_scores, sliding_layers
 from longrope.layerwise.decoder import find_layers
-from longrope.layerwise.losses import token_losses
+from longrope.layerwise.output_head import token_losses
 from longrope.rope.apply import position_override, rescaled
 from longrope.rope.rescale import Rescale
-from longrope.rope.stand_in import StandIn
+from longrope.stand_in import StandIn
 
 # Rows of logits in memory at a time; a row has vocabulary × 4 bytes, and so has its gradient.
 ROWS = 1024

@@ -299,7 +299,7 @@ def require_lora(rank: int) -> None:
 
 
 def _freeze_unused(model: Any) -> None:
-    """Freeze parameters that get no gradients in training on text (vision, audio)."""
+    """Freeze, before training on text, the parameters that get no gradients (vision, audio)."""
     met = text_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in met)

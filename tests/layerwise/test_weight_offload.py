@@ -12,7 +12,7 @@ from layerwise.test_forward import plain_losses, yarn
 from longrope.execution import ExecutionConfig
 from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
-from longrope.layerwise.offload import offload
+from longrope.layerwise.weight_offload import offload
 from longrope.models.bundled import BUNDLED
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from longrope.layerwise.losses import loss_and_grad, score_continuation, token_losses
+from longrope.layerwise.output_head import loss_and_grad, score_continuation, token_losses
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
@@ -13,7 +13,7 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 @pytest.fixture(params=[1000, 40, 1], ids=["whole", "in parts", "row by row"])
 def made(request, monkeypatch):
     """Logits over eleven tokens at twenty positions, and targets, in parts of a given size."""
-    monkeypatch.setattr("longrope.layerwise.losses._LOGITS_AT_ONCE", request.param)
+    monkeypatch.setattr("longrope.layerwise.output_head._LOGITS_AT_ONCE", request.param)
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(10, 2, 11, generator=random).mul(3).transpose(0, 1)
     return logits, torch.randint(11, (2, 10), generator=random)

@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from conftest import FAMILIES, micro_model
 from layerwise.test_forward import yarn
 from longrope.errors import RankLost
+from longrope.layerwise.activation_storage import allocate, is_directory, warn_if_in_memory
 from longrope.layerwise.backward import gradient
 from longrope.layerwise.forward import LongForward
-from longrope.layerwise.storage import allocate, is_directory, warn_if_in_memory
 from longrope.models.devices import find_offload_target
 from longrope.models.info import inspect_model
 from longrope.pipeline.costs import Costs

@@ -52,7 +52,7 @@ def _heads(config: Any) -> tuple[int, int, int]:
 
 
 def _layers_with_keys(config: Any) -> int:
-    """Count a config's layers with keys and values; others have recurrent states (Qwen3-Next)."""
+    """Count the layers with attention in a config; others have recurrent states (Qwen3-Next)."""
     try:
         kinds = DynamicCache(config=config).layers
     except Exception:  # transformers' cache does not support this config
