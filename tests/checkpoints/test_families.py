@@ -134,7 +134,7 @@ def test_factors_searched_with_such_a_scale_are_refused_without(scaled, tmp_path
     info = inspect_model(source, existing_scaling="keep")
     info.rescale("pi", 512).replace(provenance={}).save(tmp_path / "kept.json")
     named = {"rescale": str(tmp_path / "kept.json"), "existing_scaling": "replace"}
-    with pytest.raises(ValueError, match=r"search again with existing_scaling='replace'"):
+    with pytest.raises(ValueError, match=r"mscale_all_dim.*existing_scaling='replace'"):
         export(ExportOptions(source, tmp_path / "out", **named))
 
 
@@ -169,7 +169,9 @@ def test_scores_that_grow_with_the_position_stay_as_they_are(scaled, ids, tmp_pa
     )
     source, out = scaled(config, llama_4_scaling_beta=2.0), tmp_path / "out"
     asked = {"rescale": "ntk", "target": "512", "existing_scaling": "replace"}
-    with pytest.raises(ValueError, match=r"units of original_max_position_embeddings \(64\)"):
+    with pytest.raises(
+        ValueError, match=r"original_max_position_embeddings \(64\).*original_length"
+    ):
         export(ExportOptions(source, out, original_length=32, **asked))
     unscaled = tmp_path / "unscaled"
     load_model(source, existing_scaling="replace").model.save_pretrained(unscaled)
@@ -195,7 +197,7 @@ def test_importing_an_export_is_the_identity(family, checkpoints, micro_models, 
     named = files(made, tmp_path)
     export(ExportOptions(str(checkpoints(family)), tmp_path / "out", **named))
     assert import_pair(str(tmp_path / "out")) == made
-    with pytest.raises(ValueError, match="its RoPE is not scaled"):
+    with pytest.raises(ValueError, match="not scaled"):
         import_pair(str(checkpoints(family)))
 
 

@@ -84,10 +84,10 @@ def test_a_part_of_a_gguf_file_is_refused(made, tmp_path):
     ]
     part = tmp_path / "part-00001-of-00002.gguf"
     write_file(part, arch, metadata, own)
-    with pytest.raises(ValueError, match=r"is one of 2 files; .*llama-gguf-split --merge"):
+    with pytest.raises(ValueError, match=r" 2 files.*llama-gguf-split --merge"):
         export(options(tmp_path, part, "out.gguf", "gguf"))
     assert not (tmp_path / "out.gguf").exists()
-    with pytest.raises(ValueError, match=r"1 of the model's tensors are missing.*gguf-split"):
+    with pytest.raises(ValueError, match=r": 1 .*layers\.4\.mlp\.up_proj.*gguf-split"):
         load_model(str(part), original_length=256, existing_scaling="replace")
 
 
@@ -152,7 +152,7 @@ def test_a_note_of_the_users_is_not_taken_for_our_card(checkpoints, micro_models
     pair(micro_models("llama")).long.save(tmp_path / "long.json")
     (tmp_path / "notes.md").write_text("dear")
     out = tmp_path / "notes.gguf"
-    with pytest.raises(ValueError, match=r"notes\.md exists already"):
+    with pytest.raises(ValueError, match=r"notes\.md .*force=True"):
         export(
             ExportOptions(
                 str(checkpoints("llama")), out, "gguf", rescale=str(tmp_path / "long.json")
@@ -176,7 +176,7 @@ def test_an_architecture_without_factor_tensors_is_refused(made, tmp_path):
     chosen = dataclasses.replace(
         options(tmp_path, tmp_path / "qwen.gguf", "out.gguf", "gguf"), original_length=256
     )
-    with pytest.raises(ValueError, match="no factor tensors for the architecture 'qwen2'"):
+    with pytest.raises(ValueError, match=r"'qwen2'.*format='hf'"):
         export(chosen)
     assert not (tmp_path / "out.gguf").exists()
 
@@ -206,5 +206,5 @@ def test_a_tokenizer_of_another_kind_is_refused(checkpoints, micro_models, tmp_p
     made = pair(micro_models("llama"))
     made.short.save(tmp_path / "short.json")
     made.long.save(tmp_path / "long.json")
-    with pytest.raises(ValueError, match=r"tokenizer to GGUF \(its pre-tokenizer"):
+    with pytest.raises(ValueError, match=r"GGUF \(.*pre-tokenizer"):
         export(options(tmp_path, source, "out.gguf", "gguf"))

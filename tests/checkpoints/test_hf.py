@@ -223,10 +223,10 @@ def test_nothing_is_overwritten_unasked(checkpoints, micro_models, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("dear")
     options = {"model": str(checkpoints("llama")), "out": tmp_path / "out", **named}
-    with pytest.raises(ValueError, match="already; give another `out`, or force=True"):
+    with pytest.raises(ValueError, match=r"`out`.*force=True"):
         export(ExportOptions(**options))
     assert (tmp_path / "out" / "mine").read_text() == "dear"
-    with pytest.raises(ValueError, match="force=True would delete"):
+    with pytest.raises(ValueError, match=r"longrope\.json.*force=True"):
         export(ExportOptions(**options, force=True))
     assert (tmp_path / "out" / "mine").read_text() == "dear"
     (tmp_path / "out" / "mine").unlink()
@@ -237,7 +237,7 @@ def test_nothing_is_overwritten_unasked(checkpoints, micro_models, tmp_path):
     inside = tmp_path / "out" / "inside"
     shutil.copytree(checkpoints("llama"), inside)
     for source in (tmp_path / "out", inside):
-        with pytest.raises(ValueError, match="an input; give another `out`"):
+        with pytest.raises(ValueError, match=f"contains {source}, .*`out`"):
             export(ExportOptions(**options | {"model": str(source)}, force=True))
     assert (inside / "model.safetensors").exists()
 
@@ -264,7 +264,7 @@ export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
 def test_sets_that_are_exchanged_are_refused(checkpoints, micro_models, tmp_path):
     named = files(pair(micro_models("llama")), tmp_path)
     exchanged = {"rescale": named["short"], "short": named["rescale"]}
-    with pytest.raises(ValueError, match=r"long.json. is made for 512 .*short.json. for 80"):
+    with pytest.raises(ValueError, match=r"long\.json.* 512 .*short\.json.* 80\b"):
         export(ExportOptions(str(checkpoints("llama")), tmp_path / "out", **exchanged))
 
 
@@ -286,9 +286,13 @@ def test_two_stacks_of_as_many_layers_cannot_be_folded():
         for number in range(2)
         for which in "qkvo"
     ]
-    assert "audio_tower.layers and language_model" in why_not_foldable(names, 2)
+    both = why_not_foldable(names, 2)
+    assert "audio_tower.layers" in both
+    assert "language_model" in both
     tower = [name for name in names if name.startswith("audio")]
-    assert why_not_foldable(tower, 2) == "only audio_tower.layers has q_proj"
+    alone = why_not_foldable(tower, 2)
+    assert "audio_tower.layers" in alone
+    assert "q_proj" in alone
     names.append("language_model.model.layers.2.self_attn.q_proj.weight")
     assert why_not_foldable(names, 3) is None
 
@@ -298,5 +302,5 @@ def test_a_rescale_of_another_shape_is_refused(checkpoints, tmp_path):
     options = ExportOptions(
         str(checkpoints("llama")), tmp_path / "out", rescale=str(tmp_path / "two.json")
     )
-    with pytest.raises(ValueError, match="factors has 2 numbers; this model needs 8"):
+    with pytest.raises(ValueError, match=r"factors has 2 .* 8 "):
         export(options)

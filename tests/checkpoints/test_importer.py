@@ -90,11 +90,11 @@ def test_a_checkpoint_changed_by_another_hand_is_believed_over_our_note(
 
 
 def test_an_unscaled_model_has_nothing_to_import(checkpoints):
-    with pytest.raises(ValueError, match="its RoPE is not scaled"):
+    with pytest.raises(ValueError, match="not scaled"):
         import_pair(str(checkpoints("llama")))
-    with pytest.raises(ValueError, match=r"nowhere.gguf: no such file"):
+    with pytest.raises(ValueError, match=r"nowhere\.gguf: no such"):
         import_pair("nowhere.gguf")
-    with pytest.raises(ValueError, match="no such model"):
+    with pytest.raises(ValueError, match="/no/where: no such"):
         import_pair("/no/where")
 
 

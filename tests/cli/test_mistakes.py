@@ -1,6 +1,7 @@
 """A user's mistake: exit code 2, and one line with the field, its value and the remedy."""
 
 import json
+import re
 
 from longrope.rope.rescale import Rescale
 from program import each_refused, refused, run, succeeds
@@ -10,8 +11,8 @@ LIBRARY = ["--data", "python-library"]
 
 def test_usage(tmp_path):
     assert "--target" in refused("search", "--out", tmp_path)
-    assert "No such command" in refused("serch")
-    assert "No such option" in refused("inspect", "--jsn")
+    assert "'serch'" in refused("serch")
+    assert "--jsn" in refused("inspect", "--jsn")
     for verb, *needed in (
         ("search", "--target", "2x", "--out", tmp_path),
         ("compare", "--target", "2x"),
@@ -30,9 +31,11 @@ def test_target(tmp_path):
         ["compare", *less, "--methods", "none,yarn"],
         ["evaluate", "perplexity", *less, "--rescale", "yarn"],
     )
-    assert all("--target is 64, but the model handles 256 tokens" in line for line in nothing)
+    for line in nothing:
+        assert "--target is 64," in line
+        assert " 256 " in line
     assert "--target is 256" in small
-    assert "give a larger target" in small
+    assert " 8x" in small
     assert "'much'" in unreadable
 
 
@@ -49,8 +52,8 @@ def test_data(tmp_path):
     messages = {
         "empty.txt": "is empty",
         "binary": "not UTF-8",
-        "short.txt": "too few tokens",
-        "missing": "no such file",
+        "short.txt": "few tokens",
+        "missing": "missing: no such",
     }
     search = ["search", "--target", "2x", "--out", tmp_path / "out"]
     lines = each_refused(*([*search, "--data", tmp_path / name] for name in messages))
@@ -92,14 +95,14 @@ def test_rescale_files(texts, tmp_path):
     messages = {
         "nothing": "neither",
         tmp_path: "neither",
-        wrong: "factors has 16 numbers; this model needs 32",
-        without: "without.json: a rescale needs the key 'factors'",
+        wrong: "factors has 16 .* 32 ",
+        without: "without.json: .*'factors'",
     }
     lines = each_refused(
         *(["evaluate", "perplexity", "--rescale", name, *data] for name in messages)
     )
     for line, message in zip(lines, messages.values(), strict=True):
-        assert message in line
+        assert re.search(message, line), line
 
 
 def test_directories(small_search, tmp_path):
@@ -111,16 +114,16 @@ def test_directories(small_search, tmp_path):
     assert "state.json is damaged" in refused(*small_search, "--out", tmp_path / "a")
     fast = [*small_search[:-1], "gradient", "--out", tmp_path / "b"]
     messages = {
-        ("report", tmp_path): "nothing to draw",
+        ("report", tmp_path): f"{tmp_path}: nothing",
         (*fast, "--patience", 3): "--patience is 3",
         (*fast, "--step-size", 0): "--step-size is 0.0",
-        (*fast, "--population", 16): "--population is 16: it is an option of --algorithm evolution",
+        (*fast, "--population", 16): "--population is 16: .*--algorithm evolution",
         (*fast, "--budget", 3): "--budget is 3",
         (*small_search, "--step-size", 0.1, "--out", tmp_path / "b"): "--step-size is 0.1",
         (*fast, "--dtype", "float16"): "dtype is float16",
     }
     for line, message in zip(each_refused(*messages), messages.values(), strict=True):
-        assert message in line
+        assert re.search(message, line), line
 
 
 def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
@@ -133,18 +136,18 @@ def test_what_another_verb_left_is_not_written_over(texts, tmp_path):
     both = ["--lengths", "256,512", "--target", "2x"]
     succeeds(*compare, *both, "--methods", "none, pi")
     messages = {
-        (*search, run_of): "recipe.yaml exists without a search's state.json",
-        (*search, imported): "rescale.json exists without a search's state.json",
-        (*compare, "--target", "4x"): "another comparison (target 512, row none at 256, row none",
-        (*compare, "--target", "2x", "--methods", "none,pi"): "(row none at 256, row pi at 256",
+        (*search, run_of): "recipe.yaml .*state.json",
+        (*search, imported): "rescale.json .*state.json",
+        (*compare, "--target", "4x"): r"\(target 512, row none at 256, row none",
+        (*compare, "--target", "2x", "--methods", "none,pi"): r"\(row none at 256, row pi at 256",
     }
     before = (compared / "compare.json").read_bytes()
     for line, message in zip(each_refused(*messages), messages.values(), strict=True):
-        assert message in line
-        assert "give another --out" in line
+        assert re.search(message, line), line
+        assert "--out" in line
     another = [*compare, *both, "--methods", "none,pi", "--attention-factor", 1.2]
     assert "(attention_factor None)" in refused(*another)
-    assert "compare supports one process" in refused(*another, env={"WORLD_SIZE": "2"})
+    assert "process, not 2:" in refused(*another, env={"WORLD_SIZE": "2"})
     assert (compared / "compare.json").read_bytes() == before
     succeeds(*compare, *both, "--methods", "none,pi,ntk")  # all of it, and more
     evaluate = [
@@ -171,14 +174,18 @@ def test_full_disk(small_search, tmp_path):
     )
     done = run(*small_search, "--budget", 9, "--out", tmp_path / "a", code=code)
     assert done.returncode == 2
-    assert "cannot be written" in done.stderr.splitlines()[-1]
-    assert "run the same command again" in done.stderr.splitlines()[-1]
+    line = done.stderr.splitlines()[-1]
+    assert str(tmp_path / "a") in line
+    assert "written" in line
+    assert "same command" in line
     summary = json.loads(succeeds(*small_search, "--budget", 9, "--out", tmp_path / "a", "--json"))
     assert summary["evaluations"] == 9
     comparison = ["compare", "--target", "2x", *small_search[4:6], "--out", tmp_path / "b"]
     done = run(*comparison, code=code)
     assert done.returncode == 2
-    assert "cannot be written" in done.stderr.splitlines()[-1]
+    line = done.stderr.splitlines()[-1]
+    assert str(tmp_path / "b") in line
+    assert "written" in line
 
 
 def test_retrieval_and_generation(tmp_path):
@@ -190,26 +197,23 @@ def test_retrieval_and_generation(tmp_path):
         ("evaluate", "benchmarks", "--tasks", "mmlu", "--limit", 0): "--limit is 0",
         ("generate", "bundled", "--max-new-tokens", 0): "--max-new-tokens is 0",
         ("generate", "bundled"): "--prompt is empty",
-        ("generate", "runs/nowhere", "--prompt", "a"): "runs/nowhere: no such directory, nor read",
-        ("generate", "bundled", "--prompt-file", tmp_path / "x"): "no such file",
+        ("generate", "runs/nowhere", "--prompt", "a"): "runs/nowhere: no such .*hub",
+        ("generate", "bundled", "--prompt-file", tmp_path / "x"): "/x .*no such",
         ("extend", tmp_path, "--seed", 1): "--target is missing",
         ("plan", "bundled", "--gpus", "many"): "--gpus is 'many'",
         ("plan", "bundled", "--set", "finetune.steps"): "--set finetune.steps",
         ("plan", "bundled", "--set", "finetune.stesp=3"): "no key 'finetune.stesp'",
     }
     for line, message in zip(each_refused(*messages), messages.values(), strict=True):
-        assert message in line.replace("No such", "no such")
+        assert re.search(message, line.replace("No such", "no such")), line
 
 
 def test_memory(tmp_path):
     """What cannot fit is not begun, and no weight is read."""
     search = ["search", *LIBRARY, "--target", "1000000x", "--device", "cpu"]
     line = refused(*search, "--out", tmp_path / "out")
-    assert "search at 256,000,000 tokens needs about" in line
-    assert (
-        "try --algorithm evolution, --offload-activations DIRECTORY, --offload-weights, a smaller"
-        in line
-    )
+    assert "search at 256,000,000 tokens" in line
+    assert "try --algorithm evolution, --offload-activations DIRECTORY, --offload-weights, " in line
     assert not (tmp_path / "out").exists()
     long = ["--device", "cpu", "--lengths", "2048,1000000x"]
     measuring = [
@@ -219,12 +223,12 @@ def test_memory(tmp_path):
         ("evaluate", "benchmarks", *long, "--tasks", "niah_single_1"),
     ]
     for line in each_refused(*measuring):
-        assert "measuring at 256,000,000 tokens needs about" in line
+        assert "measuring at 256,000,000 tokens" in line
         assert "try --offload-activations DIRECTORY, --offload-weights, shorter --lengths" in line
     line = refused(
         "evaluate", "passkey", "--lengths", 512, "--offload-activations", tmp_path / "nowhere"
     )
-    assert "nowhere', which is neither a device nor a directory" in line
+    assert f"--offload-activations is '{tmp_path / 'nowhere'}'," in line
 
 
 def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
@@ -233,7 +237,7 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
     for line in each_refused(
         *([verb, *LIBRARY, *there] for verb in ("compare", "search", "extend"))
     ):
-        assert "file is not a directory" in line
+        assert f"{tmp_path / 'file'} is not" in line
     out = ["--out", tmp_path / "out"]
     refused("compare", "--target", "2x", "--methods", "none", *out, "--data", tmp_path / "file")
     assert not list((tmp_path / "out").iterdir())

@@ -29,16 +29,16 @@ def test_reads_every_kind(tmp_path):
     ("name", "content", "message"),
     [
         ("empty.txt", b" \n", "empty.txt is empty"),
-        ("binary.txt", b"\x00\x01\xff", "binary.txt is not UTF-8 text"),
-        ("latin.txt", "é".encode("latin-1"), "latin.txt is not UTF-8 text"),
-        ("x.jsonl", b'{"text": 1}\n', "x.jsonl: row 1 has int in the field 'text'; set `field`"),
-        ("x.jsonl", b"[1]\n", "x.jsonl: row 1 is not an object"),
-        ("x.jsonl", b"{\n", "x.jsonl: line 1 is not valid JSON"),
-        ("x.jsonl", b'{"other": "a"}\n', r"no field 'text'; set `field` .*it has: other"),
-        ("x.parquet", b"PAR1", "x.parquet is not a Parquet file"),
-        ("blank.jsonl", b'{"text": " "}\n', r"data='.*blank.jsonl' contains no text"),
-        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 has no field 'text'.*it has: a, b"),
-        ("x.json", b"[1,\n 2", "x.json: line 1 is not valid JSON"),
+        ("binary.txt", b"\x00\x01\xff", "binary.txt .*UTF-8"),
+        ("latin.txt", "é".encode("latin-1"), "latin.txt .*UTF-8"),
+        ("x.jsonl", b'{"text": 1}\n', "x.jsonl: row 1 .*int .*'text'.*`field`"),
+        ("x.jsonl", b"[1]\n", "x.jsonl: row 1 .*object"),
+        ("x.jsonl", b"{\n", "x.jsonl: line 1 .*JSON"),
+        ("x.jsonl", b'{"other": "a"}\n', r"no field 'text'.*`field` .*: other"),
+        ("x.parquet", b"PAR1", "x.parquet .*Parquet"),
+        ("blank.jsonl", b'{"text": " "}\n', r"data='.*blank.jsonl' .*no text"),
+        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 .*no field 'text'.*: a, b"),
+        ("x.json", b"[1,\n 2", "x.json: line 1 .*JSON"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
@@ -82,7 +82,7 @@ def test_json_as_others_write_it(tmp_path, content):
 
 
 def test_missing_data_is_named(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no such file or directory"):
+    with pytest.raises(ValueError, match=r"data='.*nowhere\.txt': no such"):
         read_documents([str(tmp_path / "nowhere.txt")])
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where the extra is not installed
     with pytest.raises(ValueError, match=r"longrope\[datasets\]"):

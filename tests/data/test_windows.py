@@ -85,7 +85,7 @@ def test_search_windows(sizes, length, samples, seed, bos):
     documents = [document(f"d{i}", n) for i, n in enumerate(sizes)]
     usable = [d for d in documents if len(d) >= length]
     if not usable:
-        with pytest.raises(ValueError, match="too few tokens"):
+        with pytest.raises(ValueError, match=f"must have {length:,},"):
             search_windows(documents, length, samples, seed, bos)
         return
     windows = search_windows(documents, length, samples, seed, bos)

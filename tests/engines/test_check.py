@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -81,11 +82,11 @@ def test_mistakes_are_one_line(exported, tmp_path):
     legacy = ["verify", exported, "--engine", "transformers-legacy"]
     mistakes = (
         (["verify", exported, "--engine", "ollama"], "--engine is 'ollama'"),
-        (["verify", exported, "--engine", "vllm"], "--engine vllm is not installed"),
-        (["verify", exported, "--engine", "llamacpp"], "--engine llamacpp cannot read"),
-        (["verify", tmp_path / "no"], "no such file or directory"),
-        (["verify", BUNDLED], "its RoPE is not scaled"),
-        (["verify", exported, "--python", "/no/python"], "--python /no/python cannot be started"),
+        (["verify", exported, "--engine", "vllm"], "--engine vllm .*installed.*--python"),
+        (["verify", exported, "--engine", "llamacpp"], "--engine llamacpp .*GGUF"),
+        (["verify", tmp_path / "no"], "/no: no such"),
+        (["verify", BUNDLED], "not scaled"),
+        (["verify", exported, "--python", "/no/python"], "--python /no/python .*started"),
         ([*legacy, "--python", sys.executable, "--lengths", "64"], "requires transformers 4"),
         (["export", "bundled", "--out", tmp_path / "x"], "--rescale is missing"),
         (
@@ -94,17 +95,20 @@ def test_mistakes_are_one_line(exported, tmp_path):
         ),
         (
             ["export", "bundled", "--out", exported, "--rescale", "yarn"],
-            "already; give another --out, or --force",
+            "--out.*--force",
         ),
         (["export", "bundled", "--out", tmp_path / "x", "--format", "onnx"], "--format is 'onnx'"),
-        (["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"], "must end in .gguf"),
+        (
+            ["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"],
+            r"--out is .*x; .*\.gguf",
+        ),
         (["verify", exported, "--prompts", "0"], "--prompts is 0"),
         (["verify", exported, "--dtype", "auto"], "'--dtype'"),
-        (["import", BUNDLED, "--out", tmp_path / "x"], "its RoPE is not scaled"),
+        (["import", BUNDLED, "--out", tmp_path / "x"], "not scaled"),
     )
     lines = program.each_refused(*(arguments for arguments, _ in mistakes))
     for line, (_, said) in zip(lines, mistakes, strict=True):
-        assert said in line
+        assert re.search(said, line), line
     assert not (tmp_path / "x").exists()
 
 

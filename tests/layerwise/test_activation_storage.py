@@ -200,7 +200,7 @@ def test_the_plan_asks_the_disk(tmp_path):
     check_memory([there], Memory(10**9, host=0, disk=there.disk))
     with pytest.raises(
         ValueError,
-        match=r"keeps about .* in files, .* on a larger one, search.algorithm",
+        match=r"search at 2,048 .* files, .*search\.algorithm",
     ):
         check_memory([there], Memory(10**9, disk=there.disk - 1))
     with pytest.raises(

@@ -55,7 +55,7 @@ def test_every_family_loads_and_is_probed(checkpoints, family):
 
 
 def test_processes_cannot_share_a_sequence_where_layers_have_a_state(checkpoints):
-    with pytest.raises(ValueError, match=r"sequence_parallel is 2: .* layers of Lfm2ForCausalLM"):
+    with pytest.raises(ValueError, match=r"sequence_parallel is 2: .*Lfm2ForCausalLM"):
         load_model(str(checkpoints("lfm2")), group=SequenceParallelGroup(0, 2))
 
 
@@ -71,14 +71,14 @@ def test_models_differ_by_fingerprint(checkpoints, tmp_path):
 
 
 WITHOUT = {
-    "gpt2": (lambda: transformers.GPT2Config(), "no rotary position embedding"),
-    "bloom": (lambda: transformers.BloomConfig(), "no rotary position embedding"),
-    "opt": (lambda: transformers.OPTConfig(), "no rotary position embedding"),
-    "mamba": (lambda: transformers.MambaConfig(), "no rotary position embedding"),
-    "gptj": (lambda: transformers.GPTJConfig(), "not one longrope can rescale"),
+    "gpt2": (lambda: transformers.GPT2Config(), "no rotary"),
+    "bloom": (lambda: transformers.BloomConfig(), "no rotary"),
+    "opt": (lambda: transformers.OPTConfig(), "no rotary"),
+    "mamba": (lambda: transformers.MambaConfig(), "no rotary"),
+    "gptj": (lambda: transformers.GPTJConfig(), "rotary_dim"),
     "llama4": (
         lambda: transformers.Llama4TextConfig(num_hidden_layers=2),
-        "see chunks of a text, which only a mask says",
+        "chunks",
     ),
 }
 
@@ -96,14 +96,14 @@ def test_what_cannot_be_rescaled_is_refused_before_its_weights_are_read(tmp_path
 
 def test_no_causal_language_model(tmp_path):
     transformers.T5Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'t5' model is not a causal"):
+    with pytest.raises(ValueError, match=r"'t5' .*causal"):
         inspect_model(str(tmp_path))
 
 
 def test_a_model_without_a_tokenizer_is_told_what_is_missing(checkpoints, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(checkpoints("llama") / name, tmp_path / name)
-    with pytest.raises(ValueError, match="has no tokenizer"):
+    with pytest.raises(ValueError, match=r"no tokenizer \(tokenizer\.json"):
         load_model(str(tmp_path))
 
 
@@ -128,9 +128,7 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(checkpoints, tmp_path, famil
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"1 of the model's tensors are missing, such as .*up_proj"
-    ):
+    with pytest.raises(ValueError, match=r": 1 .*layers\.1\.mlp\.up_proj"):
         load_model(str(tmp_path / "m"))
 
 
@@ -141,7 +139,7 @@ def test_a_rescale_without_effect_is_refused(checkpoints, tmp_path):
         if "o_proj" in name:
             tensor.zero_()
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="a rescale does not change its logits"):
+    with pytest.raises(ValueError, match=r"change .*logits"):
         load_model(str(tmp_path / "m"))
 
 
@@ -155,7 +153,7 @@ def test_a_scaling_of_its_own_kind_is_not_replaced(tmp_path):
     config.save_pretrained(tmp_path)
     for how in (None, "keep", "replace"):
         info = inspect_model(str(tmp_path), existing_scaling=how)
-        assert "'ntk_alpha', which cannot be rescaled" in info.reason
+        assert "'ntk_alpha'" in info.reason
 
 
 def test_layers_of_another_kind_are_refused_by_name(checkpoints, tmp_path):
@@ -170,7 +168,7 @@ def test_layers_of_another_kind_are_refused_by_name(checkpoints, tmp_path):
     micro_model(config).save_pretrained(tmp_path)
     for file in BUNDLED.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    with pytest.raises(ValueError, match=r"DogeForCausalLM.*an attention mask"):
+    with pytest.raises(ValueError, match=r"DogeForCausalLM.*attention mask"):
         load_model(str(tmp_path))
 
 
@@ -222,7 +220,7 @@ def test_a_sliding_window_that_only_a_mask_knows_is_refused(tmp_path):
     micro_model(config).save_pretrained(tmp_path)
     for file in BUNDLED.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    with pytest.raises(ValueError, match="sliding window of 24 tokens is in a mask"):
+    with pytest.raises(ValueError, match=r"window of 24 .*mask"):
         load_model(str(tmp_path))
 
 
@@ -232,7 +230,7 @@ def test_a_model_whose_window_limits_its_context_is_warned_of(checkpoints, caplo
     warn_if_out_of_reach(loaded.model, loaded.info, 24)
     assert not caplog.text
     warn_if_out_of_reach(loaded.model, loaded.info, 512)
-    assert ("sliding window of 24 tokens" in caplog.text) is near
+    assert ("window of 24 " in caplog.text) is near
 
 
 def test_full_attention_layers_without_rope_do_not_extend_the_effective_window():

@@ -135,12 +135,12 @@ def test_the_scaled_length_is_what_the_config_says_or_its_factor(scaled, kind, f
     path.write_text(json.dumps(config))
     info = inspect_model(source, existing_scaling="keep")
     assert info.original_max_position_embeddings == length
-    assert f"its scaled length, {length:,}," in inspect_model(source).reason
+    assert f"scaled length, {length:,}," in inspect_model(source).reason
     assert import_pair(source).long.max_position_embeddings == length
 
 
 def test_what_to_do_with_scaling_is_one_of_two(scaled):
-    with pytest.raises(ValueError, match="existing_scaling is 'Keep'; choose keep or replace"):
+    with pytest.raises(ValueError, match=r"existing_scaling is 'Keep'; .*keep .*replace"):
         load_model(scaled("yarn"), existing_scaling="Keep")
 
 
@@ -152,9 +152,9 @@ def test_a_length_that_transformers_filled_in_is_called_so(scaled):
     path.write_text(json.dumps(config))
     info = inspect_model(source)
     assert info.original_max_position_embeddings == 2048
-    assert info.original_read_from == "the default of LlamaConfig (not in its config.json)"
+    assert "LlamaConfig" in info.original_read_from
 
 
 def test_dynamic_scaling_cannot_be_kept(scaled):
-    with pytest.raises(ValueError, match="changes with the length and cannot be kept"):
+    with pytest.raises(ValueError, match=r"dynamic .*existing_scaling='replace'"):
         load_model(scaled("dynamic"), existing_scaling="keep")

@@ -22,7 +22,7 @@ def test_pickles_are_not_read(checkpoints, tmp_path):
     shutil.copytree(checkpoints("llama"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pickled .* which writes safetensors"):
+    with pytest.raises(ValueError, match=r"pickled .*\.bin.*safetensors"):
         load_model(str(tmp_path / "m"))
 
 
@@ -31,19 +31,19 @@ def test_a_directory_of_something_else_is_named(tmp_path):
         for file in files:
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).write_text("{}")
-    with pytest.raises(ValueError, match=r"adapter: is an adapter of another model"):
+    with pytest.raises(ValueError, match=r"adapter: .*merge_and_unload"):
         inspect_model(str(tmp_path / "adapter"))
-    with pytest.raises(ValueError, match=r"is a run; its checkpoint is .*run.model"):
+    with pytest.raises(ValueError, match=r"run: .*run.model$"):
         inspect_model(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("./nowhere", "no such model"),
-        ("a/b/c", "no such model"),
-        ("nowhere.gguf", "no such model"),
-        ("owner/name", "no such directory, nor read from the hub"),
+        ("./nowhere", "no such"),
+        ("a/b/c", "no such"),
+        ("nowhere.gguf", "no such"),
+        ("owner/name", "no such .*hub"),
     ],
 )
 def test_missing_models_are_named(source, message):
@@ -90,10 +90,10 @@ def test_a_gguf_file_with_scaling_is_refused(micro_models, tmp_path):
     import gguf
 
     write_gguf(micro_models("llama"), tmp_path / "yarn.gguf", gguf.RopeScalingType.YARN)
-    with pytest.raises(ValueError, match=r"scaled already \(yarn\), which transformers drops"):
+    with pytest.raises(ValueError, match=r"yarn\.gguf.*\(yarn\)"):
         inspect_model(str(tmp_path / "yarn.gguf"))
     (tmp_path / "no.gguf").write_bytes(b"GGUF????")
-    with pytest.raises(ValueError, match=r"no\.gguf: not a GGUF file"):
+    with pytest.raises(ValueError, match=r"no\.gguf: .*GGUF"):
         inspect_model(str(tmp_path / "no.gguf"))
 
 

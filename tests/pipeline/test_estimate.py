@@ -21,9 +21,7 @@ assert info is not None  # a fixture
 def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(info):
     made = plan(info, target="64x")
     check_memory(made.stages, Memory(10**12))
-    with pytest.raises(
-        ValueError, match=r"finetune at 2,048 tokens needs about 0\.\d GB and 0\.\d GB are"
-    ):
+    with pytest.raises(ValueError, match=r"finetune at 2,048 .* 0\.\d GB .* 0\.\d GB are free"):
         check_memory([made["finetune"]], Memory(10**7))
 
 
@@ -57,7 +55,7 @@ def test_the_whole_model_is_on_every_device_before_it_is_shared_out(info):
     whole = 4 * info.parameters
     assert stage.memory < 64 * whole
     check_memory([stage], Memory(whole, 64))
-    with pytest.raises(ValueError, match=r"finetune starts with the whole model on every device"):
+    with pytest.raises(ValueError, match=r"finetune .*FSDP.*finetune\.precision pure-bf16"):
         check_memory([stage], Memory(whole - 1, 64))
 
 
@@ -91,7 +89,7 @@ def test_where_bfloat16_is_slow_it_is_said(info, monkeypatch):
     monkeypatch.setattr("longrope.pipeline.estimate.calibrate", calibrated)
     recipe = make_recipe({"target": "64x", "execution": {"dtype": "bfloat16"}})
     found = estimate_plan(make_plan(info, recipe), info, recipe).advice
-    assert "100 times as fast" in found
+    assert "100 times" in found
     assert "execution.dtype: float32 and finetune.precision: float32" in found
     exact = make_recipe({"target": "8x", "execution": {"dtype": "float32"}})
     assert not estimate_plan(make_plan(info, exact), info, exact).advice
@@ -122,7 +120,9 @@ def test_hidden_states_wait_on_the_host_of_a_gpu_alone(info):
     assert there.host == here.memory - there.memory > 0
     assert here.host == 0
     check_memory([there], Memory(10**9))
-    with pytest.raises(ValueError, match=r"search at 2,048 tokens keeps about .* in the host's"):
+    with pytest.raises(
+        ValueError, match=r"search at 2,048 .* host's .*offload_activations DIRECTORY"
+    ):
         check_memory([there], Memory(10**9, host=there.host - 1))
     on_cpu = search(True), search(True, offload_activations="cpu")
     assert on_cpu[0].memory == on_cpu[1].memory

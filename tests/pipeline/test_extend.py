@@ -153,7 +153,9 @@ def test_a_run_takes_no_factors_of_a_method(finished):
     out, _ = finished
     for name, value in (("--target", "8x"), ("--attention-factor", 0.0)):
         line = refused("evaluate", "passkey", out, "--lengths", "64", name, value)
-        assert f"{name} is {value}, which needs a method, and {out} has its own factors" in line
+        assert f"{name} is {value}," in line
+        assert f" {out} " in line
+        assert "--rescale" in line
 
 
 def test_the_readme_goes_on_from_a_run(finished, tmp_path):
@@ -190,7 +192,7 @@ def test_a_short_attention_factor_is_applied_by_longrope_alone(finished, tmp_pat
     short = Rescale.load(out / "short.json")
     save_short_attention_factor(out, 1.03125)
     _, pair = load_extended(str(out))
-    assert "the attention factor is 1.031, which only longrope" in caplog.text
+    assert "attention factor is 1.031," in caplog.text
     assert pair.short == short.replace(attention_factor=1.03125)
     assert pair.long == Rescale.load(out / "rescale.json")
     config = json.loads((out / "model" / "config.json").read_text())
@@ -255,7 +257,9 @@ def test_no_export_takes_the_place_of_a_run_s_model(finished, checkpoints):
     out, _ = finished
     before = (out / "model" / "model.safetensors").read_bytes()
     asked = ["--rescale", "yarn", "--target", "1024", "--out", out / "model", "--force"]
-    assert "belongs to a run" in refused("export", checkpoints("llama"), *asked)
+    line = refused("export", checkpoints("llama"), *asked)
+    assert f"--out is {out / 'model'}," in line
+    assert "to a run" in line
     assert (out / "model" / "model.safetensors").read_bytes() == before
 
 
@@ -264,7 +268,7 @@ def test_a_refused_run_claims_nothing(arguments, tmp_path):
     for name in ("short.txt", "other.txt"):  # the second is no other run than the first
         (tmp_path / name).write_text("too short")
         line = refused("extend", *arguments, "--data", tmp_path / name, "--out", out)
-        assert "too few tokens" in line
+        assert "few tokens" in line
     assert [file.name for file in out.iterdir()] == [".lock"]
 
 

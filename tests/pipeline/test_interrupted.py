@@ -124,7 +124,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_what_resumes(small_search, tmp
     )
     done = run(*small_search, *options, code=code, ranks=2)
     assert done.returncode != 0
-    assert "longrope: error: another process of this run died" in done.stderr
+    assert "longrope: error: another process" in done.stderr
     known = history(tmp_path / "out")
     assert len(known) == 4
     options[1] = 6

@@ -68,7 +68,7 @@ def test_trained_at_another_length(info):
     assert names(made) == ["search", "finetune", *END]
     assert made.trained == 4096
     assert plan(info, target="16x", finetune={"length": "1k"}).trained == 1024
-    with pytest.raises(ValueError, match=r"finetune.length is 8,192; it must be beyond"):
+    with pytest.raises(ValueError, match=r"finetune.length is 8,192; .* 256, .* 4,096"):
         plan(info, target="16x", finetune={"length": "8k"})
 
 
@@ -77,7 +77,7 @@ def test_by_way_of_another_length(info):
     assert names(made)[:4] == ["through-search", "through-finetune", "search", "finetune"]
     assert made["through-finetune"].length == 1024
     assert made["through-finetune"].steps == 7
-    with pytest.raises(ValueError, match=r"finetune.through is 2,048; it must lie between"):
+    with pytest.raises(ValueError, match=r"finetune.through is 2,048; .* 256, .* 2,048"):
         plan(info, target="64x", finetune={"through": "2k"})
 
 
@@ -125,23 +125,26 @@ def test_without_recovery(info):
     ("content", "message"),
     [
         ({"target": "1024x"}, r"target is 262,144, 1024 times.*reaches 512x \(131,072\)"),
-        ({"target": "16x", "finetune": {"enabled": False}}, "beyond 8x a model must be fine-tuned"),
+        (
+            {"target": "16x", "finetune": {"enabled": False}},
+            "target is 4,096, 16 .* 8x .*finetune.enabled",
+        ),
         ({"target": "256"}, "handles 256 already"),
-        ({"target": "8x", "serch": {}}, "no key 'serch'; there are model, target"),
+        ({"target": "8x", "serch": {}}, "no key 'serch'; .*model, target"),
         (
             {"target": "8x", "search": {"buget": 3}},
-            "no key 'search.buget'; there are method",
+            "no key 'search.buget'; .*method",
         ),
         ({"target": "8x", "search": {"population": 8}}, "search.population is 8: .* evolution"),
         ({"target": "8x", "recovery": {"algorithm": "x"}}, "recovery.algorithm is 'x'; choose"),
-        ({"target": "8x", "search": {"method": "yam"}}, "search.method is 'yam'; choose search"),
+        ({"target": "8x", "search": {"method": "yam"}}, "search.method is 'yam'; .*search"),
         ({"target": "8x", "finetune": {"precision": "fp8"}}, "finetune.precision is 'fp8'"),
         ({"target": "8x", "finetune": {"steps": 0}}, "finetune.steps is 0"),
         ({"target": "8x", "evaluate": {"methods": ["x"]}}, "evaluate.methods: no method 'x'"),
         ({}, "target is {}: field required"),
-        ({"target": 1000}, r"target is 1,000; .* multiple of the original length, 256"),
-        ({"target": "8x", "evaluate": {"lengths": [384]}}, "384 does not divide 2048"),
-        ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "4,096 is beyond the target, 2,048"),
+        ({"target": 1000}, r"target is 1,000; .* 256"),
+        ({"target": "8x", "evaluate": {"lengths": [384]}}, "lengths is 256, 384, 2048; 384 "),
+        ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "evaluate.lengths: 4,096 .* 2,048"),
         ({"target": "8x", "finetune": {"answer_share": 0.1}}, "finetune.passkey_share is 0"),
         ({"target": "8x", "finetune": {"distill": True}}, "finetune.short_share is 0"),
         ({"target": "8x", "finetune": {"final": {"length": "1k"}}}, "finetune.final.steps is 0"),
@@ -249,7 +252,7 @@ def test_how_it_is_computed_may_change_on_the_way(info, tmp_path):
     claim(execution={"chunk_size": 2048})
     claim()
     claim(execution={"offload_activations": "cpu", "offload_weights": True, "device": "cpu"})
-    with pytest.raises(ValueError, match=r"differs in seed \(there 0, now 5\)"):
+    with pytest.raises(ValueError, match=r"seed \(there 0, now 5\)"):
         claim(seed=5)
 
 

@@ -137,15 +137,15 @@ def test_the_command_line_goes_before_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("target: [8x", "recipe=.*not valid YAML"),
-        ("target: 8x\nseed: 1\ntarget: 4x", "'target' stands twice, again in line 3"),
-        ("target: 8x\nsearch: {windows: 1, windows: 2}", "'windows' stands twice"),
+        ("target: [8x", "recipe=.*valid YAML"),
+        ("target: 8x\nseed: 1\ntarget: 4x", "'target' .*line 3"),
+        ("target: 8x\nsearch: {windows: 1, windows: 2}", "'windows' .*line 2"),
         ("- target", "recipe=.* mapping"),
         ("target: 8x\nfinetune: {stesp: 3}", "no key 'finetune.stesp'"),
         ("target: 8x\nexecution: {chunk_size: 0}", "execution.chunk_size is 0"),
         ("target: 8x\nfinetune: {learning_rate: .inf}", "finetune.learning_rate is inf"),
         ("target: 8x\nfinetune: {schedule: wave}", "finetune.schedule is 'wave': .*'cosine'"),
-        ("target: 8x\nmodel: !!python/object/apply:os.getcwd []", "recipe=.*not valid YAML"),
+        ("target: 8x\nmodel: !!python/object/apply:os.getcwd []", "recipe=.*valid YAML"),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, text, message):
@@ -154,7 +154,7 @@ def test_bad_files_are_one_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_recipe(file)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="give a YAML file, or one of bundled"):
+    with pytest.raises(ValueError, match=r"recipe='nowhere': .*YAML.*bundled"):
         load_recipe("nowhere")
 
 

@@ -105,5 +105,5 @@ def test_one_large_file_is_enough(bundled, tmp_path, documents, caplog):
 
 def test_a_small_file_is_not_enough(bundled, tmp_path):
     (tmp_path / "short.txt").write_text("word " * 700)
-    with pytest.raises(ValueError, match="too few tokens"):
+    with pytest.raises(ValueError, match="needs 512"):
         splits(bundled, target=512, data=[str(tmp_path)])

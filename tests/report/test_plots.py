@@ -74,7 +74,7 @@ def test_history_names_its_starts_and_of_ramps_the_best():
 
 
 def test_report_draws_what_is_there(tmp_path):
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: nothing"):
         draw_figures(tmp_path)
     yarn().save(tmp_path / "rescale.json")
     assert [path.name for path in draw_figures(tmp_path)] == ["factors.png"]

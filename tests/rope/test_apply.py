@@ -312,12 +312,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids):
 def test_wrong_fields_are_refused_by_name(micro_models):
     model = micro_models("llama")
     with (
-        pytest.raises(ValueError, match="factors has 3 numbers; this model needs 8"),
+        pytest.raises(ValueError, match=r"factors has 3 .* 8 "),
         rescaled(model, Rescale((1.0, 2.0, 3.0), 1e4, 64, 128)),
     ):
         pass
     with (
-        pytest.raises(ValueError, match="rope_theta is 500; this model's is 10000"),
+        pytest.raises(ValueError, match=r"rope_theta is 500; .* 10000"),
         rescaled(model, a_rescale(model, rope_theta=500.0)),
     ):
         pass

@@ -78,7 +78,7 @@ def test_missing_key_is_named(key):
     [
         ({"lambda": 1}, "'lambda'"),
         ({"schema": 2}, "schema is 2"),
-        ({"factors": [1.0, "2"]}, "list of numbers"),
+        ({"factors": [1.0, "2"]}, "^factors must .*list"),
         ({"factors": []}, "factors is empty"),
         ({"factors": [1.0, -2.0]}, r"factors\[1\] is -2.0"),
         ({"factors": [math.nan]}, r"factors\[0\] is nan"),
@@ -89,8 +89,8 @@ def test_missing_key_is_named(key):
         ({"max_position_embeddings": 128}, "max_position_embeddings is 128"),
         ({"base_factors": [1.0]}, "base_factors has 1 numbers"),
         ({"base_factors": [1.0, 1.0, 1.0, 0.0]}, r"base_factors\[3\] is 0.0"),
-        ({"base_factors": "1"}, "base_factors must be a list"),
-        ({"searched_documents": [1]}, "searched_documents must be a list"),
+        ({"base_factors": "1"}, "base_factors must .*list"),
+        ({"searched_documents": [1]}, "searched_documents must .*list"),
         ({"provenance": []}, "provenance"),
     ],
 )
@@ -149,7 +149,7 @@ def test_csv_with_a_row_per_layer(tmp_path):
     ("content", "message"),
     [
         ("1,2\n1,3\n", "row 2 differs"),
-        ("a,b\n", "table of numbers"),
+        ("a,b\n", r"f\.csv: .*table"),
         ("\n", "no numbers"),
         ("1,-2\n", r"factors\[1\]"),
     ],

@@ -184,7 +184,7 @@ def test_a_start_without_a_finite_loss_is_none_that_may_win(tmp_path):
 
 
 def test_nothing_finite_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="none of 52 candidates has a finite loss"):
+    with pytest.raises(ValueError, match=r"none of 52 .*float32"):
         go(tmp_path, Loss(of=lambda candidate: math.inf))
 
 
@@ -230,13 +230,13 @@ def test_a_history_of_something_else_is_refused(tmp_path):
     history = tmp_path / "history.jsonl"
     lines = history.read_text().splitlines()
     history.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
-    with pytest.raises(ValueError, match="damaged at evaluation 0"):
+    with pytest.raises(ValueError, match=r"history\.jsonl .*evaluation 0,"):
         go(tmp_path)
 
 
 def test_a_history_without_state_is_refused(tmp_path):
     (tmp_path / "history.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"without a search's state\.json"):
+    with pytest.raises(ValueError, match=r"history\.jsonl .*state\.json"):
         go(tmp_path)
 
 

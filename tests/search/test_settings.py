@@ -18,10 +18,10 @@ from longrope.search.settings import (
         ({"passkey_prompts": -1}, "passkey_prompts is -1"),
         ({"max_factor": 0.5}, "max_factor is 0.5"),
         ({"max_factor": float("nan")}, "max_factor is nan"),
-        ({"population": 64}, "population is 64: .* option of algorithm evolution"),
-        ({"patience": 2}, "patience is 2: .* option of algorithm evolution"),
-        ({"algorithm": "magic"}, "algorithm is 'magic'; choose one of gradient, evolution"),
-        ({"samples": 2}, "no key 'samples'; there are .*windows"),
+        ({"population": 64}, "population is 64: .*algorithm evolution"),
+        ({"patience": 2}, "patience is 2: .*algorithm evolution"),
+        ({"algorithm": "magic"}, "algorithm is 'magic'; .*gradient, evolution"),
+        ({"samples": 2}, "no key 'samples'; .*windows"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -40,11 +40,11 @@ def test_wrong_options_are_named(options, message):
         ({"budget": 0}, "budget is 0"),
         ({"budget": 1345}, "budget is 1345"),
         ({"mutations": -1}, "mutations is -1"),
-        ({"mutations": 0, "crossovers": 0}, "mutations and crossovers are both 0"),
+        ({"mutations": 0, "crossovers": 0}, "mutations and crossovers .*0"),
         ({"mutation_probability": 0.0}, "mutation_probability is 0.0"),
         ({"mutation_probability": 1.5}, "mutation_probability is 1.5"),
-        ({"step_size": 0.06}, "step_size is 0.06: .* option of algorithm gradient"),
-        ({"windows_per_step": 1}, "windows_per_step is 1: .* option of algorithm gradient"),
+        ({"step_size": 0.06}, "step_size is 0.06: .*algorithm gradient"),
+        ({"windows_per_step": 1}, "windows_per_step is 1: .*algorithm gradient"),
     ],
 )
 def test_wrong_options_of_evolution_are_named(options, message):

@@ -125,5 +125,5 @@ def test_short_windows_in_a_share_of_the_steps(tokenizer, share):
 
 
 def test_too_little_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"42 tokens; one sequence needs 64"):
+    with pytest.raises(ValueError, match=r"42 tokens; .* 64:"):
         LongContextDataset(documents(40), tokenizer, 64, 1)

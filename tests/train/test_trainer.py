@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stands(
         return sequence | {"weights": sequence["weights"] * math.nan} if number == 7 else sequence
 
     monkeypatch.setattr(LongContextDataset, "__getitem__", poisoned)
-    with pytest.raises(ValueError, match=r"the loss is nan at step 4.*learning_rate"):
+    with pytest.raises(ValueError, match=r"loss is nan .*step 4;.*learning_rate"):
         train(checkpoints("llama"), texts, tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()
     monkeypatch.undo()
@@ -170,7 +170,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
         raise SafetensorError("Error while serializing: No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(ValueError, match=r"model cannot be written \(Error while.*No space left"):
+    with pytest.raises(ValueError, match=r"model .*\(Error while.*No space left"):
         train(checkpoints("llama"), texts, tmp_path)
     assert not (tmp_path / "model").exists()
     monkeypatch.undo()
