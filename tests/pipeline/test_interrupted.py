@@ -23,7 +23,7 @@ def test_ctrl_c_is_no_success(small_search, tmp_path):
     process.send_signal(signal.SIGINT)
     done = process.wait()
     assert done.returncode == 130
-    assert done.stderr.splitlines()[-1].startswith("longrope: error: stopped; ")
+    assert done.stderr.splitlines()[-1].startswith("longrope: stopped; ")
 
 
 @pytest.mark.parametrize(

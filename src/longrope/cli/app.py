@@ -74,7 +74,7 @@ def main() -> None:
     except ValueError as error:
         _fail(_as_options(str(error), arguments), 2)
     except KeyboardInterrupt:
-        _fail(_stopped(arguments), 130)
+        _end(_stopped(arguments), 130)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
             _fail(
@@ -85,7 +85,7 @@ def main() -> None:
     except RankLost as error:
         _fail(str(error), 1)
     if code == 130:  # typer's exit code for Ctrl-C
-        _fail(_stopped(arguments), code)
+        _end(_stopped(arguments), code)
     sys.exit(code)
 
 
@@ -145,7 +145,11 @@ def _as_options(message: str, arguments: list[str]) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print("longrope: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    _end(f"error: {' '.join(message.split())}", code)
+
+
+def _end(message: str, code: int) -> None:
+    print(f"longrope: {message}", file=sys.stderr, flush=True)
     # Other ranks may be blocked in a collective, so exit without waiting for them.
     sys.stdout.flush()
     os._exit(code)

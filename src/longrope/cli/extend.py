@@ -41,12 +41,16 @@ class ExtensionOptions(Config):
     """The options that ``plan`` and ``extend`` share: a recipe, and changes of it."""
 
     target: str | None = Field(
-        default=None, description="Target length in tokens: 131072, 128k or 64x."
+        default=None,
+        description="Target length in tokens: 131072, 128k or 64x; by default the recipe's.",
     )
     recipe: str | None = Field(
         default=None, description="YAML file with settings, or the name of a shipped recipe."
     )
     data: list[str] | None = Field(default=None, description=DATA_HELP)
+    field: str | None = Field(
+        default=None, description="Text field in JSON, JSONL, CSV, Parquet and datasets."
+    )
     evaluation_data: list[str] | None = Field(
         default=None, description="Held-out text; by default some of --data."
     )
@@ -111,7 +115,7 @@ def plan(
         if these.first and json_:
             print_json(estimated.to_json())
         elif these.first:
-            _print_estimate(estimated)
+            _print_estimate(estimated, chosen, gpus)
         estimated.check()
         if gpus is None:
             check_settings(run, run.plan.stages)
@@ -195,8 +199,12 @@ def _require_training(options: dict[str, Any], trained: int | None) -> None:
         )
 
 
-def _print_estimate(estimated: Any) -> None:
+def _print_estimate(estimated: Any, chosen: "Recipe", gpus: str | None = None) -> None:
+    text = ", ".join(chosen.data) or "none given"
+    console.print(f"{chosen.model} to {chosen.target}; text: {text}", highlight=False)
     console.print(estimated.table())
+    if gpus is not None:
+        console.print("times are of this machine: longrope knows no speed of these GPUs")
     if estimated.advice:
         console.print(estimated.advice, soft_wrap=True)
 
@@ -213,7 +221,7 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
         _require_training(options, run.plan.trained)
         estimated = estimate_plan(run.plan, run.info, chosen, None, these)
         if these.first and not json_:
-            _print_estimate(estimated)
+            _print_estimate(estimated, chosen)
         page = run_extension(chosen, directory, these)
         if not these.first:
             return

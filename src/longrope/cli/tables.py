@@ -73,6 +73,8 @@ def print_differences(rows: list[dict[str, Any]]) -> None:
             row["against"],
             _shown(row["mean"], "+.4f"),
             _shown(row["standard_error"], ".4f"),
-            "yes" if row["better"] else "no",
+            "yes" if row["better"] else "no" if row["standard_error"] is not None else "?",
         )
     console.print(table)
+    if any(row["standard_error"] is None for row in rows):
+        console.print("one document gives no standard error: give several to tell what is better")

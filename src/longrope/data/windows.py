@@ -237,7 +237,8 @@ def search_windows(
         chosen = chosen[: (len(usable) + 1) // 2]
         if len(usable) == 1 and len(usable[0].sha256) == 1:
             log.warning(
-                "%s is used for the search, so no document remains for evaluation", usable[0].name
+                "%s is the only document and is searched on: give compare another one",
+                usable[0].name,
             )
     chosen = chosen[:samples]
     starts = {}

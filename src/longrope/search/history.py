@@ -92,6 +92,8 @@ class Record:
         if digest != self.config.sha256:
             now = self.config.to_json()
             fields = [k for k in now if before.get(k) != now[k]] or ["config_hash"]
+            # Hashes of the text follow from other settings, such as the number of windows.
+            fields = [k for k in fields if k not in ("documents", "tokens")] or fields
             shown = ", ".join(
                 f"{k} (there {_short(before.get(k))}, now {_short(now.get(k))})" for k in fields
             )

@@ -182,14 +182,27 @@ def search_stage(
                 "python": platform.python_version(),
             },
             report=_Reporter(headline, advance) if ranks.first else lambda now: None,
-            show=_print_schedule if ranks.first else lambda schedule: None,
+            show=_schedule_printer() if ranks.first else lambda schedule: None,
         )
         advance(config.forwards, f"best {result.best_loss:.4f}")
         return result
 
 
-def _print_schedule(schedule: Schedule) -> None:
-    console.print(str(schedule), highlight=False)
+def _schedule_printer() -> Callable[[Schedule], None]:
+    """Return a function that prints the schedule of a search, and then what became of it."""
+    shown: list[Schedule] = []
+
+    def show(schedule: Schedule) -> None:
+        text = str(schedule)
+        if shown:  # unused trials became steps
+            text = (
+                f"schedule after the ramp trials: {schedule.steps} steps, the last "
+                f"{schedule.averaged_steps} averaged"
+            )
+        shown.append(schedule)
+        console.print(text, highlight=False)
+
+    return show
 
 
 def _headline(
