@@ -64,7 +64,9 @@ def test_a_search_in_memory_is_the_search_by_path(model, tokenizer, texts, tmp_p
 
 # peft reads a property that transformers will drop
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", ["bfloat16", "device_map", "peft"])
+@pytest.mark.parametrize(
+    "kind", ["bfloat16", pytest.param("device_map", marks=pytest.mark.slow), "peft"]
+)
 def test_models_as_people_have_them(kind, model, tokenizer, texts_in_memory, tmp_path):
     if kind == "bfloat16":
         model = model.to(torch.bfloat16)
