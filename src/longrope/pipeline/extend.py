@@ -84,6 +84,8 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
             run.remeasure()
         for stage in run.plan.stages:
             if run.done(stage.name):
+                if ranks.first:
+                    console.print(f"{stage.name}: done already", highlight=False)
                 continue
             if ranks.first:
                 console.rule(stage.name, align="left")

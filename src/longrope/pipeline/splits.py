@@ -81,9 +81,9 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
         found = sum(map(len, pool))
         if found < target:
             raise ValueError(
-                f"too few tokens to {what} on: {found:,} in {len(pool)} documents, but one window "
-                f"of the target needs {target:,} ({total:,} tokens in all; a document is used for "
-                "one purpose only); give more `data`, or a smaller `target`"
+                f"too few tokens to {what} on: one window of the target needs {target:,}, and "
+                f"{found:,} of {total:,} can be used for it, because no text serves two purposes; "
+                "give more `data`, or a smaller `target`"
             )
     left = sum(map(len, remaining))
     if trained is not None and left < trained:
