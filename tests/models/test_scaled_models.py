@@ -152,7 +152,7 @@ def test_a_length_that_transformers_filled_in_is_called_so(scaled):
     path.write_text(json.dumps(config))
     info = inspect_model(source)
     assert info.original_max_position_embeddings == 2048
-    assert "LlamaConfig" in info.original_read_from
+    assert info.original_read_from == "the default of LlamaConfig (not in its config.json)"
 
 
 def test_dynamic_scaling_cannot_be_kept(scaled):
