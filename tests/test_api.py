@@ -161,7 +161,7 @@ def test_what_cannot_be_done_in_memory_is_refused(model, tokenizer, texts, tmp_p
         search(model)
 
 
-def test_an_extended_model_generates_across_the_boundary(finished, caplog):
+def test_an_extended_model_generates_across_the_boundary(finished, tmp_path, caplog):
     """Plain ``generate`` and a pipeline, per row, without a warning about the old length."""
     out, _ = finished
     model = longrope.from_pretrained(out, dtype="float32")
@@ -187,6 +187,15 @@ def test_an_extended_model_generates_across_the_boundary(finished, caplog):
         assert logits[token] >= logits.max() - 1e-3
         row.append(token)
     assert len(row) > boundary
+    model.generation_config.pad_token_id = 2
+    model.save_pretrained(tmp_path)
+    saved, exported = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (tmp_path, out / "model")
+    )
+    long = torch.randint(3, 1500, (1, 600), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert_close(saved(input_ids=long).logits, exported(input_ids=long).logits)
     with pytest.raises(ValueError, match="source is 'bundled'"):
         longrope.from_pretrained("bundled")
 

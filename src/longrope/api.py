@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import AutoConfig
 
 from longrope.checkpoints.export import ExportOptions
 from longrope.checkpoints.export import export as export_checkpoint
@@ -30,6 +31,7 @@ from longrope.files import require_directory
 from longrope.inference.load import load_extended
 from longrope.models.info import ScalingChoice, without_adapters
 from longrope.models.load import LoadedModel, load_model, long_forward, wrap_model
+from longrope.models.sources import read_pretrained
 from longrope.pipeline.extend import extend as run_extension
 from longrope.pipeline.recipe import Recipe, load_recipe, make_recipe
 from longrope.rope.rescale import Rescale
@@ -38,6 +40,9 @@ from longrope.search.evaluator import SearchResult
 from longrope.search.history import require_search_directory
 from longrope.search.run import SearchOptions, search_documents
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
+
+# Keys of a config that an export changes.
+_SCALED = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
 
 
 def search_factors(
@@ -189,7 +194,7 @@ def perplexity(
             Measurement("perplexity", identity, lambda _: factors, length, config, documents)
             for length in measured
         ]
-        name = (rescale.provenance.get("method", "rescale") if rescale else "none") or "rescale"
+        name = rescale.provenance.get("method", "rescale") if rescale else "none"
         found = measure_all(loaded, wanted, MeasurementCache())
         return [perplexity_row(name, scores, original) for scores in found]
 
@@ -227,6 +232,13 @@ def from_pretrained(
             "extend, or apply factors with longrope.apply_rescale"
         )
     apply_pair(loaded.model, pair)
+    if not loaded.info.source.endswith(".gguf"):
+        # The model was loaded without its scaling; what is saved from it must have it.
+        config = read_pretrained(AutoConfig, loaded.info.source, trust_remote_code)
+        exported = config.get_text_config()
+        loaded.model.config.get_text_config().update(
+            {name: value for name in _SCALED if (value := getattr(exported, name, None))}
+        )
     return loaded.model
 
 
