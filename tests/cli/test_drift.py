@@ -5,6 +5,7 @@ import typer
 
 from longrope.cli import app
 from longrope.cli.extend import ExtensionOptions
+from longrope.cli.options import ScalingOptions
 from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
 from longrope.execution import ExecutionConfig
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
@@ -25,6 +26,8 @@ def options(verb: str) -> dict:
         ("search", ExecutionConfig, ()),
         ("extend", ExecutionConfig, ()),
         ("extend", ExtensionOptions, ()),
+        *((verb, ScalingOptions, ()) for verb in ("inspect", "search", "generate", "export")),
+        ("evaluate passkey", ScalingOptions, ()),
         ("plan", ExtensionOptions, ()),
         ("compare", ExecutionConfig, ("sequence_parallel",)),
         ("generate", ExecutionConfig, ("offload_activations", "sequence_parallel")),

@@ -50,7 +50,7 @@ def _program(
     pass
 
 
-_RESUMED = ("extend", "search", "compare", "evaluate")
+_RESUMED = ("demo", "search", "extend", "evaluate", "compare")
 # click's class; some versions of typer ship their own copy
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -77,10 +77,7 @@ def main() -> None:
         _end(_stopped(arguments), 130)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
-            _fail(
-                "the GPU is out of memory: try --offload-weights, or a shorter length",
-                1,
-            )
+            _fail("the GPU is out of memory: try --offload-weights, or a shorter length", 1)
         raise
     except RankLost as error:
         _fail(str(error), 1)

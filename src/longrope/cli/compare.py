@@ -7,13 +7,12 @@ import typer
 
 from longrope.cli.app import app
 from longrope.cli.options import (
-    AttentionFactor,
+    EXECUTION,
+    SCALING,
     Data,
-    ExistingScaling,
     Field,
     Json,
     Model,
-    OriginalLength,
     Pack,
     add_options,
     option_name,
@@ -25,7 +24,8 @@ from longrope.execution import ExecutionConfig
 
 @app.command()
 @add_options("scoring", {"": PerplexityConfig}, leave_out=("lengths", "stride"))
-@add_options("execution", {"Execution": ExecutionConfig}, leave_out=("sequence_parallel",))
+@add_options("scaling", SCALING)
+@add_options("execution", EXECUTION, leave_out=("sequence_parallel",))
 def compare(
     *,
     model: Model = "bundled",
@@ -52,10 +52,12 @@ def compare(
     field: Field = "text",
     pack: Pack = False,
     scoring: dict[str, Any],
-    attention_factor: AttentionFactor = None,
+    attention_factor: Annotated[
+        float | None,
+        typer.Option(help="One attention factor for every method (not for rescale files)."),
+    ] = None,
     execution: dict[str, Any],
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
+    scaling: dict[str, Any],
     json_: Json = False,
 ) -> None:
     """Compare methods and searched factors on held-out documents, and print the table.
@@ -90,12 +92,7 @@ def compare(
         of |= {"stride": None, "tokens_per_document": scoring.get("tokens_per_document")}
         return of | {"attention_factor": attention_factor}
 
-    info = inspect_model(
-        model,
-        existing_scaling=existing_scaling,
-        original_length=original_length,
-        trust_remote_code=how.trust_remote_code,
-    )
+    info = inspect_model(model, **scaling, trust_remote_code=how.trust_remote_code)
     info.require_extendable()
     options, made_for, entries = resolve(info)
     comparing.check_entries(info, entries, options.lengths[-1])

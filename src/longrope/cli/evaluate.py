@@ -4,20 +4,20 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
+import pydantic
 import typer
 
 from longrope.cli.app import app
 from longrope.cli.options import (
-    AttentionFactor,
+    EXECUTION,
     Data,
-    ExistingScaling,
     Field,
     Json,
     Model,
-    OriginalLength,
     Pack,
+    ScalingOptions,
     add_options,
     option_name,
 )
@@ -40,19 +40,8 @@ if TYPE_CHECKING:
 verbs = typer.Typer(help="Measure perplexity, retrieval or benchmarks of a model.")
 app.add_typer(verbs, name="evaluate")
 
-Factors = Annotated[
-    str | None,
-    typer.Option(
-        "--rescale",
-        help="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default the factors of an "
-        "extended model, else none.",
-    ),
-]
 Lengths = Annotated[
     str, typer.Option(help="Comma-separated lengths in tokens, such as 4k,8k or 2x.")
-]
-Target = Annotated[
-    str | None, typer.Option(help="Target length of the method; by default the longest length.")
 ]
 Out = Annotated[
     Path | None,
@@ -61,20 +50,25 @@ Out = Annotated[
         "except with --sequence-parallel."
     ),
 ]
-EXECUTION = {"Execution": ExecutionConfig}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Subject:
+class _Subject(ScalingOptions):
     """The model and factors that an ``evaluate`` verb measures, as its options name them."""
 
     model: str
-    rescale: str | None
-    target: str | None
-    attention_factor: float | None
-    existing_scaling: Literal["keep", "replace"] | None
-    original_length: int | None
     execution: ExecutionConfig
+    rescale: str | None = pydantic.Field(
+        default=None,
+        description="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default the factors "
+        "of an extended model, else none.",
+    )
+    target: str | None = pydantic.Field(
+        default=None,
+        description="Target length of the method; by default the longest of --lengths.",
+    )
+    attention_factor: float | None = pydantic.Field(
+        default=None, description="Attention factor of a method (not of a rescale file)."
+    )
 
     @property
     def method(self) -> str:
@@ -119,44 +113,48 @@ class _Subject:
         return entry
 
 
+def _measures(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give an ``evaluate`` verb the options that say what is measured and how it computes."""
+    verb = add_options("subject", {"": _Subject}, leave_out=("model", "execution"))(verb)
+    return add_options("execution", EXECUTION)(verb)
+
+
+def _subject(model: str, options: dict[str, Any], execution: dict[str, Any]) -> _Subject:
+    how = ExecutionConfig.make(execution, option_name)
+    return _Subject.make(options | {"model": model, "execution": how}, option_name)
+
+
 @verbs.command()
 @add_options("scoring", {"": PerplexityConfig}, leave_out=("lengths",))
-@add_options("execution", EXECUTION)
+@_measures
 def perplexity(
     *,
     model: Model = "bundled",
-    rescale: Factors = None,
     lengths: Lengths,
-    target: Target = None,
     data: Data,
     field: Field = "text",
     pack: Pack = False,
     scoring: dict[str, Any],
-    attention_factor: AttentionFactor = None,
     out: Out = None,
+    subject: dict[str, Any],
     execution: dict[str, Any],
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
     """Measure and print perplexity on documents, on the same tokens at every length."""
     from longrope.evaluate.compare import perplexity_documents, perplexity_row
 
-    how = ExecutionConfig.make(execution, option_name)
-    subject = _Subject(
-        model, rescale, target, attention_factor, existing_scaling, original_length, how
-    )
+    asked = _subject(model, subject, execution)
     sources = tuple(data)
     of = {"data": sources, "field": field, "pack": pack}
 
     def load(tokenizer: Any) -> Any:
         return perplexity_documents(
-            tokenizer, sources, [subject.method], field=field, pack=pack, exclude=False
+            tokenizer, sources, [asked.method], field=field, pack=pack, exclude=False
         )
 
     rows = _measure(
         "perplexity",
-        subject,
+        asked,
         lengths,
         sources,
         of | {"stride": None, "tokens_per_document": None} | scoring,
@@ -172,59 +170,45 @@ def perplexity(
 
 @verbs.command()
 @add_options("retrieval", {"": RetrievalConfig})
-@add_options("execution", EXECUTION)
+@_measures
 def passkey(
     *,
     model: Model = "bundled",
-    rescale: Factors = None,
     lengths: Lengths,
-    target: Target = None,
     retrieval: dict[str, Any],
-    attention_factor: AttentionFactor = None,
     out: Out = None,
+    subject: dict[str, Any],
     execution: dict[str, Any],
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
     """Measure and print retrieval of a number hidden in repeated sentences."""
-    how = ExecutionConfig.make(execution, option_name)
-    subject = _Subject(
-        model, rescale, target, attention_factor, existing_scaling, original_length, how
-    )
-    _retrieve("passkey", subject, lengths, (), "text", retrieval, out, json_)
+    asked = _subject(model, subject, execution)
+    _retrieve("passkey", asked, lengths, (), "text", retrieval, out, json_)
 
 
 @verbs.command()
 @add_options("retrieval", {"": RetrievalConfig})
-@add_options("execution", EXECUTION)
+@_measures
 def needle(
     *,
     model: Model = "bundled",
-    rescale: Factors = None,
     lengths: Lengths,
-    target: Target = None,
     data: Data,
     field: Field = "text",
     retrieval: dict[str, Any],
-    attention_factor: AttentionFactor = None,
     out: Out = None,
+    subject: dict[str, Any],
     execution: dict[str, Any],
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
     """Measure and print retrieval of a sentence hidden among lines of documents."""
-    how = ExecutionConfig.make(execution, option_name)
-    subject = _Subject(
-        model, rescale, target, attention_factor, existing_scaling, original_length, how
-    )
-    _retrieve("needle", subject, lengths, tuple(data), field, retrieval, out, json_)
+    asked = _subject(model, subject, execution)
+    _retrieve("needle", asked, lengths, tuple(data), field, retrieval, out, json_)
 
 
 @verbs.command()
 @add_options("config", {"": BenchmarkConfig}, leave_out=("tasks", "ruler_lengths"))
-@add_options("execution", EXECUTION)
+@_measures
 def benchmarks(
     *,
     model: Model = "bundled",
@@ -232,10 +216,6 @@ def benchmarks(
         str,
         typer.Option(help=BenchmarkConfig.model_fields["tasks"].description, metavar="TASK,…"),
     ],
-    rescale: Factors = None,
-    target: Annotated[
-        str | None, typer.Option(help="Target length of the method, such as 8x.")
-    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(help=BenchmarkConfig.model_fields["ruler_lengths"].description),
@@ -248,11 +228,9 @@ def benchmarks(
             "weights unscaled."
         ),
     ] = None,
-    attention_factor: AttentionFactor = None,
     out: Out = None,
+    subject: dict[str, Any],
     execution: dict[str, Any],
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
     """Print an extended model's scores in lm-eval tasks beside those of the original model."""
@@ -263,32 +241,33 @@ def benchmarks(
     from longrope.models.load import load_model
     from longrope.rope.methods import METHODS
 
-    how = ExecutionConfig.make(execution, option_name)
-    subject = _Subject(
-        model, rescale, target, attention_factor, existing_scaling, original_length, how
-    )
-    if target is None and rescale in METHODS and rescale != "none":
-        raise ValueError(f"--target is missing; give the target length of {rescale}, such as 8x")
+    asked = _subject(model, subject, execution)
+    if asked.target is None and asked.method in METHODS and asked.method != "none":
+        raise ValueError(
+            f"--target is missing; give the target length of {asked.method}, such as 8x"
+        )
     ruler = tuple(lengths.split(",")) if lengths else ()
-    asked = BenchmarkConfig.make(config | {"tasks": tuple(tasks.split(","))}, option_name)
-    of = _of(subject, asked.model_dump(mode="json") | {"lengths": ruler, "original": original})
-    with ranks(how.sequence_parallel) as these:
-        info, pair = subject.inspect()
-        (measured,), made_for = resolve_lengths(info, (target or "1x",), target)
-        entry = subject.entry(info, made_for, measured)
+    benchmark = BenchmarkConfig.make(config | {"tasks": tuple(tasks.split(","))}, option_name)
+    of = _of(asked, benchmark.model_dump(mode="json") | {"lengths": ruler, "original": original})
+    with ranks(asked.execution.sequence_parallel) as these:
+        info, pair = asked.inspect()
+        (measured,), made_for = resolve_lengths(info, (asked.target or "1x",), asked.target)
+        entry = asked.entry(info, made_for, measured)
         if ruler:
             tokens = resolve_lengths(info, ruler, None)[0]
-            asked = asked.model_copy(update={"ruler_lengths": tuple(tokens)})
-        check_benchmarks(asked)
+            benchmark = benchmark.model_copy(update={"ruler_lengths": tuple(tokens)})
+        check_benchmarks(benchmark)
         # Benchmarks other than RULER have prompts of a few thousand tokens.
         usual = min(info.original_max_position_embeddings or 0, 4096)
-        _check("benchmarks", subject, info, these, max(asked.ruler_lengths, default=usual), of, out)
-        loaded = load_model(info.source, how, info=info, group=these.group)
+        _check(
+            "benchmarks", asked, info, these, max(benchmark.ruler_lengths, default=usual), of, out
+        )
+        loaded = load_model(info.source, asked.execution, info=info, group=these.group)
         choose = pair.choose if pair else entry.rescale
         longest = (pair.long if pair else choose(made_for)).max_position_embeddings
         with measurement_cache(out, these.group.size) as cache:
-            before = _original(subject.model, original, how)
-            rows = compare_benchmarks(loaded, choose, longest, before, asked, cache)
+            before = _original(asked.model, original, asked.execution)
+            rows = compare_benchmarks(loaded, choose, longest, before, benchmark, cache)
             _save("benchmarks", rows, of, out, these)
         if these.first:
             _show("benchmarks", rows, print_benchmarks, None, json_)

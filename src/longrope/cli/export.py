@@ -9,9 +9,9 @@ from rich.table import Table
 
 from longrope.cli.app import app
 from longrope.cli.options import (
-    ExistingScaling,
+    EXECUTION,
+    SCALING,
     Json,
-    OriginalLength,
     TrustRemoteCode,
     add_options,
     option_name,
@@ -21,9 +21,11 @@ from longrope.execution import ExecutionConfig
 
 
 @app.command()
+@add_options("scaling", SCALING)
 def export(
+    *,
     model: Annotated[str, typer.Argument(help="A run, a checkpoint, a hub id, or a GGUF file.")],
-    out: Annotated[Path, typer.Option(help="Directory, or .gguf file, to write.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Directory, or .gguf file, to write.")],
     format_: Annotated[
         str, typer.Option("--format", help="hf, hf-static, gguf or gguf-static.")
     ] = "hf",
@@ -51,8 +53,7 @@ def export(
         typer.Option(help="Dtype of weights that come from a GGUF file."),
     ] = "bfloat16",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
+    scaling: dict[str, Any],
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
@@ -69,8 +70,7 @@ def export(
             short=short,
             target=target,
             drop_start_tokens=drop_start_tokens,
-            existing_scaling=existing_scaling,
-            original_length=original_length,
+            **scaling,
             dtype=dtype,
             force=force,
             trust_remote_code=trust_remote_code,
@@ -88,7 +88,7 @@ def export(
 @app.command()
 @add_options(
     "execution",
-    {"Execution": ExecutionConfig},
+    EXECUTION,
     leave_out=("dtype", "offload_activations", "sequence_parallel", "trust_remote_code"),
 )
 def verify(

@@ -3,19 +3,21 @@
 import contextlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
 
-from longrope.base_config import Config
 from longrope.cli.app import app
 from longrope.cli.options import (
     DATA_HELP,
-    ExistingScaling,
+    EXECUTION,
+    FIELD_HELP,
+    SCALING,
     Json,
-    OriginalLength,
+    ScalingOptions,
     add_options,
     examples,
     option_name,
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXECUTION = {"Execution": ExecutionConfig}
 Source = Annotated[
     str | None,
     typer.Argument(
@@ -37,7 +38,7 @@ Source = Annotated[
 ]
 
 
-class ExtensionOptions(Config):
+class ExtensionOptions(ScalingOptions):
     """The options that ``plan`` and ``extend`` share: a recipe, and changes of it."""
 
     target: str | None = Field(
@@ -48,9 +49,7 @@ class ExtensionOptions(Config):
         default=None, description="YAML file with settings, or the name of a shipped recipe."
     )
     data: list[str] | None = Field(default=None, description=DATA_HELP)
-    field: str | None = Field(
-        default=None, description="Text field in JSON, JSONL, CSV, Parquet and datasets."
-    )
+    field: str | None = Field(default=None, description=FIELD_HELP)
     evaluation_data: list[str] | None = Field(
         default=None, description="Held-out text; by default some of --data."
     )
@@ -65,16 +64,15 @@ class ExtensionOptions(Config):
         default=None, description="Start tokens left unscaled (n̂); only longrope applies them."
     )
     seed: int | None = Field(default=None, description="Random seed.")
-    existing_scaling: Literal["keep", "replace"] | None = Field(
-        default=None, description="For a model with RoPE scaling: keep it, or replace it."
-    )
-    original_length: int | None = Field(
-        default=None, description="Original context length in tokens, if the config is wrong."
-    )
     set: list[str] | None = Field(
         default=None,
         description="Any key of the recipe as KEY=VALUE, such as finetune.steps=400; repeatable.",
     )
+
+
+def _describes_an_extension(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give ``plan`` and ``extend`` the options that describe an extension."""
+    return add_options("execution", EXECUTION)(add_options("options", {"": ExtensionOptions})(verb))
 
 
 @app.command(
@@ -83,8 +81,7 @@ class ExtensionOptions(Config):
         "longrope plan --recipe mistral-7b --data books/ --set finetune.steps=200",
     )
 )
-@add_options("options", {"": ExtensionOptions})
-@add_options("execution", EXECUTION)
+@_describes_an_extension
 def plan(
     *,
     model: Source = None,
@@ -133,8 +130,7 @@ def plan(
         "longrope extend --recipe mistral-7b --data books/ --set finetune.steps=200",
     )
 )
-@add_options("options", {"": ExtensionOptions})
-@add_options("execution", EXECUTION)
+@_describes_an_extension
 def extend(
     *,
     model: Source = None,
@@ -237,11 +233,8 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
 
 
 @app.command()
-@add_options(
-    "execution",
-    {"Execution": ExecutionConfig},
-    leave_out=("offload_activations", "sequence_parallel"),
-)
+@add_options("scaling", SCALING)
+@add_options("execution", EXECUTION, leave_out=("offload_activations", "sequence_parallel"))
 def generate(
     *,
     model: Annotated[str, typer.Argument(help="Run of `extend`, or any model.")],
@@ -250,9 +243,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    scaling: dict[str, Any],
     execution: dict[str, Any],
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
 ) -> None:
     """Generate text from a prompt of any length, and print it token by token."""
     from longrope.data.documents import read_text
@@ -267,12 +259,7 @@ def generate(
     text = (read_text(prompt_file) if prompt_file else "") + prompt
     if not text:
         raise ValueError("--prompt is empty; give a prompt or a --prompt-file")
-    loaded, pair = load_extended(
-        model,
-        ExecutionConfig.make(execution, option_name),
-        existing_scaling=existing_scaling,
-        original_length=original_length,
-    )
+    loaded, pair = load_extended(model, ExecutionConfig.make(execution, option_name), **scaling)
     ids = loaded.tokenizer(text, verbose=False)["input_ids"]
     tokens = generate_tokens(
         loaded,

@@ -5,10 +5,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import pydantic
 import typer
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from longrope.base_config import Config
 from longrope.execution import ExecutionConfig
 
 Model = Annotated[
@@ -19,28 +20,33 @@ DATA_HELP = (
     "python-library and python-library-held-out (of this machine); repeatable."
 )
 Data = Annotated[list[str], typer.Option(help=DATA_HELP)]
-Field = Annotated[str, typer.Option(help="Text field in JSON, JSONL, CSV, Parquet and datasets.")]
+FIELD_HELP = "Text field in JSON, JSONL, CSV, Parquet and datasets."
+Field = Annotated[str, typer.Option(help=FIELD_HELP)]
 Pack = Annotated[
     bool, typer.Option("--pack", help="Join documents into windows, with BOS and EOS between them.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-ExistingScaling = Annotated[
-    Literal["keep", "replace"] | None,
-    typer.Option(help="For a model with RoPE scaling: keep it, or replace it."),
-]
-OriginalLength = Annotated[
-    int | None, typer.Option(help="Original context length in tokens, if the config is wrong.")
-]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code", help=ExecutionConfig.model_fields["trust_remote_code"].description
     ),
 ]
-AttentionFactor = Annotated[
-    float | None,
-    typer.Option(help="One attention factor for every method (not for rescale files)."),
-]
+EXECUTION = {"Execution": ExecutionConfig}
+
+
+class ScalingOptions(Config):
+    """How to read a model whose config has RoPE scaling, or a wrong length."""
+
+    existing_scaling: Literal["keep", "replace"] | None = pydantic.Field(
+        default=None, description="For a model with RoPE scaling: keep it, or replace it."
+    )
+    original_length: int | None = pydantic.Field(
+        default=None, description="Original context length in tokens, if the config is wrong."
+    )
+
+
+SCALING = {"": ScalingOptions}
 
 
 def option_name(name: str) -> str:
@@ -55,7 +61,7 @@ def examples(*commands: str) -> str:
 
 def add_options(
     parameter: str,
-    models: Mapping[str, type[BaseModel]],
+    models: Mapping[str, type[Config]],
     *,
     leave_out: tuple[str, ...] = (),
     shared: str = "",
@@ -82,41 +88,35 @@ def add_options(
         panel = shared if len(titles) > 1 else next(iter(titles))
         kinds: list[Any] = [field.annotation for field in titles.values()]
         text = _help(name, titles)
-        if kinds == [bool]:
-            kind, default = (
-                Annotated[bool, typer.Option(option_name(name), help=text, rich_help_panel=panel)],
-                False,
-            )
-        else:
-            if get_origin(kinds[0]) is Literal:  # typer shows one Literal's values as choices
-                kinds = [Literal[tuple(value for kind in kinds for value in get_args(kind))]]
-            joined = functools.reduce(lambda a, b: a | b, kinds) | None
-            kind = Annotated[joined, typer.Option(help=text, rich_help_panel=panel)]
-            default = None
+        if get_origin(kinds[0]) is Literal:  # typer shows one Literal's values as choices
+            kinds = [Literal[tuple(value for kind in kinds for value in get_args(kind))]]
+        kind: Any = functools.reduce(lambda a, b: a | b, kinds)
+        is_flag = kind is bool  # it has no form for False, so False is what was not given
+        declared = typer.Option(
+            *([option_name(name)] if is_flag else []), help=text, rich_help_panel=panel
+        )
         return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if is_flag else None,
+            annotation=Annotated[kind if is_flag else kind | None, declared],
         )
 
-    flags = {
-        name
-        for name, titles in fields.items()
-        if all(field.annotation is bool for field in titles.values())
-    }
+    options = [option(name) for name in fields]
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(verb)
         parameters = []
         for name, own in signature.parameters.items():
-            made = [option(field) for field in fields] if name == parameter else [own]
+            made = options if name == parameter else [own]
             parameters += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in made]
 
         @functools.wraps(verb)
         def called(**arguments: Any) -> None:
-            values = {name: arguments.pop(name) for name in fields}
             given = {
-                name: value
-                for name, value in values.items()
-                if value is not None and not (value is False and name in flags)
+                option.name: value
+                for option in options
+                if (value := arguments.pop(option.name)) is not option.default
             }
             verb(**arguments, **{parameter: given})
 
@@ -130,11 +130,10 @@ def add_options(
 def _help(name: str, titles: Mapping[str, FieldInfo]) -> str:
     """Return the help of an option: its field's description and default."""
     text = (next(iter(titles.values())).description or name).removesuffix(".")
-    defaults = {
-        title: field.default for title, field in titles.items() if field.default is not None
-    }
-    different = name != "algorithm" and len({str(field.default) for field in titles.values()}) > 1
-    for title, default in list(defaults.items())[:1]:
-        if default is not False:
-            text += f"; default {default}" + (f" for {title.lower()}" if different else "")
-    return text + "."
+    defaults = [field.default for field in titles.values()]
+    if name == "algorithm" or len(set(map(str, defaults))) == 1:
+        shown = "" if defaults[0] in (None, False) else f"; default {defaults[0]}"
+    else:
+        title, default = next((t, f.default) for t, f in titles.items() if f.default is not None)
+        shown = f"; default {default} for {title.lower()}"
+    return f"{text}{shown}."

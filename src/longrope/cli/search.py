@@ -9,12 +9,12 @@ from rich.table import Table
 
 from longrope.cli.app import app
 from longrope.cli.options import (
+    EXECUTION,
+    SCALING,
     Data,
-    ExistingScaling,
     Field,
     Json,
     Model,
-    OriginalLength,
     Pack,
     TrustRemoteCode,
     add_options,
@@ -32,22 +32,18 @@ SEARCHES = {"Gradient search": GradientSearchConfig, "Evolution search": Evoluti
 
 
 @app.command()
+@add_options("scaling", SCALING)
 def inspect(
+    *,
     model: Model = "bundled",
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
+    scaling: dict[str, Any],
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Print a model's properties and whether its context can be extended. Reads no weights."""
     from longrope.models.info import inspect_model
 
-    info = inspect_model(
-        model,
-        existing_scaling=existing_scaling,
-        original_length=original_length,
-        trust_remote_code=trust_remote_code,
-    )
+    info = inspect_model(model, **scaling, trust_remote_code=trust_remote_code)
     if json_:
         print_json(dataclasses.asdict(info))
         return
@@ -63,7 +59,8 @@ def inspect(
 
 @app.command()
 @add_options("config", SEARCHES, shared="Search")
-@add_options("execution", {"Execution": ExecutionConfig})
+@add_options("scaling", SCALING)
+@add_options("execution", EXECUTION)
 def search(
     *,
     model: Model = "bundled",
@@ -82,9 +79,8 @@ def search(
         int | None,
         typer.Option(help="Fixed number of start tokens n̂, searched if not given; engines load 0."),
     ] = None,
+    scaling: dict[str, Any],
     execution: dict[str, Any],
-    existing_scaling: ExistingScaling = None,
-    original_length: OriginalLength = None,
     json_: Json = False,
 ) -> None:
     """Search the rescale factors for a target length, and print the loss. Run again to resume."""
@@ -107,12 +103,7 @@ def search(
     )
     how = ExecutionConfig.make(execution, option_name)
     with ranks(how.sequence_parallel) as these:
-        info = inspect_model(
-            model,
-            existing_scaling=existing_scaling,
-            original_length=original_length,
-            trust_remote_code=how.trust_remote_code,
-        )
+        info = inspect_model(model, **scaling, trust_remote_code=how.trust_remote_code)
         info.require_extendable()
         options.check(info)
         check_search(info, target, options.config, how, these)
