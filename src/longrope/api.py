@@ -278,7 +278,7 @@ def extend(
     if isinstance(recipe, str):
         chosen = load_recipe(recipe, **given)
     else:
-        content = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe or {})
+        content = recipe.given() if isinstance(recipe, Recipe) else dict(recipe or {})
         chosen = make_recipe(content | given)
     with ranks(chosen.execution.sequence_parallel) as these:
         run_extension(chosen, Path(output_dir), these)

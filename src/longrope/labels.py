@@ -1,3 +1,19 @@
 """Labels of the extended model's rows in tables, plots and `results.json`."""
 
 RESULT, WITHOUT = "longrope", "longrope without recovery"
+_FINE_TUNED = "fine-tuned + "
+
+
+def fine_tuned(method: str) -> str:
+    """Return the label of the fine-tuned weights under a known method."""
+    return _FINE_TUNED + method
+
+
+def method_of(label: str) -> str:
+    """Return the known method in a row's label, with fine-tuned weights or the original ones."""
+    return label.removeprefix(_FINE_TUNED)
+
+
+def has_extended_weights(label: str) -> bool:
+    """Return whether a row is measured on the extended model's weights."""
+    return label in (RESULT, WITHOUT) or label.startswith(_FINE_TUNED)

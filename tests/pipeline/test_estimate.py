@@ -10,7 +10,15 @@ from longrope.execution import ExecutionConfig
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.pipeline.costs import Costs
-from longrope.pipeline.estimate import Memory, Rates, available, check_memory, estimate_plan
+from longrope.pipeline.estimate import (
+    H100,
+    Memory,
+    Rates,
+    available,
+    check_memory,
+    estimate_plan,
+    parse_gpus,
+)
 from longrope.pipeline.plan import make_plan
 from longrope.pipeline.recipe import make_recipe
 from pipeline.test_plan import info, plan
@@ -33,7 +41,7 @@ def test_training_may_be_spread_over_devices_and_a_forward_not(info):
     check_memory([made["finetune"]], eight)
     with pytest.raises(
         ValueError,
-        match=r"second-search .* second_search.algorithm evolution, .*offload_activations cpu",
+        match=r"second-search .* second_search.algorithm=evolution, .*offload_activations=cpu",
     ):
         check_memory([made["second-search"]], eight)
     kept = plan(info, target="64x", execution={"offload_activations": "cpu"})
@@ -46,7 +54,7 @@ def test_every_device_has_a_teacher_of_its_own(info):
     assert stage.replicated == 4 * info.parameters
     each = (stage.memory - stage.replicated) // 2 + stage.replicated + 2
     check_memory([stage], Memory(each, 2))
-    with pytest.raises(ValueError, match=r"try finetune.distill false, finetune.lora"):
+    with pytest.raises(ValueError, match=r"finetune.lora=64, .*finetune.distill=false"):
         check_memory([stage], Memory(each - 4, 2))
 
 
@@ -55,29 +63,52 @@ def test_the_whole_model_is_on_every_device_before_it_is_shared_out(info):
     whole = 4 * info.parameters
     assert stage.memory < 64 * whole
     check_memory([stage], Memory(whole, 64))
-    with pytest.raises(ValueError, match=r"finetune .*FSDP.*finetune\.precision pure-bf16"):
+    with pytest.raises(ValueError, match=r"finetune .*FSDP.*finetune\.precision=pure-bf16"):
         check_memory([stage], Memory(whole - 1, 64))
 
 
 def test_the_estimate_has_a_time_for_every_stage_that_computes(info):
     recipe = make_recipe({"target": "64x"})
     made = make_plan(info, recipe)
-    estimate = estimate_plan(made, info, recipe, "2x40GB")
+    estimate = estimate_plan(made, info, recipe, parse_gpus("2x40GB"))
     assert estimate.memory == Memory(40 * 10**9, 2)
     for stage in made.stages:
         assert (estimate.seconds(stage) > 0) == (stage.tokens > 0)
-    for wrong in ("lots", "inf"):
-        with pytest.raises(ValueError, match=f"gpus is {wrong!r}"):
-            estimate_plan(made, info, recipe, wrong)
 
 
-def test_a_price_for_gpus_is_theirs_on_a_machine_without_one(info):
-    recipe = make_recipe({"target": "8x", "execution": {"offload_activations": "cpu"}})
+@pytest.mark.parametrize("wrong", ["lots", "inf", "8x"])
+def test_gpus_are_amounts_of_memory(wrong):
+    with pytest.raises(ValueError, match=f"gpus is {wrong!r}"):
+        parse_gpus(wrong)
+
+
+def test_a_price_for_gpus_is_theirs_on_a_machine_without_one(info, monkeypatch):
+    """At the speed of an H100, where this machine has no GPU."""
+    monkeypatch.setattr("longrope.pipeline.estimate.find_device", lambda _: torch.device("cpu"))
+    recipe = make_recipe({"target": "64x", "execution": {"offload_activations": "cpu"}})
     here = estimate_plan(make_plan(info, recipe, on_cpu=True), info, recipe)
-    there = estimate_plan(make_plan(info, recipe, on_cpu=True), info, recipe, "80")
-    assert there.plan["search"].memory < here.plan["search"].memory
-    shown = [[column.header for column in made.table().columns] for made in (here, there)]
+    one, eight = (
+        estimate_plan(make_plan(info, recipe), info, recipe, parse_gpus(gpus))
+        for gpus in ("80GB", "8x80GB")
+    )
+    assert one.plan["search"].memory < here.plan["search"].memory
+    assert one.rates == eight.rates == H100
+    training, search = one.plan["finetune"], one.plan["search"]
+    assert one.seconds(training) == training.linear / 4.2e14 + training.attention / 5.8e14
+    assert eight.seconds(training) == one.seconds(training) / 8
+    assert eight.seconds(search) == one.seconds(search)
+    shown = [[str(column.header) for column in made.table().columns] for made in (here, one, eight)]
     assert shown[1] == [*shown[0][:-1], "offloaded", shown[0][-1]]
+    assert [heads[4] for heads in shown] == ["memory", "memory", "each GPU's memory"]
+
+
+def test_every_stage_that_does_not_fit_is_named(info):
+    made = plan(info, target="64x", finetune={"final": {"steps": 3}})
+    with pytest.raises(
+        ValueError, match=r"^search at .*; finetune at .*; final-finetune at "
+    ) as error:
+        check_memory(made.stages, Memory(10**6))
+    assert "`set` finetune.sequence_length=1024" in str(error.value)
 
 
 def test_where_bfloat16_is_slow_it_is_said(info, monkeypatch):
@@ -87,12 +118,13 @@ def test_where_bfloat16_is_slow_it_is_said(info, monkeypatch):
         return Rates(1e9 if dtype == torch.bfloat16 else 1e11, 1e11)
 
     monkeypatch.setattr("longrope.pipeline.estimate.calibrate", calibrated)
-    recipe = make_recipe({"target": "64x", "execution": {"dtype": "bfloat16"}})
-    found = estimate_plan(make_plan(info, recipe), info, recipe).advice
+    content = {"execution": {"dtype": "bfloat16"}, "finetune": {"precision": "bf16"}}
+    recipe = make_recipe({"target": "64x"} | content)
+    (found,) = estimate_plan(make_plan(info, recipe), info, recipe).notes
     assert "100 times" in found
-    assert "execution.dtype: float32 and finetune.precision: float32" in found
+    assert "--set execution.dtype=float32 --set finetune.precision=float32" in found
     exact = make_recipe({"target": "8x", "execution": {"dtype": "float32"}})
-    assert not estimate_plan(make_plan(info, exact), info, exact).advice
+    assert not estimate_plan(make_plan(info, exact), info, exact).notes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -121,7 +153,7 @@ def test_hidden_states_wait_on_the_host_of_a_gpu_alone(info):
     assert here.host == 0
     check_memory([there], Memory(10**9))
     with pytest.raises(
-        ValueError, match=r"search at 2,048 .* host's .*offload_activations DIRECTORY"
+        ValueError, match=r"search at 2,048 .* host's .*offload_activations=DIRECTORY"
     ):
         check_memory([there], Memory(10**9, host=there.host - 1))
     on_cpu = search(True), search(True, offload_activations="cpu")
@@ -135,14 +167,14 @@ def test_what_helps_is_what_is_not_done_yet(info):
         return Costs(info, recipe, on_cpu).search("search", 2048).helps
 
     assert helps(False) == (
-        "search.algorithm evolution",
-        "execution.offload_activations cpu",
-        "execution.offload_weights true",
-        "execution.chunk_size 2048",
+        "search.algorithm=evolution",
+        "execution.offload_activations=cpu",
+        "execution.offload_weights=true",
+        "execution.chunk_size=2048",
     )
     assert helps(True, offload_weights=True) == (
-        "search.algorithm evolution",
-        "execution.offload_activations DIRECTORY",
+        "search.algorithm=evolution",
+        "execution.offload_activations=DIRECTORY",
     )
     done = {"offload_activations": "cpu", "offload_weights": True, "chunk_size": 2048}
     assert helps(False, {"algorithm": "evolution"}, **done) == ()

@@ -88,19 +88,25 @@ def test_trained_once_more_under_the_target_s_factors(info):
         7,
         made["finetune"].length,
     )
-    shorter = {"final": {"steps": 7, "length": "1k"}}
+    shorter = {"final": {"steps": 7, "sequence_length": "1k"}}
     assert plan(info, target="64x", finetune=shorter)["final-finetune"].length == 1024
     # Jumps reach as far from pieces that are shorter than the original length.
     assert (
-        plan(info, target="64x", finetune={"final": {"steps": 7, "length": "64"}})[
+        plan(info, target="64x", finetune={"final": {"steps": 7, "sequence_length": "64"}})[
             "final-finetune"
         ].length
         == 64
     )
-    with pytest.raises(ValueError, match=r"finetune.final.length is 8; .* at least 16"):
-        plan(info, target="64x", finetune={"final": {"steps": 7, "length": "8"}})
-    with pytest.raises(ValueError, match=r"finetune.final.length is 4,096; .* at most .* 2,048"):
-        plan(info, target="64x", finetune={"final": {"steps": 7, "length": "4k"}})
+    with pytest.raises(ValueError, match=r"finetune.final.sequence_length is 8; .* at least 16"):
+        plan(info, target="64x", finetune={"final": {"steps": 7, "sequence_length": "8"}})
+    with pytest.raises(ValueError, match=r"final.sequence_length is 4,096; .* at most .* 2,048"):
+        plan(info, target="64x", finetune={"final": {"steps": 7, "sequence_length": "4k"}})
+    short = plan(info, target="64x", finetune={"sequence_length": "1k", "final": {"steps": 7}})
+    assert [short[name].length for name in ("search", "finetune", "final-finetune")] == [
+        2048,
+        1024,
+        1024,
+    ]
     # No final fine-tuning where no second search follows.
     direct = plan(info, target="8x", finetune={"enabled": True, "final": {"steps": 7}})
     assert names(direct) == ["search", "finetune", *END]
@@ -145,9 +151,12 @@ def test_without_recovery(info):
         ({"target": 1000}, r"target is 1,000; .* 256"),
         ({"target": "8x", "evaluate": {"lengths": [384]}}, "lengths is 256, 384, 2048; 384 "),
         ({"target": "8x", "evaluate": {"lengths": ["4k"]}}, "evaluate.lengths: 4,096 .* 2,048"),
-        ({"target": "8x", "finetune": {"answer_share": 0.1}}, "finetune.passkey_share is 0"),
-        ({"target": "8x", "finetune": {"distill": True}}, "finetune.short_share is 0"),
-        ({"target": "8x", "finetune": {"final": {"length": "1k"}}}, "finetune.final.steps is 0"),
+        ({"target": "16x", "finetune": {"answer_share": 0.1}}, "finetune.passkey_share is 0"),
+        ({"target": "16x", "finetune": {"distill": True}}, "finetune.short_share is 0"),
+        (
+            {"target": "16x", "finetune": {"final": {"sequence_length": "512"}}},
+            "finetune.final.steps is 0",
+        ),
         ({"target": "8x", "finetune": {"beta2": 1.5}}, "finetune.beta2 is 1.5"),
         ({"target": "8x", "seed": -1}, "seed is -1"),
         ({"target": "8x", "search": {"max_factor": 0.5}}, "search.max_factor is 0.5"),

@@ -65,14 +65,17 @@ def scaled_down(name: str, model: str, data: str) -> dict:
     content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     content |= {"model": model, "data": [data], "execution": {"dtype": "float32"}, "target": "16x"}
     for section in ("search", "second_search", "recovery"):
-        small = SMALL if content[section].get("algorithm") == "evolution" else {}
-        content[section] = {**content[section], **small, "windows": 1, "budget": 5}
-    tuning = content["finetune"]
+        given = content.get(section, {})
+        small = SMALL if given.get("algorithm") == "evolution" else {}
+        content[section] = {**given, **small, "windows": 1, "budget": 5}
+    tuning = content.setdefault("finetune", {})
     tuning |= {"steps": 2, "batch": 2, "micro_batch": 1, "warmup": 1, "precision": "float32"}
     if "through" in tuning:
         tuning |= {"through": "96", "through_steps": 2}
     if "final" in tuning:
-        tuning["final"] = {"steps": 2, "length": "96"}
+        tuning["final"] = {"steps": 2, "sequence_length": "96"}
+    if "sequence_length" in tuning:
+        tuning["sequence_length"] = "128"
     content["evaluate"] = {"documents": 1, "methods": ["none"], "lengths": ["64", "128", "1024"]}
     return content
 
@@ -121,7 +124,7 @@ def test_is_priced_at_its_true_shape(name, tmp_path):
 
 def test_the_command_line_goes_before_the_file(tmp_path):
     assert resolve_recipe(None, None).model == "bundled"
-    assert resolve_recipe(None, "bundled", target="8x").finetune.steps == 260
+    assert resolve_recipe(None, "bundled", target="8x").data == ("python-library",)
     for target in ("512x", "131072", "128k"):
         assert resolve_recipe(None, None, target=target).finetune.through == "2k"
     recipe = resolve_recipe("bundled", None, target="16x", seed=3, finetune={"enabled": False})

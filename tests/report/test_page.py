@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
+from longrope.report.headline import headline, holds_to
 from longrope.report.page import write_page
-from longrope.report.sections import headline
 from longrope.rope.methods import identity, yarn
 
 LENGTHS = (256, 512, 1024, 2048)
@@ -70,10 +70,10 @@ def run(tmp_path):
 
 def test_nothing_is_fetched_and_nothing_unescaped(run):
     page = (run / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
     assert "<script" not in page
     assert "a/&lt;model&gt; &amp; more" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<svg ") == 3
 
 
 def test_markdown_has_the_same_tables(run):
@@ -87,12 +87,70 @@ def test_markdown_has_the_same_tables(run):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_headline_says_the_worst(run):
+def test_headline_leads_with_the_answer():
     lines = headline(results())
-    assert len(lines) == 5
-    assert "perplexity at 2,048 tokens: 9.60 (unscaled ∞" in lines[0]
-    assert all(figure in lines[1] for figure in ("10.10", "256", "+1.0%"))
-    assert all(figure in lines[2] for figure in ("34 of 40", "2,048", "8 of 10"))
+    assert "2,048 tokens holds up to 2,048 tokens" in lines[0]
+    assert "9.60, -4.0% against 10.00 of the original model at 256; ∞ without" in lines[0]
+    assert any("34 of 40" in line and "2,048" in line and "8 of 10" in line for line in lines)
+    assert any("+1.0%" in line and "256" in line for line in lines)
+    assert not any("jumps" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("length", "factor", "trained", "reached", "cause"),
+    [
+        (1024, 1.2, None, 512, "long factors apply beyond 512"),
+        (2048, 1.2, None, 1024, "nothing was trained"),
+        (2048, 1.2, 1024, 1024, "beyond the 1,024 tokens that were trained for"),
+        (512, 1.2, 2048, 256, "did not suffice"),
+        (256, 1.2, None, None, None),
+    ],
+)
+def test_a_jump_is_named_with_its_cause(length, factor, trained, reached, cause):
+    found = results() | {"trained_length": trained}
+    for row in found["perplexity"]:
+        if row["method"] == "longrope" and row["length"] == length:
+            row["perplexity"] *= factor
+    assert holds_to(found) == reached
+    jumps = [line for line in headline(found) if "jumps" in line]
+    assert [f"to {length:,} tokens" in line and cause in line for line in jumps] == (
+        [True] if cause else []
+    )
+
+
+def test_few_passkeys_end_what_holds():
+    found = results()
+    for row in found["passkey"]:
+        if row["length"] == 1024:
+            row["correct"] = 3
+    assert holds_to(found) == 512
+
+
+def test_factors_and_training_are_told_apart(run):
+    found = results() | {"trained_length": 2048, "other_documents": ["a", "b", "c", "d"]}
+    for row in found["perplexity"]:
+        row["fine_tuned"] = row["method"].startswith("longrope")
+    found["perplexity"] += [
+        {"length": 2048, "method": f"fine-tuned + {m}", "perplexity": p, "standard_error": None}
+        | {"tokens": 4096, "fine_tuned": True}
+        for m, p in (("yarn", 9.9), ("ntk", 11.0))
+    ]
+    found["other_perplexity"] = [
+        {"length": n, "method": m, "perplexity": p, "standard_error": None, "fine_tuned": True}
+        for m, n, p in (("none", 256, 20.0), ("longrope", 256, 21.0), ("longrope", 512, 25.0))
+    ]
+    lines = headline(found)
+    assert (
+        "YaRN's factors 9.90, under NTK's 11.00, the original weights under YaRN's 14.00"
+        in (lines[1])
+    )
+    assert any("another kind (a, b, c and 1 more)" in line and "+25.0%" in line for line in lines)
+    assert any("jumps by +19.0% from 256 to 512 tokens on this text" in line for line in lines)
+    (run / "results.json").write_text(json.dumps(found))
+    write_page(run)
+    text = (run / "report.md").read_text()
+    assert "| fine-tuned + yarn | fine-tuned |" in text
+    assert "| yarn | original |" in text
 
 
 def test_a_directory_without_results_is_refused(tmp_path):
@@ -107,8 +165,9 @@ def test_in_a_browser_nothing_is_wider_than_the_screen(run, width):
     page = (run / "report.html").read_text()
     probe = (
         "<script>document.title = [document.documentElement.scrollWidth, innerWidth, "
-        "[...document.images].every(i => i.complete && i.naturalWidth > 0), "
-        "[...document.images].every(i => i.width <= innerWidth)].join(' ')</script>"
+        "document.querySelectorAll('figure svg').length, "
+        "[...document.querySelectorAll('figure svg')].every("
+        "i => i.clientWidth <= innerWidth)].join(' ')</script>"
     )
     (run / "probe.html").write_text(page.replace("</body>", probe + "</body>"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
@@ -122,6 +181,6 @@ def test_in_a_browser_nothing_is_wider_than_the_screen(run, width):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stdout[:500]
-    wide, screen, loaded, fit = title.group(1).split()
-    assert (loaded, fit) == ("true", "true")
+    wide, screen, pictures, fit = title.group(1).split()
+    assert (pictures, fit) == ("3", "true")
     assert int(wide) <= int(screen) <= width

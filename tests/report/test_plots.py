@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -22,9 +23,68 @@ def rows(key, value):
 
 
 def test_factors_are_drawn_as_they_are():
-    (axes,) = plots.factors_figure({"yarn": yarn(), "rescale": yarn()}).axes
+    axes, panel = plots.factors_figure({"yarn": yarn(), "rescale": yarn()}).axes
     assert [line.get_label() for line in axes.lines] == ["yarn", "rescale"]
     assert tuple(axes.lines[0].get_ydata()) == yarn().factors
+    assert set(panel.lines[0].get_ydata()) == {1.0}
+
+
+def test_names_stand_at_the_ends_of_lines_and_apart():
+    same = {name: yarn() for name in ("yarn", "pi", "ntk", "rescale")}
+    axes, _ = plots.factors_figure(same).axes
+    assert {text.get_text() for text in axes.texts} == set(same)
+    places = sorted(text.get_position()[1] for text in axes.texts)
+    assert all(after - before > 0.05 for before, after in itertools.pairwise(places))
+    assert places[0] >= 0
+    assert places[-1] <= 1
+
+
+def test_perplexity_is_drawn_as_its_difference_from_yarn_too():
+    found = [
+        {"method": m, "length": n, "standard_error": None, "perplexity": p, "fine_tuned": trained}
+        for m, trained, values in (
+            ("yarn", False, (20.0, 30.0)),
+            ("fine-tuned + yarn", True, (10.0, 10.0)),
+            ("longrope", True, (9.0, 11.0)),
+        )
+        for n, p in zip((256, 2048), values, strict=True)
+    ]
+    axes, panel = plots.perplexity_figure(found, 256).axes
+    assert [line.get_linestyle() for line in axes.lines if len(line.get_xdata()) == 2] >= ["--"]
+    (difference,) = [line for line in panel.lines if line.get_label() == "longrope"]
+    assert list(difference.get_ydata()) == pytest.approx([-10.0, 10.0])
+
+
+def test_numbers_on_logarithmic_axes_are_plain():
+    figure = plots.perplexity_figure(rows("perplexity", lambda m, n: n / 4), 256)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert "100" in labels
+    assert not any("$" in label for label in labels)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "2k"]
+
+
+def test_counts_stand_in_the_cells_and_what_was_not_asked_is_hatched():
+    found = [
+        {"length": 256, "depth": 0.25, "correct": 3, "trials": 5},
+        {"length": 256, "depth": 0.75, "correct": 5, "trials": 5},
+        {"length": 512, "depth": 0.5, "correct": 0, "trials": 0},
+    ]
+    axes = plots.retrieval_figure(found, "passkey").axes[0]
+    assert {text.get_text() for text in axes.texts} == {"3/5", "5/5"}
+    hatched = [patch for patch in axes.patches if patch.get_hatch()]
+    cells = [patch for patch in axes.patches if not patch.get_hatch()]
+    assert (len(hatched), len(cells)) == (1, 2)
+    assert hatched[0].get_width() == 2
+
+
+def test_ink_of_an_svg_is_the_page_s_color():
+    svg = plots.to_svg(plots.perplexity_figure(rows("perplexity", lambda m, n: n / 4), 256))
+    assert svg.startswith("<svg")
+    assert "currentColor" in svg
+    assert plots._INK not in svg
+    assert "<text" in svg  # not outlines of letters
 
 
 def test_known_methods_stand_on_the_scaling_that_is_kept():

@@ -82,6 +82,7 @@ def _huggingface(manifest: Manifest) -> str:
     target, boundary = manifest.pair.long.max_position_embeddings, manifest.pair.recovery_length
     text = _ENGINES_STATIC if manifest.static else _ENGINES_DUAL
     text = text.format(target=target, boundary=boundary)
+    text += f"\n\n{UNKNOWN_KEYS}"
     ours, theirs = manifest.written.long.attention_factor, manifest.computed_attention_factor
     if abs(ours - theirs) >= 1e-6:
         text += _MLX.format(ours=ours, theirs=theirs)
@@ -109,15 +110,20 @@ def _factors(manifest: Manifest) -> str:
     return "## Factors\n\n" + "\n".join(lines)
 
 
+UNKNOWN_KEYS = (
+    "When transformers loads the model, it may warn of unrecognized keys in `rope_parameters`: "
+    "`short_mscale` and `long_mscale`. vLLM reads the attention factor from these; transformers "
+    "reads it from `attention_factor`. The warning is harmless."
+)
+
 _ENGINES_DUAL = """## Engines
 
 - **transformers** (4.4x to 5.x): loads it as it is. It picks one set for a whole batch, and its
   `generate` keeps cached keys when a sequence passes {boundary:,} tokens (only Phi3 starts over),
   so what it writes beyond is wrong. Keep prompt and answer on one side, or use longrope's runtime:
 
-      from longrope import load_extended, switched
-      loaded, pair = load_extended("this directory")
-      with switched(loaded.model, pair): loaded.model.generate(…)
+      import longrope
+      model = longrope.from_pretrained("this directory")
 
 - **vLLM**: `vllm serve DIR --max-model-len {target}`. Without it the context is {boundary:,}. It
   chooses when it is started: long factors for every request iff `--max-model-len` is more than

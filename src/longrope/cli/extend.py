@@ -1,14 +1,16 @@
 """The verbs `demo`, `plan`, `extend` and `generate`."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import Field
+from rich.table import Table
 
 from longrope.cli.app import app
 from longrope.cli.options import (
@@ -26,7 +28,9 @@ from longrope.cli.tables import console, print_json
 from longrope.execution import ExecutionConfig
 
 if TYPE_CHECKING:
+    from longrope.pipeline.estimate import Estimate
     from longrope.pipeline.recipe import Recipe
+    from longrope.pipeline.run_state import Run
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,11 @@ class ExtensionOptions(ScalingOptions):
     )
     recipe: str | None = Field(
         default=None, description="YAML file with settings, or the name of a shipped recipe."
+    )
+    effort: Literal["quick", "standard", "paper"] | None = Field(
+        default=None,
+        description="How much to search, train and measure; chooses every setting that is not "
+        "given. By default standard.",
     )
     data: list[str] | None = Field(default=None, description=DATA_HELP)
     field: str | None = Field(default=None, description=FIELD_HELP)
@@ -96,23 +105,26 @@ def plan(
     """Print the stages of an extension with tokens, FLOPs, memory and hours; check the text."""
     from longrope.distributed import Ranks, SequenceParallelGroup, ranks
     from longrope.pipeline.checks import check_settings, check_text
-    from longrope.pipeline.estimate import estimate_plan
+    from longrope.pipeline.estimate import estimate_plan, parse_gpus
     from longrope.pipeline.extend import open_run
 
     chosen = _recipe(model, options, execution)
-    group_size = chosen.execution.sequence_parallel
-    if gpus is not None:  # the plan is for another machine, whose processes are not here
-        joined = contextlib.nullcontext(Ranks(0, group_size, SequenceParallelGroup(0, group_size)))
+    memory = None if gpus is None else parse_gpus(gpus)
+    if memory is not None:  # the plan is for another machine, whose processes are not here
+        size = chosen.execution.sequence_parallel
+        joined = contextlib.nullcontext(Ranks(0, size, SequenceParallelGroup(0, size)))
     else:
-        joined = ranks(group_size)
+        joined = ranks(chosen.execution.sequence_parallel)
     with joined as these:
-        run = open_run(chosen, _directory(chosen), these)
+        on_cpu = None if gpus is None else False
+        run = open_run(chosen, _directory(chosen), these, memory, on_cpu)
         _require_training(options, run.plan.trained)
-        estimated = estimate_plan(run.plan, run.info, chosen, gpus, these)
+        estimated = estimate_plan(run.plan, run.info, run.recipe, memory, these)
         if these.first and json_:
-            print_json(estimated.to_json())
+            settings = [dataclasses.asdict(choice) for choice in run.choices]
+            print_json(estimated.to_json() | {"settings": settings})
         elif these.first:
-            _print_estimate(estimated, chosen, gpus)
+            _print_plan(run, estimated)
         estimated.check()
         if gpus is None:
             check_settings(run, run.plan.stages)
@@ -164,7 +176,7 @@ def demo(
 
     Its text is the source of this machine's Python library.
     """
-    _extend(_recipe(None, {"recipe": "bundled"}, execution), out, {}, json_)
+    _extend(_recipe(None, {"recipe": "bundled", "effort": "quick"}, execution), out, {}, json_)
 
 
 def _recipe(model: str | None, options: dict[str, Any], execution: dict[str, Any]) -> "Recipe":
@@ -195,14 +207,19 @@ def _require_training(options: dict[str, Any], trained: int | None) -> None:
         )
 
 
-def _print_estimate(estimated: Any, chosen: "Recipe", gpus: str | None = None) -> None:
-    text = ", ".join(chosen.data) or "none given"
-    console.print(f"{chosen.model} to {chosen.target}; text: {text}", highlight=False)
+def _print_plan(run: "Run", estimated: "Estimate") -> None:
+    """Print a run's plan: the settings that the effort chose, with reasons, then the stages."""
+    recipe = run.recipe
+    text = ", ".join(recipe.data) or "none given"
+    console.print(f"{recipe.model} to {recipe.target}; text: {text}", highlight=False)
+    if run.choices:
+        table = Table("setting", "value", "reason", title=f"Settings of --effort {recipe.effort}")
+        for choice in run.choices:
+            table.add_row(choice.key, str(choice.value), choice.reason)
+        console.print(table)
     console.print(estimated.table())
-    if gpus is not None:
-        console.print("times are of this machine: longrope knows no speed of these GPUs")
-    if estimated.advice:
-        console.print(estimated.advice, soft_wrap=True)
+    for note in estimated.notes:
+        console.print(note, soft_wrap=True, highlight=False)
 
 
 def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: bool) -> None:
@@ -215,9 +232,9 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
     with ranks(chosen.execution.sequence_parallel) as these:
         run = open_run(chosen, directory, these)
         _require_training(options, run.plan.trained)
-        estimated = estimate_plan(run.plan, run.info, chosen, None, these)
+        estimated = estimate_plan(run.plan, run.info, run.recipe, None, these)
         if these.first and not json_:
-            _print_estimate(estimated, chosen)
+            _print_plan(run, estimated)
         page = run_extension(chosen, directory, these)
         if not these.first:
             return
@@ -225,7 +242,7 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
     if json_:
         print_json(results)
         return
-    from longrope.report.sections import headline
+    from longrope.report.headline import headline
 
     for line in headline(results):
         console.print(f"- {line}", highlight=False, soft_wrap=True)

@@ -156,8 +156,7 @@ def _asks(recipe: Recipe, stage: Stage) -> str:
     Empty if the stage has no passkey prompts.
     """
     if stage.kind == "finetune" and recipe.finetune.passkey_share:
-        shorter = stage.name == "final-finetune" and recipe.finetune.final.length
-        return "finetune.passkey_share" + " (with finetune.final.length)" * bool(shorter)
+        return "finetune.passkey_share"
     if stage.kind != "search":
         return ""
     key, section = recipe.section(stage.name)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from longrope.attention.backward import KEYS
 from longrope.attention.chunked import query_block_size
@@ -71,6 +71,7 @@ class Costs:
         self.dtype = info.dtype if execution.dtype == "auto" else execution.dtype
         self.size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
         self.weights = info.parameters * self.size
+        self.precision = recipe.finetune.precision_on(kind)
 
     def search(self, name: str, length: int) -> Stage:
         """Return the cost of a search stage at a length, in FLOPs and memory.
@@ -93,7 +94,7 @@ class Costs:
             stage = dataclasses.replace(
                 stage,
                 **self._places(*self._gradient_memory(length)),
-                helps=(f"{key}.algorithm evolution", *stage.helps),
+                helps=(f"{key}.algorithm=evolution", *stage.helps),
             )
         return stage
 
@@ -126,14 +127,31 @@ class Costs:
             steps,
             replicated=teacher,
             unshared=self.info.parameters * self._master + teacher,
+            helps=tuple(self._training_helps(length, taught)),
         )
+
+    def _training_helps(self, length: int, taught: bool) -> Iterator[str]:
+        """Return the settings that lower the memory cost of training, the least harmful first."""
+        tuning = self.recipe.finetune
+        if not tuning.gradient_checkpointing:
+            yield "finetune.gradient_checkpointing=true"
+        if tuning.micro_batch > 1:
+            yield "finetune.micro_batch=1"
+        if tuning.lora is None:
+            yield "finetune.lora=64"
+        if self.precision != "pure-bf16":
+            yield "finetune.precision=pure-bf16"
+        if taught:
+            yield "finetune.distill=false"
+        if length > (self.info.original_max_position_embeddings or length):
+            yield f"finetune.sequence_length={length // 2}"
 
     def choice(self, recovery: Stage) -> Stage:
         """Return the cost of the stage that chooses between short-context rescales."""
         forwards = 6 * self.recipe.recovery.config.windows
         return self.forwards("recovery", "choose", recovery.length, forwards)
 
-    def evaluation(self, lengths: Sequence[int], trained: int) -> Stage:
+    def evaluation(self, lengths: Sequence[int], trained: int | None) -> Stage:
         """Return the cost of the evaluation stage: perplexity and retrieval, without benchmarks.
 
         Recovery lengths are also measured without recovery and with the unscaled model.
@@ -141,12 +159,16 @@ class Costs:
         """
         section, original, target = self.recipe.evaluate, lengths[0], lengths[-1]
         others = len(section.methods)
+        on_trained = 0 if trained is None else len(section.fine_tuned_methods)
+        elsewhere = 2 if self.recipe.other_sources else 0  # this result's and YaRN's
         unasked = self.recipe.recovery.enabled + ("none" not in section.methods)
         forwards, tokens, linear, attention = 0, 0, 0.0, 0.0
         for length in lengths:
-            trials = section.passkey_trials if length <= trained else section.passkey_trials_beyond
+            near = length <= (trained or target)
+            trials = section.passkey_trials if near else section.passkey_trials_beyond
             methods = others + 1 + (unasked if length <= 2 * original else 0)
-            count = methods * section.documents * (target // length)
+            count = (methods + on_trained) * section.documents * (target // length)
+            count += elsewhere * (target // length)
             count += trials + others * section.passkey_trials_others + section.needle_trials
             one = self.info.forward_flops(length)
             forwards, tokens = forwards + count, tokens + count * length
@@ -162,9 +184,9 @@ class Costs:
         hidden = length * self.hidden * self.size
         helps = []
         if not self.on_host and not self.on_disk:
-            helps = [_OFFLOAD + (" DIRECTORY" if self.on_cpu else " cpu")]
-        helps += [] if self.recipe.execution.offload_weights else ["execution.offload_weights true"]
-        helps += ["execution.chunk_size 2048"] if self.chunk_size > 2048 else []
+            helps = [_OFFLOAD + ("=DIRECTORY" if self.on_cpu else "=cpu")]
+        helps += [] if self.recipe.execution.offload_weights else ["execution.offload_weights=true"]
+        helps += ["execution.chunk_size=2048"] if self.chunk_size > 2048 else []
         return Stage(
             name,
             kind,
@@ -245,7 +267,7 @@ class Costs:
     @property
     def _master(self) -> int:
         """Memory cost of one weight during training, in bytes."""
-        return 2 if self.recipe.finetune.precision == "pure-bf16" else 4
+        return 2 if self.precision == "pure-bf16" else 4
 
     def _training_memory(self, length: int, tokens: int, taught: bool) -> int:
         """Return the memory cost of a training step: its peak bytes.
@@ -257,7 +279,7 @@ class Costs:
         block (measured).
         """
         info, tuning = self.info, self.recipe.finetune
-        half = 4 if tuning.precision == "float32" else 2
+        half = 4 if self.precision == "float32" else 2
         states = info.parameters * self._master * 4
         if tuning.lora is not None:
             states = info.parameters * self._master + info.vocabulary * info.hidden_size * 32

@@ -15,7 +15,7 @@ from longrope.layerwise.activation_storage import free_on_disk
 from longrope.models.devices import find_device
 from longrope.models.info import ModelInfo
 from longrope.pipeline.costs import Stage
-from longrope.pipeline.plan import ContextPlan, make_plan
+from longrope.pipeline.plan import ContextPlan
 from longrope.pipeline.recipe import Recipe
 from longrope.units import duration, gigabytes
 
@@ -28,13 +28,21 @@ _OVERHEAD = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Speeds for time estimates, in FLOPs per second: products with weights, causal attention."""
+    """Speeds for time estimates, in FLOPs per second: products with weights, causal attention.
+
+    ``overhead`` multiplies the time, for work that the FLOPs do not count.
+    """
 
     linear: float
     attention: float
+    overhead: float = _OVERHEAD
 
     def seconds(self, stage: Stage) -> float:
-        return _OVERHEAD * (stage.linear / self.linear + stage.attention / self.attention)
+        return self.overhead * (stage.linear / self.linear + stage.attention / self.attention)
+
+
+# Of whole forward passes of LLaMA2-7B's shape in bfloat16 (docs/performance.md, "On a GPU").
+H100 = Rates(4.2e14, 5.8e14, overhead=1.0)
 
 
 def calibrate(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> Rates:
@@ -89,63 +97,74 @@ class Memory:
             return self.each
         return self.each * self.devices - stage.replicated * (self.devices - 1)
 
+    def share(self, stage: Stage) -> float:
+        """Return the peak bytes of a stage on one device."""
+        if stage.kind != "finetune":
+            return stage.memory
+        return (stage.memory - stage.replicated) / self.devices + stage.replicated
+
 
 def check_memory(stages: Sequence[Stage], memory: Memory, options: bool = False) -> None:
     """Refuse stages whose estimated memory exceeds the free memory.
 
     Args:
-        options: spell the remedies as command-line options instead of recipe keys.
+        options: spell the remedies as options of a verb without recipe.
 
     Raises:
-        ValueError: names the stage, the memory it needs, the memory there is, and the remedies.
+        ValueError: names every such stage, the memory it needs and that there is, and remedies.
     """
+    problems = [text for stage in stages if (text := problem(stage, memory, options))]
+    if problems:
+        raise ValueError("; ".join(problems))
 
-    def tried(*helps: str) -> str:
-        shorter = "a smaller --target"
-        if options and stage.kind == "evaluate":
-            shorter = "shorter --lengths"
-        if options:
-            helps = tuple(_as_option(help) for help in helps)
-        return ", ".join((*helps, shorter, "or a larger machine"))
 
-    for stage in stages:
-        if memory.devices > 1 and stage.unshared > memory.each:
-            raise ValueError(
-                f"{stage.name} starts with the whole model on every device, "
-                f"{gigabytes(stage.unshared)} before FSDP shares it out, and "
-                f"{gigabytes(memory.each)} are free on each; try finetune.precision pure-bf16, "
-                "finetune.distill false, or larger GPUs"
-            )
-        free = memory.of(stage)
-        if stage.memory > free:
-            helps = tried(*stage.helps)
-            if stage.kind == "finetune":
-                helps = "finetune.lora, finetune.precision pure-bf16, or FSDP over more GPUs"
-                if stage.replicated:
-                    helps = f"finetune.distill false, {helps}"
-                helps = ", ".join((*stage.helps, helps))
-            raise ValueError(
-                f"{stage.name} at {stage.length:,} tokens needs about {gigabytes(stage.memory)} "
-                f"and {gigabytes(free)} are free; try {helps}"
-            )
-        less = [help for help in stage.helps if "algorithm" in help]
-        if memory.host is not None and stage.host > memory.host:
-            raise ValueError(
-                f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.host)} in "
-                f"the host's memory, and {gigabytes(memory.host)} of it are free for each process; "
-                f"try {tried('execution.offload_activations DIRECTORY', *less)}"
-            )
-        if memory.disk is not None and stage.disk > memory.disk:
-            raise ValueError(
-                f"{stage.name} at {stage.length:,} tokens keeps about {gigabytes(stage.disk)} in "
-                f"files, and {gigabytes(memory.disk)} of that disk are free for each process; try "
-                f"a directory on a larger one, {tried(*less)}"
-            )
+def problem(stage: Stage, memory: Memory, options: bool = False) -> str:
+    """Return why a stage does not fit into the memory, and the remedies; empty if it fits."""
+    at = f"{stage.name} at {stage.length:,} tokens"
+    less = [help for help in stage.helps if "algorithm" in help]
+    if memory.devices > 1 and stage.unshared > memory.each:
+        return (
+            f"{stage.name} starts with the whole model on every device, "
+            f"{gigabytes(stage.unshared)} before FSDP shares it out, and "
+            f"{gigabytes(memory.each)} are free on each; "
+            + _remedies(["finetune.precision=pure-bf16", "finetune.distill=false"], options)
+            + ", or larger GPUs"
+        )
+    if stage.memory > memory.of(stage):
+        shorter = "shorter `lengths`" if options and stage.kind == "evaluate" else ""
+        return (
+            f"{at} needs about {gigabytes(stage.memory)} and {gigabytes(memory.of(stage))} are "
+            f"free; {_remedies(stage.helps, options)}, {shorter or 'a smaller `target`'}, or a "
+            "larger machine"
+        )
+    if memory.host is not None and stage.host > memory.host:
+        helps = ["execution.offload_activations=DIRECTORY", *less]
+        return (
+            f"{at} keeps about {gigabytes(stage.host)} in the host's memory, and "
+            f"{gigabytes(memory.host)} of it are free for each process; "
+            f"{_remedies(helps, options)}, a smaller `target`, or a larger machine"
+        )
+    if memory.disk is not None and stage.disk > memory.disk:
+        return (
+            f"{at} keeps about {gigabytes(stage.disk)} in files, and {gigabytes(memory.disk)} of "
+            f"that disk are free for each process; {_remedies(less, options)}, a directory on a "
+            "larger one, or a smaller `target`"
+        )
+    return ""
+
+
+def _remedies(helps: Sequence[str], options: bool) -> str:
+    """Write remedies for too little memory, recipe keys and values, as the user gives them."""
+    if not helps:
+        return "try fewer processes"
+    if options:
+        return "try " + ", ".join(map(_as_option, helps))
+    return "try " + ", ".join(f"`set` {help}" for help in helps)
 
 
 def _as_option(remedy: str) -> str:
     """Write a remedy for too little memory, a recipe key, as an option of the command line."""
-    key, value = remedy.rpartition(".")[2].split()
+    key, value = remedy.rpartition(".")[2].split("=")
     return f"--{key.replace('_', '-')}" + (f" {value}" if value != "true" else "")
 
 
@@ -160,25 +179,52 @@ def available(
     return Memory(torch.cuda.mem_get_info(device)[0], processes if sharded() else 1, host, disk)
 
 
+def parse_gpus(text: str) -> Memory:
+    """Parse GPUs to plan for: ``80GB`` is one with so much memory, ``8x80GB`` eight.
+
+    Raises:
+        ValueError: not an amount of memory.
+    """
+    count, _, size = text.lower().removesuffix("gb").rpartition("x")
+    try:
+        return Memory(int(float(size) * 1e9), int(count or 1))
+    except (ValueError, OverflowError):
+        raise ValueError(f"gpus is {text!r}; give gigabytes, such as 80GB or 8x80GB") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Estimate of a plan: the time of each stage on this machine, and the memory available."""
+    """Estimate of a plan: the time of each stage, and the memory available.
+
+    Args:
+        rates: speeds of everything but training.
+        training_rates: speeds of training.
+        memory: of this machine, or of the GPUs that are planned for.
+        processes: that share the work of the stages which can be shared.
+        notes: sentences for the user.
+    """
 
     plan: ContextPlan
     rates: Rates
     training_rates: Rates
     memory: Memory
-    advice: str = ""
+    processes: int = 1
+    notes: tuple[str, ...] = ()
 
     def seconds(self, stage: Stage) -> float:
-        """Return the estimated seconds of a stage."""
+        """Return the estimated seconds of a stage.
+
+        Searches are counted for one process: gradient steps follow each other.
+        """
         rates = self.training_rates if stage.kind == "finetune" else self.rates
-        return rates.seconds(stage)
+        shared = self.processes if stage.kind in ("finetune", "evaluate") else 1
+        return rates.seconds(stage) / shared
 
     def table(self) -> Table:
         """Return the estimate as the table that ``longrope plan`` prints."""
         elsewhere = any(stage.host or stage.disk for stage in self.plan.stages)
-        heads = ["stage", "length", "tokens", "FLOPs", "memory"]
+        each = "each GPU's memory" if self.memory.devices > 1 else "memory"
+        heads = ["stage", "length", "tokens", "FLOPs", each]
         heads += ["offloaded"] if elsewhere else []
         table = Table(*heads, "time (estimate)")
         total = 0.0
@@ -187,12 +233,13 @@ class Estimate:
             total += seconds
             flops = stage.linear + stage.attention
             waits = stage.host or stage.disk
+            fits = "" if not problem(stage, self.memory) else " (does not fit)"
             table.add_row(
                 stage.name,
                 f"{stage.length:,}",
                 f"{stage.tokens:,}",
                 f"{flops:.2g}" if flops else "",
-                gigabytes(stage.memory) if stage.memory else "",
+                gigabytes(self.memory.share(stage)) + fits if stage.memory else "",
                 *([gigabytes(waits) if waits else ""] if elsewhere else []),
                 duration(seconds) if flops else "",
             )
@@ -218,44 +265,44 @@ def estimate_plan(
     plan: ContextPlan,
     info: ModelInfo,
     recipe: Recipe,
-    gpus: str | None = None,
+    gpus: Memory | None = None,
     ranks: Ranks | None = None,
 ) -> Estimate:
-    """Measure this machine and estimate the time and memory of a plan.
+    """Estimate the time and memory of a plan, on this machine or on GPUs.
+
+    This machine's speed is measured. GPUs have that of this machine's, or else an H100's, which
+    was measured on whole forward passes.
 
     Args:
-        gpus: GPUs to plan for instead of this machine, in gigabytes: ``80GB`` or ``8x80GB``.
+        gpus: GPUs that the plan is for, instead of this machine.
         ranks: the processes that share the work.
-
-    Raises:
-        ValueError: ``gpus`` is not an amount of memory.
     """
     device = find_device(local_device(recipe.execution.device))
+    processes = (ranks or Ranks()).size
+    if gpus is not None and device.type == "cpu":
+        note = (
+            "Hours are those of an H100, whose forward passes were measured; training is priced "
+            "at the same speed. Other GPUs take longer or less in proportion to their speed."
+        )
+        return Estimate(plan, H100, H100, gpus, gpus.devices, (note,))
     name = info.dtype if recipe.execution.dtype == "auto" else recipe.execution.dtype
-    training = "float32" if recipe.finetune.precision == "float32" else "bfloat16"
+    single = recipe.finetune.precision_on(device.type) == "float32"
+    training = "float32" if single else "bfloat16"
     rates = {
         dtype: calibrate(info, device, getattr(torch, dtype))
         for dtype in {"float32", name, training}
     }
-    ranks = ranks or Ranks()
-    memory = available(device, ranks.size, recipe.execution.offload_activations)
-    if gpus is not None:
-        # for GPUs, whatever this machine has
-        plan = make_plan(info, recipe, group_size=ranks.group.size)
-        count, _, size = gpus.lower().removesuffix("gb").rpartition("x")
-        try:
-            memory = Memory(int(float(size) * 1e9), int(count or 1))
-        except (ValueError, OverflowError):
-            raise ValueError(f"gpus is {gpus!r}; give gigabytes, such as 80GB or 8x80GB") from None
+    memory = gpus or available(device, processes, recipe.execution.offload_activations)
     used = {"execution.dtype": name, "finetune.precision": training}
     if plan.trained is None:
         del used["finetune.precision"]
     slow = [key for key, dtype in used.items() if rates["float32"].linear > 2 * rates[dtype].linear]
-    advice = ""
+    notes = []
     if slow:
         ratio = rates["float32"].linear / min(rates[used[key]].linear for key in slow)
-        advice = (
-            f"float32 is {ratio:.0f} times as fast on this machine: set "
-            f"{' and '.join(f'{key}: float32' for key in slow)} in the recipe"
+        notes.append(
+            f"float32 is {ratio:.0f} times as fast on this machine: "
+            + " ".join(f"--set {key}=float32" for key in slow)
         )
-    return Estimate(plan, rates[name], rates[training], memory, advice)
+    processes = gpus.devices if gpus else processes
+    return Estimate(plan, rates[name], rates[training], memory, processes, tuple(notes))

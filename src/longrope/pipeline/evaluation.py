@@ -18,7 +18,7 @@ from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.measure import Measurement, measure
 from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
 from longrope.files import JsonlStore, finite_or_none, write_atomically
-from longrope.labels import RESULT, WITHOUT
+from longrope.labels import RESULT, WITHOUT, fine_tuned, has_extended_weights, method_of
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.plan import evaluation_lengths
 from longrope.pipeline.results import RunMeasurement, run_results
@@ -26,9 +26,6 @@ from longrope.pipeline.run_state import Run
 from longrope.progress import progress
 from longrope.rope.rescale import Rescale
 from longrope.version import __version__
-
-# Rows that are measured on the extended model.
-_EXTENDED = (RESULT, WITHOUT)
 
 
 def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
@@ -42,13 +39,17 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     # By model, then by length: with several ranks the longest first, so that all end together.
     order = -1 if ranks.group_count > 1 else 1
     missing.sort(
-        key=lambda i: (wanted[i].method in _EXTENDED, order * wanted[i].measurement.length, i)
+        key=lambda i: (
+            has_extended_weights(wanted[i].method),
+            order * wanted[i].measurement.length,
+            i,
+        )
     )
     mine = missing[ranks.group_index :: ranks.group_count]
     with progress("evaluate", len(mine), show=ranks.first) as advance:
         for number, index in enumerate(mine, 1):
             method, one = wanted[index].method, wanted[index].measurement
-            loaded = run.trained() if method in _EXTENDED else run.original()
+            loaded = run.trained() if has_extended_weights(method) else run.original()
             cache = MeasurementCache(directory / "unfinished", ranks.rank)
             found = measure(loaded, one, cache)
             if ranks.group.rank == 0:
@@ -88,17 +89,26 @@ def _wanted(run: Run) -> Iterator[RunMeasurement]:
     shortest = question_tokens(run.tokenizer, section.digits)
     scored = run.splits.evaluation_documents(plan.target, section.documents)
     haystack = run.splits.evaluation
+    other, other_lengths = run.splits.other_document(lengths)
     models = {extended: _identity(run, extended) for extended in (False, True)}
 
     def cell(kind: str, method: str, length: int, options: Any) -> RunMeasurement:
         documents: tuple[TokenDocument, ...] | list[TokenDocument] = ()
         documents = {"perplexity": scored, "needle": haystack}.get(kind, documents)
-        model, choose = models[method in _EXTENDED], _choose(run, method)
+        model, choose = models[has_extended_weights(method)], _choose(run, method)
         return RunMeasurement(method, Measurement(kind, model, choose, length, options, documents))
 
     def perplexity(method: str, length: int) -> RunMeasurement:
         options = PerplexityConfig(lengths=tuple(lengths), tokens_per_document=plan.target)
         return cell("perplexity", method, length, options)
+
+    def perplexity_elsewhere(method: str, length: int) -> RunMeasurement:
+        options = PerplexityConfig(
+            lengths=tuple(other_lengths), tokens_per_document=max(other_lengths)
+        )
+        model, choose = models[has_extended_weights(method)], _choose(run, method)
+        one = Measurement("perplexity", model, choose, length, options, other)
+        return RunMeasurement(method, one, other=True)
 
     def retrieval(kind: str, method: str, length: int, trials: int) -> RunMeasurement:
         config = RetrievalConfig(trials=trials, digits=section.digits, seed=recipe.seed)
@@ -133,6 +143,14 @@ def _wanted(run: Run) -> Iterator[RunMeasurement]:
         for length in short:
             yield perplexity(WITHOUT, length)
         yield from benchmarks(WITHOUT)
+    if plan.trained is not None:
+        for method in section.fine_tuned_methods:
+            for length in lengths:
+                yield perplexity(fine_tuned(method), length)
+    for method in ("none", "yarn", RESULT):
+        for length in other_lengths:
+            if method in (*section.methods, RESULT) or length == plan.original:
+                yield perplexity_elsewhere(method, length)
 
 
 def _identity(run: Run, extended: bool) -> str:
@@ -157,7 +175,7 @@ def _choose(run: Run, method: str) -> Callable[[int], Rescale]:
     if method == WITHOUT:
         long = run.long
         return lambda length: long
-    return lambda length: run.info.rescale(method, run.plan.target, length)
+    return lambda length: run.info.rescale(method_of(method), run.plan.target, length)
 
 
 def _result(kind: str, found: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from what it has on disk. So the same command resumes the run, whatever ended it
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -28,13 +29,17 @@ from longrope.errors import RankLost
 from longrope.files import only_process, require_directory
 from longrope.models.devices import find_device
 from longrope.models.info import inspect_model
+from longrope.models.sources import display_name
+from longrope.models.target_length import parse_extension
 from longrope.pipeline.checks import check_extension
 from longrope.pipeline.costs import Stage
+from longrope.pipeline.effort import Choice, Situation, apply_choices, choose_settings
+from longrope.pipeline.estimate import Memory, available
 from longrope.pipeline.evaluation import evaluate_run
-from longrope.pipeline.plan import make_plan
+from longrope.pipeline.plan import ContextPlan, make_plan, training_length
 from longrope.pipeline.recipe import Recipe, Search
 from longrope.pipeline.recovery import choose
-from longrope.pipeline.run_state import Run
+from longrope.pipeline.run_state import Run, recorded_choices
 from longrope.progress import console
 from longrope.report.page import write_page
 from longrope.rope.pair import RescalePair
@@ -97,10 +102,20 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
     return out / "report.html"
 
 
-def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
-    """Open an extension: inspect the model and plan the stages.
+def open_run(
+    recipe: Recipe,
+    out: Path,
+    ranks: Ranks,
+    memory: Memory | None = None,
+    on_cpu: bool | None = None,
+) -> Run:
+    """Open an extension: inspect the model, choose the settings that are left, plan the stages.
 
-    No weights are read and nothing is written.
+    No weights are read and nothing is written. A started run keeps the settings chosen for it.
+
+    Args:
+        memory: to plan for, instead of what is free on this machine.
+        on_cpu: whether the run is for a CPU, by default as on this machine.
 
     Raises:
         ValueError: the model cannot be extended to this target, or ``out`` cannot be written.
@@ -114,8 +129,32 @@ def open_run(recipe: Recipe, out: Path, ranks: Ranks) -> Run:
     )
     info.require_extendable()
     device = find_device(local_device(recipe.execution.device))
-    plan = make_plan(info, recipe, on_cpu=device.type == "cpu", group_size=ranks.group.size)
-    return Run(recipe, info, plan, out, ranks)
+    on_cpu = device.type == "cpu" if on_cpu is None else on_cpu
+    target, original = parse_extension(recipe.target, info), info.original_max_position_embeddings
+    assert original is not None
+    lengths = ContextPlan(original, training_length(recipe, original, target), target, ())
+    run = Run(recipe, info, lengths, out, ranks)
+    choices: list[Choice] = []
+    if ranks.first:
+        processes = memory.devices if memory else ranks.size
+        memory = memory or available(device, ranks.size, recipe.execution.offload_activations)
+        situation = Situation(memory, _training_tokens(run), processes, on_cpu)
+        choices = choose_settings(recipe, info, situation)
+        recorded = {choice.key: choice for choice in recorded_choices(out)}
+        choices = [recorded.get(choice.key, choice) for choice in choices]
+    shared = ranks.broadcast([dataclasses.asdict(choice) for choice in choices])
+    choices = [Choice(**choice) for choice in shared]
+    recipe = apply_choices(recipe, choices)
+    planned = make_plan(info, recipe, on_cpu=on_cpu, group_size=ranks.group.size)
+    return Run(recipe, info, planned, out, ranks, choices)
+
+
+def _training_tokens(run: Run) -> int | None:
+    """Return the tokens of a run's training text; None if there is none, or no usable one."""
+    try:
+        return sum(map(len, run.splits.training)) if run.recipe.data else None
+    except ValueError:  # reported when the text is checked
+        return None
 
 
 def _search(run: Run, stage: Stage) -> dict[str, Any]:
@@ -196,12 +235,15 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
     tuning, original = run.recipe.finetune, run.plan.original
     settings = tuning.model_copy(update={"steps": stage.steps})
     is_final, seed = stage.name == "final-finetune", run.recipe.seed
+    searched = run.plan.before(stage.name, "search")
+    assert searched is not None
+    trained_for = run.plan[searched].length
     dataset = LongContextDataset(
         run.splits.training,
         loaded.tokenizer,
         stage.length,
         stage.steps * tuning.batch,
-        reach=round(tuning.final.reach * run.plan.target) if is_final else 0,
+        reach=round(tuning.reach * trained_for) if stage.length < trained_for else 0,
         seed=seed + is_final,  # other sequences than fine-tuning's
         passkey_share=tuning.passkey_share,
         answer_share=tuning.answer_share,
@@ -209,8 +251,6 @@ def _finetune(run: Run, stage: Stage) -> dict[str, Any]:
         short_length=original,
         batch=tuning.batch,
     )
-    searched = run.plan.before(stage.name, "search")
-    assert searched is not None
     # Short windows are trained as they will be used: with the exported attention factor.
     short = run.info.rescale("none", original)
     short = short.replace(attention_factor=run.attention_factor(run.plan.target))
@@ -271,8 +311,8 @@ def _export(run: Run, stage: Stage) -> dict[str, Any]:
                 pair.long.start_tokens,
             )
             portable = RescalePair(pair.short, pair.long.replace(start_tokens=0))
-        source = Path(run.recipe.model).name
-        export_model(loaded, Manifest("hf", source, portable), run.out / "model")
+        manifest = Manifest("hf", display_name(run.recipe.model), portable)
+        export_model(loaded, manifest, run.out / "model")
         pair.long.save(run.out / "rescale.json")
         pair.short.save(run.out / "short.json")
         found = run.record("recovery") if "recovery" in run.plan else {}

@@ -59,21 +59,7 @@ def make_plan(
     target = parse_extension(recipe.target, info)
     original = info.original_max_position_embeddings
     assert original is not None
-    trains = recipe.finetune.enabled
-    if trains is None:
-        trains = target > STEP * original
-    if not trains and target > STEP * original:
-        raise ValueError(
-            f"target is {target:,}, {target / original:g} times the original length; beyond "
-            f"{STEP}x a model must be fine-tuned: leave finetune.enabled null or true"
-        )
-    trained = _trained_length(recipe, original, target) if trains else None
-    if trained is not None and trained > FURTHEST * original:
-        raise ValueError(
-            f"target is {target:,}, {target / original:g} times the original length; one "
-            f"extension reaches {FURTHEST * STEP}x ({FURTHEST * STEP * original:,}): extend "
-            "its result again"
-        )
+    trained = training_length(recipe, original, target)
     cost = Costs(info, recipe, on_cpu, group_size)
     if trained is None:
         stages = [cost.search("search", target)]
@@ -86,13 +72,14 @@ def make_plan(
         stages.append(cost.choice(stages[-1]))
     stages.append(Stage("export", "export", target, 0, memory=cost.weights))
     lengths = evaluation_lengths(recipe, original, target)
-    stages.append(cost.evaluation(lengths, trained or target))
+    stages.append(cost.evaluation(lengths, trained))
     stages.append(Stage("report", "report", target, 0))
     return ContextPlan(original, trained, target, tuple(stages))
 
 
 def _training(cost: Costs, recipe: Recipe, original: int, trained: int, target: int) -> list[Stage]:
     """Plan the search and training stages up to the target."""
+    recipe.check_training()
     tuning, stages = recipe.finetune, []
     if tuning.through is not None:
         through = parse_length(tuning.through, original)
@@ -104,25 +91,50 @@ def _training(cost: Costs, recipe: Recipe, original: int, trained: int, target: 
         stages.append(cost.search("through-search", through))
         stages.append(cost.training("through-finetune", tuning.through_steps, through))
     stages.append(cost.search("search", trained))
-    stages.append(cost.training("finetune", tuning.steps, trained))
+    length = _sequence_length("finetune", tuning.sequence_length, original, trained)
+    stages.append(cost.training("finetune", tuning.steps, length))
     if trained == target:
         return stages
     stages.append(cost.search("second-search", target))
     if tuning.final.steps:
-        length = trained
-        if tuning.final.length is not None:
-            length = parse_length(tuning.final.length, original)
-            # May be shorter than the original length: only the positions need to reach far.
-            if not SHORTEST <= length <= trained:
-                raise ValueError(
-                    f"finetune.final.length is {length:,}; it must be at least {SHORTEST} and at "
-                    f"most the length that is trained at, {trained:,}"
-                )
+        given = tuning.final.sequence_length or tuning.sequence_length
+        length = _sequence_length("finetune.final", given, original, trained)
         stages.append(cost.training("final-finetune", tuning.final.steps, length))
     return stages
 
 
-def _trained_length(recipe: Recipe, original: int, target: int) -> int:
+def _sequence_length(section: str, given: str | None, original: int, trained: int) -> int:
+    """Return the tokens of a training sequence.
+
+    They may be fewer than the original length: only the positions need to reach far.
+    """
+    length = trained if given is None else parse_length(given, original)
+    if not SHORTEST <= length <= trained:
+        raise ValueError(
+            f"{section}.sequence_length is {length:,}; it must be at least {SHORTEST} and at most "
+            f"the training length, {trained:,}"
+        )
+    return length
+
+
+def training_length(recipe: Recipe, original: int, target: int) -> int | None:
+    """Return the length that a plan trains for, in tokens; None if nothing is trained.
+
+    Raises:
+        ValueError: the target needs training that the recipe excludes, is too far for one
+            training, or the recipe's length is out of range.
+    """
+    trains = recipe.finetune.enabled
+    if trains is None:
+        trains = target > STEP * original
+    if not trains:
+        if target > STEP * original:
+            raise ValueError(
+                f"target is {target:,}, {target / original:g} times the original length; beyond "
+                f"{STEP}x a model must be fine-tuned: leave finetune.enabled null or true"
+            )
+        return None
+    length = max(math.ceil(target / STEP), min(2 * original, target))
     if recipe.finetune.length is not None:
         length = parse_length(recipe.finetune.length, original)
         if not original < length <= target:
@@ -130,10 +142,15 @@ def _trained_length(recipe: Recipe, original: int, target: int) -> int:
                 f"finetune.length is {length:,}; it must be beyond the original length, "
                 f"{original:,}, and at most the target, {target:,}"
             )
-        return length
-    if target <= STEP * original:
-        return target
-    return max(math.ceil(target / STEP), min(2 * original, target))
+    elif target <= STEP * original:
+        length = target
+    if length > FURTHEST * original:
+        raise ValueError(
+            f"target is {target:,}, {target / original:g} times the original length; one "
+            f"extension reaches {FURTHEST * STEP}x ({FURTHEST * STEP * original:,}): extend "
+            "its result again"
+        )
+    return length
 
 
 def evaluation_lengths(recipe: Recipe, original: int, target: int) -> list[int]:

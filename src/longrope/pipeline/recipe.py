@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     Field,
+    SerializationInfo,
     ValidationError,
     model_serializer,
     model_validator,
@@ -35,8 +36,6 @@ class Search(Config):
     options of the search configuration stand beside ``method``.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {}
-
     method: str = "search"
     config: SearchConfig = GradientSearchConfig()
 
@@ -48,12 +47,17 @@ class Search(Config):
         own = {name for name in cls.model_fields if name != "config"}
         options = {name: value for name, value in content.items() if name not in own}
         own_values = {name: value for name, value in content.items() if name in own}
-        return own_values | {"config": cls.defaults | options}
+        return own_values | {"config": options}
 
     @model_serializer
-    def _flatten(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in type(self).model_fields if name != "config"}
-        return own | self.config.model_dump()
+    def _flatten(self, info: SerializationInfo) -> dict[str, Any]:
+        names = self.model_fields_set if info.exclude_unset else set(type(self).model_fields)
+        own = {
+            name: getattr(self, name)
+            for name in type(self).model_fields
+            if name in names and name != "config"
+        }
+        return own | self.config.model_dump(exclude_unset=info.exclude_unset)
 
 
 class FinalFinetune(Config):
@@ -61,14 +65,11 @@ class FinalFinetune(Config):
 
     Args:
         steps: optimiser steps after the second search; 0 leaves it out.
-        length: tokens of its sequences. Default: the training length.
-        reach: largest position in them, as a multiple of the target. Training beyond the target
-            avoids an untrained edge there.
+        sequence_length: tokens of its sequences. Default: as in the first fine-tuning.
     """
 
     steps: _Count = 0
-    length: str | None = None
-    reach: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.25
+    sequence_length: str | None = None
 
 
 class Finetune(FinetuneConfig):
@@ -77,6 +78,11 @@ class Finetune(FinetuneConfig):
     Args:
         enabled: whether to train; null trains where the target is beyond 8 times the original.
         length: training length, such as 128k or 8x. Default: an eighth of the target.
+        sequence_length: tokens of a training sequence. In a shorter one than the training length,
+            positions jump once, at random, and reach beyond that length (PoSE, arXiv 2309.10400).
+            Default: the training length.
+        reach: largest position in such sequences, as a multiple of the length that is trained
+            for. Training beyond that length avoids an untrained edge there.
         through: a shorter length to train at first (the paper trains at 128k before 256k).
         through_steps: steps at that length.
         final: a last fine-tuning, on sequences whose positions reach beyond the target.
@@ -84,6 +90,8 @@ class Finetune(FinetuneConfig):
 
     enabled: bool | None = None
     length: str | None = None
+    sequence_length: str | None = None
+    reach: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.25
     through: str | None = None
     through_steps: _Positive = 400
     final: FinalFinetune = FinalFinetune()
@@ -91,8 +99,6 @@ class Finetune(FinetuneConfig):
 
 class Recovery(Search):
     """Recipe section of the two searches for the short context."""
-
-    defaults: ClassVar[dict[str, Any]] = {"windows": 20}
 
     enabled: bool = True
 
@@ -104,9 +110,15 @@ class Evaluate(Config):
 
     Recovery is compared with the unscaled model, so that is measured at the short lengths even
     without ``none`` among the methods.
+
+    Args:
+        methods: known methods to measure on the original weights.
+        fine_tuned_methods: known methods to measure on the fine-tuned weights. They separate the
+            effect of the factors from that of the training text.
     """
 
     methods: tuple[str, ...] = ("none", "pi", "ntk", "yarn")
+    fine_tuned_methods: tuple[str, ...] = ("yarn", "ntk")
     lengths: tuple[str, ...] = ()
     documents: _Positive = 10
     passkey_trials: _Count = 0
@@ -120,13 +132,21 @@ class Evaluate(Config):
 class Recipe(Config):
     """Recipe: all settings of a run of ``longrope extend``.
 
-    ``execution`` says where and how the model computes; training does not offload its weights.
+    The keys that are not given are chosen by ``effort`` from the model and the text
+    (:mod:`longrope.pipeline.effort`). ``execution`` says where and how the model computes;
+    training does not offload its weights.
+
+    ``evaluation_data`` is held-out text, by default a part of ``data``. ``other_data`` is text of
+    another kind to measure perplexity on as well: by default held-out packages of the Python
+    library, unless the data is the Python library.
     """
 
     model: str = "bundled"
     target: str
+    effort: Literal["quick", "standard", "paper"] = "standard"
     data: tuple[str, ...] = ()
     evaluation_data: tuple[str, ...] = ()
+    other_data: tuple[str, ...] | None = None
     field: str = "text"
     seed: _Count = 0
     existing_scaling: Literal["keep", "replace"] | None = None
@@ -162,28 +182,48 @@ class Recipe(Config):
                 kinds = (*kinds, "yarn-log")
             if section.method not in kinds:
                 raise ValueError(f"{name}.method is {section.method!r}; choose {', '.join(kinds)}")
-        if self.finetune.answer_share and not self.finetune.passkey_share:
+        for key in ("methods", "fine_tuned_methods"):
+            for method in getattr(self.evaluate, key):
+                if method not in METHODS:
+                    raise ValueError(
+                        f"evaluate.{key}: no method {method!r}; there are {', '.join(METHODS)}"
+                    )
+
+    def check_training(self) -> None:
+        """Refuse training settings that contradict each other.
+
+        Raises:
+            ValueError: names the fields, their values and the remedy.
+        """
+        tuning = self.finetune
+        if tuning.answer_share and not tuning.passkey_share:
             raise ValueError(
-                f"finetune.answer_share is {self.finetune.answer_share:g} and "
-                "finetune.passkey_share is 0: there are no answers; give a share of passkey "
-                "prompts, such as 0.1"
+                f"finetune.answer_share is {tuning.answer_share:g} and finetune.passkey_share is "
+                "0: there are no answers; give a share of passkey prompts, such as 0.1"
             )
-        if self.finetune.distill and not self.finetune.short_share:
+        if tuning.distill and not tuning.short_share:
             raise ValueError(
                 "finetune.distill is true and finetune.short_share is 0: only short windows learn "
                 "from the model as it came; give a share of them, such as 0.25"
             )
-        if self.finetune.final.length and not self.finetune.final.steps:
+        if tuning.final.sequence_length and not tuning.final.steps:
             raise ValueError(
-                f"finetune.final.length is {self.finetune.final.length!r} and "
+                f"finetune.final.sequence_length is {tuning.final.sequence_length!r} and "
                 "finetune.final.steps is 0: nothing is trained after the second search; give "
                 "steps, such as 100"
             )
-        for method in self.evaluate.methods:
-            if method not in METHODS:
-                raise ValueError(
-                    f"evaluate.methods: no method {method!r}; there are {', '.join(METHODS)}"
-                )
+
+    @property
+    def other_sources(self) -> tuple[str, ...]:
+        """Sources of the text of another kind."""
+        if self.other_data is not None:
+            return self.other_data
+        from_library = any(s.startswith("python-library") for s in self.data + self.evaluation_data)
+        return () if from_library else ("python-library-held-out",)
+
+    def given(self) -> dict[str, Any]:
+        """Return the recipe's keys that were given, without those left at their defaults."""
+        return self.model_dump(exclude_unset=True)
 
     def save(self, path: Path) -> None:
         """Write the resolved recipe: every key, also those left at their defaults."""
@@ -263,10 +303,10 @@ def resolve_recipe(
         raise ValueError("target is missing; give the tokens to reach, such as 8x or 128k")
     else:
         recipe = make_recipe(changes)
-    content = recipe.model_dump()
+    content = recipe.given()
     for section, given in (("finetune", finetune), ("execution", execution)):
         given = {name: value for name, value in (given or {}).items() if value is not None}
-        content[section] |= given
+        content[section] = content.get(section, {}) | given
     for setting in settings:
         _set(content, setting)
     return make_recipe(content)
@@ -276,9 +316,9 @@ def _set(content: dict[str, Any], setting: str) -> None:
     """Change one key of a recipe's content by ``KEY=VALUE``, such as ``finetune.steps=400``."""
     key, equals, value = setting.partition("=")
     *sections, name = key.strip().split(".")
-    place = content
+    place: Any = content
     for section in sections:
-        place = place.get(section) if isinstance(place, dict) else None
+        place = place.setdefault(section, {}) if isinstance(place, dict) else None
     if not equals or not isinstance(place, dict):
         raise ValueError(f"set={setting!r}: give KEY=VALUE, such as finetune.steps=400")
     if name == "algorithm" and len(sections) == 1:  # the other algorithm's options do not apply

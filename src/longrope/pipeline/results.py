@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ import transformers
 
 from longrope.evaluate.measure import Measurement
 from longrope.evaluate.statistics import benchmark_difference
-from longrope.labels import RESULT, WITHOUT
+from longrope.labels import RESULT, WITHOUT, has_extended_weights
+from longrope.models.sources import display_name
 from longrope.pipeline.run_state import Run
 from longrope.version import __version__
 
@@ -17,10 +19,14 @@ SCHEMA = 1
 
 
 class RunMeasurement(NamedTuple):
-    """One cell of a run's results: a measurement, and the name of the factors that it is under."""
+    """One cell of a run's results: a measurement, and the name of the factors that it is under.
+
+    ``other`` marks text of another kind.
+    """
 
     method: str
     measurement: Measurement
+    other: bool = False
 
 
 Measured = Sequence[tuple[RunMeasurement, dict[str, Any]]]
@@ -29,14 +35,20 @@ Measured = Sequence[tuple[RunMeasurement, dict[str, Any]]]
 def run_results(run: Run, measured: Measured) -> dict[str, Any]:
     """Return a run's results as the content of ``results.json``."""
     plan, pair = run.plan, run.pair
-    perplexity = [
-        {"length": cell.measurement.length, "method": cell.method} | found
+    rows = [
+        (
+            cell.other,
+            {"length": cell.measurement.length, "method": cell.method}
+            | {"fine_tuned": plan.trained is not None and has_extended_weights(cell.method)}
+            | found,
+        )
         for cell, found in measured
         if cell.measurement.kind == "perplexity"
     ]
+    perplexity = [row for other, row in rows if not other]
     return {
         "schema": SCHEMA,
-        "model": run.info.source,
+        "model": display_name(run.recipe.model),
         "architecture": run.info.architecture,
         "parameters": run.info.parameters,
         "original_length": plan.original,
@@ -44,7 +56,11 @@ def run_results(run: Run, measured: Measured) -> dict[str, Any]:
         "recovery_length": pair.recovery_length,
         "target": plan.target,
         "attention_factor": pair.long.attention_factor,
+        "effort": run.recipe.effort,
+        "evaluation_documents": _names(measured, other=False),
         "perplexity": perplexity,
+        "other_documents": _names(measured, other=True),
+        "other_perplexity": [row for other, row in rows if other],
         "passkey": _answers(measured, "passkey"),
         "needle": _answers(measured, "needle"),
         "recovery": _recovery(perplexity),
@@ -67,6 +83,17 @@ def run_results(run: Run, measured: Measured) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _names(measured: Measured, other: bool) -> list[str]:
+    """Return the names of the documents that perplexity is measured on."""
+    names = [
+        document.name
+        for cell, _ in measured
+        if cell.measurement.kind == "perplexity" and cell.other == other
+        for document in cell.measurement.documents
+    ]
+    return [Path(name).name for name in dict.fromkeys(names)]
 
 
 def _answers(measured: Measured, kind: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
 from longrope.models.target_length import starting_point
 from longrope.pipeline.costs import Stage
+from longrope.pipeline.effort import Choice
 from longrope.pipeline.plan import ContextPlan
 from longrope.pipeline.recipe import Recipe, make_recipe
 from longrope.pipeline.splits import Splits, split_documents
@@ -28,6 +30,7 @@ from longrope.units import duration
 _FREE = ("evaluate", "execution")
 # Of these sections, keys that do affect them.
 _FIXED = ("execution.dtype",)
+_CHOICES = "choices.json"
 # Stages that run again when the evaluation changes.
 _MEASURED = ("evaluate", "report")
 
@@ -35,9 +38,17 @@ _MEASURED = ("evaluate", "report")
 class Run:
     """State of one run: its recipe, plan, directory, processes, and the model in memory."""
 
-    def __init__(self, recipe: Recipe, info: ModelInfo, plan: ContextPlan, out: Path, ranks: Ranks):
+    def __init__(
+        self,
+        recipe: Recipe,
+        info: ModelInfo,
+        plan: ContextPlan,
+        out: Path,
+        ranks: Ranks,
+        choices: Sequence[Choice] = (),
+    ):
         self.recipe, self.info, self.plan = recipe, info, plan
-        self.out, self.ranks = out, ranks
+        self.out, self.ranks, self.choices = out, ranks, choices
         self._loaded: tuple[tuple[str, bool], LoadedModel] | None = None
         self._remeasures = False
 
@@ -71,6 +82,9 @@ class Run:
             self._remeasures = before["evaluate"] != now["evaluate"]
         elif self.out.exists() and any(p.name != ".lock" for p in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; give another `out`")
+        if new:
+            content = [dataclasses.asdict(choice) for choice in self.choices]
+            write_atomically(self.out / _CHOICES, json.dumps(content, indent=1) + "\n")
         if not self._remeasures:
             self.recipe.save(file)
         return new
@@ -86,7 +100,7 @@ class Run:
 
     def unclaim(self) -> None:
         """Remove the files that identify the run from its directory, after it was refused."""
-        for name in ("recipe.yaml", "splits.json", "model.sha256"):
+        for name in ("recipe.yaml", _CHOICES, "splits.json", "model.sha256"):
             (self.out / name).unlink(missing_ok=True)
 
     def remeasure(self) -> None:
@@ -240,6 +254,14 @@ class Run:
         if "recovery" in self.plan:
             return RescalePair(self.rescale("recovery"), long)
         return RescalePair(long.replace(max_position_embeddings=self.plan.original), long)
+
+
+def recorded_choices(out: Path) -> list[Choice]:
+    """Read the settings that the effort chose when the run in ``out`` started."""
+    file = out / _CHOICES
+    if not file.exists():
+        return []
+    return [Choice(**choice) for choice in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

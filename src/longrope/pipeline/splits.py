@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from longrope.data.windows import (
@@ -27,11 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Disjoint splits of the documents, for search, training and evaluation."""
+    """Disjoint splits of the documents, for search, training and evaluation.
+
+    ``other`` is text of another kind, for evaluation only; it may be empty.
+    """
 
     search: tuple[TokenDocument, ...]
     training: tuple[TokenDocument, ...]
     evaluation: tuple[TokenDocument, ...]
+    other: tuple[TokenDocument, ...]
     bos: int | None
     eos: int | None
 
@@ -50,6 +55,19 @@ class Splits:
         Each has at least ``length`` tokens.
         """
         return join_short_documents(self.evaluation, length, self.bos, self.eos)[:count]
+
+    def other_document(self, lengths: Sequence[int]) -> tuple[list[TokenDocument], list[int]]:
+        """Return a document of the other text, and the lengths that it can be scored at.
+
+        They are the longest of ``lengths`` that it holds, and those that divide it.
+        """
+        total = sum(map(len, self.other))
+        held = [length for length in lengths if length <= total]
+        if not held:
+            return [], []
+        longest = max(held)
+        documents = join_short_documents(self.other, longest, self.bos, self.eos)
+        return documents[:1], [length for length in held if longest % length == 0]
 
 
 def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | None) -> Splits:
@@ -92,7 +110,9 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
             f"{trained:,}; the other documents are used for search and evaluation; give more `data`"
         )
     bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
-    return Splits(tuple(search), tuple(remaining), tuple(evaluation), bos, eos)
+    sources = recipe.other_sources
+    other = load_documents(tokenizer, sources, recipe.field) if sources else []
+    return Splits(tuple(search), tuple(remaining), tuple(evaluation), tuple(other), bos, eos)
 
 
 def _enough_documents(

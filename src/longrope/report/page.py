@@ -1,6 +1,5 @@
 """Write the report of a run as one self-contained HTML file and as Markdown."""
 
-import base64
 import dataclasses
 import json
 from pathlib import Path
@@ -11,7 +10,8 @@ import jinja2
 from longrope.files import write_atomically
 from longrope.labels import RESULT
 from longrope.report import plots
-from longrope.report.sections import Section, all_sections, headline
+from longrope.report.headline import headline
+from longrope.report.sections import Section, all_sections
 
 
 def write_page(directory: Path) -> list[Path]:
@@ -40,12 +40,11 @@ def write_page(directory: Path) -> list[Path]:
 
 
 def _drawn(section: Section, directory: Path) -> Section:
-    """Return a section for the page, with its figures saved and base64-encoded."""
+    """Return a section for the page, with its figures as SVG; save them as PNG for the Markdown."""
     pictures = []
     for picture in section.figures:
-        file = plots.save_figure(picture.figure, directory / "images" / picture.file)
-        data = base64.b64encode(file.read_bytes()).decode()
-        pictures.append(dataclasses.replace(picture, base64=data))
+        pictures.append(dataclasses.replace(picture, svg=plots.to_svg(picture.figure)))
+        plots.save_figure(picture.figure, directory / "images" / picture.file)
     return dataclasses.replace(section, figures=pictures)
 
 

@@ -1,8 +1,7 @@
-"""Content of a run's report: the headline and the sections."""
+"""Content of a run's report: its sections."""
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
+from longrope.checkpoints.card import UNKNOWN_KEYS
 from longrope.evaluate.statistics import retrieval_totals, wilson
 from longrope.files import read_lines
-from longrope.labels import RESULT
+from longrope.labels import RESULT, has_extended_weights
 from longrope.report import plots
 from longrope.report.figures import known_methods
 from longrope.rope.rescale import Rescale
@@ -26,7 +26,7 @@ class Picture:
     file: str
     caption: str
     figure: Figure
-    base64: str = ""
+    svg: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,48 +48,19 @@ class Section:
     code: str = ""
 
 
-def headline(results: dict[str, Any]) -> list[str]:
-    """Return the headline of a report: summary lines of a run, the most important first."""
-    found = {(r["method"], r["length"]): r["perplexity"] for r in results["perplexity"]}
-    original, target = results["original_length"], results["target"]
-    own = {length: found[m, length] for m, length in found if m == RESULT}
-    base = found["none", original]
-    unscaled = f"unscaled {number(found['none', target])}; " if ("none", target) in found else ""
-    worst = max((own[length] or math.inf, length) for length in own)
-    lines = [
-        f"perplexity at {target:,} tokens: {number(own[target])} ({unscaled}original model "
-        f"at {original:,}: {number(base)}, same tokens)",
-        f"highest perplexity of all lengths: {number(worst[0])} at {worst[1]:,}, "
-        f"{ratio(worst[0], base)} against the original model at {original:,}",
-    ]
-    asked = _totals(results["passkey"]).get(RESULT, {})
-    if asked:
-        length, (correct, trials) = min(asked.items(), key=lambda x: (x[1][0] / x[1][1], -x[0]))
-        lines.append(
-            f"passkey: {sum(r for r, _ in asked.values())} of "
-            f"{sum(t for _, t in asked.values())} correct; lowest at {length:,}: "
-            f"{correct} of {trials}"
-        )
-    for row in results["recovery"][:1]:
-        lines.append(
-            f"perplexity at {row['length']:,} tokens: {number(row['with'])} with recovery, "
-            f"{number(row['without'])} without, original model {number(row['original'])}"
-        )
-    seconds = sum(stage["seconds"] for stage in results["stages"])
-    lines.append(f"time without evaluation: {duration(seconds)}")
-    return lines
-
-
 def all_sections(directory: Path, results: dict[str, Any]) -> list[Section]:
     """Return the sections of the report that the run has results for."""
     sections = [
         _perplexity(results),
+        _other_text(results),
         *([_retrieval(results, "passkey")] if results["passkey"] else []),
         *([_retrieval(results, "needle")] if results["needle"] else []),
         _recovery(directory, results),
         _factors(directory),
         _training(directory),
         _plan(directory, results),
+        _settings(directory, results),
+        _loading(),
         _reproduce(directory, results),
     ]
     return [section for section in sections if section]
@@ -97,23 +68,53 @@ def all_sections(directory: Path, results: dict[str, Any]) -> list[Section]:
 
 def _perplexity(results: dict[str, Any]) -> Section:
     rows = results["perplexity"]
+    caption = (
+        "Perplexity against length (figure 1 of the LongRoPE paper), on the same tokens at every "
+        "length. Bars: standard error over the documents. Dotted line: the original length."
+    )
+    text = [f"Held-out documents: {', '.join(results.get('evaluation_documents', []))}."]
+    if results["trained_length"] is not None:
+        caption += " Solid lines: fine-tuned weights. Dashed lines: the original weights."
+        text.append(
+            "Known methods are made for the target length. “fine-tuned + yarn” has the same "
+            "fine-tuned weights under YaRN's factors: its difference from longrope is the effect "
+            "of the factors, its difference from yarn that of the training. The weights were "
+            "trained under longrope's factors."
+        )
+    picture = Picture(
+        "perplexity.png", caption, plots.perplexity_figure(rows, results["original_length"])
+    )
+    table = _perplexity_table(rows, results)
+    return Section("Perplexity against length", text, [picture], [table])
+
+
+def _perplexity_table(rows: Sequence[dict[str, Any]], results: dict[str, Any]) -> Table:
     lengths = sorted({row["length"] for row in rows})
-    methods = list(dict.fromkeys(row["method"] for row in rows))
     found = {(row["method"], row["length"]): row for row in rows}
-    table = Table(
-        ["perplexity", *(f"{length:,}" for length in lengths)],
+    trained = results["trained_length"] is not None
+    return Table(
+        ["perplexity", *(["weights"] if trained else []), *(f"{length:,}" for length in lengths)],
         [
-            [method, *(_with_error(found.get((method, length))) for length in lengths)]
-            for method in methods
+            [
+                method,
+                *(["fine-tuned" if has_extended_weights(method) else "original"] * trained),
+                *(_with_error(found.get((method, length))) for length in lengths),
+            ]
+            for method in dict.fromkeys(row["method"] for row in rows)
         ],
     )
-    picture = Picture(
-        "perplexity.png",
-        "Perplexity against length (figure 1 of the LongRoPE paper), on the same tokens at every "
-        "length. Known methods are for the target length, without training.",
-        plots.perplexity_figure(rows, results["original_length"]),
-    )
-    return Section("Perplexity against length", figures=[picture], tables=[table])
+
+
+def _other_text(results: dict[str, Any]) -> Section | None:
+    rows = results.get("other_perplexity", [])
+    if not rows:
+        return None
+    names = ", ".join(results["other_documents"])
+    text = [
+        f"Documents of another kind than the training text: {names}. A gain here is not an "
+        "effect of the training text."
+    ]
+    return Section("Text of another kind", text, tables=[_perplexity_table(rows, results)])
 
 
 def _retrieval(results: dict[str, Any], kind: str) -> Section:
@@ -223,7 +224,7 @@ def _training(directory: Path) -> Section | None:
     for name in ("search", "second-search"):
         history = [x for x in read_lines(directory / name / "history.jsonl") if x.get("loss")]
         if any("window" not in line for line in history):
-            caption = f"Every candidate of the {name.replace('-', ' ')}."
+            caption = f"Every candidate of the {name.replace('-', ' ')}, with the best so far."
             pictures.append(Picture(f"{name}.png", caption, plots.history_figure(history)))
     return Section("Searches and training", figures=pictures) if pictures else None
 
@@ -255,6 +256,23 @@ def _plan(directory: Path, results: dict[str, Any]) -> Section:
         "stages an upper bound."
     ]
     return Section("Plan and cost", text, tables=[Table(header, rows)])
+
+
+def _settings(directory: Path, results: dict[str, Any]) -> Section | None:
+    """Return the section on the settings that the effort chose."""
+    file = directory / "choices.json"
+    if not file.exists():
+        return None
+    choices = json.loads(file.read_text(encoding="utf-8"))
+    if not choices:
+        return None
+    rows = [[choice["key"], str(choice["value"]), choice["reason"]] for choice in choices]
+    table = Table(["setting", "value", "reason"], rows)
+    return Section(f"Settings of effort {results['effort']}", tables=[table])
+
+
+def _loading() -> Section:
+    return Section("Loading the model", [UNKNOWN_KEYS])
 
 
 def _reproduce(directory: Path, results: dict[str, Any]) -> Section:

@@ -26,7 +26,7 @@ class FinetuneConfig(Config):
         clip: gradient norm limit.
         beta2: Adam's β₂.
         precision: ``bf16`` is float32 weights under bfloat16 autocast; ``pure-bf16`` also keeps
-            the weights in bfloat16.
+            the weights in bfloat16. ``auto`` is float32 on a CPU and bf16 elsewhere.
         gradient_checkpointing: recompute activations in the backward pass.
         passkey_share: share of passkey prompts among the sequences.
         answer_share: weight of a passkey prompt's answer in the loss, as a share of its tokens.
@@ -45,7 +45,7 @@ class FinetuneConfig(Config):
     warmup: Annotated[int, Field(ge=0)] = 20
     clip: _Positive = 1.0
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    precision: Literal["bf16", "pure-bf16", "float32"] = "bf16"
+    precision: Literal["auto", "bf16", "pure-bf16", "float32"] = "auto"
     gradient_checkpointing: bool = True
     passkey_share: _Share = 0.0
     answer_share: _Share = 0.0
@@ -53,6 +53,12 @@ class FinetuneConfig(Config):
     distill: bool = False
     save_every: _Count = 50
     lora: _Count | None = None
+
+    def precision_on(self, device: str) -> str:
+        """Return the precision of training on a kind of device, such as ``cpu`` or ``cuda``."""
+        if self.precision != "auto":
+            return self.precision
+        return "float32" if device == "cpu" else "bf16"
 
     def accumulation(self, processes: int) -> int:
         """Return the gradient accumulation steps per process under this training configuration.

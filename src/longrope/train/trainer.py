@@ -78,7 +78,8 @@ def finetune(
     if ranks.first:
         _drop_losses_after(resume, log)
     model = loaded.model
-    model.to(torch.bfloat16 if settings.precision == "pure-bf16" else torch.float32)
+    precision = settings.precision_on(model.device.type)
+    model.to(torch.bfloat16 if precision == "pure-bf16" else torch.float32)
     if settings.lora is not None:
         torch.manual_seed(seed)  # adapters are initialised before the Trainer seeds
         model = _with_lora(model, settings.lora)
@@ -162,7 +163,7 @@ def _arguments(
         adam_beta2=settings.beta2,
         adam_epsilon=1e-8,
         max_grad_norm=settings.clip,
-        bf16=settings.precision == "bf16",
+        bf16=settings.precision_on(device.type) == "bf16",
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,

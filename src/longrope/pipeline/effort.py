@@ -1,0 +1,309 @@
+"""`--effort`: choose every setting that the recipe does not give, each with its reason.
+
+``quick`` and ``standard`` train a small share of the paper's tokens: on short sequences whose
+positions reach beyond the target (PoSE, arXiv 2309.10400), beside short windows that are distilled
+from the original model, and at last under the target's factors. ``paper`` is the paper's schedule.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from longrope.models.info import ModelInfo
+from longrope.models.target_length import parse_extension
+from longrope.pipeline.costs import Stage
+from longrope.pipeline.estimate import Memory
+from longrope.pipeline.plan import SHORTEST, make_plan, training_length
+from longrope.pipeline.recipe import Recipe, make_recipe
+from longrope.train.config import FinetuneConfig
+from longrope.units import gigabytes, parse_length
+
+# The measured schedule that the rules scale (docs/results.md): 2.5 M parameters to 64x.
+_PARAMETERS, _LEARNING_RATE = 2.5e6, 7e-4
+# Tokens of training = _TOKENS · √parameters · doublings²: there 1.4 million; for 7B to 128k
+# 51 million, where PoSE took 131 million.
+_TOKENS = 25
+# The learning rate falls with this power of the parameters, to the paper's 2e-5 for 7B.
+_POWER = 0.45
+# Sequences per step grow until training has so many steps; a third of them are the final ones.
+_STEPS = {"quick": 100, "standard": 380}
+_SHARE = {"quick": 0.25, "standard": 1.0}
+_SHORT_SHARE = 0.75
+# A model below this size loses retrieval unless it is trained on passkey prompts.
+_SMALL = 50_000_000
+# More passes over a text gain little (Muennighoff et al., arXiv 2305.16264).
+_EPOCHS = 4
+_FEWEST_STEPS = 12
+# Tokens of short sequences in one forward pass.
+_TOGETHER = 4096
+# Tokens of a training sequence at most, in multiples of the original length: the first that fits.
+_LONGEST = (8, 4, 2, 1)
+# What saves memory, in order: for training or not, the key, its value.
+_SAVINGS = (
+    (False, "execution.offload_activations", "cpu"),
+    (False, "execution.offload_weights", True),
+    (True, "finetune.lora", 64),
+    (True, "finetune.precision", "pure-bf16"),
+    (True, "finetune.distill", False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One setting that the effort chose: a key of the recipe, its value and the reason."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """What the choices depend on beside the recipe and the model.
+
+    Args:
+        memory: free memory to train in.
+        text_tokens: tokens of the training split; None if no text is given yet.
+        processes: processes that train together.
+        on_cpu: whether the model is trained on a CPU.
+    """
+
+    memory: Memory
+    text_tokens: int | None = None
+    processes: int = 1
+    on_cpu: bool = False
+
+
+def choose_settings(recipe: Recipe, info: ModelInfo, situation: Situation) -> list[Choice]:
+    """Return the settings that the recipe's effort chooses, without those that it gives.
+
+    Raises:
+        ValueError: the target cannot be planned.
+    """
+    given = _leaves(recipe.given())
+    choices: list[Choice] = []
+    for longest in _LONGEST:
+        if recipe.effort == "paper":
+            wanted = _paper(recipe, info)
+        else:
+            wanted = _standard(recipe, info, situation, longest)
+        choices = [choice for choice in wanted if _is_free(choice.key, given)]
+        if info.dtype == "float16" and "execution.dtype" not in given:
+            reason = "the range of the checkpoint's float16 is too small for gradients"
+            choices.append(Choice("execution.dtype", "bfloat16", reason))
+        choices += _to_fit(apply_choices(recipe, choices), info, situation, given)
+        if not _too_large(apply_choices(recipe, choices), info, situation, training=True):
+            break
+    return choices
+
+
+def apply_choices(recipe: Recipe, choices: list[Choice]) -> Recipe:
+    """Return the recipe with its chosen settings."""
+    content = recipe.given()
+    for choice in choices:
+        *sections, name = choice.key.split(".")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = choice.value
+    return make_recipe(content)
+
+
+def _leaves(content: dict[str, Any], prefix: str = "") -> set[str]:
+    """Return the dotted keys of a nested dictionary."""
+    found: set[str] = set()
+    for key, value in content.items():
+        inner = isinstance(value, dict)
+        found |= _leaves(value, f"{prefix}{key}.") if inner else {prefix + key}
+    return found
+
+
+def _is_free(key: str, given: set[str]) -> bool:
+    """Return whether the effort may choose a key.
+
+    Of a search that the recipe describes itself, it chooses the number of windows at most: other
+    settings belong to one algorithm.
+    """
+    section, _, name = key.partition(".")
+    described = any(other.startswith(f"{section}.") for other in given)
+    if section in ("search", "second_search", "recovery") and described and name != "windows":
+        return False
+    return key not in given
+
+
+def _standard(
+    recipe: Recipe, info: ModelInfo, situation: Situation, longest: int
+) -> Iterator[Choice]:
+    """Choose the settings of ``quick`` and ``standard``.
+
+    ``longest`` limits the training sequences, as a multiple of the original length.
+    """
+    effort, original = recipe.effort, info.original_max_position_embeddings or 0
+    target = parse_extension(recipe.target, info)
+    trained = training_length(recipe, original, target)
+    quick = effort == "quick"
+    if quick:
+        yield Choice("search.windows", 2, "quick: fewer windows than the default 5")
+        yield Choice("search.budget", 12, "quick: the starting ramps and a few gradient steps")
+        yield Choice("recovery.budget", 12, "quick: as for the search")
+    yield Choice("recovery.windows", 6 if quick else 12, "windows at the original length are cheap")
+    if trained is not None:
+        yield from _second_search(quick)
+        yield from _training(recipe, info, situation, original, trained, target, longest)
+    yield from _evaluation(quick, target)
+
+
+def _second_search(quick: bool) -> Iterator[Choice]:
+    if quick:
+        reason = "quick: after the final fine-tuning it equals the search (docs/results.md)"
+        yield Choice("second_search.method", "yarn", reason)
+        return
+    reason = "only its four starts: training under the winner matters more than the winner"
+    yield Choice("second_search.algorithm", "evolution", reason)
+    yield Choice("second_search.budget", 4, reason)
+    yield Choice("second_search.population", 4, reason)
+    yield Choice("second_search.windows", 1, "forward passes at the target take long")
+
+
+def _training(
+    recipe: Recipe,
+    info: ModelInfo,
+    situation: Situation,
+    original: int,
+    trained: int,
+    target: int,
+    longest: int,
+) -> Iterator[Choice]:
+    """Choose training: short sequences, as many tokens as the size asks for, few at a time."""
+    tuning, size, group = recipe.finetune, info.parameters, situation.processes
+
+    def settled(name: str, value: Any) -> Any:
+        """Return the recipe's own value where it gives one."""
+        return getattr(tuning, name) if name in tuning.model_fields_set else value
+
+    small = size < _SMALL
+    sequence = min(trained, max(SHORTEST, longest * original))
+    reason = f"{longest} times the original: cheap attention, and sampled positions reach further"
+    if sequence == trained:
+        reason = "the training length"
+    elif longest != _LONGEST[0]:
+        reason = "longer sequences do not fit into the memory; sampled positions reach further"
+    yield Choice("finetune.sequence_length", str(sequence), reason)
+    sequence = parse_length(settled("sequence_length", str(sequence)), original)
+    yield Choice("finetune.short_share", _SHORT_SHARE, "windows of the original length keep it")
+    short_share = settled("short_share", _SHORT_SHARE)
+    if short_share:
+        yield Choice("finetune.distill", True, "these windows learn the original's predictions")
+    reason = "a small model loses retrieval without" if small else "a larger model keeps retrieval"
+    yield Choice("finetune.passkey_share", 0.4 if small else 0.0, reason)
+    passkey_share = settled("passkey_share", 0.4 if small else 0.0)
+    if passkey_share:
+        yield Choice("finetune.answer_share", 0.03, "an answer has few tokens")
+
+    doublings = math.log2(target / original)
+    tokens = _SHARE[recipe.effort] * _TOKENS * math.sqrt(size) * doublings**2
+    each = sequence * (1 + short_share)  # tokens of a sequence and its short windows
+    batch = max(1, round(tokens / _STEPS[recipe.effort] / each / group)) * group
+    reason = f"about {_STEPS[recipe.effort]} steps: more steps teach more than larger ones"
+    yield Choice("finetune.batch", batch, reason)
+    batch = settled("batch", batch)
+    steps = max(_FEWEST_STEPS, round(tokens / (batch * each)))
+    reason = f"{tokens / 1e6:.3g} million tokens: {_TOKENS} · √parameters · doublings²"
+    if _SHARE[recipe.effort] < 1:
+        reason += f" · {_SHARE[recipe.effort]:g}"
+    most = _most_steps(situation.text_tokens, batch * sequence * (1 - passkey_share))
+    if most < steps:
+        steps = max(_FEWEST_STEPS, int(most))
+        reason = (
+            f"{_EPOCHS} passes over {situation.text_tokens:,} tokens of text; with more text it "
+            f"would be {tokens / 1e6:.3g} million tokens"
+        )
+    final = steps // 3 if trained < target else 0
+    yield Choice("finetune.steps", steps - final, reason)
+    if final:
+        reason = "a third of the steps, under the factors for the target"
+        yield Choice("finetune.final.steps", final, reason)
+    share = batch // group
+    fitting = [n for n in range(1, share + 1) if share % n == 0 and n * sequence <= _TOGETHER]
+    yield Choice("finetune.micro_batch", max(fitting, default=1), "sequences of a forward pass")
+    rate = _LEARNING_RATE * (_PARAMETERS / size) ** _POWER
+    yield Choice("finetune.learning_rate", float(f"{rate:.2g}"), "falls with the model's size")
+    yield Choice("finetune.beta2", 0.95, "few steps need a short average")
+    yield Choice("finetune.warmup", min(10, steps // 6), "few steps")
+    reason = "a small model's activations fit" if small else "its activations take much memory"
+    yield Choice("finetune.gradient_checkpointing", not small, reason)
+    yield Choice("finetune.save_every", 20, "little is repeated after an interruption")
+
+
+def _most_steps(text_tokens: int | None, tokens_per_step: float) -> float:
+    """Return the steps in the most passes over the text."""
+    if text_tokens is None or not tokens_per_step:
+        return math.inf
+    return _EPOCHS * text_tokens / tokens_per_step
+
+
+def _evaluation(quick: bool, target: int) -> Iterator[Choice]:
+    """Choose the evaluation: cheap where one forward pass at the target takes minutes."""
+    documents = 1 if quick else max(1, min(4, 2**19 // target))
+    yield Choice("evaluate.documents", documents, "half a million tokens at most for each length")
+    yield Choice("evaluate.passkey_trials", 5 if quick else 10, "as many as the paper's at most")
+    beyond = 3 if quick or target > 2**18 else 10
+    yield Choice("evaluate.passkey_trials_beyond", beyond, "longer prompts take longer")
+
+
+def _paper(recipe: Recipe, info: ModelInfo) -> Iterator[Choice]:
+    """Choose the paper's settings (sections 3.4 and 4.1) where they are not the defaults."""
+    original = info.original_max_position_embeddings or 0
+    target = parse_extension(recipe.target, info)
+    trained = training_length(recipe, original, target)
+    reason = "Algorithm 1 with the paper's population and generations"
+    yield Choice("search.algorithm", "evolution", reason)
+    yield Choice("recovery.algorithm", "evolution", reason)
+    yield Choice("recovery.windows", 20, "windows at the original length are cheap")
+    defaults = FinetuneConfig()
+    if trained is not None:
+        yield Choice("second_search.algorithm", "evolution", reason)
+        if target > 2**19:
+            reason = "the paper halves these beyond 512k"
+            yield Choice("second_search.population", 32, reason)
+            yield Choice("second_search.mutations", 8, reason)
+            yield Choice("second_search.crossovers", 8, reason)
+            yield Choice("second_search.windows", 3, reason)
+        reason = "the paper's for LLaMA2"
+        yield Choice("finetune.steps", defaults.steps, reason)
+        yield Choice("finetune.batch", defaults.batch, reason)
+        yield Choice("finetune.learning_rate", defaults.learning_rate, reason)
+    yield Choice("evaluate.passkey_trials", 10, "the paper's")
+    yield Choice("evaluate.passkey_trials_beyond", 10, "the paper's")
+
+
+def _to_fit(recipe: Recipe, info: ModelInfo, situation: Situation, given: set[str]) -> list[Choice]:
+    """Choose what makes the stages fit into the memory, one setting after the other."""
+    found: list[Choice] = []
+    memory = situation.memory
+    for training, key, value in _SAVINGS:
+        applies = not (key == "finetune.lora" and memory.devices > 1)  # FSDP cannot merge it
+        applies &= not (key == "execution.offload_activations" and situation.on_cpu)
+        too_large = _too_large(recipe, info, situation, training)
+        if not too_large or not applies or key in given:
+            continue
+        worst = max(too_large, key=lambda stage: stage.memory)
+        reason = (
+            f"{worst.name} takes {gigabytes(worst.memory)} without, and "
+            f"{gigabytes(memory.of(worst))} are free"
+        )
+        found.append(Choice(key, value, reason))
+        recipe = apply_choices(recipe, found[-1:])
+    return found
+
+
+def _too_large(
+    recipe: Recipe, info: ModelInfo, situation: Situation, training: bool
+) -> list[Stage]:
+    """Return the stages, of training or all others, that do not fit into the memory."""
+    return [
+        stage
+        for stage in make_plan(info, recipe, on_cpu=situation.on_cpu).stages
+        if (stage.kind == "finetune") == training and stage.memory > situation.memory.of(stage)
+    ]
