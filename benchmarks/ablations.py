@@ -35,7 +35,7 @@ from longrope.search.settings import EvolutionSearchConfig
 RECIPE: dict[str, Any] = {
     "target": "16x",
     "data": ["python-library"],
-    "evaluation_data": ["python-library-held-out"],
+    "eval_data": ["python-library-held-out"],
     "search": {"algorithm": "evolution", "budget": 64},
     "finetune": {
         "precision": "float32",

@@ -245,7 +245,7 @@ def tried(kind: str) -> dict[str, Any]:
         source = Path(directory)
         if reason := make(kind, source):
             return row | {"made": False, "reason": reason}
-        how: dict[str, Any] = {"existing_scaling": "replace", "original_length": ORIGINAL}
+        how: dict[str, Any] = {"rope_scaling": "replace", "original_length": ORIGINAL}
         try:
             loaded = load_model(directory, ExecutionConfig(dtype="float32"), **how)
         except ValueError as error:

@@ -101,7 +101,10 @@ def cases(folder: Path) -> list[tuple[str, str]]:
         ("more than the memory holds", f"evaluate perplexity {text} --lengths 512,1000000x"),
         ("another's directory", f"search {text} --target 2x --out run"),
         ("another comparison's", f"compare {text} --target 2x --out compared"),
-        ("an export over something else", "export nan --rescale unknown.json --out mine --force"),
+        (
+            "an export over something else",
+            "export nan --long-factors unknown.json --out mine --force",
+        ),
         ("nothing to draw", "report nan"),
         ("no such option", "search --trget 2x"),
     ]

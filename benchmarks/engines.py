@@ -58,7 +58,7 @@ def main() -> None:
         reference.computed = computed.setdefault(reference.loaded.fingerprint(), {})
         for name in asked:
             verdict = verify(
-                reference, name, python=engines[name], lengths=lengths, prompts=args.prompts
+                reference, name, engine_python=engines[name], lengths=lengths, prompts=args.prompts
             )
             print(row(form, verdict), flush=True)
             rows.append({"format": form} | dataclasses.asdict(verdict))
@@ -80,7 +80,7 @@ def options(model: str, boundary: int, target: int, out: Path, form: str) -> Exp
     return ExportOptions(model, out, form, **named)  # type: ignore[arg-type]
 
 
-FILES = {"rescale": "long", "short": "short"}
+FILES = {"long_factors": "long", "short_factors": "short"}
 
 
 def row(form: str, verdict: Verdict) -> str:

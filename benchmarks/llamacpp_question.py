@@ -1,6 +1,7 @@
 """Questions over long texts, asked in llama.cpp: an export, and the same without its factors.
 
-    longrope export "$SMOLLM2" --rescale yarn --target 16k --format gguf --out runs/smollm2-16k.gguf
+    longrope export "$SMOLLM2" --long-factors yarn --target 16k --format gguf \\
+        --out runs/smollm2-16k.gguf
     python benchmarks/llamacpp_question.py runs/smollm2-16k.gguf --text runs/texts/austen-emma.txt
 
 Without its factor tensors the file is what llama.cpp's stock converter writes for a LongRoPE

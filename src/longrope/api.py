@@ -58,7 +58,7 @@ def search_factors(
     start_tokens: int | None = None,
     pack: bool = False,
     field: str = "text",
-    existing_scaling: ScalingChoice | None = None,
+    rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
     execution: ExecutionConfig | None = None,
 ) -> SearchResult:
@@ -108,7 +108,7 @@ def search_factors(
     )
     require_directory(options.out)
     require_search_directory(options.out)
-    with _prepared(model, tokenizer, execution, existing_scaling, original_length) as prepared:
+    with _prepared(model, tokenizer, execution, rope_scaling, original_length) as prepared:
         loaded, these = prepared
         documents = tokenize(documents_of(texts, field), loaded.tokenizer)
         return search_documents(loaded, documents, options, these)
@@ -150,7 +150,7 @@ def perplexity(
     rescale: Rescale | None = None,
     tokens_per_document: int | None = None,
     field: str = "text",
-    existing_scaling: ScalingChoice | None = None,
+    rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
     execution: ExecutionConfig | None = None,
 ) -> list[dict[str, Any]]:
@@ -179,7 +179,7 @@ def perplexity(
         >>> rows[0]["perplexity"] < 20
         True
     """
-    with _prepared(model, tokenizer, execution, existing_scaling, original_length) as prepared:
+    with _prepared(model, tokenizer, execution, rope_scaling, original_length) as prepared:
         loaded, _ = prepared
         info = loaded.info
         measured, _ = resolve_lengths(info, tuple(map(str, lengths)), None)
@@ -291,11 +291,11 @@ def export(
     """Python API of ``longrope export``: write a format that an inference engine loads.
 
     Args:
-        model: a run of ``longrope extend``, or a checkpoint or GGUF file with ``rescale`` factors.
+        model: a run of ``longrope extend``, or a checkpoint or GGUF file with ``long_factors``.
         output: directory to write; a ``.gguf`` file for GGUF formats.
         format: ``"hf"``, ``"hf-static"``, ``"gguf"`` or ``"gguf-static"``.
         options: further fields of :class:`longrope.checkpoints.export.ExportOptions`, such as
-            ``rescale``, ``short``, ``target`` and ``force``.
+            ``long_factors``, ``short_factors``, ``target`` and ``force``.
 
     Raises:
         ValueError: a format that cannot express the factors, or an ``output`` that exists.
@@ -310,7 +310,7 @@ def verify(
     path: str | Path,
     *,
     engine: str = "transformers",
-    python: str | None = None,
+    engine_python: str | None = None,
     lengths: Sequence[int] = (),
     prompts: int = 2,
     execution: ExecutionConfig | None = None,
@@ -321,7 +321,7 @@ def verify(
         path: what :func:`export` wrote.
         engine: ``"transformers"``, ``"transformers-legacy"``, ``"vllm"``, ``"llamacpp"`` or
             ``"mlx"``.
-        python: the Python of the engine's own environment.
+        engine_python: the Python of the engine's own environment.
         lengths: tokens of the prompts; by default around the boundary and deep.
         prompts: prompts at each length.
 
@@ -331,9 +331,11 @@ def verify(
     Raises:
         ValueError: an engine that is not there, or a model without factors.
     """
-    require_engine(str(path), engine, python)
+    require_engine(str(path), engine, engine_python)
     reference = Reference(str(path), execution)
-    return verify_export(reference, engine, python=python, lengths=tuple(lengths), prompts=prompts)
+    return verify_export(
+        reference, engine, engine_python=engine_python, lengths=tuple(lengths), prompts=prompts
+    )
 
 
 @contextlib.contextmanager
@@ -341,13 +343,13 @@ def _prepared(
     model: Any,
     tokenizer: Any,
     execution: ExecutionConfig | None,
-    existing_scaling: ScalingChoice | None,
+    rope_scaling: ScalingChoice | None,
     original_length: int | None,
 ) -> Iterator[tuple[LoadedModel, Any]]:
     """Load the model of an API call, or verify the one in memory; join the launch's processes."""
     execution = execution or ExecutionConfig()
     choice: dict[str, Any] = {
-        "existing_scaling": existing_scaling,
+        "rope_scaling": rope_scaling,
         "original_length": original_length,
     }
     with ranks(execution.sequence_parallel) as these:

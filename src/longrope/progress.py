@@ -3,16 +3,19 @@
 import contextlib
 import os
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 console = Console(stderr=True)
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+_ANNOUNCED_AFTER = 1.5  # seconds that work may take without a word
+_RECENT = 30  # latest pieces of work that the time left is estimated from
 
 Advance = Callable[[int, str], None]
 
@@ -30,18 +33,59 @@ def progress(what: str, total: int, show: bool = True) -> Iterator[Advance]:
         yield lambda done, note: None
     elif console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Bar(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+        columns = (*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+        with Bar(*columns, console=console) as bar:
             task = bar.add_task(what, total=total, note="")
             yield lambda done, note: bar.update(task, completed=done, note=note)
     else:
-        last = [time.monotonic()]
+        last, latest = [time.monotonic()], ["starting"]
 
         def line(done: int, note: str) -> None:
+            latest[0] = note
             if done >= total or time.monotonic() - last[0] >= _LINE_EVERY:
                 last[0] = time.monotonic()
                 print(f"{what} {done}/{total} {note}", file=sys.stderr, flush=True)
 
-        yield line
+        with _after_a_moment(lambda: print(f"{what}: {latest[0]} …", file=sys.stderr, flush=True)):
+            yield line
+
+
+@contextlib.contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Print what a ``with`` block does if it takes more than a moment, on the first process."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with _after_a_moment(lambda: console.print(f"{what} …", highlight=False, soft_wrap=True)):
+        yield
+
+
+@contextlib.contextmanager
+def _after_a_moment(say: Callable[[], None]) -> Iterator[None]:
+    """Call a function once if a ``with`` block takes more than a moment."""
+    timer = threading.Timer(_ANNOUNCED_AFTER, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def seconds_left(done: Sequence[tuple[float, float]], left: float) -> float | None:
+    """Estimate the seconds that work takes, from pieces of it that were measured.
+
+    Args:
+        done: (cost, seconds) of every piece so far, in any unit of cost.
+        left: cost of the work that is left.
+
+    Returns:
+        None while nothing was measured.
+    """
+    # The first piece includes start-up work.
+    recent = done[1:][-_RECENT:] or done
+    cost = sum(cost for cost, _ in recent)
+    return left * sum(seconds for _, seconds in recent) / cost if cost else None
 
 
 @contextlib.contextmanager

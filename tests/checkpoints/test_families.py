@@ -121,26 +121,26 @@ def scaled(tmp_path):
 
 def test_a_scale_of_all_scores_that_no_checkpoint_can_say_is_refused(scaled, tmp_path):
     source, out = scaled(FAMILIES["deepseek_v3"](), mscale_all_dim=1.0), tmp_path / "out"
-    asked = {"rescale": "yarn", "target": "512"}
-    with pytest.raises(ValueError, match=r"mscale_all_dim.*existing_scaling='replace'"):
-        export(ExportOptions(source, out, existing_scaling="keep", **asked))
+    asked = {"long_factors": "yarn", "target": "512"}
+    with pytest.raises(ValueError, match=r"mscale_all_dim.*rope_scaling='replace'"):
+        export(ExportOptions(source, out, rope_scaling="keep", **asked))
     assert not out.exists()
-    export(ExportOptions(source, out, existing_scaling="replace", **asked))
+    export(ExportOptions(source, out, rope_scaling="replace", **asked))
     assert "mscale_all_dim" not in (out / "config.json").read_text()
 
 
 def test_factors_searched_with_such_a_scale_are_refused_without(scaled, tmp_path):
     source = scaled(FAMILIES["deepseek_v3"](), mscale_all_dim=1.0)
-    info = inspect_model(source, existing_scaling="keep")
+    info = inspect_model(source, rope_scaling="keep")
     info.rescale("pi", 512).replace(provenance={}).save(tmp_path / "kept.json")
-    named = {"rescale": str(tmp_path / "kept.json"), "existing_scaling": "replace"}
-    with pytest.raises(ValueError, match=r"mscale_all_dim.*existing_scaling='replace'"):
+    named = {"long_factors": str(tmp_path / "kept.json"), "rope_scaling": "replace"}
+    with pytest.raises(ValueError, match=r"mscale_all_dim.*rope_scaling='replace'"):
         export(ExportOptions(source, tmp_path / "out", **named))
 
 
 def test_an_export_without_provenance_is_the_same(scaled, tmp_path):
     source = scaled(FAMILIES["llama"]())
-    info = inspect_model(source, existing_scaling="keep")
+    info = inspect_model(source, rope_scaling="keep")
     notes = {"method": "search", "loss": 2.5, "base_factors": [9.0], "documents": ["d"]}
     made = RescalePair(*(info.rescale("pi", n).replace(provenance=notes) for n in (320, 512)))
     written = []
@@ -168,18 +168,18 @@ def test_scores_that_grow_with_the_position_stay_as_they_are(scaled, ids, tmp_pa
         **FAMILIES["mistral"]().to_diff_dict() | {"head_dim": 16}
     )
     source, out = scaled(config, llama_4_scaling_beta=2.0), tmp_path / "out"
-    asked = {"rescale": "ntk", "target": "512", "existing_scaling": "replace"}
+    asked = {"long_factors": "ntk", "target": "512", "rope_scaling": "replace"}
     with pytest.raises(
         ValueError, match=r"original_max_position_embeddings \(64\).*original_length"
     ):
         export(ExportOptions(source, out, original_length=32, **asked))
     unscaled = tmp_path / "unscaled"
-    load_model(source, existing_scaling="replace").model.save_pretrained(unscaled)
-    assert inspect_model(str(unscaled)).existing_scaling is None
+    load_model(source, rope_scaling="replace").model.save_pretrained(unscaled)
+    assert inspect_model(str(unscaled)).rope_scaling is None
     assert inspect_model(str(unscaled)).boundary == 64
     export(ExportOptions(source, out, **asked))
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    loaded = load_model(source, existing_scaling="replace")
+    loaded = load_model(source, rope_scaling="replace")
     with rescaled(loaded.model, loaded.info.rescale("ntk", 512)):
         torch.testing.assert_close(
             logits(theirs, ids), logits(loaded.model, ids), atol=2e-3, rtol=1e-3

@@ -34,8 +34,8 @@ def options(tmp_path, source, name, form):
         str(source),
         tmp_path / name,
         form,
-        rescale=str(tmp_path / "long.json"),
-        short=str(tmp_path / "short.json"),
+        long_factors=str(tmp_path / "long.json"),
+        short_factors=str(tmp_path / "short.json"),
     )
 
 
@@ -58,7 +58,7 @@ def test_weights_are_the_checkpoints_own(made, tmp_path):
     found = load_model(
         str(tmp_path / "model.gguf"),
         ExecutionConfig(dtype="float32"),
-        existing_scaling="replace",
+        rope_scaling="replace",
         original_length=256,
     )
     own = load_model("bundled", ExecutionConfig(dtype="float32"))
@@ -88,7 +88,7 @@ def test_a_part_of_a_gguf_file_is_refused(made, tmp_path):
         export(options(tmp_path, part, "out.gguf", "gguf"))
     assert not (tmp_path / "out.gguf").exists()
     with pytest.raises(ValueError, match=r": 1 .*layers\.4\.mlp\.up_proj.*gguf-split"):
-        load_model(str(part), original_length=256, existing_scaling="replace")
+        load_model(str(part), original_length=256, rope_scaling="replace")
 
 
 def test_a_gguf_file_keeps_its_quantisation(made, tmp_path):
@@ -155,7 +155,7 @@ def test_a_note_of_the_users_is_not_taken_for_our_card(checkpoints, micro_models
     with pytest.raises(ValueError, match=r"notes\.md .*force=True"):
         export(
             ExportOptions(
-                str(checkpoints("llama")), out, "gguf", rescale=str(tmp_path / "long.json")
+                str(checkpoints("llama")), out, "gguf", long_factors=str(tmp_path / "long.json")
             )
         )
     assert (tmp_path / "notes.md").read_text() == "dear"

@@ -22,7 +22,10 @@ def files(made, where):
     where.mkdir(exist_ok=True)
     made.long.save(where / "long.json")
     made.short.save(where / "short.json")
-    return {"rescale": str(where / "long.json"), "short": str(where / "short.json")}
+    return {
+        "long_factors": str(where / "long.json"),
+        "short_factors": str(where / "short.json"),
+    }
 
 
 def logits(model, ids):
@@ -111,20 +114,20 @@ def test_scaling_that_is_there_is_kept_or_replaced_as_told(
         scaling["original_max_position_embeddings"] = 64
     config["rope_parameters"] = scaling
     (source / "config.json").write_text(json.dumps(config))
-    asked = {"rescale": "pi", "target": "512"}
+    asked = {"long_factors": "pi", "target": "512"}
     with pytest.raises(ValueError, match=f"already has '{kind}' scaling: choose"):
         export(ExportOptions(str(source), tmp_path / "out", **asked))
     scaled = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    info = inspect_model(str(source), existing_scaling="keep")
+    info = inspect_model(str(source), rope_scaling="keep")
     kept = info.rescale("pi", 512)
     kept.save(tmp_path / "kept.json")
     with rescaled(scaled, kept):
         expected = logits(scaled, ids)
     found = {}
     for name, options in {
-        "keep": asked | {"existing_scaling": "keep"},
-        "replace": asked | {"existing_scaling": "replace", "original_length": 64},
-        "file": {"rescale": str(tmp_path / "kept.json")},
+        "keep": asked | {"rope_scaling": "keep"},
+        "replace": asked | {"rope_scaling": "replace", "original_length": 64},
+        "file": {"long_factors": str(tmp_path / "kept.json")},
     }.items():
         export(ExportOptions(str(source), tmp_path / name, **options))
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
@@ -208,7 +211,7 @@ def test_start_tokens_are_refused_with_what_none_cost(checkpoints, micro_models,
     searched = long.replace(start_tokens=8, provenance={"loss": 2.5})
     searched.save(tmp_path / "rescale.json")
     options = {"model": str(checkpoints("llama")), "out": tmp_path / "out"}
-    options |= {"rescale": str(tmp_path / "rescale.json")}
+    options |= {"long_factors": str(tmp_path / "rescale.json")}
     with pytest.raises(ValueError, match=r"start_tokens is 8 .*drop_start_tokens=True"):
         export(ExportOptions(**options))
     long.replace(provenance={"loss": 2.5106}).save(tmp_path / "portable.json")
@@ -263,7 +266,10 @@ export(ExportOptions({str(checkpoints("llama"))!r}, Path({str(out)!r}),
 
 def test_sets_that_are_exchanged_are_refused(checkpoints, micro_models, tmp_path):
     named = files(pair(micro_models("llama")), tmp_path)
-    exchanged = {"rescale": named["short"], "short": named["rescale"]}
+    exchanged = {
+        "long_factors": named["short_factors"],
+        "short_factors": named["long_factors"],
+    }
     with pytest.raises(ValueError, match=r"long\.json.* 512 .*short\.json.* 80\b"):
         export(ExportOptions(str(checkpoints("llama")), tmp_path / "out", **exchanged))
 
@@ -296,7 +302,7 @@ def test_two_stacks_of_as_many_layers_cannot_be_folded():
 def test_a_rescale_of_another_shape_is_refused(checkpoints, tmp_path):
     Rescale((1.0, 2.0), 1e4, 64, 512).save(tmp_path / "two.json")
     options = ExportOptions(
-        str(checkpoints("llama")), tmp_path / "out", rescale=str(tmp_path / "two.json")
+        str(checkpoints("llama")), tmp_path / "out", long_factors=str(tmp_path / "two.json")
     )
     with pytest.raises(ValueError, match=r"factors has 2 .* 8 "):
         export(options)

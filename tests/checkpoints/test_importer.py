@@ -67,7 +67,9 @@ def test_csv_to_checkpoint_and_back(checkpoints, micro_models, tmp_path):
     (tmp_path / "8x.csv").write_text(",".join(map(repr, factors)))
     out = tmp_path / "out"
     export(
-        ExportOptions(str(checkpoints("llama")), out, rescale=str(tmp_path / "8x.csv"), target="8x")
+        ExportOptions(
+            str(checkpoints("llama")), out, long_factors=str(tmp_path / "8x.csv"), target="8x"
+        )
     )
     imported = import_pair(str(out))
     assert imported.long.factors == tuple(factors)
@@ -80,7 +82,7 @@ def test_a_checkpoint_changed_by_another_hand_is_believed_over_our_note(
     made = pair(micro_models("llama"))
     made.long.save(tmp_path / "long.json")
     out = tmp_path / "out"
-    export(ExportOptions(str(checkpoints("llama")), out, rescale=str(tmp_path / "long.json")))
+    export(ExportOptions(str(checkpoints("llama")), out, long_factors=str(tmp_path / "long.json")))
     assert import_pair(str(out)).long == made.long
     config = json.loads((out / "config.json").read_text())
     for block in ("rope_parameters", "rope_scaling"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def test_a_key_of_the_recipe_can_be_set(tmp_path):
     found = json.loads(succeeds(*asked, *(part for s in settings for part in ("--set", s))))
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert stages["finetune"]["steps"] == 7
+
+
+def test_the_hint_after_an_export_can_be_pasted(tmp_path):
+    out = tmp_path / "my [model]'s"
+    said = succeeds("export", "bundled", "--long-factors", "yarn", "--target", "2x", "--out", out)
+    hint = said.strip().splitlines()[-1].removeprefix("prove it: ")
+    assert shlex.split(hint) == ["longrope", "verify", str(out), "--engine", "transformers"]
 
 
 def test_inspect(checkpoints):
@@ -108,7 +116,11 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
     assert {"none", "pi", "yarn", str(out / "rescale.json")} <= names
     assert any(name.startswith("yarn (attention factor 1.0") for name in names)
     assert {row["documents"] for row in found["perplexity"]} == {2}  # four, less the two searched
-    assert all(row["method"] == str(out / "rescale.json") for row in found["differences"])
+    pairs = [(row["method"], row["against"]) for row in found["differences"]]
+    assert len(set(pairs)) == len(names) * (len(names) - 1) // 2
+    assert [method for method, _ in pairs[: len(names) - 1]] == [str(out / "rescale.json")] * (
+        len(names) - 1
+    )
     assert (out / "compare.json").exists()
     table = succeeds(
         "compare", "--target", "2x", "--methods", "none,yarn", *data, "--out", tmp_path

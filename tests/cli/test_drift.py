@@ -1,5 +1,7 @@
 """The options of the command line are the fields of the configurations, with their defaults."""
 
+import shlex
+
 import pytest
 import typer
 
@@ -61,3 +63,18 @@ def test_every_option_of_every_verb_has_help():
     for name, verb in verbs.items():
         for parameter in verb.params:
             assert getattr(parameter, "help", "group"), (name, parameter.name)
+
+
+def test_every_verb_s_examples_are_commands():
+    program = typer.main.get_command(app)
+    group = program.commands["evaluate"]
+    verbs = {(name,): verb for name, verb in program.commands.items() if verb is not group}
+    verbs |= {("evaluate", name): verb for name, verb in group.commands.items()}
+    for name, verb in verbs.items():
+        title, *lines = (verb.epilog or "").split("\n\n")
+        assert title == "Examples:", name
+        assert len(lines) == 2, name
+        for line in lines:
+            words = shlex.split(line)
+            assert words[: len(name) + 1] == ["longrope", *name]
+            verb.make_context(line, words[len(name) + 1 :])  # raises where it does not parse

@@ -39,7 +39,7 @@ def test_export(checkpoints, micro_models, tmp_path, counts):
     made = pair(micro_models("llama"))
     made.long.save(tmp_path / "long.json")
     made.short.save(tmp_path / "short.json")
-    factors = ["--rescale", tmp_path / "long.json", "--short", tmp_path / "short.json"]
+    factors = ["--long-factors", tmp_path / "long.json", "--short-factors", tmp_path / "short.json"]
     go("export", checkpoints("llama"), "--out", tmp_path / "out", *factors)
     assert counts == {"inspected": 1, "loaded": 0}
 
@@ -50,7 +50,7 @@ def test_export_of_another_format(checkpoints, micro_models, tmp_path, counts):
         ExportOptions(
             str(tmp_path / "model.gguf"),
             tmp_path / "out",
-            rescale="yarn",
+            long_factors="yarn",
             target="512",
         )
     )

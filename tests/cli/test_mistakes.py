@@ -79,7 +79,7 @@ def test_settings(small_search, tmp_path):
         ("--dtype", "int4"),
         ("--device", "cuda:9"),
         ("--offload-activations", "moon"),
-        ("--existing-scaling", "perhaps"),
+        ("--rope-scaling", "perhaps"),
     )
     lines = each_refused(*([*small_search, "--out", tmp_path, *setting] for setting in settings))
     for line, (option, value) in zip(lines, settings, strict=True):

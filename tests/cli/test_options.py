@@ -27,6 +27,8 @@ from longrope.cli.app import _as_options, _WithOptions
         ("export", "format is 'onnx'", "--format is 'onnx'"),
         ("export", "out exists already; force=True", "out exists already; --force"),
         ("export", "give that file as `model`", "give that file as MODEL"),
+        ("export", "in `short_factors`", "in --short-factors"),
+        ("verify", "engine_python='/no' is", "--engine-python /no is"),
         # What the verb has no option for stays.
         ("extend", "use format='hf'", "use format='hf'"),
         ("extend", "see `finetune.lora`", "see `finetune.lora`"),

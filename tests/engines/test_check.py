@@ -25,13 +25,16 @@ def exported(tmp_path_factory):
     Rescale(tuple(np.geomspace(1, 60, 32)), max_position_embeddings=16384, **shared).save(
         directory / "long.json"
     )
-    named = {"rescale": str(directory / "long.json"), "short": str(directory / "short.json")}
+    named = {
+        "long_factors": str(directory / "long.json"),
+        "short_factors": str(directory / "short.json"),
+    }
     export(ExportOptions("bundled", directory / "hf", **named))
     return directory / "hf"
 
 
 def wrapper(path, change):
-    """A Python for ``--python`` that changes the question before the engine reads it."""
+    """A Python for ``--engine-python`` that changes the question before the engine reads it."""
     path.write_text(
         f"#!{sys.executable}\nimport json, os, sys\nfile = sys.argv[3]\n"
         f"q = json.load(open(file))\n{change}\njson.dump(q, open(file, 'w'))\n"
@@ -59,7 +62,9 @@ def test_transformers_switches_at_the_boundary(exported):
 def test_an_engine_that_drops_the_factors_is_found_out(exported, tmp_path):
     """transformers itself, given the unscaled model in place of the export: exit code 1."""
     python = wrapper(tmp_path / "python", f"q['path'] = {str(BUNDLED)!r}")
-    ended = program.run("verify", exported, "--python", python, "--lengths", "400,1k", "--json")
+    ended = program.run(
+        "verify", exported, "--engine-python", python, "--lengths", "400,1k", "--json"
+    )
     assert ended.returncode == 1, ended.stderr
     verdict = json.loads(ended.stdout)
     assert not verdict["right"]
@@ -73,7 +78,9 @@ def test_an_engine_that_computes_something_else_is_unclear(exported, tmp_path):
     """Neither set: half of the prompt is missing."""
     change = "q['prompts'] = [ids[len(ids) // 2:] for ids in q['prompts']]"
     python = wrapper(tmp_path / "python", change)
-    verdict = verify(Reference(str(exported)), "transformers", python=str(python), lengths=(1024,))
+    verdict = verify(
+        Reference(str(exported)), "transformers", engine_python=str(python), lengths=(1024,)
+    )
     assert verdict.lines[0].applied == "unclear"
     assert not verdict.right
 
@@ -82,19 +89,25 @@ def test_mistakes_are_one_line(exported, tmp_path):
     legacy = ["verify", exported, "--engine", "transformers-legacy"]
     mistakes = (
         (["verify", exported, "--engine", "ollama"], "--engine is 'ollama'"),
-        (["verify", exported, "--engine", "vllm"], "--engine vllm .*installed.*--python"),
+        (["verify", exported, "--engine", "vllm"], "--engine vllm .*installed.*--engine-python"),
         (["verify", exported, "--engine", "llamacpp"], "--engine llamacpp .*GGUF"),
         (["verify", tmp_path / "no"], "/no: no such"),
         (["verify", BUNDLED], "not scaled"),
-        (["verify", exported, "--python", "/no/python"], "--python /no/python .*started"),
-        ([*legacy, "--python", sys.executable, "--lengths", "64"], "requires transformers 4"),
-        (["export", "bundled", "--out", tmp_path / "x"], "--rescale is missing"),
         (
-            ["export", "bundled", "--out", tmp_path / "x", "--rescale", "yarn"],
+            ["verify", exported, "--engine-python", "/no/python"],
+            "--engine-python /no/python .*started",
+        ),
+        (
+            [*legacy, "--engine-python", sys.executable, "--lengths", "64"],
+            "requires transformers 4",
+        ),
+        (["export", "bundled", "--out", tmp_path / "x"], "--long-factors is missing"),
+        (
+            ["export", "bundled", "--out", tmp_path / "x", "--long-factors", "yarn"],
             "--target is missing",
         ),
         (
-            ["export", "bundled", "--out", exported, "--rescale", "yarn"],
+            ["export", "bundled", "--out", exported, "--long-factors", "yarn"],
             "--out.*--force",
         ),
         (["export", "bundled", "--out", tmp_path / "x", "--format", "onnx"], "--format is 'onnx'"),
@@ -124,7 +137,7 @@ def test_import_writes_what_was_exported(exported, tmp_path):
 @pytest.mark.slow
 def test_transformers_is_asked_with_a_class_that_knows_the_model(checkpoints, tmp_path):
     """Mistral's models for pictures are no causal ones to it."""
-    asked = {"rescale": "yarn", "target": "512"}
+    asked = {"long_factors": "yarn", "target": "512"}
     export(ExportOptions(str(checkpoints("mistral3")), tmp_path / "out", **asked))
     verdict = verify(Reference(str(tmp_path / "out")), "transformers", lengths=(60, 70), prompts=1)
     assert verdict.right

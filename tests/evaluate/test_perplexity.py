@@ -108,7 +108,7 @@ def test_a_loss_that_is_nan_is_not_left_out(monkeypatch, model64):
     assert found.tokens == 2 * 64
     assert found.mean == found.perplexity == math.inf
     assert found.standard_error is None
-    assert not paired_difference(found, found).better
+    assert paired_difference(found, found).better is None
 
 
 def test_by_position():
@@ -142,7 +142,18 @@ def test_better_means_more_than_twice_the_standard_error():
     assert difference.mean == pytest.approx(-0.05, abs=0.01)
     # Paired by document, the documents' own spread is no noise.
     assert difference.standard_error < 0.1 * one.standard_error / one.perplexity
-    assert not paired_difference(same, one).better
-    assert not paired_difference(one, lower).better
-    single = Scores(50, (base[0],))
-    assert not paired_difference(single, single).better
+    assert paired_difference(same, one).better is None
+    assert paired_difference(one, lower).better is False
+
+
+def test_one_document_has_the_error_of_its_blocks_at_every_window_length():
+    rng = np.random.default_rng(0)
+    losses = rng.normal(3, 1, 6400)
+    short, long = Scores(100, (losses.reshape(64, 100),)), Scores(6400, (losses[None],))
+    blocks = losses.reshape(16, 400).mean(axis=1)
+    for found in (short, long):
+        error = found.standard_error / found.perplexity
+        assert error == pytest.approx(blocks.std(ddof=1) / 4)
+    lower = Scores(6400, (losses[None] - 0.05 + rng.normal(0, 0.1, 6400),))
+    assert paired_difference(lower, long).better
+    assert paired_difference(long, long).better is None

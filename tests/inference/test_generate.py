@@ -132,10 +132,10 @@ def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp
     config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     source = str(tmp_path / "m")
-    with pytest.raises(ValueError, match="choose existing_scaling='keep'"):
+    with pytest.raises(ValueError, match="choose rope_scaling='keep'"):
         load_extended(source)
     execution = ExecutionConfig(dtype="float32", chunk_size=20)
-    loaded, none = load_extended(source, execution, existing_scaling="keep")
+    loaded, none = load_extended(source, execution, rope_scaling="keep")
     assert none is None
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for model in (loaded.model, plain):
@@ -144,7 +144,7 @@ def test_a_model_that_is_scaled_already_goes_on_as_it_came(checkpoints, ids, tmp
     told = {"attention_mask": torch.ones_like(ids[:1]), "pad_token_id": 2}
     expected = plain.generate(ids[:1], max_new_tokens=8, do_sample=False, **told)
     assert found == expected[0, ids.shape[1] :].tolist()
-    kept = ["--existing-scaling", "keep"]
+    kept = ["--rope-scaling", "keep"]
     succeeds("generate", source, "--prompt", "import os", *kept, "--max-new-tokens", 2)
     told = [*kept, "--original-length", 32, "--target", "2x", "--json"]
     assert json.loads(succeeds("plan", source, *told))["stages"][0]["length"] == 64
@@ -171,7 +171,7 @@ def test_the_original_of_a_run_is_loaded_as_the_run_did(tmp_path):
         {
             "model": "owner/name",
             "target": "8x",
-            "existing_scaling": "keep",
+            "rope_scaling": "keep",
             "original_length": 512,
             "execution": {"trust_remote_code": True},
         }
@@ -179,7 +179,7 @@ def test_the_original_of_a_run_is_loaded_as_the_run_did(tmp_path):
     recipe.save(tmp_path / "recipe.yaml")
     assert original_of(str(tmp_path)) == {
         "source": "owner/name",
-        "existing_scaling": "keep",
+        "rope_scaling": "keep",
         "original_length": 512,
     }
     assert original_of("owner/name") is None

@@ -40,7 +40,7 @@ def test_facts_of_every_family(checkpoints, micro_models, family):
     assert info.head_dim == head_dim
     assert info.rotary_dim == ROTARY_DIM.get(family, 16)
     assert info.rope_theta == THETA.get(family, 1e4)
-    assert info.existing_scaling is None
+    assert info.rope_scaling is None
     assert info.dtype == "float32"
     assert info.kv_bytes_per_token == 2 * with_keys * info.kv_heads * head_dim * 4
     assert info.parameters == sum(p.numel() for p in micro_models(family).parameters())
@@ -152,7 +152,7 @@ def test_a_scaling_of_its_own_kind_is_not_replaced(tmp_path):
     )
     config.save_pretrained(tmp_path)
     for how in (None, "keep", "replace"):
-        info = inspect_model(str(tmp_path), existing_scaling=how)
+        info = inspect_model(str(tmp_path), rope_scaling=how)
         assert "'ntk_alpha'" in info.reason
 
 

@@ -55,10 +55,10 @@ def test_scaling_must_be_kept_or_replaced(scaled, kind):
     source = scaled(kind)
     info = inspect_model(source)
     assert not info.extendable
-    assert ("existing_scaling='keep'" in info.reason) == (kind != "dynamic")
-    assert "existing_scaling='replace'" in info.reason
-    assert info.existing_scaling["rope_type"] == kind
-    with pytest.raises(ValueError, match="existing_scaling="):
+    assert ("rope_scaling='keep'" in info.reason) == (kind != "dynamic")
+    assert "rope_scaling='replace'" in info.reason
+    assert info.rope_scaling["rope_type"] == kind
+    with pytest.raises(ValueError, match="rope_scaling="):
         load_model(source)
 
 
@@ -66,12 +66,12 @@ def test_scaling_must_be_kept_or_replaced(scaled, kind):
 def test_replaced_scaling_starts_over(scaled, micro_models, ids, kind):
     """The model is the unscaled one, also below n̂, and in chunks."""
     told = 16 if kind == "linear" else None
-    loaded = load_model(scaled(kind), existing_scaling="replace", original_length=told)
+    loaded = load_model(scaled(kind), rope_scaling="replace", original_length=told)
     info = loaded.info
     assert info.original_max_position_embeddings == (ORIGINAL if kind == "dynamic" else 16)
     if kind in ("yarn", "llama3", "longrope"):
         assert info.original_read_from == "rope_parameters.original_max_position_embeddings"
-    assert info.existing_scaling["rope_type"] == kind
+    assert info.rope_scaling["rope_type"] == kind
     none = info.rescale("none", 128)
     assert set(none.factors) == {1.0}
     assert none.attention_factor == 1
@@ -88,7 +88,7 @@ def test_replaced_scaling_starts_over(scaled, micro_models, ids, kind):
 
 
 def test_linear_scaling_does_not_say_what_it_was(scaled):
-    info = inspect_model(scaled("linear"), existing_scaling="replace")
+    info = inspect_model(scaled("linear"), rope_scaling="replace")
     assert not info.extendable
     assert "give original_length" in info.reason
 
@@ -96,7 +96,7 @@ def test_linear_scaling_does_not_say_what_it_was(scaled):
 @pytest.mark.parametrize("kind", ["yarn", "llama3", "longrope", "linear"])
 def test_kept_scaling_is_the_start(scaled, kind, ids):
     """With the scaling kept, 'none' computes what the model does, beyond its original length."""
-    loaded = load_model(scaled(kind), existing_scaling="keep")
+    loaded = load_model(scaled(kind), rope_scaling="keep")
     info = loaded.info
     assert info.original_max_position_embeddings == ORIGINAL
     base = info.rescale("none", 4 * ORIGINAL)
@@ -133,15 +133,15 @@ def test_the_scaled_length_is_what_the_config_says_or_its_factor(scaled, kind, f
     config = json.loads(path.read_text())
     config["rope_parameters"]["factor"] = factor
     path.write_text(json.dumps(config))
-    info = inspect_model(source, existing_scaling="keep")
+    info = inspect_model(source, rope_scaling="keep")
     assert info.original_max_position_embeddings == length
     assert f"scaled length, {length:,}," in inspect_model(source).reason
     assert import_pair(source).long.max_position_embeddings == length
 
 
 def test_what_to_do_with_scaling_is_one_of_two(scaled):
-    with pytest.raises(ValueError, match=r"existing_scaling is 'Keep'; .*keep .*replace"):
-        load_model(scaled("yarn"), existing_scaling="Keep")
+    with pytest.raises(ValueError, match=r"rope_scaling is 'Keep'; .*keep .*replace"):
+        load_model(scaled("yarn"), rope_scaling="Keep")
 
 
 def test_a_length_that_transformers_filled_in_is_called_so(scaled):
@@ -156,5 +156,5 @@ def test_a_length_that_transformers_filled_in_is_called_so(scaled):
 
 
 def test_dynamic_scaling_cannot_be_kept(scaled):
-    with pytest.raises(ValueError, match=r"dynamic .*existing_scaling='replace'"):
-        load_model(scaled("dynamic"), existing_scaling="keep")
+    with pytest.raises(ValueError, match=r"dynamic .*rope_scaling='replace'"):
+        load_model(scaled("dynamic"), rope_scaling="keep")

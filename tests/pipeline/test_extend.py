@@ -135,7 +135,7 @@ def test_the_card_tells_of_the_factors_that_are_exported(finished, tmp_path):
     assert f"| 64 {found['longrope without recovery', 64]}" in card(
         "static", "--format", "hf-static"
     )
-    assert "perplexity" not in card("other", "--rescale", "yarn", "--target", "1024")
+    assert "perplexity" not in card("other", "--long-factors", "yarn", "--target", "1024")
 
 
 def test_what_is_published_names_no_folder(finished):
@@ -208,7 +208,7 @@ def test_the_teacher_is_the_model_as_it_came(checkpoints, texts, tmp_path, kind)
     shutil.copytree(checkpoints("llama"), path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
-    recipe = make_recipe({"model": str(path), "target": "2x", "existing_scaling": "replace"})
+    recipe = make_recipe({"model": str(path), "target": "2x", "rope_scaling": "replace"})
     opened = open_run(recipe, tmp_path / "out", Ranks())
     length = opened.plan.original
     ids = torch.randint(3, 1500, (1, length), generator=torch.Generator().manual_seed(0))
@@ -244,7 +244,7 @@ def test_a_run_s_weights_under_another_rescale(finished, texts):
     out, _ = finished
     asked = ["--lengths", "128,512", "--data", texts, "--json", "--target", "8x"]
     run_s = evaluated("perplexity", out, *asked, "--rescale", "yarn")["perplexity"]
-    told = ["--existing-scaling", "replace", "--original-length", 64]
+    told = ["--rope-scaling", "replace", "--original-length", 64]
     model_s = evaluated("perplexity", out / "model", *asked, "--rescale", "yarn", *told)[
         "perplexity"
     ]
@@ -256,7 +256,7 @@ def test_a_run_s_weights_under_another_rescale(finished, texts):
 def test_no_export_takes_the_place_of_a_run_s_model(finished, checkpoints):
     out, _ = finished
     before = (out / "model" / "model.safetensors").read_bytes()
-    asked = ["--rescale", "yarn", "--target", "1024", "--out", out / "model", "--force"]
+    asked = ["--long-factors", "yarn", "--target", "1024", "--out", out / "model", "--force"]
     line = refused("export", checkpoints("llama"), *asked)
     assert f"--out is {out / 'model'}," in line
     assert "to a run" in line

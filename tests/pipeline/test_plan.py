@@ -41,7 +41,7 @@ def test_up_to_8x_needs_no_training(info):
 def test_where_the_model_counts_in_the_boundary_that_stays(info):
     """Ministral 3: its scores grow with the position, in units of its original length."""
     counting = dataclasses.replace(info, boundary=256)
-    made = plan(counting, target="8x", existing_scaling="replace")
+    made = plan(counting, target="8x", rope_scaling="replace")
     assert names(made) == ["search", *(name for name in END if name != "recovery-2")]
     counting.check_representable("replace", 256)
     with pytest.raises(ValueError, match=r"\(256\).*\(512\)"):

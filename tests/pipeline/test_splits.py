@@ -35,7 +35,7 @@ def disjoint(made):
 
 def test_of_the_library(bundled):
     held_out = ["python-library-held-out"]
-    made = splits(bundled, data=["python-library"], evaluation_data=held_out)
+    made = splits(bundled, data=["python-library"], eval_data=held_out)
     assert disjoint(made)
     assert {"asyncio", "email"} <= {document.name for document in made.evaluation}
     assert sum(map(len, made.training)) > sum(map(len, made.search))
@@ -57,7 +57,7 @@ def test_order_does_not_matter(bundled, texts):
 def test_what_is_evaluated_on_is_never_trained_on(bundled, texts):
     """The same file given for both goes to evaluation alone."""
     file = str(sorted(texts.glob("*.txt"))[0])
-    made = splits(bundled, target=512, data=[str(texts)], evaluation_data=[file])
+    made = splits(bundled, target=512, data=[str(texts)], eval_data=[file])
     assert disjoint(made)
     assert len(made.evaluation) == 1
 
@@ -73,7 +73,7 @@ def test_nothing_left_to_train_on(bundled, texts, tmp_path):
     (tmp_path / "short.txt").write_text("import os\n" * 300)  # too short for two spans
     other = str(sorted(texts.glob("*.txt"))[1])
     with pytest.raises(ValueError, match="train on: 0 of"):
-        splits(bundled, target=512, data=[str(tmp_path)], evaluation_data=[other])
+        splits(bundled, target=512, data=[str(tmp_path)], eval_data=[other])
 
 
 def test_text_must_be_named(bundled):

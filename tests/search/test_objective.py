@@ -53,6 +53,8 @@ def test_the_loss_on_all_windows_is_the_mean_of_the_single_ones_and_so_is_its_gr
     whole = objective(rescale, grad=True)
     assert np.mean([single.loss for single in singles]) == pytest.approx(whole.loss, rel=1e-6)
     assert objective(rescale).loss == pytest.approx(whole.loss, rel=1e-5)
+    each = [objective(rescale, window).loss for window in range(3)]
+    assert objective(rescale).window_losses == pytest.approx(each, rel=1e-5)
     assert objective(rescale, 1).loss == pytest.approx(singles[1].loss, rel=1e-5)
     grads = np.array([single.grad for single in singles])
     np.testing.assert_allclose(grads.mean(axis=0), whole.grad, rtol=1e-4, atol=1e-7)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost
 from longrope.search.history import SearchIdentity
 from longrope.search.problem import Problem, ramp
-from longrope.search.run import run_algorithm
+from longrope.search.run import describe_gain, run_algorithm
 from longrope.search.settings import GradientSearchConfig
 from longrope.search.space import Result
 from search.test_evolution import SMALL, bowl, problem
@@ -110,6 +111,43 @@ def test_a_finished_search_computes_nothing(tmp_path):
     result = go(tmp_path, again)
     assert (again.calls, result.computed, result.evaluations) == (0, 0, SMALL.forwards)
     assert contents(tmp_path) == before
+
+
+def of_windows(rescale, window=None, grad=False):
+    """Four windows, of which each disagrees a little with the bowl."""
+    centre = bowl(SPACE.nearest(rescale))
+    each = tuple(centre * (1 + 0.01 * number) for number in range(4))
+    return Result(sum(each) / 4, window_losses=each)
+
+
+def test_the_gain_is_paired_over_the_same_windows(tmp_path):
+    result = go(tmp_path, of_windows, cost=EvaluationCost(4))
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    starts = {line["start"]: line for line in lines if line["start"]}
+    name, loss = result.best_start
+    assert loss == min(line["loss"] for line in starts.values()) == starts[name]["loss"]
+    best = min(lines, key=lambda line: line["loss"])
+    before, after = starts[name]["window_losses"], best["window_losses"]
+    differences = [a - b for a, b in zip(before, after, strict=True)]
+    assert result.gain == pytest.approx(statistics.mean(differences))
+    error = statistics.stdev(differences) / 2
+    assert result.gain_standard_error == pytest.approx(error)
+    again = go(tmp_path, of_windows, cost=EvaluationCost(4))
+    assert again.computed == 0
+    assert (again.gain, again.gain_standard_error) == (result.gain, result.gain_standard_error)
+    said = describe_gain(result)
+    assert all(
+        text in said for text in (name, f"{loss:.4f}", f"{result.gain:.4f}", f"± {error:.4f}")
+    )
+
+
+def test_a_search_that_gains_nothing_returns_its_start_and_says_so(tmp_path):
+    result = go(tmp_path, Loss(of=lambda candidate: 1.0), budget=5)
+    name, _ = result.best_start
+    start = problem(SPACE).starts[name]
+    assert result.best.factors == SPACE.rescale(start).factors
+    assert (result.gain, result.gain_standard_error) == (0.0, None)
+    assert f"No candidate beats the best start, {name}" in describe_gain(result)
 
 
 def test_fixed_start_tokens_leave_nothing_portable(tmp_path):

@@ -46,7 +46,7 @@ def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
 def test_leaves_a_plain_checkpoint(trained, checkpoints):
     out, _, _ = trained
     loaded = load_model(str(out / "model"))
-    assert loaded.info.existing_scaling is None
+    assert loaded.info.rope_scaling is None
     before = AutoModelForCausalLM.from_pretrained(checkpoints("llama")).state_dict()
     assert any(not torch.equal(before[name], new) for name, new in weights(out).items())
     assert not (out / "checkpoints").exists()

@@ -21,7 +21,7 @@ from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import load_model
 from longrope.models.sources import local_copy
 from longrope.models.target_length import parse_extension
-from longrope.progress import quiet
+from longrope.progress import announced, quiet
 from longrope.rope.apply import check_fits
 from longrope.rope.methods import METHODS
 from longrope.rope.pair import RescalePair
@@ -36,14 +36,14 @@ class ExportOptions:
 
     Args:
         model: a run of ``longrope extend``, a checkpoint, a hub id, or a GGUF file.
-        rescale, short: rescale files, CSV files or methods' names; a run has its own. Without
-            ``short`` the long factors serve every length.
+        long_factors, short_factors: rescale files, CSV files or methods' names; a run has its
+            own. Without ``short_factors`` the long ones serve every length.
         target: target length of a method or a CSV file.
         fold_attention_factor: write the attention factor that engines compute by themselves,
             and fold the rest into the query projections. Only mlx-lm needs it: transformers,
             vLLM and SGLang read the attention factor from the config.
         drop_start_tokens: export factors that were searched with n̂ > 0 as if it were 0.
-        existing_scaling: keep or replace the scaling of the model. It applies to known methods;
+        rope_scaling: keep or replace the scaling of the model. It applies to known methods;
             the factors of a rescale file include it.
         force: replace an earlier export at ``out``.
     """
@@ -51,12 +51,12 @@ class ExportOptions:
     model: str
     out: Path
     format: Format = "hf"
-    rescale: str | None = None
-    short: str | None = None
+    long_factors: str | None = None
+    short_factors: str | None = None
     target: str | None = None
     fold_attention_factor: bool = False
     drop_start_tokens: bool = False
-    existing_scaling: ScalingChoice | None = None
+    rope_scaling: ScalingChoice | None = None
     original_length: int | None = None
     dtype: str = "bfloat16"
     force: bool = False
@@ -86,7 +86,7 @@ def export(options: ExportOptions) -> Manifest:
         before = Rescale.load(run / "rescale.json").original_max_position_embeddings
         options = dataclasses.replace(
             options,
-            existing_scaling=options.existing_scaling or "replace",
+            rope_scaling=options.rope_scaling or "replace",
             original_length=options.original_length or before,
         )
     _require_free(options, model)
@@ -95,7 +95,10 @@ def export(options: ExportOptions) -> Manifest:
     pair = _pair(options, factors, info)
     named = str((original_of(options.model) or {}).get("source", options.model))
     manifest = Manifest(options.format, Path(named).name, pair)
-    with _checkpoint(options, info, keep_gguf=gguf) as source:
+    with (
+        announced(f"writing {options.out}"),
+        _checkpoint(options, info, keep_gguf=gguf) as source,
+    ):
         if gguf:
             export_gguf(source, manifest, options.out)
         else:
@@ -109,7 +112,9 @@ def export(options: ExportOptions) -> Manifest:
                     pair.long.attention_factor,
                 )
             _write_directory(manifest, source, info, options)
-    _write_card(manifest, options.out, None if options.rescale or options.short else run)
+    _write_card(
+        manifest, options.out, None if options.long_factors or options.short_factors else run
+    )
     return manifest
 
 
@@ -128,7 +133,7 @@ def _require_free(options: ExportOptions, model: str) -> None:
         raise ValueError(
             f"out is {options.out}, which belongs to a run and its results; give another `out`"
         )
-    for read in (options.model, model, options.rescale, options.short):
+    for read in (options.model, model, options.long_factors, options.short_factors):
         if read and Path(read).exists() and Path(read).resolve().is_relative_to(out):
             raise ValueError(
                 f"out is {options.out}, which contains {read}, an input; give another `out`"
@@ -169,10 +174,11 @@ class _Factors:
         Raises:
             ValueError: no factors are named, or a method or CSV file has no target.
         """
-        long = options.rescale or (str(run / "rescale.json") if run else None)
-        short = options.short or (str(run / "short.json") if run and not options.rescale else None)
+        long = options.long_factors or (str(run / "rescale.json") if run else None)
+        own = str(run / "short.json") if run and not options.long_factors else None
+        short = options.short_factors or own
         if long is None:
-            raise ValueError("rescale is missing; give a rescale file, or a run as `model`")
+            raise ValueError("long_factors is missing; give a rescale file, or a run as `model`")
         files = {}
         for name in filter(None, (long, short)):
             if name in METHODS or Path(name).suffix == ".csv":
@@ -199,7 +205,7 @@ def _inspect(options: ExportOptions, model: str, factors: _Factors) -> ModelInfo
     methods = {factors.long, factors.short} & set(METHODS)
     info = inspect_model(
         model,
-        existing_scaling=options.existing_scaling if methods else "replace",
+        rope_scaling=options.rope_scaling if methods else "replace",
         original_length=options.original_length or next(iter(factors.lengths_before), None),
         trust_remote_code=options.trust_remote_code,
     )
@@ -220,18 +226,18 @@ def _pair(options: ExportOptions, factors: _Factors, info: ModelInfo) -> Rescale
         short = long.replace(max_position_embeddings=long.original_max_position_embeddings)
     if factors.short and short.max_position_embeddings >= long.max_position_embeddings:
         raise ValueError(
-            f"`short` ({factors.short}) is made for {short.max_position_embeddings:,} tokens, and "
-            f"`rescale` ({factors.long}) for {long.max_position_embeddings:,}; short factors must "
-            "be made for fewer tokens (are the two exchanged?)"
+            f"`short_factors` ({factors.short}) is made for {short.max_position_embeddings:,} "
+            f"tokens, and `long_factors` ({factors.long}) for {long.max_position_embeddings:,}; "
+            "short factors must be made for fewer tokens (are the two exchanged?)"
         )
     if short.attention_factor != long.attention_factor:
         raise ValueError(
-            f"attention_factor is {short.attention_factor:g} in `short` and "
-            f"{long.attention_factor:g} in `rescale`, but a checkpoint has one for both; search "
-            "the short factors with the attention factor of the long ones"
+            f"attention_factor is {short.attention_factor:g} in `short_factors` and "
+            f"{long.attention_factor:g} in `long_factors`, but a checkpoint has one for both; "
+            "search the short factors with the attention factor of the long ones"
         )
     kept = any(factor != 1 for factor in long.base_factors)
-    existing = "keep" if kept else options.existing_scaling
+    existing = "keep" if kept else options.rope_scaling
     info.check_representable(existing, short.max_position_embeddings)
     return RescalePair(short, long)
 

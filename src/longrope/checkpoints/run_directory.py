@@ -23,7 +23,7 @@ def original_of(source: str) -> dict[str, Any] | None:
     found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     return {
         "source": found["model"],
-        "existing_scaling": found["existing_scaling"],
+        "rope_scaling": found["rope_scaling"],
         "original_length": found["original_length"],
     }
 

@@ -15,6 +15,7 @@ from longrope.cli.options import (
     Model,
     Pack,
     add_options,
+    examples,
     option_name,
 )
 from longrope.cli.tables import console, print_differences, print_json, print_perplexity
@@ -22,7 +23,12 @@ from longrope.evaluate.settings import PerplexityConfig
 from longrope.execution import ExecutionConfig
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "longrope compare bundled --target 8x --data python-library-held-out",
+        "longrope compare --target 8x --data books/ --methods yarn,first/rescale.json",
+    )
+)
 @add_options("scoring", {"": PerplexityConfig}, leave_out=("lengths", "stride"))
 @add_options("scaling", SCALING)
 @add_options("execution", EXECUTION, leave_out=("sequence_parallel",))
@@ -121,7 +127,12 @@ def compare(
         console.print(str(path), soft_wrap=True)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "longrope report runs/llama",
+        "longrope report runs/first --json",
+    )
+)
 def report(
     directory: Annotated[
         Path, typer.Argument(help="Output directory of extend, search or compare.")

@@ -19,6 +19,7 @@ from longrope.cli.options import (
     Pack,
     ScalingOptions,
     add_options,
+    examples,
     option_name,
 )
 from longrope.cli.tables import (
@@ -82,12 +83,12 @@ class _Subject(ScalingOptions):
             "original_length": self.original_length,
             "trust_remote_code": self.execution.trust_remote_code,
         }
-        if self.rescale is None and self.existing_scaling is None:
+        if self.rescale is None and self.rope_scaling is None:
             self._refuse_options_of_a_method()
             info, pair = inspect_extended(self.model, **how)
         else:
-            scaling = self.existing_scaling
-            info, pair = inspect_weights(self.model, existing_scaling=scaling, **how), None
+            scaling = self.rope_scaling
+            info, pair = inspect_weights(self.model, rope_scaling=scaling, **how), None
         info.require_extendable()
         return info, pair
 
@@ -124,7 +125,12 @@ def _subject(model: str, options: dict[str, Any], execution: dict[str, Any]) -> 
     return _Subject.make(options | {"model": model, "execution": how}, option_name)
 
 
-@verbs.command()
+@verbs.command(
+    epilog=examples(
+        "longrope evaluate perplexity runs/llama --data books/ --lengths 8k,64k",
+        "longrope evaluate perplexity bundled --data books/ --rescale yarn --lengths 2k",
+    )
+)
 @add_options("scoring", {"": PerplexityConfig}, leave_out=("lengths",))
 @_measures
 def perplexity(
@@ -168,7 +174,12 @@ def perplexity(
     _show("perplexity", rows, print_perplexity, out, json_)
 
 
-@verbs.command()
+@verbs.command(
+    epilog=examples(
+        "longrope evaluate passkey runs/llama --lengths 8k,64k",
+        "longrope evaluate passkey bundled --rescale yarn --lengths 512,2k --trials 10",
+    )
+)
 @add_options("retrieval", {"": RetrievalConfig})
 @_measures
 def passkey(
@@ -186,7 +197,12 @@ def passkey(
     _retrieve("passkey", asked, lengths, (), "text", retrieval, out, json_)
 
 
-@verbs.command()
+@verbs.command(
+    epilog=examples(
+        "longrope evaluate needle runs/llama --data books/ --lengths 8k,64k",
+        "longrope evaluate needle bundled --data python-library --lengths 2x --trials 5",
+    )
+)
 @add_options("retrieval", {"": RetrievalConfig})
 @_measures
 def needle(
@@ -206,7 +222,12 @@ def needle(
     _retrieve("needle", asked, lengths, tuple(data), field, retrieval, out, json_)
 
 
-@verbs.command()
+@verbs.command(
+    epilog=examples(
+        "longrope evaluate benchmarks runs/llama --tasks arc_challenge,hellaswag",
+        "longrope evaluate benchmarks runs/llama --tasks niah_single_1 --lengths 8k,64k",
+    )
+)
 @add_options("config", {"": BenchmarkConfig}, leave_out=("tasks", "ruler_lengths"))
 @_measures
 def benchmarks(
@@ -355,7 +376,7 @@ def _of(subject: _Subject, options: dict[str, Any]) -> dict[str, Any]:
         "rescale": subject.rescale,
         "target": subject.target,
         "attention_factor": subject.attention_factor,
-        "existing_scaling": subject.existing_scaling,
+        "rope_scaling": subject.rope_scaling,
         "original_length": subject.original_length,
         "dtype": subject.execution.dtype,
     }

@@ -1,6 +1,7 @@
 """The verbs that hand an extended model to engines, prove what they do, and take one back."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,13 +15,19 @@ from longrope.cli.options import (
     Json,
     TrustRemoteCode,
     add_options,
+    examples,
     option_name,
 )
 from longrope.cli.tables import console, print_json
 from longrope.execution import ExecutionConfig
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "longrope export runs/llama --format gguf --out llama-long.gguf",
+        "longrope export bundled --long-factors yarn --target 8x --out yarn-model",
+    )
+)
 @add_options("scaling", SCALING)
 def export(
     *,
@@ -29,10 +36,10 @@ def export(
     format_: Annotated[
         str, typer.Option("--format", help="hf, hf-static, gguf or gguf-static.")
     ] = "hf",
-    rescale: Annotated[
+    long_factors: Annotated[
         str | None, typer.Option(help="Long factors: a file, or a method with --target.")
     ] = None,
-    short: Annotated[
+    short_factors: Annotated[
         str | None, typer.Option(help="Short factors; without them the long serve every length.")
     ] = None,
     target: Annotated[
@@ -66,8 +73,8 @@ def export(
         ExportOptions(
             model,
             out,
-            rescale=rescale,
-            short=short,
+            long_factors=long_factors,
+            short_factors=short_factors,
             target=target,
             drop_start_tokens=drop_start_tokens,
             **scaling,
@@ -82,10 +89,16 @@ def export(
         return
     console.print(f"{out}: {format_}, {manifest.pair.long.max_position_embeddings:,} tokens")
     engine = "llamacpp" if format_.startswith("gguf") else "transformers"
-    console.print(f"prove it: longrope verify {out} --engine {engine}", soft_wrap=True)
+    command = f"longrope verify {shlex.quote(str(out))} --engine {engine}"
+    console.print(f"prove it: {command}", soft_wrap=True, markup=False, highlight=False)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "longrope verify exported --engine vllm --engine-python vllm-env/bin/python",
+        "longrope verify model.gguf --engine llamacpp --lengths 4k,16k",
+    )
+)
 @add_options(
     "execution",
     EXECUTION,
@@ -97,7 +110,7 @@ def verify(
     engine: Annotated[
         str, typer.Option(help="transformers, transformers-legacy, vllm, llamacpp or mlx.")
     ] = "transformers",
-    python: Annotated[
+    engine_python: Annotated[
         str | None, typer.Option(help="The Python of the engine's own environment.")
     ] = None,
     lengths: Annotated[
@@ -120,9 +133,9 @@ def verify(
         raise ValueError(f"--prompts is {prompts}; it must be at least 1")
     how = ExecutionConfig.make({"dtype": dtype} | execution, option_name)
     points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()
-    require_engine(path, engine, python)
+    require_engine(path, engine, engine_python)
     reference = Reference(path, how)
-    verdict = ask(reference, engine, python=python, lengths=points, prompts=prompts)
+    verdict = ask(reference, engine, engine_python=engine_python, lengths=points, prompts=prompts)
     if json_:
         print_json(dataclasses.asdict(verdict) | {"right": verdict.right})
     else:
@@ -143,7 +156,13 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command("import")
+@app.command(
+    "import",
+    epilog=examples(
+        "longrope import microsoft/Phi-3-mini-128k-instruct --out factors/phi3",
+        "longrope import model.gguf --out factors/gguf",
+    ),
+)
 def import_(
     model: Annotated[str, typer.Argument(help="A checkpoint or GGUF file that is scaled already.")],
     out: Annotated[Path, typer.Option(help="Directory for rescale.json and short.json.")] = ...,  # type: ignore[assignment]

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -59,7 +61,7 @@ class ExtensionOptions(ScalingOptions):
     )
     data: list[str] | None = Field(default=None, description=DATA_HELP)
     field: str | None = Field(default=None, description=FIELD_HELP)
-    evaluation_data: list[str] | None = Field(
+    eval_data: list[str] | None = Field(
         default=None, description="Held-out text; by default some of --data."
     )
     finetune: bool | None = Field(
@@ -104,6 +106,7 @@ def plan(
 ) -> None:
     """Print the stages of an extension with tokens, FLOPs, memory and hours; check the text."""
     from longrope.distributed import Ranks, SequenceParallelGroup, ranks
+    from longrope.pipeline.advice import advise_target
     from longrope.pipeline.checks import check_settings, check_text
     from longrope.pipeline.estimate import estimate_plan, parse_gpus
     from longrope.pipeline.extend import open_run
@@ -125,6 +128,10 @@ def plan(
             print_json(estimated.to_json() | {"settings": settings})
         elif these.first:
             _print_plan(run, estimated)
+            for line in advise_target(run.recipe, run.plan):
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
+            command = _extend_command(sys.argv)
+            console.print(f"Next: {command}", soft_wrap=True, highlight=False, markup=False)
         estimated.check()
         if gpus is None:
             check_settings(run, run.plan.stages)
@@ -162,7 +169,12 @@ def extend(
     _extend(chosen, out or _directory(chosen), options, json_)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "longrope demo",
+        "longrope demo --out runs/mine --device cpu",
+    )
+)
 @add_options("execution", EXECUTION)
 def demo(
     *,
@@ -207,6 +219,20 @@ def _require_training(options: dict[str, Any], trained: int | None) -> None:
         )
 
 
+def _extend_command(arguments: list[str]) -> str:
+    """Return the command that runs what ``plan`` was called for, ready to paste."""
+    words = ["longrope", "extend"]
+    given = iter(arguments[2:])
+    for word in given:
+        if word == "--gpus":
+            next(given)
+        elif word != "--json" and not word.startswith("--gpus="):
+            words.append(word)
+    if "--data" not in words and "--recipe" not in words and words[2:3] != ["bundled"]:
+        words += ["--data", "TEXT"]
+    return shlex.join(words)
+
+
 def _print_plan(run: "Run", estimated: "Estimate") -> None:
     """Print a run's plan: the settings that the effort chose, with reasons, then the stages."""
     recipe = run.recipe
@@ -249,7 +275,12 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
     console.print(str(page), soft_wrap=True)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "longrope generate runs/llama --prompt-file book.txt",
+        "longrope generate runs/llama --prompt 'Once upon a time' --temperature 0.8",
+    )
+)
 @add_options("scaling", SCALING)
 @add_options("execution", EXECUTION, leave_out=("offload_activations", "sequence_parallel"))
 def generate(

@@ -38,7 +38,7 @@ EXECUTION = {"Execution": ExecutionConfig}
 class ScalingOptions(Config):
     """How to read a model whose config has RoPE scaling, or a wrong length."""
 
-    existing_scaling: Literal["keep", "replace"] | None = pydantic.Field(
+    rope_scaling: Literal["keep", "replace"] | None = pydantic.Field(
         default=None, description="For a model with RoPE scaling: keep it, or replace it."
     )
     original_length: int | None = pydantic.Field(

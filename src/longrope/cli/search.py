@@ -18,6 +18,7 @@ from longrope.cli.options import (
     Pack,
     TrustRemoteCode,
     add_options,
+    examples,
     option_name,
 )
 from longrope.cli.tables import console, print_json
@@ -31,7 +32,12 @@ from longrope.search.settings import (
 SEARCHES = {"Gradient search": GradientSearchConfig, "Evolution search": EvolutionSearchConfig}
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "longrope inspect meta-llama/Llama-3.2-1B",
+        "longrope inspect model.gguf --json",
+    )
+)
 @add_options("scaling", SCALING)
 def inspect(
     *,
@@ -42,6 +48,7 @@ def inspect(
 ) -> None:
     """Print a model's properties and whether its context can be extended. Reads no weights."""
     from longrope.models.info import inspect_model
+    from longrope.pipeline.advice import advise_model
 
     info = inspect_model(model, **scaling, trust_remote_code=trust_remote_code)
     if json_:
@@ -55,9 +62,16 @@ def inspect(
             shown = f"{value:,}" if type(value) is int else str(value)
             table.add_row(name, shown)
     console.print(table)
+    for line in advise_model(info):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "longrope search bundled --target 8x --data python-library --out runs/first",
+        "longrope search models/mistral --target 64k --data books/ --out runs/mistral",
+    )
+)
 @add_options("config", SEARCHES, shared="Search")
 @add_options("scaling", SCALING)
 @add_options("execution", EXECUTION)
@@ -88,7 +102,7 @@ def search(
     from longrope.models.info import inspect_model
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_search
-    from longrope.search.run import SearchOptions, run_search
+    from longrope.search.run import SearchOptions, describe_gain, run_search
 
     options = SearchOptions(
         target=target,
@@ -115,19 +129,19 @@ def search(
         print_json(_summary(result, out))
         return
     state = "done" if result.computed else "already done"
-    console.print(
-        f"{state}: {result.forwards:g} forward passes over all windows; loss in nats per token:"
-    )
+    console.print(f"{state}: {result.forwards:g} forward passes over all windows")
+    console.print(describe_gain(result), soft_wrap=True, highlight=False)
     if options.config.algorithm == "gradient":
-        console.print("  starts, on the windows of their comparison (ramp F-G: dimensions above F")
-        console.print("  rotations are not scaled, below G they are interpolated in full)")
+        console.print("Starts, on the windows of their comparison (ramp F-G: dimensions above F")
+        console.print("rotations are not scaled, below G they are interpolated in full):")
     for name, loss in result.starts.items():
         console.print(f"  {name:12} {loss:.4f}")
-    console.print(
-        f"  best         {result.best_loss:.4f}  (start tokens {result.best.start_tokens})"
-    )
-    if result.portable_loss is not None:
-        console.print(f"  portable     {result.portable_loss:.4f}  (start tokens 0)")
+    if result.best.start_tokens and result.portable_loss is not None:
+        console.print(
+            f"The result has {result.best.start_tokens} start tokens, which only longrope applies; "
+            f"portable.json has none: {result.portable_loss:.4f}",
+            soft_wrap=True,
+        )
     if result.not_finite:
         console.print(f"  {result.not_finite} candidates had no finite loss")
     console.print(f"{out / 'rescale.json'}", soft_wrap=True)
@@ -143,6 +157,10 @@ def _summary(result: Any, out: Path) -> dict[str, Any]:
         "portable_loss": result.portable_loss,
         "start_tokens": result.best.start_tokens,
         "starts": result.starts,
+        "best_start": result.best_start and result.best_start[0],
+        "best_start_loss": result.best_start and result.best_start[1],
+        "gain": result.gain,
+        "gain_standard_error": result.gain_standard_error,
         "evaluations": result.evaluations,
         "forwards": result.forwards,
         "computed": result.computed,

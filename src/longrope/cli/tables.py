@@ -62,19 +62,22 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def print_differences(rows: list[dict[str, Any]]) -> None:
-    """Print a table of paired differences between the subject and every other method."""
+    """Print a table of paired differences between every two methods, the better one first."""
     if not rows:
         return
-    title = f"{rows[0]['method']} minus each other method, nats per token, paired by document"
-    table = Table("length", "against", "difference", "± s.e.", "better", title=title)
+    title = "Difference in nats per token, paired by document (of one document, by blocks of it)"
+    table = Table("length", "method", "against", "difference", "± s.e.", "better", title=title)
     for row in rows:
+        names, mean = (row["method"], row["against"]), row["mean"]
+        if mean is not None and mean > 0:
+            names, mean = names[::-1], -mean
         table.add_row(
             f"{row['length']:,}",
-            row["against"],
-            _shown(row["mean"], "+.4f"),
+            *names,
+            _shown(mean, "+.4f"),
             _shown(row["standard_error"], ".4f"),
-            "yes" if row["better"] else "no" if row["standard_error"] is not None else "?",
+            "?" if row["better"] is None else "yes",
         )
     console.print(table)
-    if any(row["standard_error"] is None for row in rows):
-        console.print("one document gives no standard error: give several to tell what is better")
+    if any(row["better"] is None for row in rows):
+        console.print("?: the difference is within two standard errors, so this text cannot tell")

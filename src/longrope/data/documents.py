@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.data.stdlib import SOURCES, library_texts
+from longrope.progress import announced
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     """
     documents: dict[str, Document] = {}
     for source in sources:
-        found = list(_read(source, field))
+        with announced(f"reading {Path(source).name or source}"):
+            found = list(_read(source, field))
         if not found:
             raise ValueError(f"data={source!r} contains no text; give documents with text")
         for document in found:

@@ -17,6 +17,7 @@ from longrope.engines.specs import ENGINES, Engine, query, require_engine
 from longrope.execution import ExecutionConfig
 from longrope.inference.load import load_extended
 from longrope.models.load import LoadedModel
+from longrope.progress import progress
 from longrope.rope.apply import rescaled
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
@@ -72,7 +73,7 @@ def verify(
     reference: "Reference",
     engine: str,
     *,
-    python: str | None = None,
+    engine_python: str | None = None,
     lengths: tuple[int, ...] = (),
     prompts: int = 2,
 ) -> Verdict:
@@ -81,7 +82,7 @@ def verify(
     Args:
         reference: longrope's model of the export; several engines can share it.
         engine: a key of :data:`~longrope.engines.specs.ENGINES`.
-        python: Python of the engine's environment; by default this one.
+        engine_python: Python of the engine's environment; by default this one.
         lengths: prompt lengths in tokens; by default below, at and just above the boundary
             between short and long factors, and four times the boundary.
         prompts: prompts per length.
@@ -90,36 +91,41 @@ def verify(
         ValueError: an unknown engine, one that is not installed or failed, or one that cannot
             read this export.
     """
-    spec, where = require_engine(reference.path, engine, python)
+    spec, where = require_engine(reference.path, engine, engine_python)
     pair = reference.pair
     points = lengths or _points(reference.boundary, pair.long.max_position_embeddings, spec)
     asked = [_make_prompts(reference.loaded, length, prompts) for length in points]
     letter = reference.loaded.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     contexts = [_context(spec, pair, length, max(points)) for length in points]
     answers: dict[int, list[dict[str, float]]] = {}
-    version = ""
-    for context in dict.fromkeys(contexts):
-        these = [i for i, c in enumerate(contexts) if c == context]
-        question = {
-            "path": str(Path(reference.path).resolve()),
-            "context": context,
-            "top": _TOP,
-            "letter": letter,
-            "dtype": reference.dtype,
-            "prompts": [ids for i in these for ids in asked[i]],
-        }
-        answer = query(spec, where, question)
-        version = answer["version"]
-        rows = iter(answer["answers"])
-        answers |= {i: [next(rows) for _ in asked[i]] for i in these}
-    if engine == "transformers-legacy" and not version.startswith("transformers 4"):
-        raise ValueError(
-            f"python={where!r} has {version}, but engine={engine!r} requires transformers 4"
-        )
-    lines = [
-        reference.line(length, contexts[i] if spec.by_context else None, asked[i], answers[i])
-        for i, length in enumerate(points)
-    ]
+    version, lines = "", []
+    groups = list(dict.fromkeys(contexts))
+    with progress("verify", len(groups) + len(points)) as advance:
+        for number, context in enumerate(groups):
+            advance(number, f"asking {engine} with a context of {context:,} tokens")
+            these = [i for i, c in enumerate(contexts) if c == context]
+            question = {
+                "path": str(Path(reference.path).resolve()),
+                "context": context,
+                "top": _TOP,
+                "letter": letter,
+                "dtype": reference.dtype,
+                "prompts": [ids for i in these for ids in asked[i]],
+            }
+            answer = query(spec, where, question)
+            version = answer["version"]
+            rows = iter(answer["answers"])
+            answers |= {i: [next(rows) for _ in asked[i]] for i in these}
+        if engine == "transformers-legacy" and not version.startswith("transformers 4"):
+            raise ValueError(
+                f"engine_python={where!r} has {version}, but engine={engine!r} requires "
+                "transformers 4"
+            )
+        for i, length in enumerate(points):
+            advance(len(groups) + i, f"computing the same tokens at {length:,}")
+            decided = contexts[i] if spec.by_context else None
+            lines.append(reference.line(length, decided, asked[i], answers[i]))
+        advance(len(groups) + len(points), "")
     return Verdict(engine, version, lines)
 
 

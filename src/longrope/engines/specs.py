@@ -63,7 +63,7 @@ ENGINES = {
 }
 
 
-def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, str]:
+def require_engine(path: str, engine: str, engine_python: str | None) -> tuple[Engine, str]:
     """Return the specification of an engine by its name, and the Python to run it with.
 
     Raises:
@@ -73,14 +73,15 @@ def require_engine(path: str, engine: str, python: str | None) -> tuple[Engine, 
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}")
     _require_readable(path, engine)
-    return ENGINES[engine], python or _this_python(engine, ENGINES[engine])
+    return ENGINES[engine], engine_python or _this_python(engine, ENGINES[engine])
 
 
 def _this_python(engine: str, spec: Engine) -> str:
     if engine == "transformers-legacy" or importlib.util.find_spec(spec.module) is None:
         raise ValueError(
             f"engine={engine!r} is not installed in this environment; create one for it (python "
-            f"-m venv ENGINE && ENGINE/bin/{spec.setup}), and give python='ENGINE/bin/python'"
+            f"-m venv ENGINE && ENGINE/bin/{spec.setup}), and give "
+            "engine_python='ENGINE/bin/python'"
         )
     return sys.executable
 
@@ -94,7 +95,7 @@ def _require_readable(path: str, engine: str) -> None:
         raise ValueError(f"{path}: no such file or directory")
 
 
-def query(spec: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]:
+def query(spec: Engine, engine_python: str, question: dict[str, Any]) -> dict[str, Any]:
     """Query an engine by its specification in a separate process, and return its answer.
 
     Raises:
@@ -105,7 +106,7 @@ def query(spec: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]
         asked, answered = Path(directory) / "question.json", Path(directory) / "answer.json"
         asked.write_text(json.dumps(question), encoding="utf-8")
         # -I keeps this directory off the path: its file names would hide modules of the engine.
-        command = [python, "-I", str(script), str(asked), str(answered)]
+        command = [engine_python, "-I", str(script), str(asked), str(answered)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         environment.pop("PYTHONPATH", None)
         try:
@@ -113,13 +114,15 @@ def query(spec: Engine, python: str, question: dict[str, Any]) -> dict[str, Any]
                 command, capture_output=True, text=True, env=environment, check=False
             )
         except OSError as error:
-            raise ValueError(f"python={python!r} cannot be started: {error.strerror}") from None
+            raise ValueError(
+                f"engine_python={engine_python!r} cannot be started: {error.strerror}"
+            ) from None
         if ended.returncode or not answered.exists():
             requires = (
                 f"; it requires {spec.setup}" if "ModuleNotFoundError" in ended.stderr else ""
             )
             raise ValueError(
-                f"{spec.script} failed under {python}: {_last_line(ended.stderr)}{requires}"
+                f"{spec.script} failed under {engine_python}: {_last_line(ended.stderr)}{requires}"
             )
         return json.loads(answered.read_text(encoding="utf-8"))
 

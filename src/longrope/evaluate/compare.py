@@ -1,6 +1,7 @@
 """Comparison of rescaling methods and searched factors on the same tokens."""
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -257,22 +258,28 @@ class Comparison:
         ]
 
     def differences(self) -> list[dict[str, Any]]:
-        """Return the ``differences`` of ``compare.json``: subject minus others, nats per token."""
+        """Return the ``differences`` of ``compare.json``: every pair of methods, nats per token.
+
+        The subject's pairs stand first. ``better`` is None where the measurement cannot tell.
+        """
+        names = list(dict.fromkeys(name for name, _ in self.scores))
+        names.sort(key=lambda name: name != self.subject)
         rows = []
-        for (other, length), scores in self.scores.items():
-            if other == self.subject:
-                continue
-            difference = paired_difference(self.scores[self.subject, length], scores)
-            rows.append(
-                {
-                    "length": length,
-                    "method": self.subject,
-                    "against": other,
-                    "mean": finite_or_none(difference.mean),
-                    "standard_error": difference.standard_error,
-                    "better": difference.better,
-                }
-            )
+        for length in sorted({length for _, length in self.scores}):
+            for method, other in itertools.combinations(names, 2):
+                difference = paired_difference(
+                    self.scores[method, length], self.scores[other, length]
+                )
+                rows.append(
+                    {
+                        "length": length,
+                        "method": method,
+                        "against": other,
+                        "mean": finite_or_none(difference.mean),
+                        "standard_error": difference.standard_error,
+                        "better": difference.better,
+                    }
+                )
         return rows
 
     def to_json(self) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from longrope.evaluate.statistics import ratio_standard_error
 from longrope.layerwise.forward import LongForward
 from longrope.units import check_lengths
 
+# Blocks of a single document, for a standard error.
+_BLOCKS = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -52,7 +55,10 @@ class Scores:
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error of the perplexity over documents; None for one document."""
+        """Standard error of the perplexity over documents, or over blocks of a single one.
+
+        Blocks of one document are less independent than documents. None if it is undefined.
+        """
         error = ratio_standard_error(self._sums(), self._counts())
         return None if error is None else self.perplexity * error
 
@@ -67,11 +73,20 @@ class Scores:
                 result.append((int(first), int(end), float(np.exp(np.nanmean(part)))))
         return result
 
+    def _units(self) -> list[np.ndarray]:
+        """Return the losses of the units of a standard error: documents, or blocks of one.
+
+        Blocks have the same tokens at every window length.
+        """
+        if len(self.documents) > 1:
+            return [losses.ravel() for losses in self.documents]
+        return np.array_split(np.concatenate(self.documents).ravel(), _BLOCKS)
+
     def _sums(self) -> np.ndarray:
-        return np.array([np.nansum(losses, dtype=np.float64) for losses in self.documents])
+        return np.array([np.nansum(losses, dtype=np.float64) for losses in self._units()])
 
     def _counts(self) -> np.ndarray:
-        return np.array([(~np.isnan(losses)).sum() for losses in self.documents])
+        return np.array([(~np.isnan(losses)).sum() for losses in self._units()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +97,18 @@ class Difference:
     standard_error: float | None
 
     @property
-    def better(self) -> bool:
-        """Whether the first perplexity is lower, by more than two standard errors."""
-        return self.standard_error is not None and self.mean < -2 * self.standard_error
+    def better(self) -> bool | None:
+        """Whether the first perplexity is lower; None within two standard errors."""
+        if self.standard_error is None or abs(self.mean) <= 2 * self.standard_error:
+            return None
+        return self.mean < 0
 
 
 def paired_difference(a: Scores, b: Scores) -> Difference:
-    """Return the :class:`Difference` of perplexity scores ``a`` minus ``b``, paired by document."""
+    """Return the :class:`Difference` of perplexity scores ``a`` minus ``b``, paired by document.
+
+    Of a single document, paired by blocks of it.
+    """
     counts = a._counts()
     assert np.array_equal(counts, b._counts()), "cannot pair scores of different tokens"
     with np.errstate(invalid="ignore"):  # infinity minus infinity: neither is better

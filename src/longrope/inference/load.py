@@ -21,7 +21,7 @@ def load_extended(
     source: str,
     execution: ExecutionConfig | None = None,
     *,
-    existing_scaling: ScalingChoice | None = None,
+    rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
 ) -> tuple[LoadedModel, RescalePair | None]:
     """Load an extended model together with its pair of factors.
@@ -30,7 +30,7 @@ def load_extended(
         source: a run of ``longrope extend``, a checkpoint with ``longrope`` scaling, or
             any other model, which has no pair.
         execution: as in :func:`longrope.models.load.load_model`.
-        existing_scaling: if given, the model is loaded with this choice and without a pair.
+        rope_scaling: if given, the model is loaded with this choice and without a pair.
         original_length: as in :func:`longrope.models.info.inspect_model`.
 
     Raises:
@@ -39,7 +39,7 @@ def load_extended(
     execution = execution or ExecutionConfig()
     info, pair = inspect_extended(
         source,
-        existing_scaling=existing_scaling,
+        rope_scaling=rope_scaling,
         original_length=original_length,
         trust_remote_code=execution.trust_remote_code,
     )
@@ -49,7 +49,7 @@ def load_extended(
 def inspect_extended(
     source: str,
     *,
-    existing_scaling: ScalingChoice | None = None,
+    rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[ModelInfo, RescalePair | None]:
@@ -64,17 +64,17 @@ def inspect_extended(
         ValueError: no such model, or files that cannot be read.
     """
     pair, run = None, Path(source)
-    if not existing_scaling:
+    if not rope_scaling:
         pair = find_pair(source, trust_remote_code)
     if pair is not None:
-        existing_scaling = "replace"
+        rope_scaling = "replace"
         # The checkpoint's own original length is the recovery length, where its long factors begin.
         original_length = original_length or _original_length(run, pair)
         if is_run(run):
             _warn_if_not_exported(run, pair)
     info = inspect_weights(
         source,
-        existing_scaling=existing_scaling,
+        rope_scaling=rope_scaling,
         original_length=original_length,
         trust_remote_code=trust_remote_code,
     )
@@ -97,13 +97,13 @@ def _warn_if_not_exported(run: Path, pair: RescalePair) -> None:
 def inspect_weights(
     source: str,
     *,
-    existing_scaling: ScalingChoice | None = None,
+    rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> ModelInfo:
     """Inspect an extended model to load without its pair of factors.
 
-    For a run this is its exported checkpoint, unscaled unless ``existing_scaling`` is ``keep``.
+    For a run this is its exported checkpoint, unscaled unless ``rope_scaling`` is ``keep``.
 
     Returns:
         The model's info, whose ``source`` is the checkpoint to load.
@@ -114,12 +114,12 @@ def inspect_weights(
     run = Path(source)
     if is_run(run):
         source = str(run / "model")
-        if existing_scaling != "keep":
+        if rope_scaling != "keep":
             before = Rescale.load(run / "rescale.json").original_max_position_embeddings
-            existing_scaling, original_length = "replace", original_length or before
+            rope_scaling, original_length = "replace", original_length or before
     return inspect_model(
         source,
-        existing_scaling=existing_scaling,
+        rope_scaling=rope_scaling,
         original_length=original_length,
         trust_remote_code=trust_remote_code,
     )

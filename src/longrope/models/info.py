@@ -40,7 +40,7 @@ class ModelInfo:
         head_dim: mean of the key and value dimensions of a head.
         original_max_position_embeddings: tokens that the model handles before an extension.
         original_read_from: the config field or parameter that this length was read from.
-        existing_scaling: RoPE parameters of the scaling that the config has, if any.
+        rope_scaling: RoPE parameters of the scaling that the config has, if any.
         active_parameters: parameters that one token is multiplied with (of experts, those chosen).
         kv_numbers: numbers per token in the keys and values of one layer of each shape.
         tied: whether the embeddings are the output head too.
@@ -67,7 +67,7 @@ class ModelInfo:
     rope_theta: float | None
     original_max_position_embeddings: int | None
     original_read_from: str | None
-    existing_scaling: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
     dtype: str
     parameters: int
     active_parameters: int
@@ -120,13 +120,13 @@ class ModelInfo:
                 f"{self.source}: its scores grow with the position in units of "
                 f"original_max_position_embeddings ({self.boundary:,}), which in a checkpoint is "
                 f"also the length that short factors apply up to ({boundary:,}): these must be "
-                "equal, as with existing_scaling='replace' and no original_length"
+                "equal, as with rope_scaling='replace' and no original_length"
             )
-        if existing != "replace" and (self.existing_scaling or {}).get("mscale_all_dim"):
+        if existing != "replace" and (self.rope_scaling or {}).get("mscale_all_dim"):
             raise ValueError(
                 f"{self.source}: its scaling multiplies all scores (mscale_all_dim), which no "
                 "checkpoint with longrope factors can express; search again with "
-                "existing_scaling='replace', which drops it"
+                "rope_scaling='replace', which drops it"
             )
 
     def rescale(self, method: str, target: int, length: int | None = None) -> Rescale:
@@ -172,7 +172,7 @@ class ModelInfo:
 def inspect_model(
     source: Any,
     *,
-    existing_scaling: ScalingChoice | None = None,
+    rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> ModelInfo:
@@ -181,7 +181,7 @@ def inspect_model(
     Args:
         source: a local directory, a hub id, a GGUF file, ``"bundled"``, or a transformers model in
             memory, PEFT's wrapper included.
-        existing_scaling: ``"keep"`` extends a scaled model on top of its scaling, ``"replace"``
+        rope_scaling: ``"keep"`` extends a scaled model on top of its scaling, ``"replace"``
             starts over without it. A scaled model needs one of the two to be extendable.
         original_length: tokens that the model handles, where its config is wrong.
         trust_remote_code: run code that comes with the model.
@@ -195,11 +195,11 @@ def inspect_model(
         >>> info.original_max_position_embeddings, info.extendable
         (256, True)
     """
-    if existing_scaling not in (None, "keep", "replace"):
-        raise ValueError(f"existing_scaling is {existing_scaling!r}; choose keep or replace")
+    if rope_scaling not in (None, "keep", "replace"):
+        raise ValueError(f"rope_scaling is {rope_scaling!r}; choose keep or replace")
     loaded = None if isinstance(source, str | Path) else without_adapters(source)
     source = str(source) if loaded is None else loaded.name_or_path or type(loaded).__name__
-    if loaded is None and (existing_scaling != "replace" or original_length is None):
+    if loaded is None and (rope_scaling != "replace" or original_length is None):
         refuse_scaled_gguf(source)
     with quiet():
         if loaded is None:
@@ -211,7 +211,7 @@ def inspect_model(
         )
         scaled = site is not None and site.rope_type not in UNSCALED
         scaling = site.parameters if site and scaled else None
-        replaces = existing_scaling == "replace" and scaling is not None
+        replaces = rope_scaling == "replace" and scaling is not None
         if replaces and site and site.rope_type in RESCALABLE:
             site, reason = find_rescalable(model, replace_scaling=True)
     try:
@@ -226,7 +226,7 @@ def inspect_model(
     if loaded is not None:
         info = dataclasses.replace(info, dtype=str(loaded.dtype).removeprefix("torch."))
     in_file = loaded is not None or is_in_config_file(source, config.get_text_config(), _LENGTH)
-    return _with_original_length(info, site, config, in_file, existing_scaling, original_length)
+    return _with_original_length(info, site, config, in_file, rope_scaling, original_length)
 
 
 def without_adapters(model: Any) -> Any:
@@ -267,7 +267,7 @@ def _from_config(
         rope_theta=float(site.parameters["rope_theta"]) if site else None,
         original_max_position_embeddings=None,
         original_read_from=None,
-        existing_scaling=scaling,
+        rope_scaling=scaling,
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(p.numel() for p in model.parameters()),
         kv_numbers=shape.kv_numbers,
@@ -301,7 +301,7 @@ def _with_original_length(
     if not in_file:
         read_from = f"the default of {type(text).__name__} (not in its config.json)"
     factors, attention_factor, reason = unscaled_factors(site), 1.0, info.reason
-    scaling = info.existing_scaling
+    scaling = info.rope_scaling
     kind = scaling and scaling["rope_type"]
     longest = scaled_length(scaling, original) if scaling and original else original
     if scaling and existing == "keep":
@@ -311,7 +311,7 @@ def _with_original_length(
         if kind == "dynamic":
             reason = reason or (
                 "its dynamic scaling changes with the length and cannot be kept; use "
-                "existing_scaling='replace'"
+                "rope_scaling='replace'"
             )
     elif scaling and "original_max_position_embeddings" in scaling:
         original = scaling["original_max_position_embeddings"]
@@ -342,10 +342,10 @@ def _with_original_length(
 
 def _needs_choice(kind: str, longest: int | None) -> str:
     keep = (
-        f"existing_scaling='keep' (extend from its scaled length, {longest:,}, on top of its "
+        f"rope_scaling='keep' (extend from its scaled length, {longest:,}, on top of its "
         "factors) or "
     )
     return (
         f"it already has {kind!r} scaling: choose {'' if kind == 'dynamic' else keep}"
-        "existing_scaling='replace' (start over, unscaled)"
+        "rope_scaling='replace' (start over, unscaled)"
     )

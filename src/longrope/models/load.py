@@ -18,8 +18,8 @@ from longrope.models.compatibility import incompatibility
 from longrope.models.devices import find_device, find_offload_target
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model, without_adapters
 from longrope.models.meta import unscaled
-from longrope.models.sources import read_pretrained
-from longrope.progress import quiet
+from longrope.models.sources import display_name, read_pretrained
+from longrope.progress import announced, quiet
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def load_model(
     *,
     group: SequenceParallelGroup | None = None,
     info: ModelInfo | None = None,
-    existing_scaling: ScalingChoice | None = None,
+    rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
 ) -> LoadedModel:
     """Load a model, and verify on its weights that longrope can extend it.
@@ -92,8 +92,8 @@ def load_model(
             checkpoint's dtype stay in the memory-mapped files.
         group: the sequence-parallel group.
         info: what :func:`inspect_model` returned for this source; without it the model is
-            inspected here, with ``existing_scaling`` and ``original_length``.
-        existing_scaling: as in :func:`inspect_model`.
+            inspected here, with ``rope_scaling`` and ``original_length``.
+        rope_scaling: as in :func:`inspect_model`.
         original_length: as in :func:`inspect_model`.
 
     Raises:
@@ -112,7 +112,7 @@ def load_model(
     if info is None:
         info = inspect_model(
             source,
-            existing_scaling=existing_scaling,
+            rope_scaling=rope_scaling,
             original_length=original_length,
             trust_remote_code=trusted,
         )
@@ -124,7 +124,7 @@ def load_model(
         )
     where = find_device(local_device(execution.device))
     tokenizer = load_tokenizer(source, trusted)
-    with quiet():
+    with announced(f"loading {display_name(source)}"), quiet():
         config = read_pretrained(AutoConfig, source, trusted)
         if info.replaces_scaling:
             options["config"] = unscaled(config, info.rotary_layer_type)
@@ -145,7 +145,7 @@ def wrap_model(
     tokenizer: Any = None,
     execution: ExecutionConfig | None = None,
     *,
-    existing_scaling: ScalingChoice | None = None,
+    rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
 ) -> LoadedModel:
     """Verify that a model in memory can be extended, and return it as a :class:`LoadedModel`.
@@ -168,9 +168,9 @@ def wrap_model(
                 f"{name} is {getattr(execution, name)!r}, but the model is in memory already: load "
                 "it so, or give its path"
             )
-    if existing_scaling == "replace":
+    if rope_scaling == "replace":
         raise ValueError(
-            "existing_scaling is 'replace', which needs the model without its scaling: give its "
+            "rope_scaling is 'replace', which needs the model without its scaling: give its "
             "path instead of the model in memory"
         )
     if method := getattr(base, "quantization_method", None):
@@ -184,7 +184,7 @@ def wrap_model(
             f"model is spread over {', '.join(sorted(map(str, places)))}: load it on one device, "
             "or give its path with offload_weights"
         )
-    info = inspect_model(base, existing_scaling=existing_scaling, original_length=original_length)
+    info = inspect_model(base, rope_scaling=rope_scaling, original_length=original_length)
     info.require_extendable()
     assert info.original_max_position_embeddings
     unextended = info.rescale("none", info.original_max_position_embeddings)

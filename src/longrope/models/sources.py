@@ -173,5 +173,5 @@ def refuse_scaled_gguf(source: str) -> None:
         raise ValueError(
             f"{path}: its RoPE is scaled already ({(kinds or factors)[0]}), which transformers "
             "drops when it reads GGUF; give the Hugging Face checkpoint, or start over with "
-            "existing_scaling='replace' and original_length"
+            "rope_scaling='replace' and original_length"
         )

@@ -42,8 +42,8 @@ def check_extension(run: Run) -> None:
                 "has been deleted; delete it too and run again"
             )
     check_sources(recipe.data)
-    if recipe.evaluation_data:
-        check_sources(recipe.evaluation_data, "evaluation_data")
+    if recipe.eval_data:
+        check_sources(recipe.eval_data, "eval_data")
     check_settings(run, todo)
     if recipe.evaluate.benchmarks.tasks:
         require_benchmark_data(benchmark_config(run), run.tokenizer, plan.original)
@@ -118,7 +118,7 @@ def check_settings(run: Run, stages: Sequence[Stage]) -> None:
     recipe = run.recipe
     require_start_tokens(recipe.start_tokens, run.info)
     if any(stage.kind == "export" for stage in stages):
-        run.info.check_representable(recipe.existing_scaling, run.plan.original)
+        run.info.check_representable(recipe.rope_scaling, run.plan.original)
     if recipe.execution.offload_activations:
         find_offload_target(recipe.execution.offload_activations)
     if any(stage.kind == "finetune" for stage in stages):

@@ -8,6 +8,7 @@ the measurements. ``results.json`` has the results in the form that other progra
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,8 +24,9 @@ from longrope.pipeline.costs import Stage
 from longrope.pipeline.plan import evaluation_lengths
 from longrope.pipeline.results import RunMeasurement, run_results
 from longrope.pipeline.run_state import Run
-from longrope.progress import progress
+from longrope.progress import progress, seconds_left
 from longrope.rope.rescale import Rescale
+from longrope.units import duration
 from longrope.version import __version__
 
 
@@ -47,8 +49,11 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
     )
     mine = missing[ranks.group_index :: ranks.group_count]
     with progress("evaluate", len(mine), show=ranks.first) as advance:
+        measured: list[tuple[float, float]] = []
+        costs = [_cost(run, wanted[index].measurement) for index in mine]
         for number, index in enumerate(mine, 1):
             method, one = wanted[index].method, wanted[index].measurement
+            started = time.monotonic()
             loaded = run.trained() if has_extended_weights(method) else run.original()
             cache = MeasurementCache(directory / "unfinished", ranks.rank)
             found = measure(loaded, one, cache)
@@ -56,7 +61,10 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
                 results[keys[index]] = _result(one.kind, found)
                 cache.drop()
             del loaded  # one model in memory at a time
-            advance(number, f"{one.kind}, {method} at {one.length:,}")
+            measured.append((costs[number - 1], time.monotonic() - started))
+            left = seconds_left(measured, sum(costs[number:])) or 0.0
+            note = f"{one.kind}, {method} at {one.length:,}, {duration(left)} left"
+            advance(number, note)
     ranks.gather(0.0)  # every rank's results are on disk
     if ranks.first:
         results = JsonlStore(file)
@@ -153,6 +161,17 @@ def _wanted(run: Run) -> Iterator[RunMeasurement]:
                 yield perplexity_elsewhere(method, length)
 
 
+def _cost(run: Run, one: Measurement) -> float:
+    """Return the FLOPs of a measurement; of a benchmark, those of one of its longest prompts."""
+    windows = 1
+    if isinstance(one.options, RetrievalConfig):
+        windows = one.options.trials
+    elif isinstance(one.options, PerplexityConfig):
+        scored = one.options.tokens_per_document or one.length
+        windows = len(one.documents) * scored // one.length
+    return windows * sum(run.info.forward_flops(one.length))
+
+
 def _identity(run: Run, extended: bool) -> str:
     """Return a hash of the model that a run's evaluation stage measures, without its weights."""
     if not run.ranks.first:
@@ -162,7 +181,7 @@ def _identity(run: Run, extended: bool) -> str:
     content = [
         __version__,
         (run.out / "model.sha256").read_text(encoding="utf-8"),
-        [recipe.execution.dtype, recipe.existing_scaling, recipe.original_length],
+        [recipe.execution.dtype, recipe.rope_scaling, recipe.original_length],
         trained and [trained, run.record(trained)],
     ]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -52,7 +52,7 @@ from longrope.search.problem import (
     second_search_factors,
     second_search_problem,
 )
-from longrope.search.run import search_stage
+from longrope.search.run import describe_gain, search_stage
 from longrope.train.dataset import LongContextDataset
 from longrope.train.trainer import finetune
 
@@ -123,7 +123,7 @@ def open_run(
     require_directory(out)
     info = inspect_model(
         recipe.model,
-        existing_scaling=recipe.existing_scaling,
+        rope_scaling=recipe.rope_scaling,
         original_length=recipe.original_length,
         trust_remote_code=recipe.execution.trust_remote_code,
     )
@@ -179,12 +179,15 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
         seed=recipe.seed,
         title=stage.name,
     )
-    won = min(result.starts, key=lambda name: result.starts[name], default=None)
+    if run.ranks.first:
+        console.print(describe_gain(result), highlight=False)
     forwards = round(result.forwards * (len(windows.ids) + config.passkey_prompts))
     return {
         "loss": result.best_loss,
         "starts": result.starts,
-        "best_start": won,
+        "best_start": result.best_start and result.best_start[0],
+        "gain": result.gain,
+        "gain_standard_error": result.gain_standard_error,
         "evaluations": result.evaluations,
         "forwards": forwards,
         "tokens": forwards * stage.length,

@@ -136,7 +136,7 @@ class Recipe(Config):
     (:mod:`longrope.pipeline.effort`). ``execution`` says where and how the model computes;
     training does not offload its weights.
 
-    ``evaluation_data`` is held-out text, by default a part of ``data``. ``other_data`` is text of
+    ``eval_data`` is held-out text, by default a part of ``data``. ``other_data`` is text of
     another kind to measure perplexity on as well: by default held-out packages of the Python
     library, unless the data is the Python library.
     """
@@ -145,11 +145,11 @@ class Recipe(Config):
     target: str
     effort: Literal["quick", "standard", "paper"] = "standard"
     data: tuple[str, ...] = ()
-    evaluation_data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
     other_data: tuple[str, ...] | None = None
     field: str = "text"
     seed: _Count = 0
-    existing_scaling: Literal["keep", "replace"] | None = None
+    rope_scaling: Literal["keep", "replace"] | None = None
     original_length: _Positive | None = None
     start_tokens: _Count = 0
     attention_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -218,7 +218,7 @@ class Recipe(Config):
         """Sources of the text of another kind."""
         if self.other_data is not None:
             return self.other_data
-        from_library = any(s.startswith("python-library") for s in self.data + self.evaluation_data)
+        from_library = any(s.startswith("python-library") for s in self.data + self.eval_data)
         return () if from_library else ("python-library-held-out",)
 
     def given(self) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def resolve_recipe(
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= {} if model is None else {"model": model}
     if "data" in changes and source and (RECIPES / f"{source}.yaml").exists():
-        changes.setdefault("evaluation_data", ())  # a shipped recipe's belongs to its own data
+        changes.setdefault("eval_data", ())  # a shipped recipe's belongs to its own data
     if source is not None:
         recipe = load_recipe(source, **changes)
     elif "target" not in changes:

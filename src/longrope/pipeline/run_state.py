@@ -181,11 +181,11 @@ class Run:
 
         It keeps its own RoPE scaling even where the extension replaces it.
         """
-        scaling, info = self.info.existing_scaling, self.info
+        scaling, info = self.info.rope_scaling, self.info
         if info.replaces_scaling and scaling and scaling["rope_type"] != "dynamic":
             info = inspect_model(
                 self.recipe.model,
-                existing_scaling="keep",
+                rope_scaling="keep",
                 original_length=self.recipe.original_length,
                 trust_remote_code=self.recipe.execution.trust_remote_code,
             )

@@ -79,8 +79,8 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
         ValueError: too few documents or tokens; names how many there are and are needed.
     """
     documents = load_documents(tokenizer, recipe.data, recipe.field)
-    if recipe.evaluation_data:
-        evaluation = load_documents(tokenizer, recipe.evaluation_data, recipe.field)
+    if recipe.eval_data:
+        evaluation = load_documents(tokenizer, recipe.eval_data, recipe.field)
         documents = exclude_documents(
             documents, [h for document in evaluation for h in document.sha256]
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from longrope.distributed import Ranks
 from longrope.files import append_line
+from longrope.progress import seconds_left
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost
 from longrope.search.history import Record, SearchIdentity
@@ -29,6 +31,7 @@ class SearchProgress:
     loss: float
     best: float
     starts: dict[str, float]  # loss of each named start, as far as known
+    best_start: tuple[str, float] | None  # the best of those evaluated on all windows
     seconds_left: float | None
     replayed: bool
 
@@ -42,6 +45,9 @@ class SearchResult:
     portable: Rescale | None  # None where start tokens are fixed above 0
     portable_loss: float | None
     starts: dict[str, float]  # of those with a finite loss
+    best_start: tuple[str, float] | None  # name and loss, on all windows as best_loss
+    gain: float | None  # loss of the best start minus best_loss
+    gain_standard_error: float | None  # paired over the windows; None for one window
     evaluations: int
     forwards: float  # over all windows
     computed: int  # evaluations of this run, not read from the history
@@ -83,7 +89,7 @@ class Evaluator:
         self.computed = 0
         self.generation = 0
         self._without_gain = 0
-        self._seconds: list[float] = []
+        self._measured: list[tuple[float, float]] = []  # (cost, seconds) of computed requests
         # Only rank 0 touches the disk, because nodes may not share one. All ranks raise its errors.
         self.record = Record(out, identity)
         found = ranks.broadcast(self._open() if ranks.first else None)
@@ -158,7 +164,7 @@ class Evaluator:
             started = time.monotonic()
             for request, result in zip(share, self._compute(share), strict=True):
                 seconds = (time.monotonic() - started) / len(share)
-                self._seconds.append(seconds / self.cost.of(request))
+                self._measured.append((self.cost.of(request), seconds))
                 self._record(request, result)
 
     def _compute(self, share: Sequence[Request]) -> list[Result]:
@@ -167,13 +173,18 @@ class Evaluator:
         if self.ranks.group_index < len(share):
             own = share[self.ranks.group_index]
             result = self.loss(self.space.rescale(own.candidate), own.window, own.grad)
-        numbers = self.space.dimensions if any(request.grad for request in share) else 0
-        grad = result.grad or (math.nan,) * numbers
-        rows = self.ranks.gather_rows([result.loss, *grad])[:: self.ranks.group.size]
-        return [
-            Result(row[0], tuple(row[1:]) if request.grad else ())
-            for request, row in zip(share, rows, strict=False)
-        ]
+        more = result.grad or result.window_losses
+        width = max(self.space.dimensions, self.cost.windows)
+        row = [result.loss, *more, *(math.nan,) * (width - len(more))]
+        rows = self.ranks.gather_rows(row)[:: self.ranks.group.size]
+        return [self._result(request, row) for request, row in zip(share, rows, strict=False)]
+
+    def _result(self, request: Request, row: Sequence[float]) -> Result:
+        """Return the result of a request from the numbers that its rank sent."""
+        if request.grad:
+            return Result(row[0], tuple(row[1 : 1 + self.space.dimensions]))
+        each = tuple(row[1 : 1 + self.cost.windows]) if request.window is None else ()
+        return Result(row[0], window_losses=each if all(map(math.isfinite, each)) else ())
 
     def _line(self, request: Request) -> dict[str, Any]:
         """Return the line that the evaluator adds to the history for a request, without result."""
@@ -203,6 +214,7 @@ class Evaluator:
         found = Result(
             math.nan if loss is None else loss,
             tuple(math.nan if number is None else number for number in grad),
+            tuple(line.get("window_losses", ())),
         )
         self._keep(request, found, replayed=True)
 
@@ -217,6 +229,8 @@ class Evaluator:
             }
             if request.grad:
                 line["grad"] = [x if math.isfinite(x) else None for x in result.grad]
+            if result.window_losses:
+                line["window_losses"] = list(result.window_losses)
             append_line(self.record.history, line)
         self.computed += 1
         self._keep(request, result, replayed=False)
@@ -227,10 +241,6 @@ class Evaluator:
         self._report(result.loss, replayed=replayed)
 
     def _report(self, loss: float, *, replayed: bool) -> None:
-        left = None
-        if self._seconds:
-            recent = sorted(self._seconds[-15:])
-            left = recent[len(recent) // 2] * (self.total - self.forwards)
         self.report(
             SearchProgress(
                 evaluations=len(self.results),
@@ -240,7 +250,8 @@ class Evaluator:
                 loss=loss,
                 best=self.best_loss(),
                 starts=self.start_losses(),
-                seconds_left=left,
+                best_start=self.best_start(),
+                seconds_left=seconds_left(self._measured, self.total - self.forwards),
                 replayed=replayed,
             )
         )
@@ -258,6 +269,29 @@ class Evaluator:
         shared = shared or {None}
         whole = {name: losses for name, losses in known.items() if shared <= losses.keys()}
         return {n: sum(losses[p] for p in shared) / len(shared) for n, losses in whole.items()}
+
+    def best_start(self) -> tuple[str, float] | None:
+        """Return the best start of those evaluated on all search windows, and its loss."""
+        found = {
+            name: result.loss
+            for name, candidate in self.starts.items()
+            if (result := self.results.get(Request(candidate))) and math.isfinite(result.loss)
+        }
+        name = min(found, key=found.__getitem__, default=None)
+        return None if name is None else (name, found[name])
+
+    def _gain(self, best: Candidate) -> tuple[float | None, float | None]:
+        """Return the gain over the best start with its standard error, paired over the windows."""
+        start = self.best_start()
+        if start is None:
+            return None, None
+        before, after = self.results[Request(self.starts[start[0]])], self.results[Request(best)]
+        pairs = list(zip(before.window_losses, after.window_losses, strict=False))
+        error = None
+        if len(pairs) > 1:
+            differences = [a - b for a, b in pairs]
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+        return before.loss - after.loss, error
 
     def best(self, portable: bool) -> tuple[float, Candidate] | None:
         """Return the lowest loss evaluated on all search windows, and its candidate."""
@@ -310,12 +344,16 @@ class Evaluator:
                 f"none of {len(self.results)} candidates has a finite loss; look at the model's "
                 "weights, or try --dtype float32"
             )
+        gain, error = self._gain(best[1])
         return SearchResult(
             best=self._with_provenance(best),
             best_loss=best[0],
             portable=self._with_provenance(portable) if portable else None,
             portable_loss=portable[0] if portable else None,
             starts={n: loss for n, loss in self.start_losses().items() if math.isfinite(loss)},
+            best_start=self.best_start(),
+            gain=gain,
+            gain_standard_error=error,
             evaluations=len(self.results),
             forwards=round(self.forwards, 2),
             computed=self.computed,

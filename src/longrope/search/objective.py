@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +50,13 @@ class Objective:
         if grad:
             return self._gradient(rescale, windows, questions, weights)
         with rescaled(self.forward.model, rescale):
-            loss = _mean(self.forward.batches(windows))
-            for question, weight in zip(questions, weights, strict=True):
-                loss += weight * _mean([self._answer(question)])
-        return Result(loss if math.isfinite(loss) else math.nan)
+            losses = [float(x) for x in _means(self.forward.batches(windows))]
+            for index, (question, weight) in enumerate(zip(questions, weights, strict=True)):
+                (answer,) = _means([self._answer(question)])
+                losses[index % len(losses)] += len(losses) * weight * float(answer)
+        loss = sum(losses) / len(losses)
+        each = tuple(losses) if window is None else ()
+        return Result(loss if math.isfinite(loss) else math.nan, window_losses=each)
 
     def _answer(self, question: Prompt) -> torch.Tensor:
         ids = torch.from_numpy(question.ids)[None]
@@ -91,9 +94,7 @@ def passkey_questions(tokenizer: Any, length: int, count: int, seed: int) -> lis
     return [passkey_prompt(tokenizer, length, depth, rng) for depth in depths(count, rng)]
 
 
-def _mean(batches: Iterable[torch.Tensor]) -> float:
-    total, count = 0.0, 0
+def _means(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the mean loss of each window, in float64."""
     for losses in batches:
-        total += losses.sum(dtype=torch.float64).item()
-        count += losses.numel()
-    return total / count
+        yield from losses.mean(dim=1, dtype=torch.float64)

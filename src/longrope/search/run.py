@@ -188,6 +188,25 @@ def search_stage(
         return result
 
 
+def describe_gain(result: SearchResult) -> str:
+    """Return a search result in words: best start, result and gain, on the same windows."""
+    if result.best_start is None or result.gain is None:
+        return f"Result: {result.best_loss:.4f} nats per token."
+    name, loss = result.best_start
+    if result.gain <= 0:
+        return (
+            f"No candidate beats the best start, {name} ({loss:.4f} nats per token): the result is "
+            "this start."
+        )
+    error = result.gain_standard_error
+    uncertain = "one window gives no standard error" if error is None else f"± {error:.4f}"
+    return (
+        f"Best start: {name}, {loss:.4f} nats per token. Result: {result.best_loss:.4f}. Gain: "
+        f"{result.gain:.4f} ({uncertain}; perplexity {math.expm1(-result.gain):+.1%}), on the same "
+        "windows."
+    )
+
+
 def _schedule_printer() -> Callable[[Schedule], None]:
     """Return a function that prints the schedule of a search, and then what became of it."""
     shown: list[Schedule] = []
@@ -306,7 +325,12 @@ class _Reporter:
             )
         if now.replayed and now.forwards < now.total:
             return
-        finite = [(loss, name) for name, loss in now.starts.items() if math.isfinite(loss)]
-        starts = " ".join(f"{name} {loss:.4f}" for loss, name in sorted(finite)[:_SHOWN])
+        if now.best_start is None:
+            finite = [(loss, name) for name, loss in now.starts.items() if math.isfinite(loss)]
+            starts = " ".join(f"{name} {loss:.4f}" for loss, name in sorted(finite)[:_SHOWN])
+            text = f"comparing starts: {starts}"
+        else:
+            name, loss = now.best_start
+            text = f"best {now.best:.4f} nats/token (start: {name} {loss:.4f})"
         left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
-        self.advance(int(now.forwards), f"best {now.best:.4f} ({starts}){left}")
+        self.advance(int(now.forwards), text + left)

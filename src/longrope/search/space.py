@@ -47,10 +47,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Loss of a search-space candidate in nats per token, NaN if not finite, and its gradient."""
+    """Loss of a search-space candidate in nats per token, NaN if not finite, and its gradient.
+
+    ``window_losses`` are those of the single windows, whose mean is ``loss``; empty with a
+    gradient, or for a request of one window.
+    """
 
     loss: float
     grad: tuple[float, ...] = ()
+    window_losses: tuple[float, ...] = ()
 
 
 class Evaluate(Protocol):

@@ -23,7 +23,7 @@ from longrope.distributed import Ranks, detect_lost_ranks, is_lost_rank_error, s
 from longrope.files import append_line, atomic_directory, read_lines, write_atomically
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
-from longrope.progress import Advance, progress, quiet
+from longrope.progress import Advance, progress, quiet, seconds_left
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 from longrope.train.config import FinetuneConfig
@@ -222,11 +222,12 @@ class _StepCallback(TrainerCallback):
 
     def __init__(self, log: Path, steps: int, advance: Advance, first: bool):
         self.log, self.steps, self.advance, self.first = log, steps, advance, first
-        self.started, self.first_step = time.monotonic(), 0
+        self.step_ended = time.monotonic()
+        self.measured: list[tuple[float, float]] = []  # (1 step, its seconds)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note when and at which step the Trainer started."""
-        self.started, self.first_step = time.monotonic(), state.global_step
+        """Note when the Trainer started."""
+        self.step_ended = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Log the loss of a training step; raises ``ValueError`` if its gradient is not finite."""
@@ -244,8 +245,11 @@ class _StepCallback(TrainerCallback):
             "grad_norm": norm,
         }
         append_line(self.log, line)
-        done = state.global_step - self.first_step
-        left = (time.monotonic() - self.started) / done * (self.steps - state.global_step)
+        now = time.monotonic()
+        self.measured.append((1, now - self.step_ended))
+        self.step_ended = now
+        left = seconds_left(self.measured, self.steps - state.global_step)
+        assert left is not None
         self.advance(state.global_step, f"loss {line['loss']:.4f}, {duration(left)} left")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
