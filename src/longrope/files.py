@@ -287,25 +287,48 @@ def require_directory(path: Path) -> None:
 def only_process(directory: Path) -> Iterator[None]:
     """Lock a directory against other processes until the context or the process ends.
 
+    The directory is created. It is removed again if nothing was written to it.
+
     Raises:
         ValueError: another process holds the lock, or files cannot be written.
     """
     if fcntl is None:  # Windows
         yield
         return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a")
-    except OSError as error:
-        raise _cannot_write(directory, error) from None
-    with file:
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    with _locked(directory) as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"{directory} is in use by another process; wait for it, or give another `out`"
-            ) from None
-        yield
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(directory) == [lock.name]:
+                    lock.unlink()
+                    for path in created:
+                        path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[Path]:
+    """Hold the lock file of a directory, and yield its path."""
+    assert fcntl is not None
+    path = directory / ".lock"
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise _cannot_write(directory, error) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(
+                    f"{directory} is in use by another process; wait for it, or give another `out`"
+                ) from None
+            # The process that held it before may have removed the file that this one opened.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                yield path
+                return
 
 
 def _cannot_write(path: Path, error: Exception) -> ValueError:

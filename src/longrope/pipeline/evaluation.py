@@ -24,7 +24,7 @@ from longrope.pipeline.costs import Stage
 from longrope.pipeline.plan import evaluation_lengths
 from longrope.pipeline.results import RunMeasurement, run_results
 from longrope.pipeline.run_state import Run
-from longrope.progress import progress, seconds_left
+from longrope.progress import console, progress, seconds_left
 from longrope.rope.rescale import Rescale
 from longrope.units import duration
 from longrope.version import __version__
@@ -47,6 +47,8 @@ def evaluate_run(run: Run, stage: Stage) -> dict[str, Any]:
             i,
         )
     )
+    if ranks.first and 0 < len(missing) < len(wanted):
+        console.print(f"resuming after {len(wanted) - len(missing)} of {len(wanted)} measurements")
     mine = missing[ranks.group_index :: ranks.group_count]
     with progress("evaluate", len(mine), show=ranks.first) as advance:
         measured: list[tuple[float, float]] = []

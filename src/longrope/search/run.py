@@ -310,12 +310,17 @@ class _Reporter:
 
     def __init__(self, headline: str, advance: Advance):
         self.headline, self.advance = headline, advance
-        self.estimated = False
+        self.estimated, self.replayed = False, 0
 
     def __call__(self, now: SearchProgress) -> None:
         if now.evaluations == 0:
             console.print(self.headline, highlight=False)
             return
+        if now.replayed:
+            self.replayed = now.evaluations
+        elif self.replayed:
+            console.print(f"resuming after {self.replayed} evaluations", highlight=False)
+            self.replayed = 0
         if not self.estimated and now.seconds_left is not None:
             self.estimated = True
             console.print(

@@ -5,13 +5,18 @@ same. Checkpoints are resumed from only if they have a marker, which is written 
 checkpoints cut short by a kill or a full disk are ignored.
 """
 
+import contextlib
+import copy
 import importlib.util
 import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from longrope.distributed import Ranks, detect_lost_ranks, is_lost_rank_error, s
 from longrope.files import append_line, atomic_directory, read_lines, write_atomically
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
-from longrope.progress import Advance, progress, quiet, seconds_left
+from longrope.progress import Advance, console, progress, quiet, seconds_left
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 from longrope.train.config import FinetuneConfig
@@ -77,7 +82,10 @@ def finetune(
     resume, log = _last_complete(work), out / "loss.jsonl"
     if ranks.first:
         _drop_losses_after(resume, log)
+        if resume is not None:
+            console.print(f"resuming after step {_step(resume)} of {settings.steps}")
     model = loaded.model
+    config = copy.deepcopy(model.config)  # training changes it
     precision = settings.precision_on(model.device.type)
     model.to(torch.bfloat16 if precision == "pure-bf16" else torch.float32)
     if settings.lora is not None:
@@ -98,15 +106,42 @@ def finetune(
     ):
         warnings.filterwarnings("ignore", module="(accelerate|torch)\\.")
         callback = _StepCallback(log, settings.steps, advance, ranks.first)
-        trainer = _run_trainer(model, arguments, dataset, callback, resume)
+        with _stopping_after_a_step(callback, alone=ranks.size == 1):
+            trainer = _run_trainer(model, arguments, dataset, callback, resume)
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     model = _unwrapped(trainer)
     if settings.lora is not None:
         model, state = model.merge_and_unload(), None
     if ranks.first:
+        model.config = config
         _save(model, state, loaded, out / "model")
         shutil.rmtree(work, ignore_errors=True)
     return read_lines(log)
+
+
+@contextlib.contextmanager
+def _stopping_after_a_step(callback: "_StepCallback", alone: bool) -> Iterator[None]:
+    """On Ctrl-C finish the training step, write its checkpoint, and stop; a second one stops now.
+
+    Several processes would not all be at the same step, so they stop at once.
+    """
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        callback.stops = True
+        console.print("stopping after this step; press Ctrl-C again to stop at once")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if callback.stops and callback.step < callback.steps:
+        console.print(f"the checkpoint of step {callback.step} is written: nothing is repeated")
+        raise KeyboardInterrupt
 
 
 def _run_trainer(
@@ -222,12 +257,19 @@ class _StepCallback(TrainerCallback):
 
     def __init__(self, log: Path, steps: int, advance: Advance, first: bool):
         self.log, self.steps, self.advance, self.first = log, steps, advance, first
+        self.stops, self.step = False, 0
         self.step_ended = time.monotonic()
         self.measured: list[tuple[float, float]] = []  # (1 step, its seconds)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note when the Trainer started."""
         self.step_ended = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write a checkpoint and end the training if it was interrupted."""
+        self.step = state.global_step
+        if self.stops:
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Log the loss of a training step; raises ``ValueError`` if its gradient is not finite."""
