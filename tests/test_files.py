@@ -7,6 +7,7 @@ import pytest
 from longrope.files import (
     append_line,
     atomic_directory,
+    only_process,
     read_lines,
     recover_directory,
     write_atomically,
@@ -170,3 +171,17 @@ def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="file"):
         replace(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_directory_that_was_created_in_vain_is_removed(tmp_path):
+    out = tmp_path / "new" / "run"
+    with only_process(out):
+        assert (out / ".lock").exists()
+    assert not (tmp_path / "new").exists()
+    with only_process(out):
+        (out / "result").write_text("kept")
+    assert {p.name for p in out.iterdir()} == {".lock", "result"}
+    (tmp_path / "there").mkdir()
+    with only_process(tmp_path / "there"):
+        pass
+    assert (tmp_path / "there").exists()

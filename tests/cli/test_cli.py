@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import longrope
+from longrope.data.windows import load_documents
+from longrope.models.load import load_tokenizer
 from longrope.rope.rescale import Rescale
 from program import interpreter, refused, succeeds
 
@@ -132,6 +134,32 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
     succeeds("report", out)
     for figure in ("factors.png", "history.png", "perplexity.png", "position.png"):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_large_file_serves_a_search_and_a_comparison(texts, tmp_path):
+    """The search takes windows of its first half, compare all of its second."""
+    book, out = tmp_path / "book.txt", tmp_path / "search"
+    book.write_text("\n\n".join(file.read_text() for file in sorted(texts.glob("*.txt"))))
+    search = ["search", "bundled", "--target", "2x", "--data", book, "--out", out]
+    succeeds(*search, "--windows", 2, "--budget", 4)
+    compare = ["compare", "--target", "2x", "--data", book, "--out", tmp_path / "compared"]
+    methods = f"yarn,{out / 'rescale.json'}"
+    found = json.loads(succeeds(*compare, "--methods", methods, "--json"))
+    tokenizer = load_tokenizer("bundled")
+    (document,) = load_documents(tokenizer, [str(book)])
+    second_half = (len(document) - 512) // 2
+    assert {row["documents"] for row in found["perplexity"]} == {1}
+    assert {row["tokens"] for row in found["perplexity"]} == {second_half // 512 * 512}
+    assert all(row["standard_error"] for row in found["differences"])
+    # A search used all of the other file, so nothing is left of it.
+    short = tmp_path / "short.txt"
+    short.write_text(book.read_text()[:3000])
+    other = tmp_path / "other"
+    search = ["search", "bundled", "--target", "2x", "--data", short, "--budget", 4]
+    succeeds(*search, "--out", other)
+    compare = ["compare", "--target", "2x", "--data", short, "--out", other]
+    line = refused(*compare, "--methods", f"yarn,{other / 'rescale.json'}")
+    assert "all documents were used" in line
 
 
 def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):

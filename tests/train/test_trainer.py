@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from longrope.execution import ExecutionConfig
+from longrope.files import read_lines
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
 from longrope.train.dataset import LongContextDataset
@@ -51,6 +53,8 @@ def test_leaves_a_plain_checkpoint(trained, checkpoints):
     assert any(not torch.equal(before[name], new) for name, new in weights(out).items())
     assert not (out / "checkpoints").exists()
     assert loaded.tokenizer("import os")["input_ids"][0] == 0
+    # Gradient checkpointing switches the cache off for the training alone.
+    assert loaded.model.config.use_cache is True
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,32 @@ def test_interrupted_training_resumes_exactly(
     assert lines == expected
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(out)[name]), name
+
+
+def test_ctrl_c_ends_the_step_and_writes_its_checkpoint(
+    checkpoints, texts, tmp_path, trained, monkeypatch
+):
+    whole, lines, _ = trained
+    asked = LongContextDataset.__getitem__
+
+    def interrupting(self, number):
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return asked(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LongContextDataset, "__getitem__", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train(checkpoints("llama"), texts, tmp_path)
+    known = read_lines(tmp_path / "loss.jsonl")
+    assert 3 <= len(known) < 6
+    assert (tmp_path / "checkpoints" / f"checkpoint-{len(known)}" / "complete.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    again, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+    assert all(
+        torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(tmp_path).items()
+    )
 
 
 def test_training_is_not_repeated_after_the_model_was_written(

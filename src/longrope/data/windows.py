@@ -71,6 +71,8 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
     return result
 
 
+# Spans that one document is cut into at most.
+MOST_SPANS = 8
 # Characters that are tokenized together, and batches from which on a progress bar is shown.
 _BATCH, _SHOWN = 1_000_000, 8
 
@@ -219,6 +221,8 @@ def search_windows(
 ) -> Windows:
     """Cut up to ``samples`` disjoint search windows from up to half of the documents.
 
+    The only document is cut in two, if it is long enough, and searched on in its first half.
+
     The choice depends on the seed and on the texts, not on their order.
 
     Args:
@@ -236,10 +240,7 @@ def search_windows(
     if spare_half:
         chosen = chosen[: (len(usable) + 1) // 2]
         if len(usable) == 1 and len(usable[0].sha256) == 1:
-            log.warning(
-                "%s is the only document and is searched on: give compare another one",
-                usable[0].name,
-            )
+            chosen = _first_half(usable[0], length)
     chosen = chosen[:samples]
     starts = {}
     for document in chosen:
@@ -254,6 +255,20 @@ def search_windows(
     if len(rows) < samples:
         log.warning("found only %d of %d windows of %d tokens", len(rows), samples, length)
     return Windows(np.stack(rows), tuple(chosen))
+
+
+def _first_half(document: TokenDocument, length: int) -> list[TokenDocument]:
+    """Return the first half of the only document for a search, or all of it if it is short."""
+    if len(document) < 3 * length:
+        log.warning(
+            "%s is the only document and is searched on: give compare another one", document.name
+        )
+        return [document]
+    log.warning(
+        "%s is the only document: its first half is searched on, and compare uses the second",
+        document.name,
+    )
+    return cut_into_spans(document, 2, length)[:1]
 
 
 def with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
@@ -283,3 +298,20 @@ def cut_into_spans(document: TokenDocument, spans: int, gap: int) -> list[TokenD
         name = f"{document.name} ({number + 1} of {spans})"
         found.append(TokenDocument(name, (*document.sha256, own), ids))
     return found
+
+
+def unsearched_spans(
+    document: TokenDocument, hashes: Iterable[str], gap: int
+) -> list[TokenDocument]:
+    """Return the spans of a tokenized document that no search used; none if it used all of it.
+
+    Args:
+        hashes: of what was searched on.
+        gap: unused tokens between spans, the target length of that search.
+    """
+    seen = set(hashes)
+    for spans in range(2, MOST_SPANS + 1):
+        found = cut_into_spans(document, spans, gap)
+        if any(span.sha256[-1] in seen for span in found):
+            return [span for span in found if span.sha256[-1] not in seen]
+    return []

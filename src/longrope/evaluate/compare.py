@@ -8,7 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.data.windows import TokenDocument, bos_token, exclude_documents, load_documents
+from longrope.data.windows import (
+    TokenDocument,
+    bos_token,
+    exclude_documents,
+    load_documents,
+    unsearched_spans,
+)
 from longrope.data.windows import pack as packed
 from longrope.evaluate.benchmarks import require_benchmark_data
 from longrope.evaluate.cache import MeasurementCache
@@ -213,14 +219,15 @@ def _not_searched_on(
     Raises:
         ValueError: every document was searched on.
     """
-    searched = [
-        digest
-        for name in methods
-        if Path(name).suffix == ".json"
-        for digest in Rescale.load(name).searched_documents
-    ]
+    files = [Rescale.load(name) for name in methods if Path(name).suffix == ".json"]
+    searched = [digest for file in files for digest in file.searched_documents]
     remaining = exclude_documents(documents, searched)
-    number = len(documents) - len(remaining)
+    gap = max((file.max_position_embeddings for file in files), default=0)
+    whole = {document.sha256 for document in remaining}
+    for document in documents:
+        if document.sha256 not in whole:
+            remaining += unsearched_spans(document, searched, gap)
+    number = len(documents) - len(exclude_documents(documents, searched))
     if not number:
         return documents
     if not exclude:
@@ -228,7 +235,7 @@ def _not_searched_on(
         return documents
     if not remaining:
         raise ValueError("all documents were used by the search; give others as `data`")
-    log.warning("%d documents are left out, because the search used them", number)
+    log.warning("%d documents are left out, or parts of them, that the search used", number)
     return remaining
 
 

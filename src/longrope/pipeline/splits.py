@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longrope.data.windows import (
+    MOST_SPANS,
     TokenDocument,
     Windows,
     bos_token,
@@ -20,8 +21,6 @@ from longrope.pipeline.recipe import Recipe
 
 # Share of the tokens for search, and as much for evaluation where no evaluation data is given.
 _SHARE = 0.25
-# Spans that a document is cut into where there are fewer documents than purposes.
-_SPANS = 8
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ def _enough_documents(
         return documents
     found: list[TokenDocument] = []
     for document in documents:
-        spans = min(_SPANS, (len(document) + target) // (2 * target))
+        spans = min(MOST_SPANS, (len(document) + target) // (2 * target))
         if spans < purposes:
             found.append(document)
             continue
