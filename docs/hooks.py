@@ -21,7 +21,6 @@ from longrope.pipeline.recipe import Recipe
 
 _MARKER = re.compile(r"<!-- generated: (\w+) -->")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)[^)]*\)")
-_ROLE = re.compile(r":(?:func|class|mod|meth|attr):(<code>)~?")
 # Options whose default is in their help; see longrope.cli.options.
 _DEFAULT = re.compile(r"; default:? (.*)\.$")
 # Sections of the recipe that name one of several configurations.
@@ -54,6 +53,14 @@ _DESCRIPTIONS = {
 }
 
 
+def on_config(config: Any) -> Any:
+    """Give headings the anchors that they have on a Git host, so that links work in both."""
+    from pymdownx.slugs import slugify
+
+    config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
+    return config
+
+
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Fill in the generated parts of a page, and unlink files outside the documentation."""
     generated = {"cli": cli_reference, "configuration": configuration_reference}
@@ -65,11 +72,6 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return found[1] if target.startswith("../") else found[0]
 
     return _LINK.sub(link, markdown)
-
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Remove Sphinx roles, which docstrings use, from a page."""
-    return _ROLE.sub(r"\1", html)
 
 
 def cli_reference() -> str:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import AutoConfig
@@ -248,6 +248,7 @@ def extend(
     target_length: int | str | None = None,
     data: Sequence[str | Path] | str | Path = (),
     output_dir: str | Path,
+    effort: Literal["quick", "standard", "paper"] | None = None,
     recipe: Recipe | Mapping[str, Any] | str | None = None,
 ) -> Path:
     """Python API of ``longrope extend``: run every stage of an extension, or resume it.
@@ -259,6 +260,7 @@ def extend(
         target_length: tokens, or such as ``"512k"`` or ``"64x"``; by default the recipe's.
         data: files, directories or datasets; by default the recipe's.
         output_dir: the run's directory.
+        effort: chooses every setting that the recipe does not give; by default ``"standard"``.
         recipe: a :class:`Recipe`, its keys and values, a YAML file, or the name of a shipped one.
 
     Returns:
@@ -273,6 +275,7 @@ def extend(
         "model": None if model is None else str(model),
         "target": None if target_length is None else str(target_length),
         "data": tuple(map(str, sources)) or None,
+        "effort": effort,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(recipe, str):

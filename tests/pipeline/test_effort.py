@@ -7,9 +7,11 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longrope.distributed import Ranks
 from longrope.models.info import inspect_model
 from longrope.pipeline.effort import Situation, apply_choices, choose_settings
 from longrope.pipeline.estimate import H100, Estimate, Memory, parse_gpus
+from longrope.pipeline.extend import open_run
 from longrope.pipeline.plan import make_plan
 from longrope.pipeline.recipe import make_recipe
 from pipeline.test_plan import info
@@ -145,3 +147,22 @@ def test_every_choice_makes_a_plan(target, effort, text, processes, memory):
     # Recorded and read back they are the same settings.
     values = json.loads(json.dumps([choice.value for choice in choices.values()]))
     assert values == [choice.value for choice in choices.values()]
+
+
+def test_a_started_run_keeps_the_settings_that_were_chosen_for_it(texts, tmp_path):
+    content = {"target": "16x", "data": [str(texts)], "execution": {"dtype": "float32"}}
+    first = open_run(make_recipe(content), tmp_path, Ranks(), PLENTY)
+    assert first.claim()
+    # Less memory now: another machine would have chosen LoRA.
+    fresh = open_run(make_recipe(content), tmp_path / "fresh", Ranks(), Memory(10**7))
+    assert fresh.recipe.finetune.lora
+    again = open_run(make_recipe(content), tmp_path, Ranks(), Memory(10**7))
+    assert again.recipe == first.recipe
+    assert not again.claim()
+    for change, names in (
+        ({"finetune": {"steps": 3}}, "finetune.steps"),
+        ({"effort": "quick"}, "effort"),
+    ):
+        other = open_run(make_recipe(content | change), tmp_path, Ranks(), PLENTY)
+        with pytest.raises(ValueError, match=rf"differs in .*{names} \(there"):
+            other.claim()

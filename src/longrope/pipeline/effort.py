@@ -88,7 +88,7 @@ def choose_settings(recipe: Recipe, info: ModelInfo, situation: Situation) -> li
             wanted = _paper(recipe, info)
         else:
             wanted = _standard(recipe, info, situation, longest)
-        choices = [choice for choice in wanted if _is_free(choice.key, given)]
+        choices = without_given(list(wanted), recipe)
         if info.dtype == "float16" and "execution.dtype" not in given:
             reason = "the range of the checkpoint's float16 is too small for gradients"
             choices.append(Choice("execution.dtype", "bfloat16", reason))
@@ -96,6 +96,12 @@ def choose_settings(recipe: Recipe, info: ModelInfo, situation: Situation) -> li
         if not _too_large(apply_choices(recipe, choices), info, situation, training=True):
             break
     return choices
+
+
+def without_given(choices: list[Choice], recipe: Recipe) -> list[Choice]:
+    """Return the choices of settings that the recipe leaves open."""
+    given = _leaves(recipe.given())
+    return [choice for choice in choices if _is_free(choice.key, given)]
 
 
 def apply_choices(recipe: Recipe, choices: list[Choice]) -> Recipe:

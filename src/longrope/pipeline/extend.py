@@ -33,7 +33,13 @@ from longrope.models.sources import display_name
 from longrope.models.target_length import parse_extension
 from longrope.pipeline.checks import check_extension
 from longrope.pipeline.costs import Stage
-from longrope.pipeline.effort import Choice, Situation, apply_choices, choose_settings
+from longrope.pipeline.effort import (
+    Choice,
+    Situation,
+    apply_choices,
+    choose_settings,
+    without_given,
+)
 from longrope.pipeline.estimate import Memory, available
 from longrope.pipeline.evaluation import evaluate_run
 from longrope.pipeline.plan import ContextPlan, make_plan, training_length
@@ -134,16 +140,14 @@ def open_run(
     assert original is not None
     lengths = ContextPlan(original, training_length(recipe, original, target), target, ())
     run = Run(recipe, info, lengths, out, ranks)
-    choices: list[Choice] = []
-    if ranks.first:
+    choices = recorded_choices(out) if ranks.first else []
+    if choices is None:
         processes = memory.devices if memory else ranks.size
         memory = memory or available(device, ranks.size, recipe.execution.offload_activations)
         situation = Situation(memory, _training_tokens(run), processes, on_cpu)
         choices = choose_settings(recipe, info, situation)
-        recorded = {choice.key: choice for choice in recorded_choices(out)}
-        choices = [recorded.get(choice.key, choice) for choice in choices]
     shared = ranks.broadcast([dataclasses.asdict(choice) for choice in choices])
-    choices = [Choice(**choice) for choice in shared]
+    choices = without_given([Choice(**choice) for choice in shared], recipe)
     recipe = apply_choices(recipe, choices)
     planned = make_plan(info, recipe, on_cpu=on_cpu, group_size=ranks.group.size)
     return Run(recipe, info, planned, out, ranks, choices)

@@ -256,11 +256,11 @@ class Run:
         return RescalePair(long.replace(max_position_embeddings=self.plan.original), long)
 
 
-def recorded_choices(out: Path) -> list[Choice]:
-    """Read the settings that the effort chose when the run in ``out`` started."""
+def recorded_choices(out: Path) -> list[Choice] | None:
+    """Read the settings that the effort chose when the run in ``out`` started; None without one."""
     file = out / _CHOICES
     if not file.exists():
-        return []
+        return None
     return [Choice(**choice) for choice in json.loads(file.read_text(encoding="utf-8"))]
 
 

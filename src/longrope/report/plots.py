@@ -1,6 +1,6 @@
 """Plots of factors, perplexity, retrieval, training loss and search history.
 
-Colors are of the Okabe-Ito palette, which color-blind readers can tell apart. Lines carry their
+Colors follow the Okabe-Ito palette, which color-blind readers can tell apart. Lines carry their
 names at the right end. Every figure is drawn once, and saved as PNG or as SVG whose ink follows the
 page's color, so that it fits a light and a dark page.
 """
@@ -36,7 +36,7 @@ _COLORS = {
     "pi": "#cc79a7",
     "ntk": "#009e73",
     "dynamic-ntk": "#56b4e9",
-    "yarn": "#0072b2",
+    "yarn": "#2f86c6",
 }
 _STYLE: Any = {
     "axes.edgecolor": _INK,
@@ -233,7 +233,8 @@ def retrieval_figure(rows: Sequence[Mapping[str, Any]], kind: str) -> Figure:
     title = f"{kind.capitalize()}: correct answers of the trials"
     axes.set(xlabel="tokens in the prompt", ylabel="depth in the prompt", title=title)
     scale = plt.cm.ScalarMappable(cmap=colors)
-    figure.colorbar(scale, ax=axes, label="share of correct answers")
+    with plt.rc_context(_STYLE):
+        figure.colorbar(scale, ax=axes, label="share of correct answers")
     return figure
 
 

@@ -129,10 +129,12 @@ def _retrieval(results: dict[str, Any], kind: str) -> Section:
         ],
     )
     own = [row for row in rows if row["method"] == RESULT]
+    untested = {row["length"] for row in results["perplexity"]} - {row["length"] for row in own}
+    own += [{"length": n, "depth": 0.5, "correct": 0, "trials": 0} for n in sorted(untested)]
     picture = Picture(
         f"{kind}.png",
-        f"{kind.capitalize()} by length and depth: share of correct answers under the searched "
-        "factors.",
+        f"{kind.capitalize()} by length and depth: correct answers of the trials in each cell, "
+        "under the searched factors. Hatched: not tested.",
         plots.retrieval_figure(own, kind),
     )
     text = ["Correct answers of all trials, with stratified depths and the 95% interval (Wilson)."]
