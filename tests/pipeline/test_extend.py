@@ -34,7 +34,7 @@ def test_leaves_what_other_programs_read(finished):
             row = rows[method, length]
             assert row["perplexity"] > 1
             assert row["tokens"] == rows["none", 64]["tokens"]
-            assert row["standard_error"] is None  # of one document
+            assert row["standard_error"] > 0  # of one document: over blocks of it
     short = [64, 128][: found["recovery_length"] // 64]
     assert [row["length"] for row in found["recovery"]] == short
     assert {stage["name"] for stage in found["stages"]} == set(STAGES[:-2])
@@ -269,7 +269,7 @@ def test_a_refused_run_claims_nothing(arguments, tmp_path):
         (tmp_path / name).write_text("too short")
         line = refused("extend", *arguments, "--data", tmp_path / name, "--out", out)
         assert "few tokens" in line
-    assert [file.name for file in out.iterdir()] == [".lock"]
+    assert not out.exists()
 
 
 def test_json_is_all_that_is_printed(finished, arguments):
