@@ -25,32 +25,6 @@ _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)[^)]*\)")
 _DEFAULT = re.compile(r"; default:? (.*)\.$")
 # Sections of the recipe that name one of several configurations.
 _SEARCHES = {"GradientSearchConfig": "gradient", "EvolutionSearchConfig": "evolution"}
-# Of keys that the code does not describe.
-_DESCRIPTIONS = {
-    "model": "Directory, hub id or GGUF file of the model to extend.",
-    "target": "Target length in tokens, such as 131072, 128k or 64x.",
-    "data": "Text, JSON, JSONL, CSV or Parquet files, directories of such files, hub datasets, "
-    "`python-library` or `python-library-held-out`.",
-    "eval_data": "Held-out text. Default: a part of `data`.",
-    "other_data": "Text of another kind to measure perplexity on as well. Default: held-out "
-    "packages of the Python library, unless the data is the Python library.",
-    "rope_scaling": "For a model with RoPE scaling: keep it, or replace it.",
-    "original_length": "Original context length in tokens, if the config is wrong.",
-    "attention_factor": "Attention factor of every stage. Default: √(1 + ln s / ln L).",
-    "search.method": "`search`, or a known method whose factors are used without a search: "
-    "`none`, `pi`, `ntk`, `dynamic-ntk` or `yarn`.",
-    "second_search.method": "As `search.method`, or `yarn-log`.",
-    "recovery.method": "Only `search`.",
-    "recovery.enabled": "Whether to search short factors for the original length.",
-    "evaluate.lengths": "Lengths to evaluate at, such as 4k. Default: doublings from the original "
-    "length to the target.",
-    "evaluate.documents": "Number of held-out documents for perplexity.",
-    "evaluate.passkey_trials": "Passkey prompts for each length up to the training length.",
-    "evaluate.passkey_trials_beyond": "Passkey prompts for each length beyond the training length.",
-    "evaluate.passkey_trials_others": "Passkey prompts for each length under the known methods.",
-    "evaluate.needle_trials": "Needle prompts for each length.",
-    "evaluate.digits": "Digits of the hidden number.",
-}
 
 
 def on_config(config: Any) -> Any:
@@ -255,7 +229,7 @@ def _shown(field: FieldInfo) -> str:
 
 def _description(key: str, name: str, field: FieldInfo, owner: type[BaseModel]) -> str:
     """Return the description of a key: its field's, its docstring's or its option's."""
-    text = field.description or _from_docstring(owner, name) or _DESCRIPTIONS.get(key)
+    text = field.description or _from_docstring(owner, name)
     if not text and "." not in key and (option := ExtensionOptions.model_fields.get(name)):
         text = option.description
     text = " ".join((text or "").replace("``", "`").split())

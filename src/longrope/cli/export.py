@@ -43,7 +43,8 @@ def export(
         str | None, typer.Option(help="Short factors; without them the long serve every length.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="What a method or a CSV file is made for.")
+        str | None,
+        typer.Option(help="Target length of a method or a CSV file, in tokens or such as 8x."),
     ] = None,
     fold_attention_factor: Annotated[
         bool,

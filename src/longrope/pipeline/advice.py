@@ -17,7 +17,7 @@ def advise_model(info: ModelInfo) -> list[str]:
     original = info.original_max_position_embeddings
     if not info.extendable or original is None:
         return []
-    model = shlex.quote(info.source)
+    model = shlex.quote(info.source) + (" --rope-scaling keep" if info.rope_scaling else "")
     return [
         f"Up to {CLOSED_FORM}x ({CLOSED_FORM * original:,} tokens) use YaRN, without a search: a "
         "search lowers perplexity by less than 1% (SmolLM2 at 2x, docs/performance.md).",

@@ -151,6 +151,11 @@ class Costs:
         forwards = 6 * self.recipe.recovery.config.windows
         return self.forwards("recovery", "choose", recovery.length, forwards)
 
+    def export(self, length: int) -> Stage:
+        """Return the cost of the export stage: the weights in memory."""
+        helps = () if self.recipe.execution.offload_weights else ("execution.offload_weights=true",)
+        return Stage("export", "export", length, 0, memory=int(self._held()), helps=helps)
+
     def evaluation(self, lengths: Sequence[int], trained: int | None) -> Stage:
         """Return the cost of the evaluation stage: perplexity and retrieval, without benchmarks.
 

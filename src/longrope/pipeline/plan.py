@@ -70,7 +70,7 @@ def make_plan(
             if times * original < target and (times == 1 or info.boundary is None):
                 stages.append(cost.search(f"recovery-{times}", times * original))
         stages.append(cost.choice(stages[-1]))
-    stages.append(Stage("export", "export", target, 0, memory=cost.weights))
+    stages.append(cost.export(target))
     lengths = evaluation_lengths(recipe, original, target)
     stages.append(cost.evaluation(lengths, trained))
     stages.append(Stage("report", "report", target, 0))

@@ -32,8 +32,11 @@ _Count = Annotated[int, Field(ge=0)]
 class Search(Config):
     """Recipe section of one search.
 
-    ``method`` other than ``search`` uses that method's factors and searches nothing. In YAML, the
-    options of the search configuration stand beside ``method``.
+    In YAML, the options of the search configuration stand beside ``method``.
+
+    Args:
+        method: ``search``, or a known method whose factors are used without a search; of the
+            second search also ``yarn-log``.
     """
 
     method: str = "search"
@@ -98,7 +101,12 @@ class Finetune(FinetuneConfig):
 
 
 class Recovery(Search):
-    """Recipe section of the two searches for the short context."""
+    """Recipe section of the two searches for the short context.
+
+    Args:
+        method: only ``search``.
+        enabled: whether to search short factors for the original length.
+    """
 
     enabled: bool = True
 
@@ -112,6 +120,14 @@ class Evaluate(Config):
     without ``none`` among the methods.
 
     Args:
+        lengths: lengths to evaluate at, such as 4k. Default: doublings from the original length
+            to the target.
+        documents: number of held-out documents for perplexity.
+        passkey_trials: passkey prompts for each length up to the training length.
+        passkey_trials_beyond: passkey prompts for each length beyond the training length.
+        passkey_trials_others: passkey prompts for each length under the known methods.
+        needle_trials: needle prompts for each length.
+        digits: digits of the hidden number.
         methods: known methods to measure on the original weights.
         fine_tuned_methods: known methods to measure on the fine-tuned weights. They separate the
             effect of the factors from that of the training text.
@@ -136,9 +152,21 @@ class Recipe(Config):
     (:mod:`longrope.pipeline.effort`). ``execution`` says where and how the model computes;
     training does not offload its weights.
 
-    ``eval_data`` is held-out text, by default a part of ``data``. ``other_data`` is text of
-    another kind to measure perplexity on as well: by default held-out packages of the Python
-    library, unless the data is the Python library.
+    Args:
+        model: directory, hub id or GGUF file of the model to extend.
+        target: target length in tokens, such as 131072, 128k or 64x.
+        effort: how much to search, train and measure.
+        data: text, JSON, JSONL, CSV or Parquet files, directories of such files, hub datasets,
+            ``python-library`` or ``python-library-held-out``.
+        eval_data: held-out text. Default: a part of ``data``.
+        other_data: text of another kind to measure perplexity on as well. Default: held-out
+            packages of the Python library, unless the data is the Python library.
+        field: text field in JSON, JSONL, CSV, Parquet and datasets.
+        seed: random seed.
+        rope_scaling: for a model with RoPE scaling: keep it, or replace it.
+        original_length: original context length in tokens, if the config is wrong.
+        start_tokens: start tokens left unscaled (n̂); only longrope applies them.
+        attention_factor: attention factor of every stage. Default: √(1 + ln s / ln L).
     """
 
     model: str = "bundled"
