@@ -251,6 +251,9 @@ def _most_steps(text_tokens: int | None, tokens_per_step: float) -> float:
 
 def _evaluation(quick: bool, target: int) -> Iterator[Choice]:
     """Choose the evaluation: cheap where one forward pass at the target takes minutes."""
+    if quick:
+        yield Choice("evaluate.methods", ["none", "yarn"], "quick: the two that tell most")
+        yield Choice("evaluate.fine_tuned_methods", ["yarn"], "quick: the best of the known ones")
     documents = 1 if quick else max(1, min(4, 2**19 // target))
     yield Choice("evaluate.documents", documents, "half a million tokens at most for each length")
     yield Choice("evaluate.passkey_trials", 5 if quick else 10, "as many as the paper's at most")
