@@ -6,6 +6,7 @@ processes of a torchrun launch are found in the environment, as in accelerate.
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -187,6 +188,9 @@ def perplexity(
             {"lengths": tuple(measured), "tokens_per_document": tokens_per_document}
         )
         documents = tokenize(documents_of(texts, field), loaded.tokenizer)
+        searched = set(rescale.searched_documents) if rescale else set()
+        if any(searched & set(document.sha256) for document in documents):
+            log.warning("some of the texts were used by the search for these factors")
         original = info.original_max_position_embeddings or 0
         factors = rescale or info.rescale("none", max(*measured, original))
         identity = model_identity(loaded)
@@ -339,6 +343,9 @@ def verify(
     return verify_export(
         reference, engine, engine_python=engine_python, lengths=tuple(lengths), prompts=prompts
     )
+
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager

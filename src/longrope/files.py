@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from safetensors import SafetensorError
@@ -316,6 +316,8 @@ def _locked(directory: Path) -> Iterator[Path]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             file = path.open("a")
+        except FileNotFoundError:  # another process removed the directory in between
+            continue
         except OSError as error:
             raise _cannot_write(directory, error) from None
         with file:
@@ -326,9 +328,15 @@ def _locked(directory: Path) -> Iterator[Path]:
                     f"{directory} is in use by another process; wait for it, or give another `out`"
                 ) from None
             # The process that held it before may have removed the file that this one opened.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            if _is_same_file(path, file):
                 yield path
                 return
+
+
+def _is_same_file(path: Path, file: IO[str]) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
 
 
 def _cannot_write(path: Path, error: Exception) -> ValueError:

@@ -1,4 +1,6 @@
-"""Labels of the extended model's rows in tables, plots and `results.json`."""
+"""Names of models and of rows in tables, plots and `results.json`."""
+
+from pathlib import Path
 
 RESULT, WITHOUT = "longrope", "longrope without recovery"
 _FINE_TUNED = "fine-tuned + "
@@ -17,3 +19,9 @@ def method_of(label: str) -> str:
 def has_extended_weights(label: str) -> bool:
     """Return whether a row is measured on the extended model's weights."""
     return label in (RESULT, WITHOUT) or label.startswith(_FINE_TUNED)
+
+
+def display_name(source: str) -> str:
+    """Return the name of a model for titles and cards: a hub id, or a local path's last part."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else source

@@ -3,21 +3,26 @@
 Each returns a :class:`~longrope.Rescale`. The formulas behind them are in ``rope/methods.py``.
 """
 
-from longrope.models.info import ModelInfo
+from transformers import PreTrainedModel
+
+from longrope.models.info import ModelInfo, inspect_model
 from longrope.rope.rescale import Rescale
 from longrope.units import parse_length
 
+Model = ModelInfo | PreTrainedModel | str
 
-def none(info: ModelInfo, target_length: int | str) -> Rescale:
+
+def none(info: Model, target_length: int | str) -> Rescale:
     """Return the model's own factors: no extension."""
     return _rescale("none", info, target_length)
 
 
-def pi(info: ModelInfo, target_length: int | str) -> Rescale:
+def pi(info: Model, target_length: int | str) -> Rescale:
     """Return the factors of position interpolation (Chen et al. 2023).
 
     Args:
-        info: what :func:`longrope.inspect_model` returned.
+        info: a model in memory, its path or hub id, or what :func:`longrope.inspect_model`
+            returned.
         target_length: tokens, or such as ``"128k"`` or ``"8x"``.
 
     Example:
@@ -29,13 +34,16 @@ def pi(info: ModelInfo, target_length: int | str) -> Rescale:
     return _rescale("pi", info, target_length)
 
 
-def ntk(info: ModelInfo, target_length: int | str) -> Rescale:
+def ntk(info: Model, target_length: int | str) -> Rescale:
     """Return the factors of NTK-aware scaling (bloc97 2023); arguments as of :func:`pi`."""
     return _rescale("ntk", info, target_length)
 
 
 def dynamic_ntk(
-    info: ModelInfo, target_length: int | str, *, sequence_length: int | None = None
+    info: Model,
+    target_length: int | str,
+    *,
+    sequence_length: int | None = None,
 ) -> Rescale:
     """Return the factors of dynamic NTK scaling, as in transformers; arguments as of :func:`pi`.
 
@@ -45,7 +53,7 @@ def dynamic_ntk(
     return _rescale("dynamic-ntk", info, target_length, sequence_length)
 
 
-def yarn(info: ModelInfo, target_length: int | str) -> Rescale:
+def yarn(info: Model, target_length: int | str) -> Rescale:
     """Return the factors of YaRN (Peng et al. 2023); arguments as of :func:`pi`.
 
     Example:
@@ -57,14 +65,19 @@ def yarn(info: ModelInfo, target_length: int | str) -> Rescale:
     return _rescale("yarn", info, target_length)
 
 
-def llama3(info: ModelInfo, target_length: int | str) -> Rescale:
+def llama3(info: Model, target_length: int | str) -> Rescale:
     """Return the factors of Llama 3.1; arguments as of :func:`pi`."""
     return _rescale("llama3", info, target_length)
 
 
 def _rescale(
-    name: str, info: ModelInfo, target_length: int | str, length: int | None = None
+    name: str,
+    info: Model,
+    target_length: int | str,
+    length: int | None = None,
 ) -> Rescale:
+    if not isinstance(info, ModelInfo):
+        info = inspect_model(info)
     info.require_extendable()
     target = parse_length(target_length, info.original_max_position_embeddings)
     return info.rescale(name, target, length)

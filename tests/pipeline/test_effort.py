@@ -108,8 +108,14 @@ def test_a_given_key_is_never_chosen_and_the_others_follow_it(info):
     # Settings that need them are not chosen either.
     assert {"finetune.answer_share", "finetune.distill"}.isdisjoint(choices)
     assert recipe.search.config.budget == 9
+    assert recipe.finetune.final.steps == 3  # half of the steps before
     paper = {"effort": "paper", "search": {"budget": 9}}
     assert chosen(info, target="64x", **paper)[1].search.config.algorithm == "gradient"
+    paper = {"effort": "paper", "search": {"windows": 3}}
+    found = chosen(info, target="64x", **paper)[1].search.config
+    assert (found.algorithm, found.windows) == ("evolution", 3)
+    tuning = {"micro_batch": 4}
+    assert chosen(info, target="16x", finetune=tuning)[1].finetune.batch % 4 == 0
 
 
 def test_up_to_8x_nothing_is_trained(info):
@@ -149,20 +155,26 @@ def test_every_choice_makes_a_plan(target, effort, text, processes, memory):
     assert values == [choice.value for choice in choices.values()]
 
 
-def test_a_started_run_keeps_the_settings_that_were_chosen_for_it(texts, tmp_path):
+def test_a_started_run_keeps_the_settings_that_were_chosen_for_it(texts, tmp_path, monkeypatch):
     content = {"target": "16x", "data": [str(texts)], "execution": {"dtype": "float32"}}
-    first = open_run(make_recipe(content), tmp_path, Ranks(), PLENTY)
+
+    def opened(out, memory=PLENTY, **changes):
+        monkeypatch.setattr("longrope.pipeline.extend.available", lambda *_: memory)
+        return open_run(make_recipe(content | changes), out, Ranks())
+
+    first = opened(tmp_path)
     assert first.claim()
-    # Less memory now: another machine would have chosen LoRA.
-    fresh = open_run(make_recipe(content), tmp_path / "fresh", Ranks(), Memory(10**7))
-    assert fresh.recipe.finetune.lora
-    again = open_run(make_recipe(content), tmp_path, Ranks(), Memory(10**7))
+    # With less memory another run would have LoRA.
+    assert opened(tmp_path / "fresh", Memory(10**7)).recipe.finetune.lora
+    again = opened(tmp_path, Memory(10**7))
     assert again.recipe == first.recipe
     assert not again.claim()
-    for change, names in (
+    for changes, name in (
         ({"finetune": {"steps": 3}}, "finetune.steps"),
         ({"effort": "quick"}, "effort"),
     ):
-        other = open_run(make_recipe(content | change), tmp_path, Ranks(), PLENTY)
-        with pytest.raises(ValueError, match=rf"differs in .*{names} \(there"):
-            other.claim()
+        with pytest.raises(ValueError, match=rf"differs in .*{name} \(there"):
+            opened(tmp_path, **changes).claim()
+    # A plan is not a run: it chooses anew.
+    planned = open_run(make_recipe(content | {"effort": "quick"}), tmp_path, Ranks(), resume=False)
+    assert planned.recipe.second_search.method == "yarn"

@@ -111,7 +111,8 @@ def test_a_jump_is_named_with_its_cause(length, factor, trained, reached, cause)
     for row in found["perplexity"]:
         if row["method"] == "longrope" and row["length"] == length:
             row["perplexity"] *= factor
-    assert holds_to(found) == reached
+    assert holds_to(found)[0] == reached
+    assert bool(holds_to(found)[1])
     jumps = [line for line in headline(found) if "jumps" in line]
     assert [f"to {length:,} tokens" in line and cause in line for line in jumps] == (
         [True] if cause else []
@@ -123,7 +124,12 @@ def test_few_passkeys_end_what_holds():
     for row in found["passkey"]:
         if row["length"] == 1024:
             row["correct"] = 3
-    assert holds_to(found) == 512
+    assert holds_to(found) == (512, "At 1,024 tokens 6 of 10 passkeys are found.")
+    # Unless the original model does not find them either.
+    row = {"length": 256, "method": "none", "depth": 0.5, "correct": 0, "trials": 10}
+    found["passkey"].append(row)
+    assert holds_to(found) == (2048, "")
+    assert any("finds 0 of 10 at 256" in line for line in headline(found))
 
 
 def test_factors_and_training_are_told_apart(run):

@@ -141,6 +141,26 @@ def test_the_gain_is_paired_over_the_same_windows(tmp_path):
     )
 
 
+def test_with_one_window_the_best_may_be_a_step_of_the_descent(tmp_path):
+    """Its loss comes with a gradient, and with no losses of single windows."""
+    calls = []
+
+    def loss(rescale, window=None, grad=False):
+        calls.append(grad)
+        found = 5.0 - len(calls) / 100 if grad else 6.0  # the last step is the best of all
+        numbers = len(rescale.factors)
+        return Result(found, (0.1,) * numbers) if grad else Result(found, window_losses=(found,))
+
+    config = GradientSearchConfig(windows=1, budget=27)
+    cost = EvaluationCost(1, 2.0)
+    result = go(tmp_path, loss, identity=identity(config=config), cost=cost)
+    assert any(calls)
+    assert result.best_loss < 5
+    assert result.gain == pytest.approx(result.best_start[1] - result.best_loss)
+    assert result.gain_standard_error is None
+    assert "one window gives no standard error" in describe_gain(result)
+
+
 def test_a_search_that_gains_nothing_returns_its_start_and_says_so(tmp_path):
     result = go(tmp_path, Loss(of=lambda candidate: 1.0), budget=5)
     name, _ = result.best_start

@@ -17,6 +17,7 @@ from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_directory import is_run, original_of
 from longrope.execution import ExecutionConfig
 from longrope.files import recover_directory, write_atomically
+from longrope.labels import display_name
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import load_model
 from longrope.models.sources import local_copy
@@ -94,7 +95,7 @@ def export(options: ExportOptions) -> Manifest:
     info = _inspect(options, model, factors)
     pair = _pair(options, factors, info)
     named = str((original_of(options.model) or {}).get("source", options.model))
-    manifest = Manifest(options.format, Path(named).name, pair)
+    manifest = Manifest(options.format, display_name(named), pair)
     with (
         announced(f"writing {options.out}"),
         _checkpoint(options, info, keep_gguf=gguf) as source,

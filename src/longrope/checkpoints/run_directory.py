@@ -23,7 +23,8 @@ def original_of(source: str) -> dict[str, Any] | None:
     found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     return {
         "source": found["model"],
-        "rope_scaling": found["rope_scaling"],
+        # Runs of older versions have another name for it.
+        "rope_scaling": found.get("rope_scaling", found.get("existing_scaling")),
         "original_length": found["original_length"],
     }
 

@@ -70,7 +70,7 @@ def main() -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except _UsageError as error:
-        _fail(error.format_message(), 2)
+        _fail(error.format_message().replace("Value error, ", ""), 2)
     except ValueError as error:
         _fail(_as_options(str(error), arguments), 2)
     except KeyboardInterrupt:

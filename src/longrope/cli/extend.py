@@ -119,8 +119,7 @@ def plan(
     else:
         joined = ranks(chosen.execution.sequence_parallel)
     with joined as these:
-        on_cpu = None if gpus is None else False
-        run = open_run(chosen, _directory(chosen), these, memory, on_cpu)
+        run = open_run(chosen, _directory(chosen), these, gpus=memory, resume=False)
         _require_training(options, run.plan.trained)
         estimated = estimate_plan(run.plan, run.info, run.recipe, memory, these)
         if these.first and json_:
@@ -130,8 +129,6 @@ def plan(
             _print_plan(run, estimated)
             for line in advise_target(run.recipe, run.plan):
                 console.print(line, soft_wrap=True, highlight=False, markup=False)
-            command = _extend_command(sys.argv)
-            console.print(f"Next: {command}", soft_wrap=True, highlight=False, markup=False)
         estimated.check()
         if gpus is None:
             check_settings(run, run.plan.stages)
@@ -141,6 +138,9 @@ def plan(
             if chosen.data:
                 raise
             log.warning("no usable text yet: %s", error)
+        if these.first and not json_:
+            command = _extend_command(sys.argv, bool(chosen.data), _directory(chosen))
+            console.print(f"Next: {command}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command(
@@ -219,7 +219,7 @@ def _require_training(options: dict[str, Any], trained: int | None) -> None:
         )
 
 
-def _extend_command(arguments: list[str]) -> str:
+def _extend_command(arguments: list[str], has_text: bool, out: Path) -> str:
     """Return the command that runs what ``plan`` was called for, ready to paste."""
     words = ["longrope", "extend"]
     given = iter(arguments[2:])
@@ -228,9 +228,8 @@ def _extend_command(arguments: list[str]) -> str:
             next(given)
         elif word != "--json" and not word.startswith("--gpus="):
             words.append(word)
-    if "--data" not in words and "--recipe" not in words and words[2:3] != ["bundled"]:
-        words += ["--data", "TEXT"]
-    return shlex.join(words)
+    words += [] if has_text else ["--data", "TEXT"]
+    return shlex.join([*words, "--out", str(out)])
 
 
 def _print_plan(run: "Run", estimated: "Estimate") -> None:
@@ -261,7 +260,7 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
         estimated = estimate_plan(run.plan, run.info, run.recipe, None, these)
         if these.first and not json_:
             _print_plan(run, estimated)
-        page = run_extension(chosen, directory, these)
+        page = run_extension(chosen, directory, these, run)
         if not these.first:
             return
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))

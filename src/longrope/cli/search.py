@@ -62,7 +62,10 @@ def inspect(
             shown = f"{value:,}" if type(value) is int else str(value)
             table.add_row(name, shown)
     console.print(table)
-    for line in advise_model(info):
+    options = [
+        word for name, value in scaling.items() for word in (option_name(name), str(value))
+    ] + ["--trust-remote-code"] * trust_remote_code
+    for line in advise_model(info, options):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 

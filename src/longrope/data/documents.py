@@ -68,6 +68,8 @@ def documents_of(texts: Any, field: str = "text") -> list[Document]:
     Raises:
         ValueError: no text, or a string in the list that is the path of a file.
     """
+    if isinstance(texts, str) and ("\n" in texts or len(texts) > 1024):
+        raise ValueError("texts is a string, which is taken as a path; give a list of strings")
     if isinstance(texts, str | Path):
         return read_documents([str(texts)], field)
     if hasattr(texts, "column_names"):

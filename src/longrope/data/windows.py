@@ -268,7 +268,20 @@ def _first_half(document: TokenDocument, length: int) -> list[TokenDocument]:
         "%s is the only document: its first half is searched on, and compare uses the second",
         document.name,
     )
-    return cut_into_spans(document, 2, length)[:1]
+    return [_halves(document, length)[0]]
+
+
+def _halves(document: TokenDocument, gap: int) -> tuple[TokenDocument, TokenDocument]:
+    """Return the halves of a document: the first for a search, the second for comparisons.
+
+    Their hashes are not those of the spans that an extension searches and trains on.
+    """
+    halves = []
+    for span, which in zip(cut_into_spans(document, 2, gap), ("first", "second"), strict=True):
+        own = hashlib.sha256(f"{document.sha256} {which} half".encode()).hexdigest()
+        name = f"{document.name} ({which} half)"
+        halves.append(TokenDocument(name, (*document.sha256, own), span.ids))
+    return halves[0], halves[1]
 
 
 def with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
@@ -300,18 +313,14 @@ def cut_into_spans(document: TokenDocument, spans: int, gap: int) -> list[TokenD
     return found
 
 
-def unsearched_spans(
+def unsearched_half(
     document: TokenDocument, hashes: Iterable[str], gap: int
-) -> list[TokenDocument]:
-    """Return the spans of a tokenized document that no search used; none if it used all of it.
+) -> TokenDocument | None:
+    """Return the half of a tokenized document that a search spared, or None if it used all of it.
 
     Args:
         hashes: of what was searched on.
-        gap: unused tokens between spans, the target length of that search.
+        gap: unused tokens between the halves, the target length of that search.
     """
-    seen = set(hashes)
-    for spans in range(2, MOST_SPANS + 1):
-        found = cut_into_spans(document, spans, gap)
-        if any(span.sha256[-1] in seen for span in found):
-            return [span for span in found if span.sha256[-1] not in seen]
-    return []
+    first, second = _halves(document, gap)
+    return second if first.sha256[-1] in set(hashes) else None

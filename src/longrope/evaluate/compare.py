@@ -11,9 +11,8 @@ from typing import Any
 from longrope.data.windows import (
     TokenDocument,
     bos_token,
-    exclude_documents,
     load_documents,
-    unsearched_spans,
+    unsearched_half,
 )
 from longrope.data.windows import pack as packed
 from longrope.evaluate.benchmarks import require_benchmark_data
@@ -220,14 +219,11 @@ def _not_searched_on(
         ValueError: every document was searched on.
     """
     files = [Rescale.load(name) for name in methods if Path(name).suffix == ".json"]
-    searched = [digest for file in files for digest in file.searched_documents]
-    remaining = exclude_documents(documents, searched)
-    gap = max((file.max_position_embeddings for file in files), default=0)
-    whole = {document.sha256 for document in remaining}
+    remaining, number = [], 0
     for document in documents:
-        if document.sha256 not in whole:
-            remaining += unsearched_spans(document, searched, gap)
-    number = len(documents) - len(exclude_documents(documents, searched))
+        used = [file for file in files if set(file.searched_documents) & set(document.sha256)]
+        number += bool(used)
+        remaining += _spared(document, used) if exclude else [document]
     if not number:
         return documents
     if not exclude:
@@ -237,6 +233,15 @@ def _not_searched_on(
         raise ValueError("all documents were used by the search; give others as `data`")
     log.warning("%d documents are left out, or parts of them, that the search used", number)
     return remaining
+
+
+def _spared(document: TokenDocument, files: Sequence[Rescale]) -> list[TokenDocument]:
+    """Return what the searches of these files spared of a document: all, a half or nothing."""
+    if not files:
+        return [document]
+    gap = max(file.max_position_embeddings for file in files)
+    halves = [unsearched_half(document, file.searched_documents, gap) for file in files]
+    return [half for half in halves[:1] if half is not None and None not in halves]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from longrope.attention.shape import attention_shape, explicit_scores
+from longrope.labels import display_name
 from longrope.models.meta import RESCALABLE, build_meta_model, find_rescalable
 from longrope.models.parameters import active_parameters, is_tied
 from longrope.models.sources import is_in_config_file, read_pretrained, refuse_scaled_gguf
@@ -91,8 +92,7 @@ class ModelInfo:
     @property
     def name(self) -> str:
         """The inspected model's name for publication: a hub id, or the end of a local path."""
-        path = Path(self.source)
-        return path.name if path.exists() else self.source
+        return display_name(self.source)
 
     def require_extendable(self) -> None:
         """Refuse an inspected model that cannot be extended.

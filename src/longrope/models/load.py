@@ -12,13 +12,14 @@ from transformers import AutoConfig, AutoTokenizer
 from longrope.compat import auto_class
 from longrope.distributed import SequenceParallelGroup, local_device
 from longrope.execution import ExecutionConfig
+from longrope.labels import display_name
 from longrope.layerwise.forward import LongForward
 from longrope.layerwise.weight_offload import offload as offload_layers
 from longrope.models.compatibility import incompatibility
 from longrope.models.devices import find_device, find_offload_target
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model, without_adapters
 from longrope.models.meta import unscaled
-from longrope.models.sources import display_name, read_pretrained
+from longrope.models.sources import read_pretrained
 from longrope.progress import announced, quiet
 
 log = logging.getLogger(__name__)

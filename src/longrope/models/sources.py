@@ -99,12 +99,6 @@ def is_in_config_file(source: str, config: Any, key: str) -> bool:
     return key in text or config.attribute_map.get(key) in text
 
 
-def display_name(source: str) -> str:
-    """Return the name of a model for titles and cards: a hub id, or a path's last part."""
-    path = Path(source)
-    return path.resolve().name if path.exists() else source
-
-
 def _local_path(source: str) -> Path:
     return BUNDLED if source == "bundled" else Path(source)
 

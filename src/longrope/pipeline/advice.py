@@ -1,26 +1,34 @@
 """Advice in words: which way suits a model and a target, and how much text it takes."""
 
 import shlex
+from collections.abc import Sequence
 
 from longrope.models.info import ModelInfo
 from longrope.pipeline.plan import STEP, ContextPlan
 from longrope.pipeline.recipe import Recipe
 from longrope.units import parse_length
 
-# Up to this scale YaRN is as good as a search (docs/performance.md, SmolLM2 at 2x).
+# Up to this scale YaRN suffices (docs/results.md, SmolLM2 at 2x: 28.48 against 28.41).
 CLOSED_FORM = 2
 _CHARACTERS = 4  # of English text in one token, about
 
 
-def advise_model(info: ModelInfo) -> list[str]:
-    """Return what to do with a model, for each range of targets."""
+def advise_model(info: ModelInfo, options: Sequence[str] = ()) -> list[str]:
+    """Return what to do with a model, for each range of targets.
+
+    Args:
+        options: of the command line, which say how the model is read.
+    """
     original = info.original_max_position_embeddings
     if not info.extendable or original is None:
         return []
-    model = shlex.quote(info.source) + (" --rope-scaling keep" if info.rope_scaling else "")
+    if info.rope_scaling and "--rope-scaling" not in options:
+        options = [*options, "--rope-scaling", "keep"]
+    model = shlex.join([info.source, *options])
     return [
-        f"Up to {CLOSED_FORM}x ({CLOSED_FORM * original:,} tokens) use YaRN, without a search: a "
-        "search lowers perplexity by less than 1% (SmolLM2 at 2x, docs/performance.md).",
+        f"Up to {CLOSED_FORM}x ({CLOSED_FORM * original:,} tokens) YaRN suffices, without a "
+        "search: on four other books a search of SmolLM2 at 2x was 0.2% better "
+        "(docs/results.md).",
         f"  longrope export {model} --long-factors yarn --target {CLOSED_FORM}x --out yarn-model",
         f"Up to {STEP}x ({STEP * original:,} tokens) search the factors; nothing is trained.",
         f"  longrope search {model} --target {STEP}x --data TEXT --out runs/search",
@@ -35,7 +43,7 @@ def advise_target(recipe: Recipe, plan: ContextPlan) -> list[str]:
     scale = plan.target / plan.original
     if scale <= CLOSED_FORM:
         way = (
-            f"{scale:g}x: YaRN is as good as a search up to {CLOSED_FORM}x; 'longrope export' with "
+            f"{scale:g}x: up to {CLOSED_FORM}x YaRN suffices; 'longrope export' with "
             "--long-factors yarn needs no text and no hours."
         )
     elif plan.trained is None:

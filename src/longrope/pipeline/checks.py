@@ -44,6 +44,8 @@ def check_extension(run: Run) -> None:
     check_sources(recipe.data)
     if recipe.eval_data:
         check_sources(recipe.eval_data, "eval_data")
+    if recipe.other_data:
+        check_sources(recipe.other_data, "other_data")
     check_settings(run, todo)
     if recipe.evaluate.benchmarks.tasks:
         require_benchmark_data(benchmark_config(run), run.tokenizer, plan.original)

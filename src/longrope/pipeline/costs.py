@@ -114,7 +114,8 @@ class Costs:
         more = self.info.forward_flops(original)
         times = (passes + taught) * windows  # plus the teacher's forward
         together = length + math.ceil(beside) * original  # in one step
-        teacher = self.weights if taught else 0
+        states, work = self._training_memory(length, together, taught)
+        everywhere = work + (self.weights if taught else 0)
         return Stage(
             name,
             "finetune",
@@ -123,10 +124,10 @@ class Costs:
             sequences * length + windows * original,
             linear + times * more[0],
             attention + times * more[1],
-            self._training_memory(length, together, taught) + teacher,
+            states + everywhere,
             steps,
-            replicated=teacher,
-            unshared=self.info.parameters * self._master + teacher,
+            replicated=everywhere,
+            unshared=self.info.parameters * self._master + everywhere - work,
             helps=tuple(self._training_helps(length, taught)),
         )
 
@@ -165,7 +166,8 @@ class Costs:
         section, original, target = self.recipe.evaluate, lengths[0], lengths[-1]
         others = len(section.methods)
         on_trained = 0 if trained is None else len(section.fine_tuned_methods)
-        elsewhere = 2 if self.recipe.other_sources else 0  # this result's and YaRN's
+        # Of the result, the unscaled model and YaRN, at most.
+        elsewhere = 3 if self.recipe.other_sources else 0
         unasked = self.recipe.recovery.enabled + ("none" not in section.methods)
         forwards, tokens, linear, attention = 0, 0, 0.0, 0.0
         for length in lengths:
@@ -274,10 +276,10 @@ class Costs:
         """Memory cost of one weight during training, in bytes."""
         return 2 if self.precision == "pure-bf16" else 4
 
-    def _training_memory(self, length: int, tokens: int, taught: bool) -> int:
-        """Return the memory cost of a training step: its peak bytes.
+    def _training_memory(self, length: int, tokens: int, taught: bool) -> tuple[int, int]:
+        """Return the memory cost of a training step: bytes that FSDP shards, and bytes of work.
 
-        Weights, gradients, Adam's two moments, and the activations kept for the backward pass:
+        Weights, gradients and Adam's two moments; and the activations kept for the backward pass:
         with gradient checkpointing one hidden state per layer and token, and one whole layer.
         ``tokens`` counts a sequence and its short windows. A ``taught`` step also holds the
         teacher's probabilities. Attention without a fused kernel takes 28 bytes for each score of a
@@ -297,7 +299,7 @@ class Costs:
         original = info.original_max_position_embeddings or length
         short = (tokens - length) // original  # windows, in one batch
         work += info.heads * 28 * max(self._scores(length), short * self._scores(original))
-        return int(states + tuning.micro_batch * work + head)
+        return int(states), int(tuning.micro_batch * work + head)
 
     def _scores(self, length: int) -> int:
         """Return the scores per head that cost memory where training has no fused kernel."""

@@ -6,16 +6,17 @@ from the original model, and at last under the target's factors. ``paper`` is th
 """
 
 import dataclasses
+import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from longrope.models.info import ModelInfo
 from longrope.models.target_length import parse_extension
 from longrope.pipeline.costs import Stage
-from longrope.pipeline.estimate import Memory
+from longrope.pipeline.estimate import Memory, problem
 from longrope.pipeline.plan import SHORTEST, make_plan, training_length
-from longrope.pipeline.recipe import Recipe, make_recipe
+from longrope.pipeline.recipe import Recipe, leaves, make_recipe
 from longrope.train.config import FinetuneConfig
 from longrope.units import gigabytes, parse_length
 
@@ -39,6 +40,8 @@ _FEWEST_STEPS = 12
 _TOGETHER = 4096
 # Tokens of a training sequence at most, in multiples of the original length: the first that fits.
 _LONGEST = (8, 4, 2, 1)
+# Keys that searches of both algorithms have.
+_SHARED_KEYS = {"windows", "passkey_prompts", "max_factor", "enabled"}
 # What saves memory, in order: for training or not, the key, its value.
 _SAVINGS = (
     (False, "execution.offload_activations", "cpu"),
@@ -81,26 +84,43 @@ def choose_settings(recipe: Recipe, info: ModelInfo, situation: Situation) -> li
     Raises:
         ValueError: the target cannot be planned.
     """
-    given = _leaves(recipe.given())
+    if recipe.effort == "paper":
+        return _fitted(recipe, info, situation, _paper(recipe, info))
     choices: list[Choice] = []
     for longest in _LONGEST:
-        if recipe.effort == "paper":
-            wanted = _paper(recipe, info)
-        else:
-            wanted = _standard(recipe, info, situation, longest)
-        choices = without_given(list(wanted), recipe)
-        if info.dtype == "float16" and "execution.dtype" not in given:
-            reason = "the range of the checkpoint's float16 is too small for gradients"
-            choices.append(Choice("execution.dtype", "bfloat16", reason))
-        choices += _to_fit(apply_choices(recipe, choices), info, situation, given)
+        wanted = _standard(recipe, info, situation, longest)
+        choices = _fitted(recipe, info, situation, wanted)
         if not _too_large(apply_choices(recipe, choices), info, situation, training=True):
             break
     return choices
 
 
+def _fitted(
+    recipe: Recipe, info: ModelInfo, situation: Situation, wanted: Iterable[Choice]
+) -> list[Choice]:
+    """Return the wanted choices that the recipe leaves open, and those that make them fit."""
+    choices = [*wanted, *_numbers(recipe, info, situation)]
+    choices = without_given(choices, recipe)
+    choices += _to_fit(apply_choices(recipe, choices), info, situation, recipe)
+    return list({choice.key: choice for choice in choices}.values())  # the last of each key
+
+
+def _numbers(recipe: Recipe, info: ModelInfo, situation: Situation) -> Iterator[Choice]:
+    """Choose the dtypes of the model and of the training."""
+    if info.dtype == "float16":
+        reason = "the range of the checkpoint's float16 is too small for gradients"
+        yield Choice("execution.dtype", "bfloat16", reason)
+    target, original = parse_extension(recipe.target, info), info.original_max_position_embeddings
+    if training_length(recipe, original or 0, target) is not None:
+        precision = FinetuneConfig().precision_on("cpu" if situation.on_cpu else "cuda")
+        on_gpu = "products in bfloat16, weights in float32"
+        reason = "most CPUs are slow in bfloat16" if situation.on_cpu else on_gpu
+        yield Choice("finetune.precision", precision, reason)
+
+
 def without_given(choices: list[Choice], recipe: Recipe) -> list[Choice]:
     """Return the choices of settings that the recipe leaves open."""
-    given = _leaves(recipe.given())
+    given = leaves(recipe.given())
     return [choice for choice in choices if _is_free(choice.key, given)]
 
 
@@ -116,25 +136,17 @@ def apply_choices(recipe: Recipe, choices: list[Choice]) -> Recipe:
     return make_recipe(content)
 
 
-def _leaves(content: dict[str, Any], prefix: str = "") -> set[str]:
-    """Return the dotted keys of a nested dictionary."""
-    found: set[str] = set()
-    for key, value in content.items():
-        inner = isinstance(value, dict)
-        found |= _leaves(value, f"{prefix}{key}.") if inner else {prefix + key}
-    return found
-
-
-def _is_free(key: str, given: set[str]) -> bool:
+def _is_free(key: str, given: Collection[str]) -> bool:
     """Return whether the effort may choose a key.
 
-    Of a search that the recipe describes itself, it chooses the number of windows at most: other
-    settings belong to one algorithm.
+    If the recipe gives a method or a setting of one algorithm for a search, the effort chooses only
+    the settings that both algorithms have.
     """
     section, _, name = key.partition(".")
-    described = any(other.startswith(f"{section}.") for other in given)
-    if section in ("search", "second_search", "recovery") and described and name != "windows":
-        return False
+    if section in ("search", "second_search", "recovery") and name not in _SHARED_KEYS:
+        own = {other.partition(".")[2] for other in given if other.startswith(f"{section}.")}
+        if own - _SHARED_KEYS:
+            return False
     return key not in given
 
 
@@ -210,6 +222,7 @@ def _training(
     doublings = math.log2(target / original)
     tokens = _SHARE[recipe.effort] * _TOKENS * math.sqrt(size) * doublings**2
     each = sequence * (1 + short_share)  # tokens of a sequence and its short windows
+    group *= settled("micro_batch", 1)
     batch = max(1, round(tokens / _STEPS[recipe.effort] / each / group)) * group
     reason = f"about {_STEPS[recipe.effort]} steps: more steps teach more than larger ones"
     yield Choice("finetune.batch", batch, reason)
@@ -222,21 +235,22 @@ def _training(
     if most < steps:
         steps = max(_FEWEST_STEPS, int(most))
         reason = (
-            f"{_EPOCHS} passes over {situation.text_tokens:,} tokens of text; with more text it "
-            f"would be {tokens / 1e6:.3g} million tokens"
+            f"{situation.text_tokens:,} tokens of text are read about {_EPOCHS} times; with more "
+            f"text it would be {tokens / 1e6:.3g} million tokens"
         )
-    final = steps // 3 if trained < target else 0
-    yield Choice("finetune.steps", steps - final, reason)
-    if final:
-        reason = "a third of the steps, under the factors for the target"
-        yield Choice("finetune.final.steps", final, reason)
-    share = batch // group
+    first = steps - steps // 3 if trained < target else steps
+    yield Choice("finetune.steps", first, reason)
+    first = settled("steps", first)
+    if trained < target:
+        reason = "a third of all steps, under the factors for the target"
+        yield Choice("finetune.final.steps", max(1, first // 2), reason)
+    share = batch // situation.processes
     fitting = [n for n in range(1, share + 1) if share % n == 0 and n * sequence <= _TOGETHER]
     yield Choice("finetune.micro_batch", max(fitting, default=1), "sequences of a forward pass")
     rate = _LEARNING_RATE * (_PARAMETERS / size) ** _POWER
     yield Choice("finetune.learning_rate", float(f"{rate:.2g}"), "falls with the model's size")
     yield Choice("finetune.beta2", 0.95, "few steps need a short average")
-    yield Choice("finetune.warmup", min(10, steps // 6), "few steps")
+    yield Choice("finetune.warmup", min(10, first // 4), "few steps")
     reason = "a small model's activations fit" if small else "its activations take much memory"
     yield Choice("finetune.gradient_checkpointing", not small, reason)
     yield Choice("finetune.save_every", 20, "little is repeated after an interruption")
@@ -252,11 +266,12 @@ def _most_steps(text_tokens: int | None, tokens_per_step: float) -> float:
 def _evaluation(quick: bool, target: int) -> Iterator[Choice]:
     """Choose the evaluation: cheap where one forward pass at the target takes minutes."""
     if quick:
-        yield Choice("evaluate.methods", ["none", "yarn"], "quick: the two that tell most")
-        yield Choice("evaluate.fine_tuned_methods", ["yarn"], "quick: the best of the known ones")
+        yield Choice("evaluate.methods", ["none", "yarn"], "quick: two of four known methods")
+        yield Choice("evaluate.fine_tuned_methods", ["yarn"], "quick: one of two known methods")
     documents = 1 if quick else max(1, min(4, 2**19 // target))
-    yield Choice("evaluate.documents", documents, "half a million tokens at most for each length")
-    yield Choice("evaluate.passkey_trials", 5 if quick else 10, "as many as the paper's at most")
+    reason = "one at least, and up to four while they have half a million tokens"
+    yield Choice("evaluate.documents", documents, "quick: one" if quick else reason)
+    yield Choice("evaluate.passkey_trials", 5 if quick else 10, "few prompts, with their interval")
     beyond = 3 if quick or target > 2**18 else 10
     yield Choice("evaluate.passkey_trials_beyond", beyond, "longer prompts take longer")
 
@@ -287,8 +302,12 @@ def _paper(recipe: Recipe, info: ModelInfo) -> Iterator[Choice]:
     yield Choice("evaluate.passkey_trials_beyond", 10, "the paper's")
 
 
-def _to_fit(recipe: Recipe, info: ModelInfo, situation: Situation, given: set[str]) -> list[Choice]:
-    """Choose what makes the stages fit into the memory, one setting after the other."""
+def _to_fit(recipe: Recipe, info: ModelInfo, situation: Situation, asked: Recipe) -> list[Choice]:
+    """Choose what makes the stages fit into the memory, one setting after the other.
+
+    Keys that the user ``asked`` for stay.
+    """
+    given = leaves(asked.given())
     found: list[Choice] = []
     memory = situation.memory
     for training, key, value in _SAVINGS:
@@ -299,9 +318,11 @@ def _to_fit(recipe: Recipe, info: ModelInfo, situation: Situation, given: set[st
             continue
         worst = max(too_large, key=lambda stage: stage.memory)
         reason = (
-            f"{worst.name} takes {gigabytes(worst.memory)} without, and "
-            f"{gigabytes(memory.of(worst))} are free"
+            f"{worst.name} takes {gigabytes(memory.share(worst))} without, and "
+            f"{gigabytes(memory.each)} are free"
         )
+        if key == "finetune.lora" and importlib.util.find_spec("peft") is None:
+            reason += "; needs pip install 'longrope[lora]'"
         found.append(Choice(key, value, reason))
         recipe = apply_choices(recipe, found[-1:])
     return found
@@ -314,5 +335,5 @@ def _too_large(
     return [
         stage
         for stage in make_plan(info, recipe, on_cpu=situation.on_cpu).stages
-        if (stage.kind == "finetune") == training and stage.memory > situation.memory.of(stage)
+        if (stage.kind == "finetune") == training and problem(stage, situation.memory)
     ]

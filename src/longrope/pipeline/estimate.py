@@ -91,14 +91,8 @@ class Memory:
     host: int | None = None
     disk: int | None = None
 
-    def of(self, stage: Stage) -> int:
-        """Return the free bytes that a stage can use: of one device, or of all in FSDP training."""
-        if stage.kind != "finetune":
-            return self.each
-        return self.each * self.devices - stage.replicated * (self.devices - 1)
-
     def share(self, stage: Stage) -> float:
-        """Return the peak bytes of a stage on one device."""
+        """Return the peak bytes of a stage on one device. FSDP shards what is not replicated."""
         if stage.kind != "finetune":
             return stage.memory
         return (stage.memory - stage.replicated) / self.devices + stage.replicated
@@ -130,12 +124,13 @@ def problem(stage: Stage, memory: Memory, options: bool = False) -> str:
             + _remedies(["finetune.precision=pure-bf16", "finetune.distill=false"], options)
             + ", or larger GPUs"
         )
-    if stage.memory > memory.of(stage):
+    if memory.share(stage) > memory.each:
         shorter = "shorter `lengths`" if options and stage.kind == "evaluate" else ""
+        each = " on each device" if memory.devices > 1 else ""
         return (
-            f"{at} needs about {gigabytes(stage.memory)} and {gigabytes(memory.of(stage))} are "
-            f"free; {_remedies(stage.helps, options)}, {shorter or 'a smaller `target`'}, or a "
-            "larger machine"
+            f"{at} needs about {gigabytes(memory.share(stage))} and {gigabytes(memory.each)} are "
+            f"free{each}; {_remedies(stage.helps, options)}, {shorter or 'a smaller `target`'}, or "
+            "a larger machine"
         )
     if memory.host is not None and stage.host > memory.host:
         helps = ["execution.offload_activations=DIRECTORY", *less]
@@ -156,7 +151,7 @@ def problem(stage: Stage, memory: Memory, options: bool = False) -> str:
 def _remedies(helps: Sequence[str], options: bool) -> str:
     """Write remedies for too little memory, recipe keys and values, as the user gives them."""
     if not helps:
-        return "try fewer processes"
+        return "nothing in the recipe lowers it"
     if options:
         return "try " + ", ".join(map(_as_option, helps))
     return "try " + ", ".join(f"`set` {help}" for help in helps)
@@ -187,7 +182,10 @@ def parse_gpus(text: str) -> Memory:
     """
     count, _, size = text.lower().removesuffix("gb").rpartition("x")
     try:
-        return Memory(int(float(size) * 1e9), int(count or 1))
+        memory = Memory(int(float(size) * 1e9), int(count or 1))
+        if min(memory.each, memory.devices) < 1:
+            raise ValueError("no GPU, or none with memory")
+        return memory
     except (ValueError, OverflowError):
         raise ValueError(f"gpus is {text!r}; give gigabytes, such as 80GB or 8x80GB") from None
 

@@ -140,6 +140,8 @@ def _wanted(run: Run) -> Iterator[RunMeasurement]:
             if length < shortest or not asked_for:
                 continue
             trials = section.passkey_trials_others
+            if method == "none" and length == plan.original:  # can it be found at all?
+                trials = max(trials, section.passkey_trials)
             if method == RESULT:
                 far = section.passkey_trials_beyond
                 trials = section.passkey_trials if length <= trained else far

@@ -24,12 +24,13 @@ from typing import Any
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.checkpoints.run_directory import save_short_attention_factor
+from longrope.data.documents import check_sources
 from longrope.distributed import Ranks, local_device
 from longrope.errors import RankLost
 from longrope.files import only_process, require_directory
+from longrope.labels import display_name
 from longrope.models.devices import find_device
 from longrope.models.info import inspect_model
-from longrope.models.sources import display_name
 from longrope.models.target_length import parse_extension
 from longrope.pipeline.checks import check_extension
 from longrope.pipeline.costs import Stage
@@ -65,8 +66,10 @@ from longrope.train.trainer import finetune
 log = logging.getLogger(__name__)
 
 
-def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
+def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None, run: Run | None = None) -> Path:
     """Extend a model: run every stage of a recipe that is not done, and return the report's path.
+
+    ``run`` is what :func:`open_run` returned for the same recipe, if it was called before.
 
     Leaves in ``out``: ``model/``, ``rescale.json`` (long) and ``short.json``, ``report.html``
     and ``report.md``, ``results.json``, ``recipe.yaml`` (resolved), and a directory per stage.
@@ -81,7 +84,7 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None) -> Path:
             f"execution.sequence_parallel is {recipe.execution.sequence_parallel}, but "
             f"{ranks.group.size} processes share each sequence: give ranks of such groups"
         )
-    run = open_run(recipe, out, ranks)
+    run = run or open_run(recipe, out, ranks)
     with only_process(out) if ranks.first else contextlib.nullcontext():
         claimed = ranks.first and run.claim()
         try:
@@ -112,21 +115,24 @@ def open_run(
     recipe: Recipe,
     out: Path,
     ranks: Ranks,
-    memory: Memory | None = None,
-    on_cpu: bool | None = None,
+    *,
+    gpus: Memory | None = None,
+    resume: bool = True,
 ) -> Run:
     """Open an extension: inspect the model, choose the settings that are left, plan the stages.
 
-    No weights are read and nothing is written. A started run keeps the settings chosen for it.
+    No weights are read and nothing is written.
 
     Args:
-        memory: to plan for, instead of what is free on this machine.
-        on_cpu: whether the run is for a CPU, by default as on this machine.
+        gpus: GPUs to plan for, instead of this machine.
+        resume: whether a started run in ``out`` keeps the settings that were chosen for it.
 
     Raises:
         ValueError: the model cannot be extended to this target, or ``out`` cannot be written.
     """
     require_directory(out)
+    if recipe.data:
+        check_sources(recipe.data)
     info = inspect_model(
         recipe.model,
         rope_scaling=recipe.rope_scaling,
@@ -135,22 +141,24 @@ def open_run(
     )
     info.require_extendable()
     device = find_device(local_device(recipe.execution.device))
-    on_cpu = device.type == "cpu" if on_cpu is None else on_cpu
+    on_cpu = device.type == "cpu" and gpus is None
     target, original = parse_extension(recipe.target, info), info.original_max_position_embeddings
     assert original is not None
     lengths = ContextPlan(original, training_length(recipe, original, target), target, ())
     run = Run(recipe, info, lengths, out, ranks)
-    choices = recorded_choices(out) if ranks.first else []
-    if choices is None:
-        processes = memory.devices if memory else ranks.size
-        memory = memory or available(device, ranks.size, recipe.execution.offload_activations)
+    choices = recorded_choices(out) if resume and ranks.first else None
+    if choices is None and ranks.first:
+        processes = gpus.devices if gpus else ranks.size
+        memory = gpus or available(device, ranks.size, recipe.execution.offload_activations)
         situation = Situation(memory, _training_tokens(run), processes, on_cpu)
         choices = choose_settings(recipe, info, situation)
-    shared = ranks.broadcast([dataclasses.asdict(choice) for choice in choices])
-    choices = without_given([Choice(**choice) for choice in shared], recipe)
+    if gpus is None:  # else the processes of the plan are not here
+        shared = ranks.broadcast([dataclasses.asdict(choice) for choice in choices or []])
+        choices = [Choice(**choice) for choice in shared]
+    choices = without_given(choices or [], recipe)
     recipe = apply_choices(recipe, choices)
     planned = make_plan(info, recipe, on_cpu=on_cpu, group_size=ranks.group.size)
-    return Run(recipe, info, planned, out, ranks, choices)
+    return run.planned(recipe, planned, choices)
 
 
 def _training_tokens(run: Run) -> int | None:

@@ -1,5 +1,6 @@
 """The recipe of an extension: every setting of `longrope extend`, read from a YAML file."""
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -359,6 +360,15 @@ def _set(content: dict[str, Any], setting: str) -> None:
         raise ValueError(f"set={setting!r}: its value is not valid YAML") from None
 
 
+def leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a recipe's content to dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = isinstance(value, Mapping)
+        found |= leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found
+
+
 def _of_bundled(target: str | None) -> str:
     """Return the name of the shipped recipe that extends the bundled model to a target.
 
@@ -396,8 +406,10 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             section: Any = Recipe
             for part in first["loc"][:-1]:
                 section = section.model_fields[part].annotation
+            close = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, 1)
+            meant = f"did you mean {close[0]!r}? There are " if close else "there are "
             known = ", ".join(section.model_fields)
-            raise ValueError(f"recipe: no key {key!r}; there are {known}") from None
+            raise ValueError(f"recipe: no key {key!r}; {meant}{known}") from None
         raise ValueError(f"recipe: {key} is {first['input']!r}: {first['msg'].lower()}") from None
     recipe.check()
     return recipe

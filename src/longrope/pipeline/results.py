@@ -10,8 +10,7 @@ import transformers
 
 from longrope.evaluate.measure import Measurement
 from longrope.evaluate.statistics import benchmark_difference
-from longrope.labels import RESULT, WITHOUT, has_extended_weights
-from longrope.models.sources import display_name
+from longrope.labels import RESULT, WITHOUT, display_name, has_extended_weights
 from longrope.pipeline.run_state import Run
 from longrope.version import __version__
 

@@ -19,7 +19,7 @@ from longrope.models.target_length import starting_point
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.effort import Choice
 from longrope.pipeline.plan import ContextPlan
-from longrope.pipeline.recipe import Recipe, make_recipe
+from longrope.pipeline.recipe import Recipe, leaves, make_recipe
 from longrope.pipeline.splits import Splits, split_documents
 from longrope.progress import console
 from longrope.rope.pair import RescalePair
@@ -52,6 +52,13 @@ class Run:
         self._loaded: tuple[tuple[str, bool], LoadedModel] | None = None
         self._remeasures = False
 
+    def planned(self, recipe: Recipe, plan: ContextPlan, choices: Sequence[Choice]) -> "Run":
+        """Return the run with its settings chosen and its stages planned."""
+        run = Run(recipe, self.info, plan, self.out, self.ranks, choices)
+        if "splits" in self.__dict__:  # the text is read already
+            run.splits = self.splits
+        return run
+
     def claim(self) -> bool:
         """Claim the run directory: write the resolved recipe, or check that it holds this run.
 
@@ -66,8 +73,8 @@ class Run:
         if not new:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             self._require_this_layout(before)
-            there, here = _leaves(before), _leaves(now)
-            default = _leaves(Recipe(target=self.recipe.target).model_dump(mode="json"))
+            there, here = leaves(before), leaves(now)
+            default = leaves(Recipe(target=self.recipe.target).model_dump(mode="json"))
             differing = [
                 f"{key} (there {there.get(key, 'not known')}, now {here.get(key, 'not known')})"
                 for key in here | there
@@ -80,14 +87,17 @@ class Run:
                     "another `out`"
                 )
             self._remeasures = before["evaluate"] != now["evaluate"]
-        elif self.out.exists() and any(p.name != ".lock" for p in self.out.iterdir()):
+        elif self.out.exists() and {p.name for p in self.out.iterdir()} - {".lock", _CHOICES}:
             raise ValueError(f"{self.out} is not empty and holds no run; give another `out`")
-        if new:
-            content = [dataclasses.asdict(choice) for choice in self.choices]
-            write_atomically(self.out / _CHOICES, json.dumps(content, indent=1) + "\n")
         if not self._remeasures:
-            self.recipe.save(file)
+            self._save()
         return new
+
+    def _save(self) -> None:
+        """Write the recipe of the run, and the settings in it that the effort chose."""
+        content = [dataclasses.asdict(choice) for choice in self.choices]
+        write_atomically(self.out / _CHOICES, json.dumps(content, indent=1) + "\n")
+        self.recipe.save(self.out / "recipe.yaml")
 
     def _require_this_layout(self, recipe: dict[str, Any]) -> None:
         try:
@@ -108,7 +118,7 @@ class Run:
         if self._remeasures:
             for name in _MEASURED:
                 (self.out / name / "done.json").unlink(missing_ok=True)
-            self.recipe.save(self.out / "recipe.yaml")
+            self._save()
             self._remeasures = False
 
     def directory(self, name: str) -> Path:
@@ -259,15 +269,6 @@ class Run:
 def recorded_choices(out: Path) -> list[Choice] | None:
     """Read the settings that the effort chose when the run in ``out`` started; None without one."""
     file = out / _CHOICES
-    if not file.exists():
+    if not (file.exists() and (out / "recipe.yaml").exists()):
         return None
     return [Choice(**choice) for choice in json.loads(file.read_text(encoding="utf-8"))]
-
-
-def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a recipe to dotted keys, to name the keys in which two runs differ."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        inner = isinstance(value, dict)
-        found |= _leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return found

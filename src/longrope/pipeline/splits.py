@@ -61,7 +61,8 @@ class Splits:
         They are the longest of ``lengths`` that it holds, and those that divide it.
         """
         total = sum(map(len, self.other))
-        held = [length for length in lengths if length <= total]
+        shortest = min(lengths)
+        held = [n for n in lengths if n <= total and n % shortest == 0]
         if not held:
             return [], []
         longest = max(held)
@@ -111,6 +112,9 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
     bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
     sources = recipe.other_sources
     other = load_documents(tokenizer, sources, recipe.field) if sources else []
+    other = exclude_documents(
+        other, [h for pool in (search, remaining) for d in pool for h in d.sha256]
+    )
     return Splits(tuple(search), tuple(remaining), tuple(evaluation), tuple(other), bos, eos)
 
 

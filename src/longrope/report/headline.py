@@ -6,7 +6,7 @@ from typing import Any
 
 from longrope.evaluate.statistics import retrieval_totals, wilson
 from longrope.labels import RESULT, fine_tuned
-from longrope.units import duration, number, percent, ratio
+from longrope.units import duration, number, ratio
 
 # A perplexity rises by more than this between two lengths, or above the original's: named.
 TOLERANCE = 0.05
@@ -28,24 +28,39 @@ def headline(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def holds_to(results: dict[str, Any]) -> int | None:
-    """Return the largest length up to which the result holds, in tokens; None if at none.
+def holds_to(results: dict[str, Any]) -> tuple[int | None, str]:
+    """Return the largest length up to which the result holds, and what fails beyond.
 
     It holds where perplexity is at most 5% above the original model's at the original length, on
-    the same tokens, and at least 80% of the passkeys are found, if they were asked for.
+    the same tokens, and at least 80% of the passkeys are found. Passkeys do not count if the
+    original model does not find them either.
+
+    Returns:
+        The length in tokens, None if there is none; and a sentence, empty if nothing fails.
     """
     perplexity = _by_method(results["perplexity"])
     base = perplexity["none"][results["original_length"]]
-    asked = retrieval_totals(row for row in results["passkey"] if row["method"] == RESULT)
+    asked = _found(results, RESULT) if _finds_passkeys(results) else {}
     reached = None
     for length, value in sorted(perplexity[RESULT].items()):
         correct, trials = asked.get(length, (1, 1))
         if value is None or base is None or value > base * (1 + TOLERANCE):
-            break
+            return reached, f"At {length:,} tokens perplexity is {ratio(value, base)}."
         if correct < RETRIEVED * trials:
-            break
+            return reached, f"At {length:,} tokens {correct} of {trials} passkeys are found."
         reached = length
-    return reached
+    return reached, ""
+
+
+def _found(results: dict[str, Any], method: str) -> dict[int, tuple[int, int]]:
+    """Return the found passkeys and the trials of a method by length."""
+    return retrieval_totals(row for row in results["passkey"] if row["method"] == method)
+
+
+def _finds_passkeys(results: dict[str, Any]) -> bool:
+    """Return whether the original model finds passkeys at its own length, as far as known."""
+    correct, trials = _found(results, "none").get(results["original_length"], (1, 1))
+    return correct >= RETRIEVED * trials
 
 
 def _by_method(rows: list[dict[str, Any]]) -> dict[str, dict[int, float | None]]:
@@ -58,8 +73,8 @@ def _by_method(rows: list[dict[str, Any]]) -> dict[str, dict[int, float | None]]
 def _answer(results: dict[str, Any], perplexity: dict[str, dict[int, float | None]]) -> str:
     original, target = results["original_length"], results["target"]
     own, base = perplexity[RESULT][target], perplexity["none"][original]
-    reached = holds_to(results)
-    asked = any(row["method"] == RESULT for row in results["passkey"])
+    reached, failing = holds_to(results)
+    asked = bool(_found(results, RESULT)) and _finds_passkeys(results)
     means = f"perplexity at most {TOLERANCE:.0%} above the original model's at {original:,}"
     means += f", at least {RETRIEVED:.0%} of the passkeys found" if asked else ""
     holds = f"holds up to {reached:,} tokens" if reached else "holds at no length"
@@ -67,7 +82,8 @@ def _answer(results: dict[str, Any], perplexity: dict[str, dict[int, float | Non
     if target in perplexity["none"]:
         unscaled = f"; {number(perplexity['none'][target])} without any scaling"
     return (
-        f"The extension to {target:,} tokens {holds} ({means}). Perplexity at {target:,}: "
+        f"The extension to {target:,} tokens {holds} ({means}). {failing}{' ' * bool(failing)}"
+        f"Perplexity at {target:,}: "
         f"{number(own)}, {ratio(own, base)} against {number(base)} of the original model at "
         f"{original:,}{unscaled}."
     )
@@ -94,15 +110,17 @@ def _separated(
 def _jumps(results: dict[str, Any], own: dict[int, float | None], where: str) -> Iterator[str]:
     """Yield the jumps of perplexity between neighbouring lengths, with the likely cause."""
     for (before, low), (after, high) in itertools.pairwise(sorted(own.items())):
-        if low and high and high > low * (1 + TOLERANCE):
+        if low and (high is None or high > low * (1 + TOLERANCE)):
             yield (
-                f"Perplexity jumps by {percent(high / low - 1)} from {before:,} to {after:,} "
+                f"Perplexity jumps by {ratio(high, low)} from {before:,} to {after:,} "
                 f"tokens{where}: {_cause(results, before, after)}."
             )
 
 
 def _cause(results: dict[str, Any], before: int, after: int) -> str:
     trained, boundary = results["trained_length"], results["recovery_length"]
+    if any(stage["name"] == "final-finetune" for stage in results["stages"]):
+        trained = results["target"]  # its positions reach beyond that
     if before <= boundary < after:
         return (
             f"the long factors apply beyond {boundary:,} tokens, and they fit these lengths less "
@@ -116,15 +134,23 @@ def _cause(results: dict[str, Any], before: int, after: int) -> str:
 
 
 def _passkeys(results: dict[str, Any]) -> Iterator[str]:
-    asked = retrieval_totals(row for row in results["passkey"] if row["method"] == RESULT)
-    if asked:
-        length, worst = min(asked.items(), key=lambda x: (x[1][0] / x[1][1], -x[0]))
-        low, high = wilson(*worst)
-        correct, trials = (sum(pair[i] for pair in asked.values()) for i in (0, 1))
-        yield (
-            f"Passkeys: {correct} of {trials} found; fewest at {length:,} tokens, {worst[0]} of "
-            f"{worst[1]} (95% interval {low:.0%} to {high:.0%})."
+    asked = _found(results, RESULT)
+    if not asked:
+        return
+    length, worst = min(asked.items(), key=lambda x: (x[1][0] / x[1][1], -x[0]))
+    low, high = wilson(*worst)
+    correct, trials = (sum(pair[i] for pair in asked.values()) for i in (0, 1))
+    line = (
+        f"Passkeys: {correct} of {trials} found; fewest at {length:,} tokens, {worst[0]} of "
+        f"{worst[1]} (95% interval {low:.0%} to {high:.0%})."
+    )
+    if not _finds_passkeys(results):
+        before, of = _found(results, "none")[results["original_length"]]
+        line += (
+            f" The original model finds {before} of {of} at {results['original_length']:,}, so "
+            "they say nothing about the extension."
         )
+    yield line
 
 
 def _short_context(results: dict[str, Any]) -> Iterator[str]:
@@ -143,8 +169,8 @@ def _other_text(results: dict[str, Any]) -> Iterator[str]:
     own, base = perplexity[RESULT], perplexity["none"][results["original_length"]]
     longest = max(own)
     yield (
-        f"On text of another kind ({_listed(results['other_documents'])}), perplexity at "
-        f"{longest:,} tokens is {number(own[longest])}, {ratio(own[longest], base)} against the "
+        f"As a check on text of another kind ({_listed(results['other_documents'])}), perplexity "
+        f"at {longest:,} tokens is {number(own[longest])}, {ratio(own[longest], base)} against the "
         f"original model at {results['original_length']:,}."
     )
     yield from _jumps(results, own, " on this text")

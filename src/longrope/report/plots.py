@@ -327,6 +327,7 @@ def _mark(axes: Axes, original: int) -> None:
 def _name_lines(axes: Axes) -> None:
     """Write the name of each line at its right end, in its color, none over another."""
     ends: list[tuple[float, str, Any]] = []
+    axes.get_ylim()  # brings the limits, and so the transformation, up to date
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
         line: Any = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
         heights = [float(y) for y in line.get_ydata() if math.isfinite(y)]

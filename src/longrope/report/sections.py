@@ -72,8 +72,10 @@ def _perplexity(results: dict[str, Any]) -> Section:
         "Perplexity against length (figure 1 of the LongRoPE paper), on the same tokens at every "
         "length. Bars: standard error over the documents. Dotted line: the original length."
     )
-    text = [f"Held-out documents: {', '.join(results.get('evaluation_documents', []))}."]
-    if results["trained_length"] is not None:
+    text = []
+    if results.get("evaluation_documents"):  # missing in runs of older versions
+        text.append(f"Held-out documents: {', '.join(results['evaluation_documents'])}.")
+    if any(row.get("fine_tuned") for row in rows):
         caption += " Solid lines: fine-tuned weights. Dashed lines: the original weights."
         text.append(
             "Known methods are made for the target length. “fine-tuned + yarn” has the same "

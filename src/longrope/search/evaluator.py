@@ -280,12 +280,12 @@ class Evaluator:
         name = min(found, key=found.__getitem__, default=None)
         return None if name is None else (name, found[name])
 
-    def _gain(self, best: Candidate) -> tuple[float | None, float | None]:
+    def _gain(self, best: Request) -> tuple[float | None, float | None]:
         """Return the gain over the best start with its standard error, paired over the windows."""
         start = self.best_start()
         if start is None:
             return None, None
-        before, after = self.results[Request(self.starts[start[0]])], self.results[Request(best)]
+        before, after = self.results[Request(self.starts[start[0]])], self.results[best]
         pairs = list(zip(before.window_losses, after.window_losses, strict=False))
         error = None
         if len(pairs) > 1:
@@ -293,8 +293,8 @@ class Evaluator:
             error = statistics.stdev(differences) / math.sqrt(len(differences))
         return before.loss - after.loss, error
 
-    def best(self, portable: bool) -> tuple[float, Candidate] | None:
-        """Return the lowest loss evaluated on all search windows, and its candidate."""
+    def best(self, portable: bool) -> tuple[float, Request] | None:
+        """Return the lowest loss evaluated on all search windows, and its request."""
         finite = [
             (round(result.loss, 6), number, request)
             for number, (request, result) in enumerate(self.results.items())
@@ -305,7 +305,7 @@ class Evaluator:
         if not finite:
             return None
         _, _, request = min(finite, key=lambda entry: entry[:2])
-        return self.results[request].loss, request.candidate
+        return self.results[request].loss, request
 
     def best_loss(self) -> float:
         """Return the lowest loss evaluated on all search windows, rounded; infinity if none."""
@@ -318,8 +318,8 @@ class Evaluator:
             if found is not None:
                 self._with_provenance(found).save(self.out / name)
 
-    def _with_provenance(self, found: tuple[float, Candidate]) -> Rescale:
-        loss, candidate = found
+    def _with_provenance(self, found: tuple[float, Request]) -> Rescale:
+        loss, request = found
         record = {
             "method": f"search ({self.identity.config.algorithm})",
             "loss": loss,
@@ -328,7 +328,7 @@ class Evaluator:
             "seed": self.identity.seed,
             "config_hash": self.identity.sha256,
         }
-        return self.space.rescale(candidate).replace(
+        return self.space.rescale(request.candidate).replace(
             searched_documents=self.identity.documents, provenance=record | self.provenance
         )
 

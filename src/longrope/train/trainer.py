@@ -81,9 +81,10 @@ def finetune(
         return read_lines(out / "loss.jsonl")
     resume, log = _last_complete(work), out / "loss.jsonl"
     if ranks.first:
-        _drop_losses_after(resume, log)
+        repeated = _drop_losses_after(resume, log)
         if resume is not None:
-            console.print(f"resuming after step {_step(resume)} of {settings.steps}")
+            again = f"; {repeated} steps are repeated" if repeated else ""
+            console.print(f"resuming after step {_step(resume)} of {settings.steps}{again}")
     model = loaded.model
     config = copy.deepcopy(model.config)  # training changes it
     precision = settings.precision_on(model.device.type)
@@ -116,6 +117,8 @@ def finetune(
         model.config = config
         _save(model, state, loaded, out / "model")
         shutil.rmtree(work, ignore_errors=True)
+    if callback.stops:
+        raise KeyboardInterrupt
     return read_lines(log)
 
 
@@ -141,7 +144,7 @@ def _stopping_after_a_step(callback: "_StepCallback", alone: bool) -> Iterator[N
         signal.signal(signal.SIGINT, before)
     if callback.stops and callback.step < callback.steps:
         console.print(f"the checkpoint of step {callback.step} is written: nothing is repeated")
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # after the last step, the model is written first
 
 
 def _run_trainer(
@@ -321,11 +324,12 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _drop_losses_after(checkpoint: Path | None, log: Path) -> None:
-    """Drop the logged losses of training steps after a checkpoint, which resuming repeats."""
-    last = _step(checkpoint) if checkpoint else 0
-    lines = [line for line in read_lines(log) if line["step"] <= last]
+def _drop_losses_after(checkpoint: Path | None, log: Path) -> int:
+    """Drop the logged losses of training steps after a checkpoint; return how many these are."""
+    last, before = _step(checkpoint) if checkpoint else 0, read_lines(log)
+    lines = [line for line in before if line["step"] <= last]
     write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
+    return len(before) - len(lines)
 
 
 def require_lora(rank: int) -> None:
