@@ -1,9 +1,9 @@
 """Record how long the steps of a run take, for the test of the time that progress bars show.
 
-    python benchmarks/step_times.py --out runs/timed --target 16x --effort quick
+    python benchmarks/step_times.py --out runs/timed
 
-Writes a JSON file with (cost, seconds) of every step of each stage, which
-``tests/test_progress.py`` replays.
+Runs the demo, and a search of the bundled model to 8x. Writes a JSON file with (cost, seconds) of
+every step of each stage of at least ten seconds, which ``tests/test_progress.py`` replays.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import longrope.pipeline.evaluation
 import longrope.search.evaluator
 import longrope.train.trainer
+from longrope.api import search_factors
 from longrope.pipeline.extend import extend
 from longrope.pipeline.recipe import load_recipe
 from longrope.progress import seconds_left
@@ -27,8 +28,6 @@ MODULES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--target", default="64x")
-    parser.add_argument("--effort", default="quick")
     parser.add_argument("--write", type=Path, default=Path("tests/step_times.json"))
     args = parser.parse_args()
     recorded: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in MODULES}
@@ -41,12 +40,15 @@ def main() -> None:
             return seconds_left(done, left)
 
         module.seconds_left = recording
-    extend(load_recipe("bundled", target=args.target, effort=args.effort), args.out)
+    extend(load_recipe("bundled", effort="quick"), args.out / "demo")
+    search_factors(
+        "bundled", target_length="8x", texts="python-library", output_dir=args.out / "search"
+    )
     stages = [
         {"stage": name, "steps": [[cost, round(seconds, 4)] for cost, seconds in steps]}
         for name, found in recorded.items()
         for steps in found
-        if len(steps) >= 20
+        if sum(seconds for _, seconds in steps) >= 10
     ]
     args.write.write_text(json.dumps(stages) + "\n", encoding="utf-8")
 

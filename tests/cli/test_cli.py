@@ -128,6 +128,8 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
         "compare", "--target", "2x", "--methods", "none,yarn", *data, "--out", tmp_path
     )
     assert "perplexity" in table
+    (best,) = re.findall(r"Best at 512 tokens: (\w+);", table)
+    assert table.index(best) == min(table.index("yarn"), table.index("none"))  # it stands first
 
     for figure in ("factors.png", "history.png", "perplexity.png", "position.png"):
         (out / figure).unlink()

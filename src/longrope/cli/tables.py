@@ -1,10 +1,11 @@
 """Print results as tables or JSON."""
 
 import json
+import math
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 console = Console()
 
@@ -15,9 +16,10 @@ def print_json(value: Any) -> None:
 
 
 def print_perplexity(rows: list[dict[str, Any]]) -> None:
-    """Print a table of perplexity by length and method."""
-    table = Table("length", "method", "perplexity", "± s.e.", "tail", "tokens", "windows")
-    for row in rows:
+    """Print a table of perplexity by length and method, the best first."""
+    name = Column("method", overflow="fold")
+    table = Table("length", name, "perplexity", "± s.e.", "tail", "tokens", "windows")
+    for row in sorted(rows, key=lambda row: (row["length"], row["perplexity"] or math.inf)):
         table.add_row(
             f"{row['length']:,}",
             row["method"],
@@ -66,7 +68,8 @@ def print_differences(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     title = "Difference in nats per token, paired by document (of one document, by blocks of it)"
-    table = Table("length", "method", "against", "difference", "± s.e.", "better", title=title)
+    names = [Column(head, overflow="fold") for head in ("method", "against")]
+    table = Table("length", *names, "difference", "± s.e.", "better", title=title)
     for row in rows:
         names, mean = (row["method"], row["against"]), row["mean"]
         if mean is not None and mean > 0:
@@ -80,4 +83,37 @@ def print_differences(rows: list[dict[str, Any]]) -> None:
         )
     console.print(table)
     if any(row["better"] is None for row in rows):
-        console.print("?: the difference is within two standard errors, so this text cannot tell")
+        console.print("?: within two standard errors, or without one: this text cannot tell")
+    if any("(attention factor" in row["method"] + row["against"] for row in rows):
+        console.print(
+            "Rows with “(attention factor …)” have the method's own. All other rows share one, so "
+            "that they differ in their factors alone.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    console.print(_best(rows), soft_wrap=True, highlight=False, markup=False)
+
+
+def _best(rows: list[dict[str, Any]]) -> str:
+    """Return the best method at the longest length, and against which others this is certain."""
+    longest = max(row["length"] for row in rows)
+    rows = [row for row in rows if row["length"] == longest and row["mean"] is not None]
+    names = dict.fromkeys(name for row in rows for name in (row["method"], row["against"]))
+    if not names:
+        return f"No method has a finite perplexity at {longest:,} tokens."
+    behind = {
+        name: sum(
+            (row["mean"] > 0) if row["method"] == name else (row["mean"] < 0)
+            for row in rows
+            if name in (row["method"], row["against"])
+        )
+        for name in names
+    }
+    best = min(names, key=behind.__getitem__)
+    unsure = [
+        row["against"] if row["method"] == best else row["method"]
+        for row in rows
+        if best in (row["method"], row["against"]) and row["better"] is None
+    ]
+    sure = f"not certain against {', '.join(unsure)}" if unsure else "certain against all others"
+    return f"Best at {longest:,} tokens: {best}; {sure}."

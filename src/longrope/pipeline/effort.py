@@ -28,8 +28,8 @@ _TOKENS = 25
 # The learning rate falls with this power of the parameters, to the paper's 2e-5 for 7B.
 _POWER = 0.45
 # Sequences per step grow until training has so many steps; a third of them are the final ones.
-_STEPS = {"quick": 100, "standard": 380}
-_SHARE = {"quick": 0.25, "standard": 1.0}
+_STEPS = {"quick": 150, "standard": 380}
+_SHARE = {"quick": 0.4, "standard": 1.0}
 _SHORT_SHARE = 0.75
 # A model below this size loses retrieval unless it is trained on passkey prompts.
 _SMALL = 50_000_000
