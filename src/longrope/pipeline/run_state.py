@@ -89,8 +89,10 @@ class Run:
             self._remeasures = before["evaluate"] != now["evaluate"]
         elif self.out.exists() and {p.name for p in self.out.iterdir()} - {".lock", _CHOICES}:
             raise ValueError(f"{self.out} is not empty and holds no run; give another `out`")
-        if not self._remeasures:
+        if new:
             self._save()
+        elif not self._remeasures:
+            self.recipe.save(file)
         return new
 
     def _save(self) -> None:
