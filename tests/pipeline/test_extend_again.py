@@ -118,7 +118,7 @@ def test_another_evaluation_of_a_finished_run(finished, arguments, tmp_path, ben
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    recipe["evaluate"] |= {"passkey_trials": 2, "needle_trials": 1}
+    recipe["evaluate"] |= {"passkey_trials": 2, "passkey_trials_beyond": 0, "needle_trials": 1}
     recipe["evaluate"]["lengths"] = ["128", "512", "1024", "64", "256"]
     asked = {"tasks": ["arc_challenge"], "datasets": str(benchmark_data)}
     recipe["evaluate"]["benchmarks"] = asked | {"limit": 4, "num_fewshot": 1}
