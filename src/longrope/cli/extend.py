@@ -88,7 +88,7 @@ def _describes_an_extension(verb: Callable[..., None]) -> Callable[..., None]:
 
 @app.command(
     epilog=examples(
-        "longrope plan meta-llama/Llama-3.2-1B --target 128k --gpus 1x24GB",
+        "longrope plan Qwen/Qwen3-1.7B-Base --target 512k --gpus 1x24GB",
         "longrope plan --recipe mistral-7b --data books/ --set finetune.steps=200",
     )
 )
@@ -145,7 +145,7 @@ def plan(
 
 @app.command(
     epilog=examples(
-        "longrope extend meta-llama/Llama-3.2-1B --target 8x --data books/ --out runs/llama",
+        "longrope extend Qwen/Qwen3-1.7B-Base --target 8x --data books/ --out runs/q",
         "longrope extend --recipe mistral-7b --data books/ --set finetune.steps=200",
     )
 )

@@ -34,7 +34,7 @@ SEARCHES = {"Gradient search": GradientSearchConfig, "Evolution search": Evoluti
 
 @app.command(
     epilog=examples(
-        "longrope inspect meta-llama/Llama-3.2-1B",
+        "longrope inspect Qwen/Qwen3-1.7B-Base",
         "longrope inspect model.gguf --json",
     )
 )
