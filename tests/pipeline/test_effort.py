@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from longrope.pipeline.extend import open_run
 from longrope.pipeline.plan import make_plan
 from longrope.pipeline.recipe import make_recipe
 from pipeline.test_plan import info
+from pipeline.test_recipe import SHAPES
 
 assert info is not None  # a fixture
 
@@ -30,15 +30,9 @@ def chosen(info, situation=None, **content):
 @pytest.fixture(scope="module")
 def llama2(tmp_path_factory):
     directory = tmp_path_factory.mktemp("llama2-7b")
-    transformers.LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=11_008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=4096,
-        dtype="float16",
-    ).save_pretrained(directory)
+    config = SHAPES["llama2-7b"]()
+    config.dtype = "float16"  # as its checkpoint has it
+    config.save_pretrained(directory)
     return inspect_model(str(directory))
 
 

@@ -27,7 +27,8 @@ _PARAMETERS, _LEARNING_RATE = 2.5e6, 7e-4
 _TOKENS = 25
 # The learning rate falls with this power of the parameters, to the paper's 2e-5 for 7B.
 _POWER = 0.45
-# Sequences per step grow until training has so many steps; a third of them are the final ones.
+# The batch is chosen so that training takes about this many steps. The last third of them are
+# under the target's factors.
 _STEPS = {"quick": 150, "standard": 380}
 _SHARE = {"quick": 0.4, "standard": 1.0}
 _SHORT_SHARE = 0.75
