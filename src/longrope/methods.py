@@ -65,6 +65,27 @@ def yarn(info: Model, target_length: int | str) -> Rescale:
     return _rescale("yarn", info, target_length)
 
 
+def mrrope_uni(info: Model, target_length: int | str) -> Rescale:
+    """Return the factors of MrRoPE-Uni (arXiv 2601.22181); arguments as of :func:`pi`."""
+    return _rescale("mrrope-uni", info, target_length)
+
+
+def mrrope_pro(info: Model, target_length: int | str) -> Rescale:
+    """Return the factors of MrRoPE-Pro (arXiv 2601.22181); arguments as of :func:`pi`.
+
+    Example:
+        >>> import longrope
+        >>> longrope.methods.mrrope_pro("bundled", target_length="4x").factors[-1]
+        4.0
+    """
+    return _rescale("mrrope-pro", info, target_length)
+
+
+def tailspline(info: Model, target_length: int | str) -> Rescale:
+    """Return the factors of TailSpline (published as code only); arguments as of :func:`pi`."""
+    return _rescale("tailspline", info, target_length)
+
+
 def llama3(info: Model, target_length: int | str) -> Rescale:
     """Return the factors of Llama 3.1; arguments as of :func:`pi`."""
     return _rescale("llama3", info, target_length)

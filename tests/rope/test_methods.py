@@ -142,3 +142,48 @@ def test_every_method_says_what_it_is(name):
     assert rescale.provenance == {"method": name}
     assert rescale.portable
     assert min(rescale.factors) >= 1
+
+
+def exponents(shape, of_step) -> list[float]:
+    """Exponents of s by pair, from rotations that are counted one pair at a time."""
+    theta, head_dim, partial, original, _ = shape
+    d = int(head_dim * partial)
+    rotations = [original / (2 * math.pi * theta ** (2 * i / d)) for i in range(d // 2)]
+    last_fast = max([i for i, r in enumerate(rotations) if r > 32], default=0)
+    first_slow = min([i for i, r in enumerate(rotations) if r < 1], default=d // 2 - 1)
+    n = first_slow - last_fast
+    return [of_step(min(max(i - last_fast, 0), n), n) for i in range(d // 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        # The steps of the exponent, from one pair to the next, are in these proportions.
+        ("mrrope-uni", lambda k, n: 1),
+        ("mrrope-pro", lambda k, n: k),
+        ("tailspline", lambda k, n: n * (n + 1) - k * (k - 1)),
+    ],
+)
+def test_forms_that_are_powers_of_the_scale(name, weights, shape):
+    def of_step(q, n):
+        return sum(weights(k, n) for k in range(1, q + 1)) / sum(
+            weights(k, n) for k in range(1, n + 1)
+        )
+
+    rescale = ours(methods.METHODS[name], shape)
+    scale = shape[4]
+    np.testing.assert_allclose(
+        rescale.factors, [scale**e for e in exponents(shape, of_step)], rtol=1e-9
+    )
+    assert rescale.factors[0] == 1
+    assert rescale.factors[-1] == pytest.approx(scale)
+    assert rescale.attention_factor == ours(methods.yarn, shape).attention_factor
+
+
+@pytest.mark.parametrize("name", ["mrrope-uni", "mrrope-pro", "tailspline"])
+@pytest.mark.parametrize("original", [8, 64, 10**9])
+def test_ramp_ends_that_meet_make_a_step(name, original):
+    factors = methods.METHODS[name](10000.0, 8, original, 4 * original).factors
+    assert np.isfinite(factors).all()
+    assert (np.diff(factors) >= 0).all()

@@ -96,20 +96,79 @@ def yarn(
     every implementation.
     """
     s = target / original
+    low, high = _ramp_ends(rope_theta, rotary_dim, original, beta_fast, beta_slow)
+    high = min(high, rotary_dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(rotary_dim // 2) - low) / width, 0, 1)
+    factors = 1 / (ramp / s + (1 - ramp))
+    return _rescale(
+        "yarn", rope_theta, original, target, factors, attention_factor=_temperature(s)
+    )
+
+
+def _ramp_ends(
+    rope_theta: float, rotary_dim: int, original: int, beta_fast: float, beta_slow: float
+) -> tuple[int, int]:
+    """YaRN's ends: the last pair with more than ``beta_fast`` rotations within the original length
+    (at least 0), and the first with fewer than ``beta_slow``."""
 
     def dimension(rotations: float) -> float:
         wavelengths = math.log(original / (rotations * 2 * math.pi))
         return rotary_dim * wavelengths / (2 * math.log(rope_theta))
 
-    low = max(math.floor(dimension(beta_fast)), 0)
-    high = min(math.ceil(dimension(beta_slow)), rotary_dim - 1)
-    width = high - low if high != low else 0.001
-    ramp = np.clip((np.arange(rotary_dim // 2) - low) / width, 0, 1)
-    factors = 1 / (ramp / s + (1 - ramp))
-    attention_factor = 0.1 * math.log(s) + 1 if s > 1 else 1.0
+    return max(math.floor(dimension(beta_fast)), 0), math.ceil(dimension(beta_slow))
+
+
+def _temperature(s: float) -> float:
+    """YaRN's attention factor."""
+    return 0.1 * math.log(s) + 1 if s > 1 else 1.0
+
+
+def _of_exponent(
+    method: str,
+    rope_theta: float,
+    rotary_dim: int,
+    original: int,
+    target: int,
+    exponent: Callable[[np.ndarray, float], np.ndarray],
+) -> Rescale:
+    """λ = s^exponent(q, n): q counts pairs from YaRN's first end, up to n at the second.
+
+    Args:
+        exponent: returns 0 at q = 0 and 1 at q = n.
+    """
+    s, pairs = target / original, rotary_dim // 2
+    low, high = _ramp_ends(rope_theta, rotary_dim, original, 32.0, 1.0)
+    # Ends that meet make a step after the first.
+    n = max(min(high, pairs - 1) - low, 1)
+    q = np.clip(np.arange(pairs) - low, 0, n)
+    factors = s ** exponent(q, n)
     return _rescale(
-        "yarn", rope_theta, original, target, factors, attention_factor=attention_factor
+        method, rope_theta, original, target, factors, attention_factor=_temperature(s)
     )
+
+
+def mrrope_uni(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
+    """MrRoPE-Uni (arXiv 2601.22181): YaRN's ramp as an exponent, s^(q/n)."""
+    return _of_exponent("mrrope-uni", rope_theta, rotary_dim, original, target, lambda q, n: q / n)
+
+
+def mrrope_pro(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
+    """MrRoPE-Pro (arXiv 2601.22181): the exponent grows by steps that grow, q(q+1) / (n(n+1))."""
+
+    def exponent(q: np.ndarray, n: float) -> np.ndarray:
+        return q * (q + 1) / (n * (n + 1))
+
+    return _of_exponent("mrrope-pro", rope_theta, rotary_dim, original, target, exponent)
+
+
+def tailspline(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
+    """TailSpline (a public repository, no paper): q(3n² + 3n + 1 − q²) / (n(n+1)(2n+1))."""
+
+    def exponent(q: np.ndarray, n: float) -> np.ndarray:
+        return q * (3 * n**2 + 3 * n + 1 - q**2) / (n * (n + 1) * (2 * n + 1))
+
+    return _of_exponent("tailspline", rope_theta, rotary_dim, original, target, exponent)
 
 
 def llama3(
@@ -136,6 +195,9 @@ METHODS: dict[str, Method] = {
     "ntk": ntk,
     "dynamic-ntk": dynamic_ntk,
     "yarn": yarn,
+    "mrrope-uni": mrrope_uni,
+    "mrrope-pro": mrrope_pro,
+    "tailspline": tailspline,
     "llama3": llama3,
     "base-change": base_change,
 }
