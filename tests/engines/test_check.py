@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 import program
 from longrope.checkpoints.export import ExportOptions, export
+from longrope.checkpoints.manifest import Manifest
 from longrope.engines.check import Reference, verify
 from longrope.models.bundled import BUNDLED
 from longrope.rope.rescale import Rescale
@@ -146,3 +149,50 @@ def test_transformers_is_asked_with_a_class_that_knows_the_model(checkpoints, tm
 def test_a_verdict_is_plain_data(exported):
     verdict = verify(Reference(str(exported)), "transformers", lengths=(64,), prompts=1)
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["lines"][0]["length"] == 64
+
+
+@pytest.mark.parametrize("file", ["config.json", "longrope.json"])
+@pytest.mark.parametrize("change", ["factors", "attention factor", "length"])
+def test_an_export_that_was_changed_is_refused(exported, tmp_path, file, change):
+    changed = tmp_path / "changed"
+    shutil.copytree(exported, changed)
+    content = json.loads((changed / file).read_text())
+    config = file == "config.json"
+    scaling = content["rope_parameters"] if config else content["long"]
+    if change == "factors":
+        scaling["long_factor" if config else "factors"][5] *= 1.01
+    elif change == "attention factor":
+        scaling["attention_factor"] = 1.0
+    else:
+        (content if config else scaling)["max_position_embeddings"] = 8192
+    (changed / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"changed after the export"):
+        Reference(str(changed))
+
+
+def test_a_card_without_a_switch_names_one_set_of_factors(exported, tmp_path):
+    long = str(exported.parent / "long.json")
+    export(ExportOptions("bundled", tmp_path / "one", long_factors=long))
+    one, two = ((d / "README.md").read_text() for d in (tmp_path / "one", exported))
+    assert "Short factors are for" in two
+    assert "Short factors" not in one
+    assert [line[:8] for line in one.splitlines() if line.startswith(("- long:", "- short:"))] == [
+        "- long: "
+    ]
+
+
+def test_exporting_a_search_names_the_command_for_its_factors(tmp_path):
+    search, factors = tmp_path / "a search", {"original_max_position_embeddings": 256}
+    search.mkdir()
+    rescale = Rescale(
+        (2.0,) * 32,
+        rope_theta=1e4,
+        max_position_embeddings=512,
+        provenance={"model": "bundled"},
+        **factors,
+    )
+    rescale.save(search / "portable.json")
+    line = program.refused("export", search, "--out", tmp_path / "x")
+    words = shlex.split(line[line.index("longrope export") :])
+    program.succeeds(*words[1:])
+    assert Manifest.load(tmp_path / "exported").pair.long.factors == rescale.factors

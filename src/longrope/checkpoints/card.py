@@ -34,13 +34,13 @@ def _what(manifest: Manifest) -> str:
         "[LongRoPE](https://arxiv.org/abs/2402.13753), from "
         f"{long.original_max_position_embeddings:,} tokens {long.scale:g}×.",
     ]
-    if manifest.static:
-        lines.append("One set of factors, the long one, serves every length: no engine switches.")
-    else:
+    if manifest.switches:
         lines.append(
             f"Short factors are for sequences of up to {boundary:,} tokens, generated ones "
             "included; long factors beyond."
         )
+    else:
+        lines.append("One set of factors serves every length: no engine switches.")
     if manifest.folded is not None:
         lines.append(
             f"The attention factor is {long.attention_factor:.6g}; engines compute "
@@ -80,7 +80,7 @@ def _results(results: dict[str, Any], static: bool) -> str:
 
 def _huggingface(manifest: Manifest) -> str:
     target, boundary = manifest.pair.long.max_position_embeddings, manifest.pair.recovery_length
-    text = _ENGINES_STATIC if manifest.static else _ENGINES_DUAL
+    text = _ENGINES_DUAL if manifest.switches else _ENGINES_STATIC
     text = text.format(target=target, boundary=boundary)
     text += f"\n\n{UNKNOWN_KEYS}"
     ours, theirs = manifest.written.long.attention_factor, manifest.computed_attention_factor
@@ -92,7 +92,7 @@ def _huggingface(manifest: Manifest) -> str:
 def _gguf(manifest: Manifest) -> str:
     target, boundary = manifest.pair.long.max_position_embeddings, manifest.pair.recovery_length
     start = f"    llama-server -m model.gguf -c {target} -np 1"
-    if manifest.static:
+    if not manifest.switches:
         return f"## llama.cpp\n\n{start}\n\nThe factors apply at every context."
     return (
         f"## llama.cpp\n\n{start}\n\nllama.cpp chooses when it is started: long factors iff the "
@@ -104,7 +104,7 @@ def _gguf(manifest: Manifest) -> str:
 
 def _factors(manifest: Manifest) -> str:
     sets = {"long": manifest.pair.long.factors, "short": manifest.pair.short.factors}
-    if manifest.static:
+    if not manifest.switches:
         del sets["short"]
     lines = [f"- {name}: " + ", ".join(f"{x:.6g}" for x in row) for name, row in sets.items()]
     return "## Factors\n\n" + "\n".join(lines)
@@ -130,13 +130,18 @@ _ENGINES_DUAL = """## Engines
   {boundary:,}.
 - **mlx-lm**: always the long factors, also for short texts.
 - **SGLang**: chooses for a batch, and not again for cached keys.
+- `longrope verify DIR --engine vllm` (or transformers, mlx) shows which factors it applies.
 - Where short texts matter less than simplicity: `longrope export --format hf-static`."""
 
 _ENGINES_STATIC = """## Engines
 
-The same factors at every length, so nothing switches: transformers, vLLM (`--max-model-len` up to
-{target}) and mlx-lm compute the same. Short texts pay for it: they have no factors of
-their own."""
+The same factors at every length, so nothing switches. Short texts pay for it: they have no factors
+of their own.
+
+- **transformers** and **mlx-lm** load it as it is.
+- **vLLM**: `vllm serve DIR --max-model-len {target}`.
+- **SGLang**: `python -m sglang.launch_server --model-path DIR --context-length {target}`.
+- `longrope verify DIR --engine vllm` (or transformers, mlx) shows which factors it applies."""
 
 _MLX = """
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,7 @@ def export(options: ExportOptions) -> Manifest:
         )
     if gguf and options.out.suffix != ".gguf":
         raise ValueError(f"out is {options.out}; the name of a GGUF file must end in .gguf")
+    _require_model(Path(options.model))
     run = Path(options.model) if is_run(Path(options.model)) else None
     model = str(run / "model") if run else options.model
     if run:  # its scaling is ours, and its config calls the recovery length original
@@ -117,6 +119,22 @@ def export(options: ExportOptions) -> Manifest:
         manifest, options.out, None if options.long_factors or options.short_factors else run
     )
     return manifest
+
+
+def _require_model(path: Path) -> None:
+    """Refuse to export the directory of a search, which has factors but no model.
+
+    Raises:
+        ValueError: states the command that exports its factors.
+    """
+    factors = path / "portable.json"
+    if not is_run(path) and factors.is_file() and not (path / "config.json").exists():
+        model = Rescale.load(factors).provenance.get("model", "MODEL")
+        raise ValueError(
+            f"{path} holds factors of a search and no model: give the model that was searched, and "
+            f"long_factors, as in longrope export {shlex.quote(str(model))} --long-factors "
+            f"{shlex.quote(str(factors))} --out {shlex.quote(str(path.with_name('exported')))}"
+        )
 
 
 def _require_free(options: ExportOptions, model: str) -> None:

@@ -39,6 +39,12 @@ class Manifest:
         return self.format.endswith("-static")
 
     @property
+    def switches(self) -> bool:
+        """Whether short sequences have other factors than long ones in the exported checkpoint."""
+        short, long = self.written.short, self.written.long
+        return (short.factors, short.attention_factor) != (long.factors, long.attention_factor)
+
+    @property
     def computed_attention_factor(self) -> float:
         """Attention factor that an engine computes from the manifest's lengths if it reads none."""
         boundary = (self.pair.long if self.static else self.pair.short).max_position_embeddings

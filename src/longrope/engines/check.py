@@ -6,12 +6,16 @@ the three is what the engine applied.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.importer import import_pair
+from longrope.checkpoints.manifest import FILE as MANIFEST
+from longrope.checkpoints.manifest import Manifest
 from longrope.data.stdlib import library_texts
 from longrope.engines.specs import ENGINES, Engine, query, require_engine
 from longrope.execution import ExecutionConfig
@@ -138,7 +142,8 @@ class Reference:
             use its dtype too, except llama.cpp.
 
     Raises:
-        ValueError: no such model, or a RoPE that is not scaled.
+        ValueError: no such model, a RoPE that is not scaled, or factors that are not those which
+            the export recorded in its manifest.
     """
 
     def __init__(self, path: str, execution: ExecutionConfig | None = None):
@@ -148,6 +153,7 @@ class Reference:
         loaded, pair = load_extended(path, execution)
         if pair is None:
             raise ValueError(f"{path}: its RoPE is not scaled; give an exported model to verify")
+        _require_recorded(path, pair)
         self.path, self.dtype, self.pair, self.loaded = path, execution.dtype, pair, loaded
         # A static export records its boundary only in its manifest.
         boundary, target = import_pair(path).recovery_length, pair.long.max_position_embeddings
@@ -205,6 +211,36 @@ class Reference:
                 logits = self.forward.prefill(torch.tensor([ids]))[0][0]
             self.computed[rescale, ids] = logits.double().log_softmax(-1).cpu()
         return self.computed[rescale, ids]
+
+
+def _require_recorded(path: str, pair: RescalePair) -> None:
+    """Refuse to check an engine against an export whose factors were changed since.
+
+    Raises:
+        ValueError: ``pair`` is not what the manifest says, or the config says it in two ways.
+    """
+    export = Path(path)
+    if export.suffix == ".gguf":
+        manifest, where = read_pair(export)[1], path
+    else:
+        manifest = Manifest.load(export) if export.is_dir() else None
+        where = f"{export / 'config.json'} or {export / MANIFEST}"
+    if manifest is None:
+        return
+    if not manifest.describes(pair) or not _consistent(export / "config.json"):
+        raise ValueError(
+            f"{where} was changed after the export: its factors, lengths or attention factor are "
+            "not those that the export recorded; export again"
+        )
+
+
+def _consistent(config: Path) -> bool:
+    """Return whether both places for scaling in an export's config say the same to engines."""
+    if not config.exists():
+        return True
+    content = json.loads(config.read_text("utf-8"))
+    new, old = content.get("rope_parameters") or {}, content.get("rope_scaling") or {}
+    return all(new[key] == old[key] for key in new.keys() & old.keys())
 
 
 def _points(boundary: int, target: int, spec: Engine) -> tuple[int, ...]:

@@ -101,9 +101,7 @@ def yarn(
     width = high - low if high != low else 0.001
     ramp = np.clip((np.arange(rotary_dim // 2) - low) / width, 0, 1)
     factors = 1 / (ramp / s + (1 - ramp))
-    return _rescale(
-        "yarn", rope_theta, original, target, factors, attention_factor=_temperature(s)
-    )
+    return _rescale("yarn", rope_theta, original, target, factors, attention_factor=_temperature(s))
 
 
 def _ramp_ends(
@@ -143,9 +141,7 @@ def _of_exponent(
     n = max(min(high, pairs - 1) - low, 1)
     q = np.clip(np.arange(pairs) - low, 0, n)
     factors = s ** exponent(q, n)
-    return _rescale(
-        method, rope_theta, original, target, factors, attention_factor=_temperature(s)
-    )
+    return _rescale(method, rope_theta, original, target, factors, attention_factor=_temperature(s))
 
 
 def mrrope_uni(rope_theta: float, rotary_dim: int, original: int, target: int) -> Rescale:
