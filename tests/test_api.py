@@ -235,3 +235,57 @@ def test_public_names_are_documented_and_their_examples_run(name, tmp_path, monk
         runner.run(test)
     assert runner.summarize(verbose=False).failed == 0
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_that_was_saved_is_still_read(model, tmp_path):
+    before = longrope.inspect_model(model)
+    model.save_pretrained(tmp_path)
+    after = longrope.inspect_model(model)
+    assert (after.dtype, after.kv_bytes_per_token) == (before.dtype, before.kv_bytes_per_token)
+
+
+@pytest.mark.parametrize("text", ["word " * 2000, "x" * 300, "nul\0nul " * 300])
+def test_a_paragraph_without_line_breaks_is_a_text(text):
+    rows = longrope.perplexity(
+        "bundled", texts=["", text * 10], lengths=[256], tokens_per_document=256
+    )
+    assert rows[0]["tokens"] >= 255
+
+
+def test_perplexity_is_that_of_the_factors_that_are_applied(model, tokenizer, texts_in_memory):
+    asked = {"lengths": ["4x"], "tokens_per_document": 1024}
+    yarn = longrope.methods.yarn(model, target_length="4x")
+    (named,) = longrope.perplexity(model, tokenizer, texts_in_memory, rescale=yarn, **asked)
+    (unscaled,) = longrope.perplexity(model, tokenizer, texts_in_memory, **asked)
+    longrope.apply_rescale(model, yarn)
+    (applied,) = longrope.perplexity(model, tokenizer, texts_in_memory, **asked)
+    assert applied == named
+    assert applied["perplexity"] < 0.5 * unscaled["perplexity"]
+    assert longrope.perplexity(
+        model, tokenizer, texts_in_memory, rescale=longrope.methods.pi(model, "4x"), **asked
+    ) != [applied]
+
+
+def test_a_model_in_memory_is_exported(model, tokenizer, tmp_path):
+    yarn = longrope.methods.yarn(model, target_length="8x")
+    longrope.apply_rescale(model, yarn)
+    longrope.export(model, tmp_path / "out", tokenizer=tokenizer, long_factors=yarn)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.randint(3, 1500, (1, 400), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, expected = exported(ids).logits, model(ids).logits
+        longrope.remove_rescale(model)
+        unscaled = model(ids).logits
+    assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert (logits - unscaled).abs().max() > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="tokenizer is missing"):
+        longrope.export(model, tmp_path / "no", long_factors=yarn)
+
+
+def test_a_quantised_model_is_refused_by_name(model, tokenizer, texts_in_memory, tmp_path):
+    model.quantization_method = "bitsandbytes"
+    with pytest.raises(ValueError, match="quantised .bitsandbytes"):
+        longrope.perplexity(model, tokenizer, texts_in_memory, lengths=[256])
+    with pytest.raises(ValueError, match="quantised"):
+        longrope.export(model, tmp_path / "no", tokenizer=tokenizer, long_factors="yarn")

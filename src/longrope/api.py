@@ -7,6 +7,7 @@ processes of a torchrun launch are found in the environment, as in accelerate.
 import contextlib
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 
 from longrope.checkpoints.export import ExportOptions
 from longrope.checkpoints.export import export as export_checkpoint
+from longrope.checkpoints.in_memory import saved_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.data.documents import documents_of
 from longrope.data.windows import tokenize
@@ -36,7 +38,7 @@ from longrope.models.sources import read_pretrained
 from longrope.pipeline.extend import extend as run_extension
 from longrope.pipeline.recipe import Recipe, load_recipe, make_recipe
 from longrope.rope.rescale import Rescale
-from longrope.rope.switch import apply_pair
+from longrope.rope.switch import applied_rescale, apply_pair
 from longrope.search.evaluator import SearchResult
 from longrope.search.history import require_search_directory
 from longrope.search.run import SearchOptions, search_documents
@@ -162,7 +164,7 @@ def perplexity(
         texts: a list of strings, a ``datasets.Dataset``, or paths; each text at least as long as
             the longest length.
         lengths: window lengths in tokens, or such as ``"8k"`` or ``"2x"``.
-        rescale: factors to measure under; by default those of the model as it is.
+        rescale: factors to measure under; by default those that are applied to the model.
         tokens_per_document: tokens to score per document; by default all.
 
     Returns:
@@ -192,13 +194,19 @@ def perplexity(
         if any(searched & set(document.sha256) for document in documents):
             log.warning("some of the texts were used by the search for these factors")
         original = info.original_max_position_embeddings or 0
-        factors = rescale or info.rescale("none", max(*measured, original))
+        unscaled = info.rescale("none", max(*measured, original))
+        factors = {
+            length: rescale or applied_rescale(loaded.model, length) or unscaled
+            for length in measured
+        }
         identity = model_identity(loaded)
         wanted = [
-            Measurement("perplexity", identity, lambda _: factors, length, config, documents)
+            Measurement(
+                "perplexity", identity, lambda _, n=length: factors[n], length, config, documents
+            )
             for length in measured
         ]
-        name = rescale.provenance.get("method", "rescale") if rescale else "none"
+        name = factors[measured[-1]].provenance.get("method", "rescale")
         found = measure_all(loaded, wanted, MeasurementCache())
         return [perplexity_row(name, scores, original) for scores in found]
 
@@ -293,24 +301,56 @@ def extend(
 
 
 def export(
-    model: str | Path, output: str | Path, *, format: str = "hf", **options: Any
+    model: Any,
+    output: str | Path,
+    *,
+    tokenizer: Any = None,
+    format: str = "hf",
+    long_factors: str | Path | Rescale | None = None,
+    short_factors: str | Path | Rescale | None = None,
+    **options: Any,
 ) -> Manifest:
     """Python API of ``longrope export``: write a format that an inference engine loads.
 
     Args:
-        model: a run of ``longrope extend``, or a checkpoint or GGUF file with ``long_factors``.
+        model: a run of ``longrope extend``, a checkpoint or GGUF file, or a model in memory.
         output: directory to write; a ``.gguf`` file for GGUF formats.
+        tokenizer: of a model in memory.
         format: ``"hf"``, ``"hf-static"``, ``"gguf"`` or ``"gguf-static"``.
+        long_factors: a rescale, its file, or a method; not needed for a run.
+        short_factors: factors for short sequences; without them the long serve every length.
         options: further fields of :class:`longrope.checkpoints.export.ExportOptions`, such as
-            ``long_factors``, ``short_factors``, ``target`` and ``force``.
+            ``target`` and ``force``.
 
     Raises:
         ValueError: a format that cannot express the factors, or an ``output`` that exists.
+
+    Example:
+        >>> import tempfile
+        >>> import longrope
+        >>> loaded = longrope.load_model("bundled")
+        >>> manifest = longrope.export(
+        ...     loaded.model, tempfile.mkdtemp() + "/yarn", tokenizer=loaded.tokenizer,
+        ...     long_factors=longrope.methods.yarn(loaded.info, target_length="8x"),
+        ... )
+        >>> manifest.pair.long.max_position_embeddings
+        2048
     """
     names = {field.name for field in dataclasses.fields(ExportOptions)}
     if unknown := sorted(set(options) - names):
         raise ValueError(f"no option {unknown[0]!r}; there are {', '.join(sorted(names))}")
-    return export_checkpoint(ExportOptions(str(model), Path(output), format=format, **options))  # type: ignore[arg-type]
+    options["format"], output = format, Path(output)
+    with contextlib.ExitStack() as stack:
+        for name, factors in (("long_factors", long_factors), ("short_factors", short_factors)):
+            if isinstance(factors, Rescale):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                factors.save(folder / f"{name}.json")
+                options[name] = str(folder / f"{name}.json")
+            elif factors is not None:
+                options[name] = str(factors)
+        if not isinstance(model, str | Path):
+            model = stack.enter_context(saved_model(model, tokenizer, output))
+        return export_checkpoint(ExportOptions(str(model), output, **options))
 
 
 def verify(

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def documents_of(texts: Any, field: str = "text") -> list[Document]:
     for number, item in enumerate(items):
         if not isinstance(item, str):
             raise ValueError(f"texts[{number}] is a {type(item).__name__}; give strings or paths")
-        if len(item) < 4096 and "\n" not in item and Path(item).exists():
+        if item.strip() and os.path.exists(item):  # False too for what cannot be a path
             raise ValueError(
                 f"texts[{number}] is {item!r}, the path of a file: give pathlib.Path(…) to read it"
             )

@@ -255,6 +255,8 @@ def _from_config(
     text = config.get_text_config()
     shape = attention_shape(text)
     dtype = getattr(config, "dtype", None) or torch.float32
+    if isinstance(dtype, str):  # save_pretrained leaves its name in the config
+        dtype = getattr(torch, dtype)
     return ModelInfo(
         source=source,
         architecture=type(model).__name__,

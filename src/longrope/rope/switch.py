@@ -24,7 +24,8 @@ from longrope.rope.apply import (
     rotary_to_rescale,
 )
 from longrope.rope.pair import RescalePair
-from longrope.rope.rotary import RotarySite
+from longrope.rope.rescale import Rescale
+from longrope.rope.rotary import RotarySite, find_rotary
 from longrope.stand_in import StandIn
 
 # Prefixes of multimodal inputs.
@@ -76,6 +77,15 @@ def apply_pair(model: nn.Module, pair: RescalePair) -> Callable[[], None]:
             del model.generate
 
     return remove
+
+
+def applied_rescale(model: nn.Module, length: int) -> Rescale | None:
+    """Return the rescale that a model's rotary module applies at a length; None for its own."""
+    site = find_rotary(model)
+    module = None if site is None else getattr(site.owner, site.name)
+    if isinstance(module, _SwitchedRotary):
+        return RescalePair(module.short.rescale, module.long.rescale).choose(length)
+    return module.rescale if isinstance(module, RescaledRotary) else None
 
 
 class _SwitchedRotary(StandIn):

@@ -1,0 +1,37 @@
+"""Write a model in memory as a checkpoint, so that it can be exported."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from longrope.labels import display_name
+from longrope.models.info import without_adapters
+
+
+@contextlib.contextmanager
+def saved_model(model: Any, tokenizer: Any, out: Path) -> Iterator[Path]:
+    """Write a transformers model and its tokenizer to a directory beside ``out``, for a block.
+
+    Raises:
+        ValueError: no tokenizer, adapters that are not merged, or quantised weights.
+    """
+    base = without_adapters(model)
+    if base is not model:
+        raise ValueError(
+            "model has adapters beside its weights: give model.merge_and_unload() to export it"
+        )
+    if getattr(base, "quantization_method", None):
+        raise ValueError("model is quantised: give its path, or load it without quantisation")
+    if tokenizer is None:
+        raise ValueError("tokenizer is missing; give the tokenizer of the model in memory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    name = display_name(base.config.name_or_path or type(base).__name__).replace("/", "--")
+    dtype = base.config.dtype
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".model.") as folder:
+        directory = Path(folder) / name
+        base.save_pretrained(directory)
+        base.config.dtype = dtype  # save_pretrained leaves a string
+        tokenizer.save_pretrained(directory)
+        yield directory
