@@ -103,6 +103,49 @@ def test_search_windows(sizes, length, samples, seed, bos):
     assert len(windows.ids) == min(samples, available)
 
 
+@given(
+    sizes=st.lists(st.integers(20, 400), min_size=1, max_size=8),
+    samples=st.integers(1, 6),
+    validation=st.integers(1, 6),
+    spare_half=st.booleans(),
+)
+def test_validation_windows_are_not_searched(sizes, samples, validation, spare_half):
+    documents = [document(f"d{i}", n) for i, n in enumerate(sizes)]
+    for number, each in enumerate(documents):
+        each.ids[:] += 1000 * number
+    asked = {"length": 20, "samples": samples, "seed": 0, "bos": None, "spare_half": spare_half}
+    without = search_windows(documents, **asked)
+    windows = search_windows(documents, **asked, validation=validation)
+    searched = {int(i) for row in windows.ids for i in row}
+    assert not searched & {int(i) for row in windows.validation for i in row}
+    assert windows.validation.shape[1] == 20
+    assert len(without.validation) == 0
+    # The search keeps its windows, but for a third at most where there is too little text.
+    kept = len(windows.ids)
+    assert np.array_equal(windows.ids, without.ids[:kept])
+    assert kept >= len(without.ids) - len(without.ids) // 3
+    if kept < len(without.ids):
+        assert len(windows.validation) <= validation
+    if kept == samples and len(windows.validation) < validation:
+        assert len(without.ids) < 3
+    names = {document.name for document in windows.documents}
+    used = {f"d{i // 1000}" for row in (*windows.ids, *windows.validation) for i in row.tolist()}
+    if len(documents) > 1:
+        assert names == used
+
+
+def test_validation_prefers_other_documents():
+    documents = [document(f"d{i}", 100) for i in range(8)]
+    for number, each in enumerate(documents):
+        each.ids[:] += 1000 * number
+    windows = search_windows(documents, 20, 2, 0, None, validation=3)
+    searched, unseen = (
+        {row[0] // 1000 for row in rows} for rows in (windows.ids, windows.validation)
+    )
+    assert (len(searched), len(unseen)) == (2, 2)  # of the half of the documents
+    assert not searched & unseen
+
+
 def test_too_few_tokens_says_how_many_and_what_to_do():
     with pytest.raises(
         ValueError, match=r"must have 2,048, .* has 300 \(500 in all\).*`data`.*pack=True"

@@ -6,6 +6,7 @@ import pytest
 from longrope.models.info import inspect_model
 from longrope.rope.rescale import default_attention_factor
 from longrope.search.problem import (
+    PUBLISHED,
     first_search_problem,
     recovery_problem,
     second_search_factors,
@@ -80,8 +81,16 @@ def test_recovery_starts_from_the_original_and_ends_at_the_fine_tuned(info, fine
 def test_first_is_bounded_by_the_paper(info):
     problem = first_search_problem(info, 2048, start_tokens=(0,))
     assert problem.space.top == 1000
-    assert set(problem.starts) == {"pi", "ntk", "yarn"}
+    assert set(problem.starts) == {"pi", *PUBLISHED}
     assert problem.space.start.attention_factor == default_attention_factor(256, 2048)
+
+
+def test_published_methods_keep_their_own_attention_factors(info):
+    problem = first_search_problem(info, 2048)
+    assert problem.published == {name: info.rescale(name, 2048) for name in PUBLISHED}
+    assert problem.published["yarn"].attention_factor == pytest.approx(1 + 0.1 * np.log(8))
+    given = first_search_problem(info, 2048, attention_factor=1.5)
+    assert {rescale.attention_factor for rescale in given.published.values()} == {1.5}
 
 
 def test_ramps_are_a_family_with_ntk_in_it(info):

@@ -329,7 +329,7 @@ def test_the_ramps_of_a_fast_search_are_its_starts(tmp_path):
     seen = []
     result, _ = fast(tmp_path, report=seen.append)
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert list(result.starts)[:3] == ["yarn", "ramp 32-1", "ramp 128-1"]
+    assert list(result.starts)[:4] == ["ntk", "yarn", "ramp 32-1", "ramp 128-1"]
     first, whole = history[: 2 * len(result.starts)], history[2 * len(result.starts)]
     assert [line["window"] for line in first] == [0, 1] * len(result.starts)
     means = [(a["loss"] + b["loss"]) / 2 for a, b in zip(first[::2], first[1::2], strict=True)]
@@ -340,7 +340,7 @@ def test_the_ramps_of_a_fast_search_are_its_starts(tmp_path):
     assert [len(now.starts) for now in seen[:8]] == [0, 1, 1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("fail_at", [1, 2, 4, 9, 20, 30, 50])
+@pytest.mark.parametrize("fail_at", [1, 2, 4, 9, 20, 30, 40])
 def test_an_interrupted_fast_search_ends_as_if_it_was_not(tmp_path, fail_at):
     _, calls = fast(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -192,11 +192,13 @@ class Windows:
 
     Args:
         ids: token ids, shape (windows, length), or length + 1 with a BOS in front.
-        documents: the documents that they were cut from.
+        documents: the documents that they and the validation windows were cut from.
+        validation: token ids of validation windows, of the same length; it may be empty.
     """
 
     ids: np.ndarray
     documents: tuple[TokenDocument, ...]
+    validation: np.ndarray
 
 
 def random_half(documents: Sequence[TokenDocument], rng: random.Random) -> list[TokenDocument]:
@@ -217,11 +219,13 @@ def search_windows(
     seed: int,
     bos: int | None,
     *,
+    validation: int = 0,
     spare_half: bool = True,
 ) -> Windows:
     """Cut up to ``samples`` disjoint search windows from up to half of the documents.
 
-    The only document is cut in two, if it is long enough, and searched on in its first half.
+    Validation windows are cut from other documents of that half, or else from other places. The
+    only document is cut in two, if it is long enough, and searched on in its first half.
 
     The choice depends on the seed and on the texts, not on their order.
 
@@ -229,6 +233,7 @@ def search_windows(
         length: tokens per window.
         samples: windows at most.
         bos: id of the token before each window, or None.
+        validation: validation windows at most; a third of all windows where these are few.
         spare_half: hold out the other half for evaluation; False uses all documents.
 
     Raises:
@@ -241,20 +246,38 @@ def search_windows(
         chosen = chosen[: (len(usable) + 1) // 2]
         if len(usable) == 1 and len(usable[0].sha256) == 1:
             chosen = _first_half(usable[0], length)
-    chosen = chosen[:samples]
-    starts = {}
-    for document in chosen:
-        starts[document.sha256] = [i * length for i in range(len(document) // length)]
-        rng.shuffle(starts[document.sha256])
-    rows: list[np.ndarray] = []
-    while len(rows) < samples and any(starts.values()):
-        for document in chosen:
-            if starts[document.sha256] and len(rows) < samples:
-                start = starts[document.sha256].pop()
-                rows.append(with_bos(document.ids[start : start + length], bos))
-    if len(rows) < samples:
-        log.warning("found only %d of %d windows of %d tokens", len(rows), samples, length)
-    return Windows(np.stack(rows), tuple(chosen))
+    searched, others = chosen[:samples], chosen[samples : samples + validation]
+    pieces = list(_pieces(searched, length, rng))
+    unseen = [*_pieces(others, length, rng), *pieces[samples:]]
+    pieces = pieces[:samples]
+    if (few := validation - len(unseen)) > 0:  # too little text for all: a third is held out
+        held = min(few, len(pieces) // 3)
+        unseen += pieces[len(pieces) - held :]
+        pieces = pieces[: len(pieces) - held]
+    if len(pieces) < samples:
+        log.warning("found only %d of %d windows of %d tokens", len(pieces), samples, length)
+    unseen = unseen[:validation]
+    used = {id(document) for document, _ in (*pieces, *unseen)}
+    rows = [
+        np.stack([with_bos(document.ids[start:][:length], bos) for document, start in part])
+        if part
+        else np.empty((0, length + (bos is not None)), dtype=np.int32)
+        for part in (pieces, unseen)
+    ]
+    return Windows(rows[0], tuple(d for d in chosen if id(d) in used), rows[1])
+
+
+def _pieces(
+    documents: Sequence[TokenDocument], length: int, rng: random.Random
+) -> Iterator[tuple[TokenDocument, int]]:
+    """Yield disjoint pieces of tokenized documents in random order, one of each in turn."""
+    starts = [[i * length for i in range(len(document) // length)] for document in documents]
+    for each in starts:
+        rng.shuffle(each)
+    while any(starts):
+        for document, each in zip(documents, starts, strict=True):
+            if each:
+                yield document, each.pop()
 
 
 def _first_half(document: TokenDocument, length: int) -> list[TokenDocument]:

@@ -180,7 +180,9 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
         return {"forwards": 0, "tokens": 0}
     loaded = run.model_before(stage.name)
     config, recipe = section.config, run.recipe
-    windows = run.splits.search_windows(stage.length, config.windows, recipe.seed)
+    windows = run.splits.search_windows(
+        stage.length, config.windows, recipe.seed, config.own_validation_windows
+    )
     result = search_stage(
         loaded,
         problem,

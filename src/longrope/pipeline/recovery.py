@@ -65,7 +65,7 @@ def choose(
     """
 
     def loss(rescale: Rescale, length: int) -> float:
-        return Objective(forward, windows[length])(rescale).loss
+        return Objective(forward, list(windows[length]))(rescale).loss
 
     without = {length: loss(long, length) for length in windows}
     losses = {

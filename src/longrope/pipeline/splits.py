@@ -39,14 +39,22 @@ class Splits:
     bos: int | None
     eos: int | None
 
-    def search_windows(self, length: int, samples: int, seed: int) -> Windows:
-        """Cut search windows from the search split; short documents are joined.
+    def search_windows(self, length: int, samples: int, seed: int, validation: int = 0) -> Windows:
+        """Cut search and validation windows from the search split; short documents are joined.
 
         Raises:
             ValueError: all documents together are shorter than ``length``.
         """
         documents = join_short_documents(self.search, length, self.bos, self.eos)
-        return search_windows(documents, length, samples, seed, self.bos, spare_half=False)
+        return search_windows(
+            documents,
+            length,
+            samples,
+            seed,
+            self.bos,
+            validation=validation,
+            spare_half=False,
+        )
 
     def evaluation_documents(self, length: int, count: int) -> list[TokenDocument]:
         """Return up to ``count`` long documents of the evaluation split; short ones are joined.

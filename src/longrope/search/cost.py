@@ -14,14 +14,19 @@ class EvaluationCost:
     Attributes:
         windows: number of search windows.
         grad: cost of a gradient, in forward passes over the same windows.
+        shares: share of each window in a forward pass over all; the same for each if not given.
     """
 
     windows: int = 1
     grad: float = 3.0
+    shares: tuple[float, ...] = ()
 
     def of(self, request: Request) -> float:
         """Return the cost of a search request in forward passes over all windows."""
-        whole = 1.0 if request.window is None else 1.0 / self.windows
+        if request.window is None:
+            whole = 1.0
+        else:
+            whole = self.shares[request.window] if self.shares else 1.0 / self.windows
         return whole * (self.grad if request.grad else 1.0)
 
 

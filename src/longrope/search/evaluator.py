@@ -15,6 +15,7 @@ from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost
 from longrope.search.history import Record, SearchIdentity
 from longrope.search.space import Candidate, Request, Result, Space
+from longrope.search.validation import Validation
 
 
 @dataclasses.dataclass
@@ -46,12 +47,14 @@ class SearchResult:
     portable_loss: float | None
     starts: dict[str, float]  # of those with a finite loss
     best_start: tuple[str, float] | None  # name and loss, on all windows as best_loss
-    gain: float | None  # loss of the best start minus best_loss
+    start: Rescale | None  # the best start
+    gain: float | None  # loss of the best start minus best_loss, or the validated gain
     gain_standard_error: float | None  # paired over the windows; None for one window
     evaluations: int
     forwards: float  # over all windows
     computed: int  # evaluations of this run, not read from the history
     not_finite: int
+    validation: Validation | None = None
 
 
 class BudgetSpent(Exception):
@@ -345,13 +348,15 @@ class Evaluator:
                 "weights, or try --dtype float32"
             )
         gain, error = self._gain(best[1])
+        start = self.best_start()
         return SearchResult(
             best=self._with_provenance(best),
             best_loss=best[0],
             portable=self._with_provenance(portable) if portable else None,
             portable_loss=portable[0] if portable else None,
             starts={n: loss for n, loss in self.start_losses().items() if math.isfinite(loss)},
-            best_start=self.best_start(),
+            best_start=start,
+            start=self.space.rescale(self.starts[start[0]]) if start else None,
             gain=gain,
             gain_standard_error=error,
             evaluations=len(self.results),

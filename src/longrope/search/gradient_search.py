@@ -41,9 +41,11 @@ _SHARED = 0.1
 # Dimensions with more rotations within the original length keep their first factors: their
 # gradients are large, with a sign that changes from window to window.
 _ROTATIONS = 16
-# Fraction of the budget for YaRN and the ramps; forward passes for comparing other starts.
+# Fraction of the budget for starts and ramps; forward passes for comparing other starts.
 _BEGINNING = 0.3
 _COMPARED = 2
+# Of the comparisons at the beginning, one in so many is a start of the problem, the others ramps.
+_STARTS = 3
 # The mean over this last fraction of the steps is a finalist beside the last point.
 _TAIL = 0.3
 # With at most this many windows, ramps are compared on all, and no start tokens are tried.
@@ -59,14 +61,16 @@ class Schedule:
     """Schedule of a gradient search: how it spends its budget.
 
     Attributes:
+        starts: number of the problem's starts to compare.
         compared: windows on which starts are compared; None for all windows at once.
-        ramp_trials: largest number of ramps to compare with YaRN.
+        ramp_trials: largest number of ramps to compare with them.
         steps: number of gradient steps.
         step_size: largest step in ln λ.
         averaged_steps: number of last steps whose mean is a finalist too; 0 for none.
         start_tokens: numbers of start tokens to try on the result.
     """
 
+    starts: int
     compared: tuple[int | None, ...]
     ramp_trials: int
     steps: int
@@ -78,7 +82,8 @@ class Schedule:
         where = "all windows" if self.compared == (None,) else f"{len(self.compared)} windows"
         tokens = ", ".join(map(str, self.start_tokens)) or "none"
         return (
-            f"schedule: at most {self.ramp_trials} ramps, starts compared on {where}; "
+            f"schedule: {self.starts} starts and at most {self.ramp_trials} ramps, compared on "
+            f"{where}; "
             f"{self.steps} steps of at most {self.step_size:g} in ln λ, the last "
             f"{self.averaged_steps} averaged; start tokens to try: {tokens}"
         )
@@ -94,12 +99,16 @@ def make_schedule(
             all ramp trials. The walk over ramps may end earlier, which leaves more steps.
     """
     windows, space = cost.windows, problem.space
-    starts = 1 if problem.ramp else len({*problem.starts.values()})
+    starts = len({*problem.compared.values()})
     count = max(_FEW, windows // 2) if problem.ramp else max(1, _COMPARED * windows // starts)
     compared = tuple(range(count)) if count < windows else (None,)
     one = 1.0 if compared == (None,) else count / windows
-    share = max(LEAST_BUDGET - 1, _BEGINNING * config.budget)
-    ramp_trials = max(0, math.floor((share + _ROUNDING) / one) - 1) if problem.ramp else 0
+    ramp_trials = 0
+    if problem.ramp:
+        share = max(LEAST_BUDGET - 1, _BEGINNING * config.budget)
+        comparisons = math.floor((share + _ROUNDING) / one)
+        starts = min(starts, max(_FEW, comparisons // _STARTS))
+        ramp_trials = max(0, comparisons - starts)
     if spent is None:
         spent = (starts + ramp_trials) * one + (compared != (None,))
     portable = all(candidate.portable for candidate in problem.starts.values())
@@ -116,6 +125,7 @@ def make_schedule(
     # With one window a gradient has no noise to average.
     averaged = sum(step > (1 - _TAIL) * steps for step in range(1, steps + 1))
     return Schedule(
+        starts=starts,
         compared=compared,
         ramp_trials=ramp_trials,
         steps=steps,
@@ -135,7 +145,7 @@ def gradient_search(
 ) -> None:
     """Run the gradient search: compare the starts, then take Adam steps in ln λ from the best.
 
-    The starts are YaRN and ramps where the problem has ramps, else those of the problem. Each step
+    The starts are those of the problem, and ramps where it has them. Each step
     is projected to the nearest monotone factors. The last point and the mean of the last steps are
     evaluated on all windows, then start tokens are tried on the better one. The same seed and
     results give the same requests.
@@ -186,7 +196,9 @@ def gradient_search(
 
 
 def _best_start(evaluate: Evaluate, problem: Problem, schedule: Schedule) -> Candidate:
-    starts = {"yarn": problem.starts["yarn"]} if problem.ramp else problem.starts
+    starts = problem.compared
+    if problem.ramp:
+        starts = dict(list(starts.items())[: schedule.starts])
     losses = _losses(evaluate, list(starts.values()), schedule.compared, starts)
     ramps, loss = walk_ramps(), None
     for _ in range(schedule.ramp_trials):

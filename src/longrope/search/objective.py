@@ -1,5 +1,6 @@
 """The search objective: mean loss of text windows and of passkey answers."""
 
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,10 +28,15 @@ class Objective:
 
     Args:
         forward: the model's long forward pass.
-        windows: token ids, shape (windows, tokens), all of one length.
+        windows: token ids of each window, shape (tokens,).
     """
 
-    def __init__(self, forward: LongForward, windows: np.ndarray, questions: Sequence[Prompt] = ()):
+    def __init__(
+        self,
+        forward: LongForward,
+        windows: Sequence[np.ndarray],
+        questions: Sequence[Prompt] = (),
+    ):
         self.forward = forward
         self.windows = windows
         self.questions = questions
@@ -50,7 +56,7 @@ class Objective:
         if grad:
             return self._gradient(rescale, windows, questions, weights)
         with rescaled(self.forward.model, rescale):
-            losses = [float(x) for x in _means(self.forward.batches(windows))]
+            losses = window_losses(self.forward, windows)
             for index, (question, weight) in enumerate(zip(questions, weights, strict=True)):
                 (answer,) = _means([self._answer(question)])
                 losses[index % len(losses)] += len(losses) * weight * float(answer)
@@ -65,7 +71,7 @@ class Objective:
     def _gradient(
         self,
         rescale: Rescale,
-        windows: np.ndarray,
+        windows: Sequence[np.ndarray],
         questions: Sequence[Prompt],
         weights: Sequence[float],
     ) -> Result:
@@ -92,6 +98,14 @@ def passkey_questions(tokenizer: Any, length: int, count: int, seed: int) -> lis
         require_room("`passkey_prompts`", tokenizer, length)
     rng = random.Random(f"{seed} search {length}")
     return [passkey_prompt(tokenizer, length, depth, rng) for depth in depths(count, rng)]
+
+
+def window_losses(forward: LongForward, windows: Sequence[np.ndarray]) -> list[float]:
+    """Return the mean loss of each search window; those of one length in a row share batches."""
+    losses: list[float] = []
+    for _, group in itertools.groupby(windows, key=len):
+        losses += map(float, _means(forward.batches(np.stack(list(group)))))
+    return losses
 
 
 def _means(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

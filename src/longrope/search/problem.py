@@ -14,10 +14,13 @@ from longrope.models.target_length import starting_point
 from longrope.rope.rescale import Rescale
 from longrope.search.space import START_TOKENS, Candidate, Space
 
-# The starts of Algorithm 1's first generation.
-STARTS = ("pi", "ntk", "yarn")
-# The starts of the second search: the same, and our own variant of YaRN's step.
-STEP_STARTS = (*STARTS, "yarn-log")
+# Published methods without training, which a search must not be worse than. A gradient search
+# compares the first of them where its budget is small; MrRoPE-Uni is nearly the first ramp.
+PUBLISHED = ("yarn", "mrrope-pro", "ntk", "tailspline", "mrrope-uni")
+# The starts of the first search. The paper's Algorithm 1 has PI, NTK and YaRN.
+STARTS = ("pi", *PUBLISHED)
+# The starts of the second search: those of the paper, and our own variant of YaRN's step.
+STEP_STARTS = ("pi", "ntk", "yarn", "yarn-log")
 # The paper's bound on a factor, as a multiple of the extension (table 4).
 MARGIN = 1.25
 # Positions of recovery's shrunk starts between 1 and the fine-tuned factors, in log λ.
@@ -31,12 +34,21 @@ class Problem:
     ``ramp`` returns λ = s^ramp for two numbers of rotations within the original length. Dimensions
     with more rotations than the first are not scaled; with fewer than the second they are
     interpolated in full. NTK's factors are the ramp from the fastest to the slowest dimension, PI's
-    are its limit. Where there is a ramp, "yarn" is among the starts.
+    are its limit, so PI is not compared where there is a ramp.
+
+    ``published`` are methods as published, with their own attention factors, which the result must
+    not be worse than.
     """
 
     space: Space
     starts: dict[str, Candidate]
     ramp: Callable[[float, float], Candidate] | None = None
+    published: dict[str, Rescale] = dataclasses.field(default_factory=dict)
+
+    @property
+    def compared(self) -> dict[str, Candidate]:
+        """The starts that a gradient search compares."""
+        return {n: c for n, c in self.starts.items() if n != "pi" or self.ramp is None}
 
 
 def first_search_problem(
@@ -49,7 +61,8 @@ def first_search_problem(
 ) -> Problem:
     """Return the problem of the first search, from the original model to ``target``.
 
-    λ is in [1, 1.25 · s]. The starts are PI, NTK and YaRN, and a family of ramps.
+    λ is in [1, 1.25 · s]. The starts are known methods and a family of ramps. An
+    ``attention_factor`` that is given holds for the published methods too.
     """
     start = starting_point(info, target, attention_factor)
     space = Space(start, max_factor or MARGIN * start.scale, start_tokens)
@@ -67,6 +80,12 @@ def first_search_problem(
             for name, rescale in known.items()
         },
         of_rotations,
+        {
+            name: known[name]
+            if attention_factor is None
+            else known[name].replace(attention_factor=attention_factor)
+            for name in PUBLISHED
+        },
     )
 
 

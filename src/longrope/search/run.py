@@ -8,6 +8,7 @@ communicated.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import platform
 import random
@@ -15,9 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from longrope.data.documents import check_sources
+from longrope.data.kinds import windows_of_kinds
 from longrope.data.prompts import Prompt
 from longrope.data.windows import (
     TokenDocument,
@@ -29,23 +32,26 @@ from longrope.data.windows import (
     search_windows,
 )
 from longrope.distributed import Ranks
-from longrope.files import only_process, require_directory
+from longrope.files import JsonlStore, only_process, require_directory
 from longrope.layerwise.backward import check_gradient_support
+from longrope.layerwise.forward import LongForward
 from longrope.models.compatibility import warn_if_out_of_reach
 from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
 from longrope.models.target_length import parse_extension
 from longrope.progress import Advance, console, progress
+from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost, gradient_cost
 from longrope.search.evaluator import BudgetSpent, Evaluator, SearchProgress, SearchResult
 from longrope.search.evolution import evolution_search
 from longrope.search.gradient_search import Schedule, gradient_search
 from longrope.search.history import SearchIdentity, require_search_directory
-from longrope.search.objective import Objective, passkey_questions
+from longrope.search.objective import Objective, passkey_questions, window_losses
 from longrope.search.problem import Problem, first_search_problem, require_start_tokens
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 from longrope.search.space import START_TOKENS, Result
+from longrope.search.validation import OWN, Validation, rescale_key, validate
 from longrope.units import duration
 from longrope.version import __version__
 
@@ -121,7 +127,14 @@ def search_documents(
     if options.pack:
         documents = random_half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
-    windows = search_windows(documents, target, options.config.windows, seed, bos)
+    windows = search_windows(
+        documents,
+        target,
+        options.config.windows,
+        seed,
+        bos,
+        validation=options.config.own_validation_windows,
+    )
     if ranks.first:
         warn_if_out_of_reach(loaded.model, loaded.info, target)
     return search_stage(
@@ -166,14 +179,19 @@ def search_stage(
         if config.algorithm == "gradient"
         else math.nan
     )
-    headline = _headline(info, start, windows, questions)
+    chosen = _choose_windows(loaded, windows, config, length, seed)
+    headline = _headline(info, start, windows, chosen, questions)
+    tokens = sum(map(len, chosen.searched))
+    cost = EvaluationCost(
+        len(chosen.searched), grad, tuple(len(ids) / tokens for ids in chosen.searched)
+    )
     with progress(title, config.forwards, show=ranks.first) as advance:
         result = run_algorithm(
-            _identity(loaded, problem, windows, questions, config, seed, forward.chunk_size),
+            _identity(loaded, problem, windows, chosen, questions, config, seed),
             problem,
-            Objective(forward, windows.ids, questions),
+            Objective(forward, chosen.searched, questions),
             out,
-            cost=EvaluationCost(len(windows.ids), grad),
+            cost=cost,
             ranks=ranks,
             provenance={
                 "model": info.name,
@@ -185,11 +203,121 @@ def search_stage(
             show=_schedule_printer() if ranks.first else lambda schedule: None,
         )
         advance(config.forwards, f"best {result.best_loss:.4f}")
+    return _validated(result, problem, chosen, forward, out, ranks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """The windows of a search, of the given text and of other kinds, and those for validation.
+
+    Attributes:
+        searched: token ids of each search window; text and other kinds in turn.
+        unseen: token ids of each validation window.
+        kinds: of the validation windows.
+    """
+
+    searched: list[np.ndarray]
+    unseen: list[np.ndarray]
+    kinds: list[str]
+
+
+def _choose_windows(
+    loaded: LoadedModel,
+    windows: Windows,
+    config: GradientSearchConfig | EvolutionSearchConfig,
+    length: int,
+    seed: int,
+) -> _Chosen:
+    """Return the search and validation windows, with other kinds of text as configured."""
+    if config.transfer == "none":
+        return _Chosen(list(windows.ids), [], [])
+    original = loaded.info.original_max_position_embeddings or 0
+    searched, validated = windows_of_kinds(
+        loaded.tokenizer, length, original, seed, bos_token(loaded.tokenizer)
+    )
+    if config.transfer == "validate":
+        searched = {}
+    pairs = itertools.zip_longest(windows.ids, searched.values())
+    unseen = [(OWN, ids) for ids in windows.validation]
+    unseen += [(kind, ids) for kind, rows in validated.items() for ids in rows]
+    return _Chosen(
+        [ids for pair in pairs for ids in pair if ids is not None],
+        [ids for _, ids in unseen],
+        [kind for kind, _ in unseen],
+    )
+
+
+def _validated(
+    result: SearchResult,
+    problem: Problem,
+    chosen: _Chosen,
+    forward: LongForward,
+    out: Path,
+    ranks: Ranks,
+) -> SearchResult:
+    """Validate a search's result and its portable one, and write the factors that are accepted.
+
+    Losses are kept in ``validation.jsonl``, so that an interrupted validation resumes.
+    """
+    if not chosen.unseen or result.start is None or result.best_start is None:
         return result
+    store = JsonlStore(out / "validation.jsonl") if ranks.first else {}
+    start, count = (result.best_start[0], result.start), ranks.group_count
+    forms = sorted(problem.published, key=lambda name: result.starts.get(name, math.inf))
+    done = 0
+
+    def measure(rescale: Rescale) -> list[float]:
+        nonlocal done
+        key = rescale_key(rescale)
+        found = ranks.broadcast(store.get(key) if ranks.first else None)
+        if found is None:
+            found = [math.nan] * len(chosen.unseen)
+            with rescaled(forward.model, rescale):
+                for index in range(ranks.group_index, len(found), count):
+                    (found[index],) = window_losses(forward, [chosen.unseen[index]])
+            rows = ranks.gather_rows(found)[:: ranks.group.size]
+            found = [rows[index % count][index] for index in range(len(found))]
+            if ranks.first:
+                store[key] = found
+        done += 1
+        advance(done, "candidates")
+        return found
+
+    def accepted(found: Rescale) -> tuple[Rescale, Validation]:
+        published = {name: problem.published[name] for name in forms}
+        rescale, validation = validate(measure, chosen.kinds, found, start, published)
+        kept = dict(found.provenance)
+        if validation.chosen != "result":
+            del kept["loss"]  # which these factors do not have
+            kept["chosen"] = validation.chosen
+        kept["validated"] = validation.summary()
+        return rescale.replace(searched_documents=found.searched_documents, provenance=kept), (
+            validation
+        )
+
+    with progress("validate", _VALIDATED, show=ranks.first) as advance:
+        best, validation = accepted(result.best)
+        portable = result.portable
+        if portable is not None:
+            portable = best if best.portable else accepted(portable)[0]
+    if ranks.first:
+        best.save(out / "rescale.json")
+        if portable is not None:
+            portable.save(out / "portable.json")
+    return dataclasses.replace(
+        result,
+        best=best,
+        portable=portable,
+        gain=validation.gain,
+        gain_standard_error=validation.gain_standard_error,
+        validation=validation,
+    )
 
 
 def describe_gain(result: SearchResult) -> str:
     """Return a search result in words: best start, result and gain, on the same windows."""
+    if result.validation is not None:
+        return _describe_validation(result.validation)
     if result.best_start is None or result.gain is None:
         return f"Result: {result.best_loss:.4f} nats per token."
     name, loss = result.best_start
@@ -204,6 +332,28 @@ def describe_gain(result: SearchResult) -> str:
         f"Best start: {name}, {loss:.4f} nats per token. Result: {result.best_loss:.4f}. Gain: "
         f"{result.gain:.4f} ({uncertain}; perplexity {math.expm1(-result.gain):+.1%}), on the same "
         "windows."
+    )
+
+
+def _describe_validation(found: Validation) -> str:
+    """Return a search's validation in words: what was chosen, and its gain on unseen windows."""
+    own = sum(kind == OWN for kind in found.kinds)
+    where = f"{own} unseen windows of this text and {len(found.kinds) - own} of other kinds"
+    if found.chosen == found.start:
+        return (
+            f"Validated on {where}: nothing beats {found.start} there without harm to a kind of "
+            f"text, so the result is {found.start}."
+        )
+    error = found.gain_standard_error
+    uncertain = "" if error is None else f" ± {error:.4f}"
+    each = ", ".join(
+        f"{'this text' if kind == OWN else kind} {math.expm1(-gain):+.1%}"
+        for kind, gain in found.gains.items()
+    )
+    result = "the result" if found.chosen == "result" else f"the result ({found.chosen})"
+    return (
+        f"Validated on {where}: {result} gains {found.gain:.4f}{uncertain} nats per token over "
+        f"{found.start}. Perplexity: {each}."
     )
 
 
@@ -225,11 +375,17 @@ def _schedule_printer() -> Callable[[Schedule], None]:
 
 
 def _headline(
-    info: ModelInfo, start: Rescale, windows: Windows, questions: Sequence[Prompt]
+    info: ModelInfo,
+    start: Rescale,
+    windows: Windows,
+    chosen: _Chosen,
+    questions: Sequence[Prompt],
 ) -> str:
     original, length = start.original_max_position_embeddings, start.max_position_embeddings
     names = ", ".join(document.name for document in windows.documents)
-    asked = f", {len(questions)} passkey prompts" if questions else ""
+    others = len(chosen.searched) - len(windows.ids)
+    asked = f", {others} of other kinds of text" if others else ""
+    asked += f", {len(questions)} passkey prompts" if questions else ""
     return (
         f"{info.architecture}, {original:,} → {length:,} tokens ({start.scale:g}×); "
         f"{len(windows.ids)} windows of {names}{asked}"
@@ -278,13 +434,14 @@ def _identity(
     loaded: LoadedModel,
     problem: Problem,
     windows: Windows,
+    chosen: _Chosen,
     questions: Sequence[Prompt],
     config: GradientSearchConfig | EvolutionSearchConfig,
     seed: int,
-    chunk_size: int,
 ) -> SearchIdentity:
     start = problem.space.start
-    seen = b"".join(ids.tobytes() for ids in (windows.ids, *(q.ids for q in questions)))
+    used = (*chosen.searched, *chosen.unseen, *(question.ids for question in questions))
+    seen = b"".join(ids.tobytes() for ids in used)
     return SearchIdentity(
         model=loaded.fingerprint(),
         documents=tuple(h for document in windows.documents for h in document.sha256),
@@ -294,13 +451,15 @@ def _identity(
         seed=seed,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=loaded.model.device.type,
-        chunk_size=chunk_size,
+        chunk_size=loaded.forward().chunk_size,
         start=start.applied(),
         bound=problem.space.max_factor,
         start_tokens=problem.space.start_tokens,
     )
 
 
+# Candidates that a validation measures, about.
+_VALIDATED = 4
 # Number of starts in a progress line.
 _SHOWN = 3
 

@@ -22,6 +22,14 @@ class _SearchConfig(Config):
     """The search settings that both algorithms share."""
 
     windows: int = Field(default=5, ge=1, description="Number of search windows.")
+    transfer: Literal["none", "validate", "regularise"] = Field(
+        default="regularise",
+        description="Protection of other text: validate refuses factors that are worse on unseen "
+        "windows, regularise also searches on a window each of prose, code, dialogue and manuals.",
+    )
+    validation_windows: int = Field(
+        default=4, ge=0, description="Number of unseen windows of the text to validate on."
+    )
     passkey_prompts: int = Field(
         default=0,
         ge=0,
@@ -34,6 +42,11 @@ class _SearchConfig(Config):
         description="Largest rescale factor; 1.25 times the scale if not given.",
     )
 
+    @property
+    def own_validation_windows(self) -> int:
+        """Number of a search's validation windows of the text itself."""
+        return 0 if self.transfer == "none" else self.validation_windows
+
 
 class GradientSearchConfig(_SearchConfig):
     """Settings of the gradient search."""
@@ -43,7 +56,7 @@ class GradientSearchConfig(_SearchConfig):
         description="Search algorithm: gradient, or evolution (Algorithm 1 of the LongRoPE paper).",
     )
     budget: int = Field(
-        default=27,
+        default=18,
         ge=LEAST_BUDGET,
         description="Maximum number of forward passes over all windows.",
     )
