@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from longrope.checkpoints.importer import import_pair
+from longrope.checkpoints.importer import find_pair, import_pair
 from longrope.data.stdlib import library_texts
 from longrope.engines.specs import ENGINES, Engine, query, require_engine
 from longrope.execution import ExecutionConfig
-from longrope.inference.load import load_extended
-from longrope.models.load import LoadedModel
+from longrope.inference.load import inspect_weights, load_extended
+from longrope.models.load import LoadedModel, load_model
 from longrope.progress import progress
-from longrope.rope.apply import rescaled
+from longrope.rope.apply import check_fits, rescaled
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
 
@@ -136,16 +136,23 @@ class Reference:
         path: a directory or a GGUF file with scaled RoPE.
         execution: how longrope computes the reference, by default in float32. Engines
             use its dtype too, except llama.cpp.
+        source: the model or run that was exported. Its weights then give the reference, so that
+            weights which the export lost or changed show; by default the export's own do.
 
     Raises:
         ValueError: no such model, or a RoPE that is not scaled.
     """
 
-    def __init__(self, path: str, execution: ExecutionConfig | None = None):
+    def __init__(
+        self, path: str, execution: ExecutionConfig | None = None, source: str | None = None
+    ):
         execution = execution or ExecutionConfig(dtype="float32")
         if execution.dtype == "auto":
             raise ValueError("dtype is auto; name the dtype of both sides, such as float32")
-        loaded, pair = load_extended(path, execution)
+        if source is None:
+            loaded, pair = load_extended(path, execution)
+        else:
+            loaded, pair = _with_factors_of(path, source, execution)
         if pair is None:
             raise ValueError(f"{path}: its RoPE is not scaled; give an exported model to verify")
         self.path, self.dtype, self.pair, self.loaded = path, execution.dtype, pair, loaded
@@ -205,6 +212,31 @@ class Reference:
                 logits = self.forward.prefill(torch.tensor([ids]))[0][0]
             self.computed[rescale, ids] = logits.double().log_softmax(-1).cpu()
         return self.computed[rescale, ids]
+
+
+def _with_factors_of(
+    path: str, source: str, execution: ExecutionConfig
+) -> tuple[LoadedModel, RescalePair | None]:
+    """Load the model that was exported, and return it with the export's factors for it."""
+    trusted = execution.trust_remote_code
+    written = find_pair(path, trusted)
+    if written is None:
+        return load_extended(path, execution)
+    exact = import_pair(path, trust_remote_code=trusted)  # before an attention factor was folded
+    pair = RescalePair(
+        written.short.replace(attention_factor=exact.short.attention_factor),
+        written.long.replace(attention_factor=exact.long.attention_factor),
+    )
+    info = inspect_weights(
+        source,
+        rope_scaling="replace",
+        original_length=exact.long.original_max_position_embeddings,
+        trust_remote_code=trusted,
+    )
+    info.require_extendable()
+    assert info.rotary_dim and info.rope_theta
+    check_fits(pair.long, info.rotary_dim // 2, info.rope_theta)
+    return load_model(info.source, execution, info=info), pair
 
 
 def _points(boundary: int, target: int, spec: Engine) -> tuple[int, ...]:
