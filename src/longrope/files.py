@@ -30,8 +30,12 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def _delete_leftovers(directory: Path, start: str = ".") -> None:
-    """Delete the temporary files that killed processes left in a directory."""
+def delete_leftovers(directory: Path, start: str = ".") -> None:
+    """Delete the temporary files that killed processes left in a directory.
+
+    Args:
+        start: of the names to delete, as ``".NAME."`` for those of one file.
+    """
     try:
         names = os.listdir(directory)
     except OSError:  # not a directory, or not readable
@@ -156,8 +160,8 @@ def recover(path: Path) -> None:
         os.rename(aside, target)
     elif aside.exists():
         _delete_at_once(aside, target, within=False)
-    _delete_leftovers(target.parent, f".{target.name}.")
-    _delete_leftovers(target)
+    delete_leftovers(target.parent, f".{target.name}.")
+    delete_leftovers(target)
     old, new, moving = (target / name for name in (_OLD, _NEW, _MOVING))
     if moving.exists():  # some old files are in it, and no new file is in the directory yet
         _move_contents(moving, target)
@@ -363,7 +367,7 @@ def only_process(directory: Path) -> Iterator[None]:
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     with _locked(directory) as lock:
         for place in (directory, *directory.iterdir()):
-            _delete_leftovers(place)
+            delete_leftovers(place)
         try:
             yield
         finally:

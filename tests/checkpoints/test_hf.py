@@ -457,10 +457,9 @@ def test_force_keeps_the_old_export_until_the_new_one_stands(
 ):
     """On a full disk, in a directory that cannot be renamed, and through a link."""
     disk, link = tmp_path / "disk", tmp_path / "link"
-    export(ExportOptions(str(source), disk, **YARN))
     link.symlink_to(disk)
     if mounted:
-        (disk / "lost+found").mkdir()
+        (disk / "lost+found").mkdir(parents=True)
         rename = os.rename
 
         def refuse(one, two):
@@ -469,6 +468,7 @@ def test_force_keeps_the_old_export_until_the_new_one_stands(
             rename(one, two)
 
         monkeypatch.setattr(os, "rename", refuse)
+    export(ExportOptions(str(source), disk, force=mounted, **YARN))
     before = {name: (disk / name).read_bytes() for name in EXPORTED}
 
     def full(*_):
@@ -522,3 +522,18 @@ def test_a_kill_at_any_write_leaves_nothing_that_blocks_or_stays(suffix, every, 
         assert (names(place), content()) == (whole, new)
         steps += every
     assert steps > (20 if not suffix else 8)
+
+
+def test_a_kill_while_a_gguf_file_is_dequantised_leaves_nothing(source, tmp_path):
+    """Its weights are written as safetensors first: all of them once more."""
+    place = tmp_path / "place"
+    export(ExportOptions(str(source), tmp_path / "model.gguf", "gguf", **YARN))
+    asked = {"rope_scaling": "replace", "original_length": 64, "dtype": "float32"} | YARN
+    options = ExportOptions(str(tmp_path / "model.gguf"), place / "out", **asked)
+    left = []
+    for steps in range(4, 16, 3):
+        assert killed_at(steps, lambda: export(options))
+        left += [name for name in os.listdir(place) if name.startswith(".out.scratch")]
+    assert len(left) > 1
+    export(options)
+    assert os.listdir(place) == ["out"]
