@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 
+from kills import killed_at
 from longrope.files import (
     append_line,
     atomic_directory,
+    copy_file,
     only_process,
     read_lines,
-    recover_directory,
+    recover,
     write_atomically,
 )
 
@@ -74,31 +76,6 @@ def cannot_be_renamed(path, code, monkeypatch):
     monkeypatch.setattr(os, "rename", refuse)
 
 
-def killed_at(step, work, monkeypatch):
-    """Do the work in a child that dies before its ``step``th change of a directory."""
-    child = os.fork()
-    if not child:
-        left = step
-
-        def deadly(change):
-            def counted(*args, **kwargs):
-                nonlocal left
-                if left == 0:
-                    os._exit(9)
-                left -= 1
-                return change(*args, **kwargs)
-
-            return counted
-
-        for name in ("rename", "unlink", "rmdir", "mkdir"):
-            monkeypatch.setattr(os, name, deadly(getattr(os, name)))
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
 @pytest.mark.parametrize("mounted", [False, True])
 def test_a_directory_survives_a_kill_at_any_step(tmp_path, monkeypatch, mounted):
     place, steps, seen = tmp_path / "parent" / "out", 0, []
@@ -107,9 +84,9 @@ def test_a_directory_survives_a_kill_at_any_step(tmp_path, monkeypatch, mounted)
     while True:
         shutil.rmtree(place.parent, ignore_errors=True)
         fill(place, OLD)
-        if not killed_at(steps, lambda: replace(place), monkeypatch):
+        if not killed_at(steps, lambda: replace(place)):
             break
-        recover_directory(place)
+        recover(place)
         seen.append(contents(place))
         assert seen[-1] in (OLD, NEW)
         assert os.listdir(place.parent) == ["out"]
@@ -129,10 +106,10 @@ def test_a_kill_in_recovery_loses_nothing(tmp_path, monkeypatch, mounted):
     while True:
         shutil.rmtree(place.parent, ignore_errors=True)
         fill(place, OLD)
-        if not killed_at(steps, lambda: replace(place), monkeypatch):
+        if not killed_at(steps, lambda: replace(place)):
             break
         again = 0
-        while killed_at(again, lambda: recover_directory(place), monkeypatch):
+        while killed_at(again, lambda: recover(place)):
             again += 2
         assert contents(place) in (OLD, NEW)
         assert os.listdir(place.parent) == ["out"]
@@ -185,3 +162,48 @@ def test_a_directory_that_was_created_in_vain_is_removed(tmp_path):
     with only_process(tmp_path / "there"):
         pass
     assert (tmp_path / "there").exists()
+
+
+def test_what_killed_processes_left_is_deleted_and_nothing_else(tmp_path):
+    """Weights of gigabytes, in a run and in the directories of its stages."""
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    dead = {
+        f".recipe.yaml.longrope-tmp-{child}": "",
+        f"finetune/.model.longrope-tmp-{child}/model.safetensors": "weights",
+        f"evaluate/.cells.jsonl.longrope-tmp-{child}": "",
+        # a number that another process has got since
+        f".old.longrope-tmp-{os.getpid()}": "",
+    }
+    kept = {
+        f".under-way.longrope-tmp-{os.getpid()}": "",
+        f".recipe.yaml.{child}": "",
+        ".model.longrope-tmp-x": "",
+        f"finetune/model.longrope-tmp-{child}": "",
+        f"finetune/model/deep/.theirs.longrope-tmp-{child}": "",
+    }
+    fill(tmp_path, dead | kept)
+    os.utime(tmp_path / f".old.longrope-tmp-{os.getpid()}", (1, 1))
+    with only_process(tmp_path):
+        assert set(contents(tmp_path)) == {*kept, ".lock"}
+
+
+def test_a_file_is_replaced_through_a_link(tmp_path):
+    fill(tmp_path, {"disk/real.md": "old"})
+    (tmp_path / "card.md").symlink_to("disk/real.md")
+    write_atomically(tmp_path / "card.md", "new")
+    assert (tmp_path / "card.md").is_symlink()
+    assert contents(tmp_path / "disk") == {"real.md": "new"}
+
+
+def test_a_copy_shares_nothing_with_the_file(tmp_path):
+    fill(tmp_path, {"file": "old" * 10_000})
+    (tmp_path / "link").symlink_to("file")
+    copy_file(tmp_path / "link", tmp_path / "copy")
+    assert not (tmp_path / "copy").is_symlink()
+    assert (tmp_path / "copy").read_text() == "old" * 10_000
+    with (tmp_path / "copy").open("r+") as file:
+        file.write("new")
+    assert (tmp_path / "file").read_text() == "old" * 10_000

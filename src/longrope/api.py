@@ -358,6 +358,7 @@ def verify(
     *,
     engine: str = "transformers",
     engine_python: str | None = None,
+    source: str | Path | None = None,
     lengths: Sequence[int] = (),
     prompts: int = 2,
     execution: ExecutionConfig | None = None,
@@ -369,6 +370,8 @@ def verify(
         engine: ``"transformers"``, ``"transformers-legacy"``, ``"vllm"``, ``"llamacpp"`` or
             ``"mlx"``.
         engine_python: the Python of the engine's own environment.
+        source: the model or run that was exported, to compare with its weights; by default with
+            the export's own.
         lengths: tokens of the prompts; by default around the boundary and deep.
         prompts: prompts at each length.
 
@@ -379,7 +382,7 @@ def verify(
         ValueError: an engine that is not there, or a model without factors.
     """
     require_engine(str(path), engine, engine_python)
-    reference = Reference(str(path), execution)
+    reference = Reference(str(path), execution, None if source is None else str(source))
     return verify_export(
         reference, engine, engine_python=engine_python, lengths=tuple(lengths), prompts=prompts
     )

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,25 +20,95 @@ except ImportError:
     fcntl = None
 
 
+# Temporary files and directories. The process that wrote one is in its name: once that process has
+# ended, nothing will complete it.
+_TEMPORARY = re.compile(r"\.(?:.+\.)?longrope-tmp-(\d+)", re.DOTALL)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file of this name is a temporary one of any process."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def delete_leftovers(directory: Path, start: str = ".") -> None:
+    """Delete the temporary files that killed processes left in a directory.
+
+    Args:
+        start: of the names to delete, as ``".NAME."`` for those of one file.
+    """
+    try:
+        names = os.listdir(directory)
+    except OSError:  # not a directory, or not readable
+        return
+    for name in names:
+        if is_temporary(name) and name.startswith(start) and _is_abandoned(directory / name):
+            _delete(directory / name)
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    """Return whether the process that wrote a temporary file has ended."""
+    process = temporary.name.rpartition("-")[2]
+    try:
+        started, written = psutil.Process(int(process)).create_time(), temporary.lstat().st_mtime
+    except (psutil.Error, OverflowError):
+        return True
+    except OSError:  # it is no longer there
+        return False
+    return started > written  # another process has got the number since
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory on the disk of a path for files that are needed to write it.
+
+    :func:`recover` deletes it if a kill left it.
+
+    Raises:
+        ValueError: it could not be created, or a file in it could not be written.
+    """
+    target = path.resolve()
+    end = f"scratch.longrope-tmp-{os.getpid()}"
+    directory = target / f".{end}" if target.is_dir() else target.with_name(f".{target.name}.{end}")
+    try:
+        directory.mkdir(parents=True)
+        yield directory
+    except OSError as error:
+        raise _cannot_write(directory, error) from None
+    finally:
+        _delete(directory)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file atomically: sync a temporary file beside it, and rename that.
+
+    A symbolic link stays, and its target is replaced.
 
     Raises:
         ValueError: the file could not be written (disk full, no permission); an old file at
             ``path`` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise _cannot_write(path, error) from None
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file through links; the copy shares storage only as a reflink, which writes split."""
+    if fcntl is not None:
+        with source.open("rb") as old, target.open("wb") as new, contextlib.suppress(OSError):
+            fcntl.ioctl(new, _FICLONE, old.fileno())
+            return
+    shutil.copyfile(source, target)
+
+
+_FICLONE = 0x40049409  # of Linux, on file systems such as Btrfs and XFS
 
 
 @contextlib.contextmanager
@@ -47,7 +118,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     A directory at ``path`` survives a kill at any point: it is renamed aside before the new one
     takes its name, and deleted last. A symbolic link stays, and its target is replaced. A mount
     point cannot be renamed, so its files are exchanged one by one. The next call, or
-    :func:`recover_directory`, completes or undoes a replacement that a kill interrupted.
+    :func:`recover`, completes or undoes a replacement that a kill interrupted.
 
     Raises:
         ValueError: a file could not be written; the old contents stand.
@@ -55,7 +126,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     target = path.resolve()
     temporary = _temporary(target, within=False)
     try:
-        recover_directory(target)
+        recover(target)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         # Within an existing directory: the new files are then on the same disk for certain.
@@ -77,25 +148,20 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def recover_directory(path: Path) -> None:
-    """Complete or undo an atomic replacement of a directory that a kill interrupted.
+def recover(path: Path) -> None:
+    """Complete or undo an atomic write of a file or directory that a kill interrupted.
 
-    ``path`` then holds all the old contents or all the new ones. Temporary files are deleted.
+    ``path`` then holds all the old contents or all the new ones. Temporary files of processes
+    that have ended are deleted.
     """
     target = path.resolve()
     aside = _aside(target)
     if aside.exists() and not target.exists():
         os.rename(aside, target)
     elif aside.exists():
-        _delete(aside, target, within=False)
-    for within in (False, True):
-        temporary = _temporary(target, within)
-        start = temporary.name.removesuffix(str(os.getpid()))
-        for leftover in temporary.parent.iterdir() if temporary.parent.is_dir() else ():
-            process = leftover.name.removeprefix(start)
-            ours = leftover.name == start + process and process.isdigit()
-            if ours and not psutil.pid_exists(int(process)):
-                shutil.rmtree(leftover, ignore_errors=True)
+        _delete_at_once(aside, target, within=False)
+    delete_leftovers(target.parent, f".{target.name}.")
+    delete_leftovers(target)
     old, new, moving = (target / name for name in (_OLD, _NEW, _MOVING))
     if moving.exists():  # some old files are in it, and no new file is in the directory yet
         _move_contents(moving, target)
@@ -103,9 +169,9 @@ def recover_directory(path: Path) -> None:
     elif old.exists():  # all old files are in it
         if new.exists():
             _move_contents(new, target)
-        _delete(old, target, within=True)
+        _delete_at_once(old, target, within=True)
     if new.exists():
-        _delete(new, target, within=True)
+        _delete_at_once(new, target, within=True)
 
 
 # While the contents of a directory are exchanged: the old files until all are moved, all the old
@@ -117,12 +183,12 @@ _NOT_RENAMED = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS
 
 
 def _temporary(target: Path, within: bool) -> Path:
-    end = f"tmp-{os.getpid()}"
-    return target / f".longrope-{end}" if within else target.with_name(f".{target.name}.{end}")
+    end = f"longrope-tmp-{os.getpid()}"
+    return target / f".{end}" if within else target.with_name(f".{target.name}.{end}")
 
 
 def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
+    return target.with_name(f".{target.name}.longrope-old")
 
 
 def _replace(target: Path, new: Path) -> None:
@@ -147,7 +213,7 @@ def _replace(target: Path, new: Path) -> None:
         try:
             _exchange_contents(target, new)
         except OSError:
-            recover_directory(target)
+            recover(target)
             raise
         return
     try:
@@ -156,27 +222,27 @@ def _replace(target: Path, new: Path) -> None:
         os.rename(aside, target)
         shutil.rmtree(outside, ignore_errors=True)
         raise
-    _delete(aside, target, within=False)
+    _delete_at_once(aside, target, within=False)
 
 
 def _exchange_contents(target: Path, new: Path) -> None:
-    """Replace the files in a directory that cannot be renamed; see :func:`recover_directory`."""
+    """Replace the files in a directory that cannot be renamed; see :func:`recover`."""
     os.rename(new, target / _NEW)
     (target / _MOVING).mkdir()
     _move_contents(target, target / _MOVING)
     os.rename(target / _MOVING, target / _OLD)
     _move_contents(target / _NEW, target)
-    _delete(target / _OLD, target, within=True)
+    _delete_at_once(target / _OLD, target, within=True)
     (target / _NEW).rmdir()
 
 
 def _move_contents(source: Path, target: Path) -> None:
     for entry in sorted(source.iterdir()):
-        if entry.name not in _OWN and not entry.name.startswith(".longrope-tmp-"):
+        if entry.name not in _OWN and not is_temporary(entry.name):
             os.rename(entry, target / entry.name)
 
 
-def _delete(directory: Path, target: Path, within: bool) -> None:
+def _delete_at_once(directory: Path, target: Path, within: bool) -> None:
     """Delete a directory under a temporary name, so a kill never leaves half of it at its path."""
     temporary = _temporary(target, within)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -188,22 +254,24 @@ def _delete(directory: Path, target: Path, within: bool) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically in parts: yield a temporary path, sync it, and rename it.
 
-    For content written in parts; :func:`write_atomically` takes the whole content.
+    For content written in parts; :func:`write_atomically` takes the whole content. A symbolic
+    link stays, and its target is replaced.
 
     Raises:
         ValueError: it could not be written; an old file at ``path`` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    target = path.resolve()
+    temporary = _temporary(target, within=False)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        _delete(temporary)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -287,7 +355,8 @@ def require_directory(path: Path) -> None:
 def only_process(directory: Path) -> Iterator[None]:
     """Lock a directory against other processes until the context or the process ends.
 
-    The directory is created. It is removed again if nothing was written to it.
+    The directory is created. It is removed again if nothing was written to it. Temporary files
+    that killed processes left in it, or in the directories in it, are deleted.
 
     Raises:
         ValueError: another process holds the lock, or files cannot be written.
@@ -297,6 +366,8 @@ def only_process(directory: Path) -> Iterator[None]:
         return
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     with _locked(directory) as lock:
+        for place in (directory, *directory.iterdir()):
+            delete_leftovers(place)
         try:
             yield
         finally:

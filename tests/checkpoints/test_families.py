@@ -47,7 +47,8 @@ def test_transformers_applies_what_was_exported(family, checkpoints, micro_model
     made = pair(model)
     named = files(made, tmp_path)
     export(ExportOptions(str(source), tmp_path / "out", **named))
-    assert (tmp_path / "out" / "model.safetensors").samefile(source / "model.safetensors")
+    ours, theirs = (place / "model.safetensors" for place in (tmp_path / "out", source))
+    assert ours.read_bytes() == theirs.read_bytes()
     auto = auto_class(model.config)
     loaded = auto.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     for tokens, rescale in ((80, made.short), (81, made.long)):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -208,3 +209,37 @@ def test_a_tokenizer_of_another_kind_is_refused(checkpoints, micro_models, tmp_p
     made.long.save(tmp_path / "long.json")
     with pytest.raises(ValueError, match=r"GGUF \(.*pre-tokenizer"):
         export(options(tmp_path, source, "out.gguf", "gguf"))
+
+
+@pytest.mark.parametrize("head", ["trained", "equal", "none"])
+def test_the_weights_decide_whether_a_head_is_written(
+    head, checkpoints, micro_models, ids, tmp_path
+):
+    """``tie_word_embeddings`` is true, whatever the weights are."""
+    import gguf
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "model")
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    trained = tensors.pop("lm_head.weight")
+    if head != "none":
+        equal = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"] = trained if head == "trained" else equal
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    made = pair(micro_models("llama"))
+    made.short.save(tmp_path / "short.json")
+    made.long.save(tmp_path / "long.json")
+    export(options(tmp_path, source, "out.gguf", "gguf"))
+    written = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert ("output.weight" in written) == (head == "trained")
+    if head == "trained":
+        np.testing.assert_array_equal(written["output.weight"], trained.numpy())
+        execution = ExecutionConfig(dtype="float32")
+        scaling = {"rope_scaling": "replace", "original_length": 64}
+        loaded = load_model(str(tmp_path / "out.gguf"), execution, **scaling)
+        with torch.no_grad():
+            expected = micro_models("llama")(input_ids=ids).logits
+            torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected)

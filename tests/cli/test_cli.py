@@ -60,7 +60,8 @@ def test_the_hint_after_an_export_can_be_pasted(tmp_path):
     out = tmp_path / "my [model]'s"
     said = succeeds("export", "bundled", "--long-factors", "yarn", "--target", "2x", "--out", out)
     hint = said.strip().splitlines()[-1].removeprefix("prove it: ")
-    assert shlex.split(hint) == ["longrope", "verify", str(out), "--engine", "transformers"]
+    verify = ["longrope", "verify", str(out), "--engine", "transformers"]
+    assert shlex.split(hint) == [*verify, "--source", "bundled"]
 
 
 def test_inspect(checkpoints):

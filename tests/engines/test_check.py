@@ -9,12 +9,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import program
 from longrope.checkpoints.export import ExportOptions, export
 from longrope.checkpoints.manifest import Manifest
+from longrope.data.stdlib import library_texts
 from longrope.engines.check import Reference, verify
 from longrope.models.bundled import BUNDLED
+from longrope.models.load import load_tokenizer
 from longrope.rope.rescale import Rescale
 
 
@@ -88,6 +93,36 @@ def test_an_engine_that_computes_something_else_is_unclear(exported, tmp_path):
     assert not verdict.right
 
 
+def test_weights_that_an_export_lost_show_against_the_source(exported, tmp_path):
+    """A head of other rows: the export agrees with itself, and not with its source."""
+    named = {f"{n}_factors": str(exported.parent / f"{n}.json") for n in ("long", "short")}
+    out = tmp_path / "out"
+    export(ExportOptions("bundled", out, fold_attention_factor=True, **named))
+    text = "".join(library_texts(held_out=True).values())[:20_000]
+    ids = load_tokenizer("bundled")(text, verbose=False)["input_ids"]
+
+    def judged(reference):
+        """The engine is transformers, in this process."""
+        model, lines = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), []
+        for length in (400, 600):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[:length]])).logits[0, -1]
+            top = logits.double().log_softmax(-1).topk(20)
+            answer = dict(zip(map(str, top.indices.tolist()), top.values.tolist(), strict=True))
+            lines.append(reference.line(length, None, [ids[:length]], [answer]))
+        return [line.applied for line in lines], max(line.largest for line in lines)
+
+    for reference in (Reference(str(out)), Reference(str(out), source="bundled")):
+        applied, largest = judged(reference)
+        assert applied == ["short", "long"] and largest < 0.02  # folded in bfloat16
+    tensors = load_file(out / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert judged(Reference(str(out)))[0] == ["short", "long"]
+    applied, largest = judged(Reference(str(out), source="bundled"))
+    assert applied == ["unclear", "unclear"] and largest > 1
+
+
 def test_mistakes_are_one_line(exported, tmp_path):
     legacy = ["verify", exported, "--engine", "transformers-legacy"]
     mistakes = (
@@ -118,6 +153,11 @@ def test_mistakes_are_one_line(exported, tmp_path):
             ["export", "bundled", "--out", tmp_path / "x", "--format", "gguf"],
             r"--out is .*x; .*\.gguf",
         ),
+        (
+            ["export", "bundled", "--out", tmp_path / "x.gguf", "--format", "gguf", "--hard-links"],
+            "--hard-links does not apply to GGUF",
+        ),
+        (["verify", exported, "--source", tmp_path / "no"], "/no: no such"),
         (["verify", exported, "--prompts", "0"], "--prompts is 0"),
         (["verify", exported, "--dtype", "auto"], "'--dtype'"),
         (["import", BUNDLED, "--out", tmp_path / "x"], "not scaled"),

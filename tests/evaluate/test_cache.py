@@ -1,6 +1,7 @@
 """What was measured is not measured again, unless it is of something else."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -167,6 +168,10 @@ def test_finished_measurements_go_and_those_of_others_stay(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
+    for place in (tmp_path, tmp_path / "unfinished"):  # of a process that was killed in a write
+        temporary = place / f".compare.json.longrope-tmp-{os.getpid()}"
+        temporary.touch()
+        os.utime(temporary, (1, 1))
     with measurement_cache(tmp_path) as cache:
         cache.answers("needle-1")["0"] = True
         cache.losses("perplexity-1")["a"] = np.zeros((1, 2))

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from longrope.evaluate.compare import perplexity_documents
+from longrope.evaluate.compare import method_entries, perplexity_documents
 from longrope.models.info import inspect_model
 from longrope.models.load import load_tokenizer
 
@@ -29,3 +29,10 @@ def test_documents_that_a_search_used_are_left_out(tmp_path):
     assert names(data, exclude=False) == ["a.txt", "b.txt"]
     with pytest.raises(ValueError, match="`data`"):
         names(data[:1])
+
+
+@pytest.mark.parametrize("method", ["none", "yarn"])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0.0, -1.0])
+def test_an_attention_factor_that_is_no_factor_is_refused(factor, method):
+    with pytest.raises(ValueError, match=f"attention_factor is {factor}"):
+        method_entries(inspect_model("bundled"), [method], 512, attention_factor=factor)

@@ -5,24 +5,26 @@ import dataclasses
 import json
 import logging
 import shlex
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from longrope.checkpoints import card
 from longrope.checkpoints.folding_check import folding_check, needs_folding, with_folding
 from longrope.checkpoints.gguf import export_gguf
-from longrope.checkpoints.hf import export_directory
+from longrope.checkpoints.hf import export_directory, kept_files
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_directory import is_run, original_of
 from longrope.execution import ExecutionConfig
-from longrope.files import recover_directory, write_atomically
+from longrope.files import recover, scratch_directory, write_atomically
 from longrope.labels import display_name
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import load_model
-from longrope.models.sources import local_copy
+from longrope.models.sources import local_copy, read_pretrained
 from longrope.models.target_length import parse_extension
+from longrope.models.weights import check_weights
 from longrope.progress import announced, quiet
 from longrope.rope.apply import check_fits
 from longrope.rope.methods import METHODS
@@ -48,6 +50,8 @@ class ExportOptions:
         rope_scaling: keep or replace the scaling of the model. It applies to known methods;
             the factors of a rescale file include it.
         force: replace an earlier export at ``out``.
+        hard_links: hard-link weight files instead of copying them. Whatever writes into one of
+            them then changes the model that was exported too.
     """
 
     model: str
@@ -62,6 +66,7 @@ class ExportOptions:
     original_length: int | None = None
     dtype: str = "bfloat16"
     force: bool = False
+    hard_links: bool = False
     trust_remote_code: bool = False
 
 
@@ -79,6 +84,11 @@ def export(options: ExportOptions) -> Manifest:
         raise ValueError(
             f"fold_attention_factor=True does not apply to format={options.format!r}, because "
             "llama.cpp reads the attention factor from the file; leave it out"
+        )
+    if options.hard_links and (gguf or options.fold_attention_factor):
+        raise ValueError(
+            f"hard_links=True does not apply to {'GGUF' if gguf else 'fold_attention_factor=True'},"
+            " which writes the weights anew; leave it out"
         )
     if gguf and options.out.suffix != ".gguf":
         raise ValueError(f"out is {options.out}; the name of a GGUF file must end in .gguf")
@@ -98,6 +108,7 @@ def export(options: ExportOptions) -> Manifest:
     pair = _pair(options, factors, info)
     named = str((original_of(options.model) or {}).get("source", options.model))
     manifest = Manifest(options.format, display_name(named), pair)
+    results = None if options.long_factors or options.short_factors else _results(run)
     with (
         announced(f"writing {options.out}"),
         _checkpoint(options, info, keep_gguf=gguf) as source,
@@ -114,10 +125,9 @@ def export(options: ExportOptions) -> Manifest:
                     manifest.computed_attention_factor,
                     pair.long.attention_factor,
                 )
-            _write_directory(manifest, source, info, options)
-    _write_card(
-        manifest, options.out, None if options.long_factors or options.short_factors else run
-    )
+            _write_directory(manifest, source, info, options, results)
+    if gguf:
+        write_atomically(_card_file(options.out), card.model_card(manifest, results))
     return manifest
 
 
@@ -140,7 +150,8 @@ def _require_model(path: Path) -> None:
 def _require_free(options: ExportOptions, model: str) -> None:
     """Refuse to export over an existing ``out``; with ``force`` an earlier export may be there."""
     out, card_file = options.out.resolve(), _card_file(options.out)
-    recover_directory(out)
+    for file in (out, card_file):
+        recover(file)
     for there in (options.out, card_file):
         if there.exists() and not options.force:
             raise ValueError(
@@ -157,7 +168,8 @@ def _require_free(options: ExportOptions, model: str) -> None:
             raise ValueError(
                 f"out is {options.out}, which contains {read}, an input; give another `out`"
             )
-    if out.is_dir() and any(out.iterdir()) and not (out / FILE).exists():
+    files = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if files - {"lost+found"} and FILE not in files:
         raise ValueError(
             f"out is {options.out}, which is not an export ({FILE} is missing); force=True would "
             "delete all of its files: give another `out`"
@@ -165,7 +177,11 @@ def _require_free(options: ExportOptions, model: str) -> None:
 
 
 def _write_directory(
-    manifest: Manifest, source: Path, info: ModelInfo, options: ExportOptions
+    manifest: Manifest,
+    source: Path,
+    info: ModelInfo,
+    options: ExportOptions,
+    results: dict[str, Any] | None,
 ) -> None:
     trusted = options.trust_remote_code
     check = None if manifest.folded is None else folding_check(manifest, source, info, trusted)
@@ -173,7 +189,9 @@ def _write_directory(
         source,
         manifest,
         options.out,
+        results=results,
         check=check,
+        hard_links=options.hard_links,
         trust_remote_code=trusted,
     )
 
@@ -303,12 +321,21 @@ def _portable(file: Path, rescale: Rescale) -> str:
 
 @contextlib.contextmanager
 def _checkpoint(options: ExportOptions, info: ModelInfo, keep_gguf: bool) -> Iterator[Path]:
-    """Yield the model to export as a directory of safetensors, or unchanged as a GGUF file."""
+    """Yield the model to export as a directory of safetensors, or unchanged as a GGUF file.
+
+    Raises:
+        ValueError: weights are missing, or a file leads outside the model's directory.
+    """
     path = local_copy(info.source)
+    if path.is_dir():
+        with quiet():
+            config = read_pretrained(AutoConfig, str(path), options.trust_remote_code)
+        check_weights(path, config, options.trust_remote_code)
+        kept_files(path)
     if path.is_dir() or keep_gguf:
         yield path
         return
-    with tempfile.TemporaryDirectory(dir=_existing(options.out.parent)) as directory:
+    with scratch_directory(options.out) as directory:
         execution = ExecutionConfig.make(
             {
                 "device": "cpu",
@@ -321,19 +348,14 @@ def _checkpoint(options: ExportOptions, info: ModelInfo, keep_gguf: bool) -> Ite
             loaded.model.save_pretrained(directory)
             loaded.tokenizer.save_pretrained(directory)
         del loaded
-        yield Path(directory)
+        yield directory
 
 
-def _existing(directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
-
-
-def _write_card(manifest: Manifest, out: Path, run: Path | None) -> None:
-    results: dict[str, Any] | None = None
+def _results(run: Path | None) -> dict[str, Any] | None:
+    """Return the results of a run for the model card of its export, if it was evaluated."""
     if run and (run / "results.json").exists():
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    write_atomically(_card_file(out), card.model_card(manifest, results))
+        return json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return None
 
 
 def _card_file(out: Path) -> Path:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longrope.models.sources import weight_files
+from longrope.models.weights import stored_tensors
 
 _QUERY = re.compile(r"\.(\d+)\.(self_attn|attention|attn)\.q_proj\.(weight|bias)$")
 _TOWER = re.compile(r"vision|visual|audio|image|tower|encoder")
@@ -48,15 +48,6 @@ def _stacks(names: list[str]) -> Counter[str]:
     return Counter(m.string[: m.start()] for m in found)
 
 
-def tensor_names(source: Path) -> list[str]:
-    """List the tensors of a checkpoint, to find the query projections to fold into."""
-    names = []
-    for file in weight_files(source):
-        with safe_open(file, framework="pt") as weights:
-            names += list(weights.keys())
-    return names
-
-
 def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[[Path, Path], None]:
     """Return a function that copies a weight file and folds a factor into its query projections.
 
@@ -69,7 +60,8 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
     Raises:
         ValueError: the architecture cannot take the factor; the message says why.
     """
-    names, layers = tensor_names(source), config.num_hidden_layers
+    names = [name for name, _ in stored_tensors(source)]
+    layers = config.num_hidden_layers
     reason = why_not_foldable(names, layers)
     if reason is not None:
         raise ValueError(

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from longrope.checkpoints.fold import largest_difference, tensor_names, why_not_foldable
+from longrope.checkpoints.fold import largest_difference, why_not_foldable
 from longrope.checkpoints.manifest import Manifest
 from longrope.execution import ExecutionConfig
 from longrope.models.info import ModelInfo
 from longrope.models.load import load_model
+from longrope.models.weights import stored_tensors
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
 
@@ -42,7 +43,7 @@ def with_folding(manifest: Manifest, source: Path) -> Manifest:
         return manifest
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     layers = config.get("text_config", config)["num_hidden_layers"]
-    reason = why_not_foldable(tensor_names(source), layers)
+    reason = why_not_foldable([name for name, _ in stored_tensors(source)], layers)
     if reason is not None:
         raise _cannot_fold(manifest, reason)
     return dataclasses.replace(manifest, folded=manifest.computed_attention_factor)

@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,49 @@ from transformers import AutoConfig
 from longrope.checkpoints import card
 from longrope.checkpoints.fold import fold_attention_factor
 from longrope.checkpoints.manifest import Manifest
-from longrope.files import atomic_directory
+from longrope.files import atomic_directory, copy_file
 from longrope.models.load import LoadedModel
-from longrope.models.sources import read_pretrained, weight_files
+from longrope.models.meta import build_meta_model
+from longrope.models.parameters import is_tied
+from longrope.models.sources import read_pretrained
+from longrope.models.weights import (
+    INDEX,
+    SINGLE,
+    file_inside,
+    has_own_head,
+    head_and_embeddings,
+    weight_files,
+)
 from longrope.progress import quiet
 from longrope.rope.pair import RescalePair
 from longrope.rope.parameters import kept_parameters
 from longrope.rope.rescale import UNROTATED
 from longrope.rope.rotary import find_rotary, unscaled_parameters
 
-# Files of a checkpoint beside its weights; pickled and other weights are not copied.
-_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
-_FULL = "full_attention"
+# Files of a checkpoint beside its weights: configs, tokenizer, chat template, licence.
+_KEPT = re.compile(
+    r"config\.json|generation_config\.json|\w*processor_config\.json|\w*quant(ize)?_config\.json"
+    r"|chat_template\.json|.*\.jinja|special_tokens_map\.json|added_tokens\.json|tekken\.json"
+    r"|tokenizer.*\.(json|txt)|(vocab|merges|dict).*\.(json|txt|bpe)|(.*\.)?tokenizer\.model.*"
+    r"|.*\.(model|tiktoken|spm)|(LICEN[CS]E|NOTICE|USE_POLICY).*",
+    re.IGNORECASE,
+)
+_FULL, _TIED = "full_attention", "tie_word_embeddings"
+# Fields that hold the length that a model was made for.
+_LENGTHS = {
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_length", "model_max_length"),
+    *("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "seq_len"),
+    *("max_context_length", "context_length", "max_model_len"),
+}
+# Parts of a model that no text passes through.
+_OTHER_PARTS = re.compile(r"vision|visual|audio|image|video|speech|tower|encoder")
+# Scaling beside RoPE's own parameters: transformers ignores it, and other engines apply it.
+_OTHER_SCALING = {"dual_chunk_attention_config", "use_dynamic_ntk", "use_logn_attn"}
+# What transformers writes about the machine that a tokenizer was saved on.
+_OF_THE_MACHINE = {
+    *("local_files_only", "is_local", "name_or_path", "cache_dir", "token", "use_auth_token"),
+    *("tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file"),
+}
 
 
 def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict[str, Any]:
@@ -107,7 +138,7 @@ def export_model(loaded: LoadedModel, manifest: Manifest, path: Path) -> None:
     with atomic_directory(path) as directory, quiet():
         loaded.model.save_pretrained(directory)
         loaded.tokenizer.save_pretrained(directory)
-        _finish(directory, manifest, site.module.config)
+        _finish(directory, manifest, site.module.config, is_tied(loaded.model))
 
 
 def export_directory(
@@ -115,35 +146,72 @@ def export_directory(
     manifest: Manifest,
     path: Path,
     *,
+    results: dict[str, Any] | None = None,
     check: Callable[[Path], None] | None = None,
+    hard_links: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a Hugging Face checkpoint from another; weights are hard links unless folded.
+    """Write a Hugging Face checkpoint from another one's configs, tokenizer and safetensors.
+
+    Other files of the directory are left behind.
 
     Args:
+        results: content of a run's ``results.json``, for the model card.
         check: called with the complete directory before it replaces ``path``; raises to refuse it.
+        hard_links: link the weight files, where the disk is the same, instead of copying them.
+            Whatever writes into one of them then changes the other checkpoint too.
 
     Raises:
-        ValueError: there are no safetensors, a config cannot express the pair, or the query
-            projections cannot take the attention factor (with ``manifest.folded``).
+        ValueError: there are no safetensors, a file leads outside the directory, a config cannot
+            express the pair, or the query projections cannot take the attention factor (with
+            ``manifest.folded``).
     """
     require_portable(manifest.pair)
-    files = weight_files(source)
     with quiet():
         config = read_pretrained(AutoConfig, str(source), trust_remote_code)
+    tied = _is_tied(source, config, trust_remote_code)
+    kept = kept_files(source)
     with atomic_directory(path) as directory:
-        for file in source.iterdir():
-            if file.is_file() and file.suffix in _KEPT:
-                shutil.copyfile(file, directory / file.name)
-        weights: Callable[[Path, Path], None] = _link
+        for file in kept:
+            copy_file(file, directory / file.name)
+        weights: Callable[[Path, Path], None] = _link if hard_links else copy_file
         if manifest.folded is not None:
             factor = manifest.pair.long.attention_factor / manifest.folded
             weights = fold_attention_factor(source, config.get_text_config(), factor**2)
-        for file in files:
-            weights(file.resolve(), directory / file.name)
-        _finish(directory, manifest, config.get_text_config())
+        for file in weight_files(source):
+            target = directory / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            weights(file.resolve(), target)
+        _finish(directory, manifest, config.get_text_config(), tied, results)
         if check is not None:
             check(directory)
+
+
+def kept_files(source: Path) -> list[Path]:
+    """List the files of a checkpoint that belong to it beside its weights, for an export.
+
+    Code is among them only where a config names it.
+
+    Raises:
+        ValueError: one is a symbolic link that leads outside the directory.
+    """
+    files = [file for file in sorted(source.iterdir()) if file.is_file()]
+    kept = [file_inside(source, file.name) for file in files if _KEPT.fullmatch(file.name)]
+    if any("auto_map" in _read(file) for file in kept if file.name.endswith("config.json")):
+        kept += [file_inside(source, file.name) for file in files if file.suffix == ".py"]
+    if not (source / SINGLE).exists():
+        kept.append(file_inside(source, INDEX))
+    return kept
+
+
+def _is_tied(source: Path, config: Any, trust_remote_code: bool) -> bool:
+    """Return whether a checkpoint's output head is its embeddings; the weights decide."""
+    if not any(
+        getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())
+    ):
+        return False
+    model = build_meta_model(str(source), config, trust_remote_code)[0]
+    return not has_own_head(source, head_and_embeddings(model))
 
 
 def require_portable(pair: RescalePair) -> None:
@@ -165,16 +233,76 @@ def require_portable(pair: RescalePair) -> None:
         )
 
 
-def _finish(directory: Path, manifest: Manifest, known: Any) -> None:
-    """Complete a Hugging Face checkpoint: config, tokenizer length, manifest, model card."""
-    _edit(directory / "config.json", lambda config: scaled_config(config, manifest.written, known))
-    longest = manifest.pair.long.max_position_embeddings
-    _edit(directory / "tokenizer_config.json", lambda found: _readable_tokenizer(found, longest))
+def _finish(
+    directory: Path,
+    manifest: Manifest,
+    known: Any,
+    tied: bool,
+    results: dict[str, Any] | None = None,
+) -> None:
+    """Complete a Hugging Face checkpoint: config, lengths, manifest, model card."""
+    long = manifest.pair.long
+    before = {
+        getattr(known, "max_position_embeddings", None),
+        long.original_max_position_embeddings,
+    }
+
+    def lengthened(content: Any) -> Any:
+        return _lengthened(content, before, long.max_position_embeddings)
+
+    def changed(config: dict[str, Any]) -> dict[str, Any]:
+        config = _weights_decide(_without(config, _OTHER_SCALING), tied)
+        return scaled_config(lengthened(config), manifest.written, known)
+
+    _edit(directory / "config.json", changed)
+    _edit(directory / "generation_config.json", lengthened)
+    _edit(
+        directory / "tokenizer_config.json",
+        lambda found: _readable_tokenizer(lengthened(found), long.max_position_embeddings),
+    )
+    # tokenizers truncates to a length of its own
+    _edit(
+        directory / "tokenizer.json",
+        lambda found: found | {"truncation": None} if found.get("truncation") else found,
+    )
     manifest.save(directory)
-    (directory / "README.md").write_text(card.model_card(manifest), encoding="utf-8")
+    (directory / "README.md").write_text(card.model_card(manifest, results), encoding="utf-8")
+
+
+def _lengthened(content: Any, before: set[int | None], longest: int) -> Any:
+    """Replace the old lengths in a config, nested ones included, by the longest."""
+    if isinstance(content, list):
+        return [_lengthened(value, before, longest) for value in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: longest
+        if key in _LENGTHS and type(value) is int and value in before
+        else value
+        if _OTHER_PARTS.search(key)
+        else _lengthened(value, before, longest)
+        for key, value in content.items()
+    }
+
+
+def _without(content: Any, keys: set[str]) -> Any:
+    """Return a config, nested ones included, without some keys."""
+    if isinstance(content, dict):
+        return {key: _without(value, keys) for key, value in content.items() if key not in keys}
+    return content
+
+
+def _weights_decide(config: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """Return a config whose ``tie_word_embeddings`` is false if the weights have a head."""
+    text = config.get("text_config", {})
+    if tied or not (config.get(_TIED, True) or text.get(_TIED, True)):
+        return config
+    config = config | {_TIED: False}
+    return config | {"text_config": text | {_TIED: False}} if text else config
 
 
 def _readable_tokenizer(config: dict[str, Any], longest: int) -> dict[str, Any]:
+    config = {key: value for key, value in config.items() if key not in _OF_THE_MACHINE}
     changed: dict[str, Any] = {"model_max_length": longest}
     if config.get("tokenizer_class") == "TokenizersBackend":  # only transformers 5 has this class
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -182,13 +310,24 @@ def _readable_tokenizer(config: dict[str, Any], longest: int) -> dict[str, Any]:
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(change(found), indent=2) + "\n", encoding="utf-8")
+    if not file.exists():
+        return
+    found = _read(file)
+    changed = change(found)
+    if changed != found:
+        text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8")
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error}); get the file again") from None
 
 
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)
+        copy_file(source, target)

@@ -1,11 +1,11 @@
 """Write a model in memory as a checkpoint, so that it can be exported."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from longrope.files import scratch_directory
 from longrope.labels import display_name
 from longrope.models.info import without_adapters
 
@@ -26,11 +26,11 @@ def saved_model(model: Any, tokenizer: Any, out: Path) -> Iterator[Path]:
         raise ValueError("model is quantised: give its path, or load it without quantisation")
     if tokenizer is None:
         raise ValueError("tokenizer is missing; give the tokenizer of the model in memory")
-    out.parent.mkdir(parents=True, exist_ok=True)
     name = display_name(base.config.name_or_path or type(base).__name__).replace("/", "--")
     dtype = base.config.dtype
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".model.") as folder:
-        directory = Path(folder) / name
+    # Beside ``out`` also where that is a directory, which an export replaces.
+    with scratch_directory(out.with_name(f"{out.name}.model")) as folder:
+        directory = folder / name
         base.save_pretrained(directory)
         base.config.dtype = dtype  # save_pretrained leaves a string
         tokenizer.save_pretrained(directory)

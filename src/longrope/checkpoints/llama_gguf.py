@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from longrope.checkpoints.gguf_io import Metadata, Tensor
-from longrope.models.sources import weight_files
+from longrope.models.weights import has_own_head, weight_files
 
 _KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")
 _CONVERT = (
@@ -71,6 +71,7 @@ def llama_tensors(directory: Path) -> list[Tensor]:
     import gguf
 
     config = _config(directory)
+    tied = config.get("tie_word_embeddings") and not has_own_head(directory)
     named = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"]}
     heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]
@@ -78,7 +79,7 @@ def llama_tensors(directory: Path) -> list[Tensor]:
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+                if name == "lm_head.weight" and tied:
                     continue
                 theirs = named.get_name(name, try_suffixes=(".weight", ".bias"))
                 if theirs is None:

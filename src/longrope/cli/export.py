@@ -61,6 +61,14 @@ def export(
         typer.Option(help="Dtype of weights that come from a GGUF file."),
     ] = "bfloat16",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    hard_links: Annotated[
+        bool,
+        typer.Option(
+            "--hard-links",
+            help="Hard-link weight files instead of copying them, to save disk space. Whatever "
+            "then writes into a weight file of the export changes MODEL too, and the reverse.",
+        ),
+    ] = False,
     scaling: dict[str, Any],
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
@@ -81,6 +89,7 @@ def export(
             **scaling,
             dtype=dtype,
             force=force,
+            hard_links=hard_links,
             trust_remote_code=trust_remote_code,
             **chosen,
         )
@@ -90,7 +99,7 @@ def export(
         return
     console.print(f"{out}: {format_}, {manifest.pair.long.max_position_embeddings:,} tokens")
     engine = "llamacpp" if format_.startswith("gguf") else "transformers"
-    command = f"longrope verify {shlex.quote(str(out))} --engine {engine}"
+    command = shlex.join(["longrope", "verify", str(out), "--engine", engine, "--source", model])
     console.print(f"prove it: {command}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -114,6 +123,13 @@ def verify(
     engine_python: Annotated[
         str | None, typer.Option(help="The Python of the engine's own environment.")
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="The model or run that was exported, to compare with its weights; by default "
+            "with the export's own."
+        ),
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Prompts' tokens; by default around the boundary and deep.")
     ] = None,
@@ -135,7 +151,7 @@ def verify(
     how = ExecutionConfig.make({"dtype": dtype} | execution, option_name)
     points = tuple(parse_length(part) for part in lengths.split(",")) if lengths else ()
     require_engine(path, engine, engine_python)
-    reference = Reference(path, how)
+    reference = Reference(path, how, source)
     verdict = ask(reference, engine, engine_python=engine_python, lengths=points, prompts=prompts)
     if json_:
         print_json(dataclasses.asdict(verdict) | {"right": verdict.right})

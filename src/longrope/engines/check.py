@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 
 from longrope.checkpoints.gguf import read_pair
-from longrope.checkpoints.importer import import_pair
+from longrope.checkpoints.importer import find_pair, import_pair
 from longrope.checkpoints.manifest import FILE as MANIFEST
 from longrope.checkpoints.manifest import Manifest
 from longrope.data.stdlib import library_texts
 from longrope.engines.specs import ENGINES, Engine, query, require_engine
 from longrope.execution import ExecutionConfig
-from longrope.inference.load import load_extended
-from longrope.models.load import LoadedModel
+from longrope.inference.load import inspect_weights, load_extended
+from longrope.models.load import LoadedModel, load_model
 from longrope.progress import progress
-from longrope.rope.apply import rescaled
+from longrope.rope.apply import check_fits, rescaled
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
 
@@ -140,20 +140,27 @@ class Reference:
         path: a directory or a GGUF file with scaled RoPE.
         execution: how longrope computes the reference, by default in float32. Engines
             use its dtype too, except llama.cpp.
+        source: the model or run that was exported. Its weights then give the reference, so that
+            weights which the export lost or changed show; by default the export's own do.
 
     Raises:
         ValueError: no such model, a RoPE that is not scaled, or factors that are not those which
             the export recorded in its manifest.
     """
 
-    def __init__(self, path: str, execution: ExecutionConfig | None = None):
+    def __init__(
+        self, path: str, execution: ExecutionConfig | None = None, source: str | None = None
+    ):
         execution = execution or ExecutionConfig(dtype="float32")
         if execution.dtype == "auto":
             raise ValueError("dtype is auto; name the dtype of both sides, such as float32")
-        loaded, pair = load_extended(path, execution)
+        if source is None:
+            loaded, pair = load_extended(path, execution)
+        else:
+            loaded, pair = _with_factors_of(path, source, execution)
         if pair is None:
             raise ValueError(f"{path}: its RoPE is not scaled; give an exported model to verify")
-        _require_recorded(path, pair)
+        _require_recorded(path, find_pair(path, execution.trust_remote_code) or pair)
         self.path, self.dtype, self.pair, self.loaded = path, execution.dtype, pair, loaded
         # A static export records its boundary only in its manifest.
         boundary, target = import_pair(path).recovery_length, pair.long.max_position_embeddings
@@ -241,6 +248,31 @@ def _consistent(config: Path) -> bool:
     content = json.loads(config.read_text("utf-8"))
     new, old = content.get("rope_parameters") or {}, content.get("rope_scaling") or {}
     return all(new[key] == old[key] for key in new.keys() & old.keys())
+
+
+def _with_factors_of(
+    path: str, source: str, execution: ExecutionConfig
+) -> tuple[LoadedModel, RescalePair | None]:
+    """Load the model that was exported, and return it with the export's factors for it."""
+    trusted = execution.trust_remote_code
+    written = find_pair(path, trusted)
+    if written is None:
+        return load_extended(path, execution)
+    exact = import_pair(path, trust_remote_code=trusted)  # before an attention factor was folded
+    pair = RescalePair(
+        written.short.replace(attention_factor=exact.short.attention_factor),
+        written.long.replace(attention_factor=exact.long.attention_factor),
+    )
+    info = inspect_weights(
+        source,
+        rope_scaling="replace",
+        original_length=exact.long.original_max_position_embeddings,
+        trust_remote_code=trusted,
+    )
+    info.require_extendable()
+    assert info.rotary_dim and info.rope_theta
+    check_fits(pair.long, info.rotary_dim // 2, info.rope_theta)
+    return load_model(info.source, execution, info=info), pair
 
 
 def _points(boundary: int, target: int, spec: Engine) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from longrope.files import JsonlStore, only_process, write_atomically
+from longrope.files import JsonlStore, delete_leftovers, only_process, write_atomically
 
 
 class MeasurementCache:
@@ -62,8 +62,9 @@ def measurement_cache(directory: Path | None, group_size: int = 1) -> Iterator[M
     if directory is None or group_size > 1:
         yield MeasurementCache()
         return
-    directory = directory / "unfinished"
+    results, directory = directory, directory / "unfinished"
     with only_process(directory):
+        delete_leftovers(results)
         cache = MeasurementCache(directory)
         try:
             yield cache

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,12 @@ def method_entries(
             else the search's default), and add a row where a method's own differs.
 
     Raises:
-        ValueError: neither a method nor a rescale file of this model's shape.
+        ValueError: neither a method nor a rescale file of this model's shape, or an attention
+            factor that no method can have.
     """
     shared = attention_factor
+    if shared is not None and not 0 < shared < math.inf:
+        raise ValueError(f"attention_factor is {shared}; it must be positive and finite")
     named = [name for name in methods if name not in METHODS]
     files = {name: load_rescale(name, info.rescale("none", target)) for name in named}
     if shared is None and own_attention_factors:

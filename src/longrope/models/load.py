@@ -19,6 +19,7 @@ from longrope.models.compatibility import incompatibility
 from longrope.models.devices import find_device, find_offload_target
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model, without_adapters
 from longrope.models.meta import unscaled
+from longrope.models.parameters import is_tied
 from longrope.models.sources import read_pretrained
 from longrope.progress import announced, quiet
 
@@ -130,6 +131,9 @@ def load_model(
         if info.replaces_scaling:
             options["config"] = unscaled(config, info.rotary_layer_type)
         model = read_pretrained(auto_class(config), source, trusted, **options)
+    for part in (model.config, model.config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):  # the weights decide
+            part.tie_word_embeddings = is_tied(model)
     model.eval()
     if execution.offload_weights:
         offload_layers(model, where)

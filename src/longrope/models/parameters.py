@@ -20,9 +20,12 @@ def active_parameters(model: nn.Module, config: Any) -> int:
     return total - experts + experts * min(chosen, count) // count
 
 
-def is_tied(model: nn.Module) -> bool:
-    """Return whether embeddings and output head share parameters, by the whole model's config."""
-    return bool(getattr(model.config, "tie_word_embeddings", False))
+def is_tied(model: Any) -> bool:
+    """Return whether a model's embeddings and output head share parameters."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return bool(getattr(model.config, "tie_word_embeddings", False))
+    return head.weight is embeddings.weight
 
 
 def text_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

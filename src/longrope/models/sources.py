@@ -1,7 +1,6 @@
 """Read models from a directory, the hub, a GGUF file or the package."""
 
 import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from longrope.errors import first_line
 from longrope.models.bundled import BUNDLED
+from longrope.models.weights import weight_files
 from longrope.progress import discard_stderr
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -77,11 +77,8 @@ def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
             )
         if (path / "recipe.yaml").exists() and (path / "model").is_dir():
             raise ValueError(f"{path}: is a run; its checkpoint is {path / 'model'}")
-    if reads_weights and any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
-        raise ValueError(
-            f"{path}: its weights are pickled (.bin), which may run any code and is not read; load "
-            "it in transformers and save it again, which writes safetensors"
-        )
+    if reads_weights:
+        weight_files(path)
 
 
 def is_in_config_file(source: str, config: Any, key: str) -> bool:
@@ -121,25 +118,6 @@ def local_copy(source: str) -> Path:
         raise ValueError(
             f"{source}: no such directory, nor read from the hub: {first_line(error)}"
         ) from error
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """List the safetensors files that transformers loads from a model's source directory.
-
-    Raises:
-        ValueError: there are none, or one that the index names is missing.
-    """
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise ValueError(f"{directory}: has no model.safetensors; save the model in that form")
-    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    files = [directory / name for name in sorted(set(named))]
-    missing = next((file for file in files if not file.exists()), None)
-    if missing is not None:
-        raise ValueError(f"{missing}: is missing, though {index.name} names it")
-    return files
 
 
 def refuse_scaled_gguf(source: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from longrope.distributed import Ranks
-from longrope.files import write_atomically
+from longrope.files import is_temporary, write_atomically
 from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
 from longrope.models.target_length import starting_point
@@ -87,7 +87,10 @@ class Run:
                     "another `out`"
                 )
             self._remeasures = before["evaluate"] != now["evaluate"]
-        elif self.out.exists() and {p.name for p in self.out.iterdir()} - {".lock", _CHOICES}:
+        elif any(
+            entry.name not in (".lock", _CHOICES) and not is_temporary(entry.name)
+            for entry in (self.out.iterdir() if self.out.exists() else ())
+        ):
             raise ValueError(f"{self.out} is not empty and holds no run; give another `out`")
         if new:
             self._save()

@@ -1,0 +1,163 @@
+"""The weight files of a model's directory: which they are, and what is in them."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from longrope.errors import first_line
+from longrope.models.meta import build_meta_model
+from longrope.progress import quiet
+
+_HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """List the safetensors files that transformers loads from a model's source directory.
+
+    Raises:
+        ValueError: there are none, or the index names a file that is missing, lies outside the
+            directory, or is no safetensors file.
+    """
+    if (directory / SINGLE).exists():
+        return [file_inside(directory, SINGLE)]
+    if not (directory / INDEX).exists():
+        if any(directory.glob("*.bin")):
+            raise ValueError(
+                f"{directory}: its weights are pickled (.bin), which may run any code and is not "
+                "read; load it in transformers and save it again, which writes safetensors"
+            )
+        raise ValueError(f"{directory}: has no {SINGLE}; save the model in that form")
+    index = file_inside(directory, INDEX)
+    files = []
+    for name in _names_in_index(index):
+        file = file_inside(directory, name)
+        if file.suffix != ".safetensors":
+            raise ValueError(
+                f"{index}: names {name!r}, but only safetensors are read; load the model in "
+                "transformers and save it again, which writes safetensors"
+            )
+        if not file.is_file():
+            raise ValueError(f"{file}: is missing, though {index.name} names it")
+        files.append(file)
+    return files
+
+
+def _names_in_index(index: Path) -> list[str]:
+    try:
+        names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        if not names:
+            raise ValueError("its weight_map is empty")
+        return sorted(names)
+    # Not JSON, or another structure
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{index}: names no weight files ({type(error).__name__}: {first_line(error)}); save "
+            "the model again, which writes it anew"
+        ) from None
+
+
+def file_inside(directory: Path, name: str) -> Path:
+    """Return the file of a model's directory with a name that one of its files gives.
+
+    In the hub's cache, a snapshot's files are links to the blobs of the same model.
+
+    Raises:
+        ValueError: it leads outside the directory, by its name or by symbolic links.
+    """
+    root = directory.resolve()
+    places = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    file = directory / name
+    leads_out = "\0" in name or ".." in Path(name).parts
+    if leads_out or not any(file.resolve().is_relative_to(place) for place in places):
+        raise ValueError(
+            f"{directory}: {name!r} leads outside the model's directory; if it belongs to the "
+            "model, put the file itself there"
+        )
+    return file
+
+
+def stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the safetensors slice of every weight; only headers are read.
+
+    Raises:
+        ValueError: no weight files, or one is not safetensors.
+    """
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                    yield name, weights.get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file}: is not a whole safetensors file ({first_line(error)}); get it again"
+            ) from None
+
+
+def check_weights(directory: Path, config: Any, trust_remote_code: bool) -> None:
+    """Check by their names and shapes that a directory has all weights of its model.
+
+    The weights of a quantised model are known only to the library that quantised it.
+
+    Args:
+        config: transformers' config of the model.
+
+    Raises:
+        ValueError: no weight files, one that is not safetensors, or missing tensors.
+    """
+    state = {
+        name: torch.empty(part.get_shape(), device="meta")
+        for name, part in stored_tensors(directory)
+    }
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    model: Any = build_meta_model(str(directory), config, trust_remote_code)[0]
+    try:
+        with quiet():
+            _, report = type(model).from_pretrained(
+                None, config=config, state_dict=state, device_map="meta", output_loading_info=True
+            )
+    except Exception as error:  # tensors that do not fit each other
+        raise ValueError(f"{directory}: its weights are not whole: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{directory}: {len(missing)} of the model's tensors are missing, such as {missing[0]};"
+            " give the whole of it"
+        )
+
+
+def has_own_head(directory: Path, names: Sequence[str] = (_HEAD, _EMBEDDINGS)) -> bool:
+    """Return whether the weights hold an output head that differs from the embeddings.
+
+    ``tie_word_embeddings`` in a config can be wrong. transformers then believes the weights, and
+    other engines the config.
+
+    Args:
+        names: ends of the names of the two weights; see :func:`head_and_embeddings`.
+    """
+    found = {
+        end: part
+        for name, part in stored_tensors(directory)
+        for end in names
+        if f".{name}".endswith(f".{end}")
+    }
+    if len(found) < 2:
+        return False
+    head, embeddings = (part[:] for part in found.values())
+    return not torch.equal(head, embeddings)
+
+
+def head_and_embeddings(model: Any) -> list[str]:
+    """Return the ends of the names of a model's output head and embeddings, as far as it has them.
+
+    The beginnings differ between a checkpoint and the model that it is loaded into.
+    """
+    wanted = model.get_output_embeddings(), model.get_input_embeddings()
+    named = {id(module): name for name, module in model.named_modules()}
+    return [
+        f"{named[id(module)].rpartition('.')[2]}.weight" for module in wanted if module is not None
+    ]
