@@ -13,7 +13,7 @@ from longrope.data.windows import TokenDocument, cut_into_spans, pack, tokenize,
 # In this order, the first two differ most.
 KINDS = ("prose", "code", "dialogue", "manual")
 # Windows of each kind for validation.
-_VALIDATED = 2
+VALIDATION_WINDOWS = 2
 
 
 def windows_of_kinds(
@@ -45,7 +45,7 @@ def windows_of_kinds(
         kind: next(_cut(half, size, 1, rng, bos)) for kind, half in zip(kinds, first, strict=True)
     }
     validated = {
-        kind: list(_cut(half, size, _VALIDATED, rng, bos))
+        kind: list(_cut(half, size, VALIDATION_WINDOWS, rng, bos))
         for kind, half in zip(kinds, second, strict=True)
     }
     return searched, validated

@@ -81,9 +81,8 @@ class Costs:
         """
         key, section = self.recipe.section(name)
         config = section.config
-        each = config.windows + config.passkey_prompts
         searches = section.method == "search"
-        forwards = config.forwards * each if searches else 0
+        forwards = round(config.window_passes(config.forwards, length)) if searches else 0
         stage = self.forwards(name, "search", length, forwards)
         if searches and config.algorithm == "gradient":
             if self.dtype == "float16":

@@ -166,6 +166,9 @@ def _standard(
         yield Choice("search.windows", 2, "quick: fewer windows than the default 5")
         yield Choice("search.budget", 12, "quick: the starting ramps and a few gradient steps")
         yield Choice("recovery.budget", 12, "quick: as for the search")
+        reason = "quick: without windows of other kinds of text, and without validation"
+        yield Choice("search.transfer", "none", reason)
+        yield Choice("recovery.transfer", "none", reason)
     yield Choice("recovery.windows", 6 if quick else 12, "windows at the original length are cheap")
     if trained is not None:
         yield from _second_search(quick)
@@ -183,6 +186,7 @@ def _second_search(quick: bool) -> Iterator[Choice]:
     yield Choice("second_search.budget", 4, reason)
     yield Choice("second_search.population", 4, reason)
     yield Choice("second_search.windows", 1, "forward passes at the target take long")
+    yield Choice("second_search.transfer", "none", "the starts follow from the first search")
 
 
 def _training(
@@ -285,10 +289,13 @@ def _paper(recipe: Recipe, info: ModelInfo) -> Iterator[Choice]:
     reason = "Algorithm 1 with the paper's population and generations"
     yield Choice("search.algorithm", "evolution", reason)
     yield Choice("recovery.algorithm", "evolution", reason)
+    yield Choice("search.transfer", "none", "the paper's searches see one text")
+    yield Choice("recovery.transfer", "none", "as for the search")
     yield Choice("recovery.windows", 20, "windows at the original length are cheap")
     defaults = FinetuneConfig()
     if trained is not None:
         yield Choice("second_search.algorithm", "evolution", reason)
+        yield Choice("second_search.transfer", "none", "as for the search")
         if target > 2**19:
             reason = "the paper halves these beyond 512k"
             yield Choice("second_search.population", 32, reason)

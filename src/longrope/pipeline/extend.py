@@ -195,7 +195,7 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     )
     if run.ranks.first:
         console.print(describe_gain(result), highlight=False)
-    forwards = round(result.forwards * (len(windows.ids) + config.passkey_prompts))
+    forwards = round(config.window_passes(result.forwards, stage.length))
     return {
         "loss": result.best_loss,
         "starts": result.starts,

@@ -49,7 +49,7 @@ from longrope.search.gradient_search import Schedule, gradient_search
 from longrope.search.history import SearchIdentity, require_search_directory
 from longrope.search.objective import Objective, passkey_questions, window_losses
 from longrope.search.problem import Problem, first_search_problem, require_start_tokens
-from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
+from longrope.search.settings import VALIDATED, EvolutionSearchConfig, GradientSearchConfig
 from longrope.search.space import START_TOKENS, Result
 from longrope.search.validation import OWN, Validation, rescale_key, validate
 from longrope.units import duration
@@ -280,7 +280,7 @@ def _validated(
             if ranks.first:
                 store[key] = found
         done += 1
-        advance(done, "candidates")
+        advance(min(done, VALIDATED), f"{done} candidates")
         return found
 
     def accepted(found: Rescale) -> tuple[Rescale, Validation]:
@@ -295,7 +295,7 @@ def _validated(
             validation
         )
 
-    with progress("validate", _VALIDATED, show=ranks.first) as advance:
+    with progress("validate", VALIDATED, show=ranks.first) as advance:
         best, validation = accepted(result.best)
         portable = result.portable
         if portable is not None:
@@ -458,8 +458,6 @@ def _identity(
     )
 
 
-# Candidates that a validation measures, about.
-_VALIDATED = 4
 # Number of starts in a progress line.
 _SHOWN = 3
 

@@ -19,8 +19,8 @@ from longrope.rope.rescale import Rescale
 
 # The kind of the windows that come from the searched text.
 OWN = "own"
-# Worse than a published method by more than this is harm, in nats.
-_HARM = 0.01
+# Worse than a published method by more than this and two standard errors is harm, in nats.
+_HARM, _ERRORS = 0.01, 2.0
 # Shares of the way from the best published method to the result, in ln λ.
 _SHARES = (2 / 3, 1 / 3)
 # Published methods to measure: the best on the search windows.
@@ -154,8 +154,18 @@ def _standard_error(differences: np.ndarray, kinds: Sequence[str]) -> float | No
 
 
 def _is_worse(losses: Sequence[float], others: Sequence[float], kinds: Sequence[str]) -> bool:
-    """Whether a validation candidate does harm to any kind of text, against another one."""
-    return any(difference > _HARM for difference in _by_kind(losses, others, kinds).values())
+    """Whether a validation candidate does harm to any kind of text, against another one.
+
+    The standard error of a kind comes from the spread within all kinds, since each has few windows.
+    """
+    means, named = _by_kind(losses, others, kinds), np.array(kinds)
+    differences = np.subtract(losses, others)
+    spread = sum(float(((differences[named == k] - mean) ** 2).sum()) for k, mean in means.items())
+    deviation = math.sqrt(spread / max(1, len(kinds) - len(means)))
+    return any(
+        mean > max(_HARM, _ERRORS * deviation / math.sqrt((named == kind).sum()))
+        for kind, mean in means.items()
+    )
 
 
 def _by_kind(
