@@ -18,7 +18,7 @@ from pydantic import (
 from longrope.base_config import Config
 from longrope.evaluate.settings import BenchmarkConfig, RetrievalConfig
 from longrope.execution import ExecutionConfig
-from longrope.files import write_atomically
+from longrope.files import load_yaml, write_atomically
 from longrope.models.bundled import BUNDLED
 from longrope.rope.methods import METHODS
 from longrope.search.settings import GradientSearchConfig, SearchConfig, describe_error
@@ -259,20 +259,6 @@ class Recipe(Config):
         write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader for recipes that refuses duplicate keys, as the YAML specification does."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {line}")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     """Read a recipe from a YAML file, or a shipped recipe by its name, such as ``bundled``.
 
@@ -285,7 +271,7 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     if not path.exists():
         path = Path(source)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ValueError(
@@ -355,7 +341,7 @@ def _set(content: dict[str, Any], setting: str) -> None:
         for other in set(place) - shared:
             del place[other]
     try:
-        place[name] = yaml.safe_load(value)
+        place[name] = load_yaml(value)
     except yaml.YAMLError:
         raise ValueError(f"set={setting!r}: its value is not valid YAML") from None
 
