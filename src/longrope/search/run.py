@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from longrope.data.documents import check_sources
+from longrope.data.encoding import bos_token
 from longrope.data.prompts import Prompt
 from longrope.data.windows import (
     TokenDocument,
     Windows,
-    bos_token,
+    check_documents,
     load_documents,
     pack,
     random_half,
@@ -118,6 +119,7 @@ def search_documents(
         max_factor=options.config.max_factor,
     )
     bos, seed = bos_token(loaded.tokenizer), options.seed
+    check_documents(documents, loaded.info.vocabulary, (bos,))
     if options.pack:
         documents = random_half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
