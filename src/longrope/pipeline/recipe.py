@@ -157,12 +157,12 @@ class Recipe(Config):
         model: directory, hub id or GGUF file of the model to extend.
         target: target length in tokens, such as 131072, 128k or 64x.
         effort: how much to search, train and measure.
-        data: text, JSON, JSONL, CSV or Parquet files, directories of such files, hub datasets,
+        data: text, JSON, JSONL, CSV, TSV or Parquet files, directories of such files, hub datasets,
             ``python-library`` or ``python-library-held-out``.
         eval_data: held-out text. Default: a part of ``data``.
         other_data: text of another kind to measure perplexity on as well. Default: held-out
             packages of the Python library, unless the data is the Python library.
-        field: text field in JSON, JSONL, CSV, Parquet and datasets.
+        field: text field in JSON, JSONL, CSV, TSV, Parquet and datasets.
         seed: random seed.
         rope_scaling: for a model with RoPE scaling: keep it, or replace it.
         original_length: original context length in tokens, if the config is wrong.
