@@ -20,7 +20,8 @@ from typing import Any
 
 import record
 
-from longrope.data.windows import bos_token, load_documents, pack
+from longrope.data.encoding import bos_token
+from longrope.data.windows import load_documents, pack
 from longrope.distributed import Ranks
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.compare import compare_perplexity, method_entries, resolve_lengths

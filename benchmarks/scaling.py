@@ -22,7 +22,8 @@ import record
 import torch
 import transformers
 
-from longrope.data.windows import bos_token, load_documents, search_windows
+from longrope.data.encoding import bos_token
+from longrope.data.windows import load_documents, search_windows
 from longrope.distributed import Ranks, ranks
 from longrope.execution import ExecutionConfig
 from longrope.layerwise.backward import gradient

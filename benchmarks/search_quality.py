@@ -25,9 +25,9 @@ import record
 from smollm2 import model_path
 
 from longrope.data.documents import check_sources
+from longrope.data.encoding import bos_token
 from longrope.data.windows import (
     Windows,
-    bos_token,
     exclude_documents,
     load_documents,
     search_windows,

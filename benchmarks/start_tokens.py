@@ -14,7 +14,8 @@ from pathlib import Path
 import record
 from smollm2 import model_path
 
-from longrope.data.windows import bos_token, load_documents
+from longrope.data.encoding import bos_token
+from longrope.data.windows import load_documents
 from longrope.evaluate.perplexity import paired_difference, score
 from longrope.execution import ExecutionConfig
 from longrope.layerwise.forward import LongForward

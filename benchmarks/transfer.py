@@ -21,8 +21,9 @@ import numpy as np
 import record
 
 from longrope.data.documents import Document
+from longrope.data.encoding import bos_token
 from longrope.data.stdlib import library_texts
-from longrope.data.windows import TokenDocument, bos_token, tokenize, with_bos
+from longrope.data.windows import TokenDocument, tokenize, with_bos
 from longrope.distributed import Ranks
 from longrope.files import JsonlStore
 from longrope.models.load import LoadedModel, load_model

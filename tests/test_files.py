@@ -2,7 +2,9 @@ import errno
 import os
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from kills import killed_at
 from longrope.files import (
@@ -10,8 +12,11 @@ from longrope.files import (
     atomic_directory,
     copy_file,
     only_process,
+    read_arrays,
     read_lines,
     recover,
+    temporary_directory,
+    write_arrays,
     write_atomically,
 )
 
@@ -207,3 +212,45 @@ def test_a_copy_shares_nothing_with_the_file(tmp_path):
     with (tmp_path / "copy").open("r+") as file:
         file.write("new")
     assert (tmp_path / "file").read_text() == "old" * 10_000
+
+
+def test_arrays_come_back_or_are_none(tmp_path):
+    path = tmp_path / "a.safetensors"
+    arrays = {"ids": np.arange(6, dtype=np.int32), "of": np.ones((2, 0)), "x": np.eye(3)[:, 1]}
+    write_arrays(path, arrays)
+    found = read_arrays(path)
+    assert found is not None
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        assert read_arrays(path) is None, place
+    for content in (b"", whole[:-1], whole[:9], whole + b"0", save(arrays)):
+        path.write_bytes(content)
+        assert read_arrays(path) is None
+    (tmp_path / "b.safetensors").write_bytes(whole)  # another's name
+    assert read_arrays(tmp_path / "b.safetensors") is None
+    assert read_arrays(tmp_path / "none") is None
+
+
+def test_temporary_files_name_tmpdir(tmp_path, monkeypatch):
+    def nowhere(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    with temporary_directory() as directory:
+        (directory / "a").write_text("a")
+    assert not directory.exists()
+    with pytest.raises(ValueError, match=r"No space left.*TMPDIR"), temporary_directory():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), temporary_directory():
+        (tmp_path / "none").read_text()
+    monkeypatch.setattr("tempfile.mkdtemp", nowhere)
+    with pytest.raises(ValueError, match=r"No usable .*TMPDIR"), temporary_directory():
+        raise AssertionError
+
+
+def test_any_character_can_be_written(tmp_path):
+    write_atomically(tmp_path / "a", "λ 😀 \udcff")
+    assert (tmp_path / "a").read_bytes() == "λ 😀 ".encode() + rb"\udcff"

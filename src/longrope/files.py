@@ -2,17 +2,22 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import psutil
-from safetensors import SafetensorError
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 try:
     import fcntl
@@ -96,7 +101,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             ``path`` is unchanged.
     """
     with atomic_file(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -272,6 +279,121 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from None
     finally:
         _delete(temporary)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a safetensors file of a cache, atomically and with a hash of their content.
+
+    Raises:
+        ValueError: the file could not be written.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomically(path, save(contiguous, {"sha256": _arrays_digest(path, contiguous)}))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Read the arrays that :func:`write_arrays` wrote under this name.
+
+    Returns:
+        None where there is no such file, or where it is damaged or has another name.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            digest = (file.metadata() or {}).get("sha256")
+    # NumPy lacks some dtypes, which a damaged header can name.
+    except (OSError, SafetensorError, TypeError, AttributeError):
+        return None
+    return arrays if digest == _arrays_digest(path, arrays) else None
+
+
+def _arrays_digest(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(path.name.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f" {name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML of plain values, without duplicate keys and with bounded aliases and nesting.
+
+    Raises:
+        yaml.YAMLError: it is not such YAML.
+    """
+    try:
+        return yaml.load(text, _YamlLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML loader that refuses duplicate keys, as the YAML specification does.
+
+    It refuses aliases that stand for more values than any file of ours has: nested ones, each of
+    several copies of the one before, grow without bounds.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _expanded(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_NODES:,} values")
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {line}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# Values of a YAML file at most, each counted as often as aliases repeat it.
+_MOST_NODES = 10_000
+
+
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """Count the values of a YAML node, aliases written out; infinite within themselves."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [one for pair in node.value for one in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_expanded(one, known) for one in inner)
+    return known[id(node)]
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """Make a temporary directory for a ``with`` block.
+
+    Raises:
+        ValueError: none can be made, or the disk is full; names TMPDIR.
+    """
+    try:
+        directory = tempfile.mkdtemp()
+    except OSError as error:
+        raise _no_temporary_files(error) from None
+    try:
+        yield Path(directory)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_temporary_files(error) from None
+        raise
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _no_temporary_files(error: OSError) -> ValueError:
+    return ValueError(
+        f"temporary files cannot be written ({error.strerror or error}); set TMPDIR to a directory "
+        "with free space"
+    )
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

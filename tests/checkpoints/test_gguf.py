@@ -14,6 +14,7 @@ from longrope.checkpoints.gguf_io import read_metadata, read_tensors, write_file
 from longrope.checkpoints.importer import import_pair
 from longrope.engines.check import Reference, verify
 from longrope.execution import ExecutionConfig
+from longrope.models.bundled import BUNDLED
 from longrope.models.load import load_model
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
@@ -243,3 +244,63 @@ def test_the_weights_decide_whether_a_head_is_written(
         with torch.no_grad():
             expected = micro_models("llama")(input_ids=ids).logits
             torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected)
+
+
+def with_tokenizer(target, edit, **config):
+    """A copy of the bundled model whose tokenizer is edited."""
+    shutil.copytree(BUNDLED, target)
+    file = target / "tokenizer.json"
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+    file = target / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return target
+
+
+def add(content, token, number, special=True):
+    content["added_tokens"].append(
+        content["added_tokens"][0] | {"id": number, "content": token, "special": special}
+    )
+
+
+def test_added_tokens_beyond_the_embeddings_are_left_out(made, tmp_path):
+    from gguf import GGUFReader
+
+    def edit(content):
+        add(content, "<pad>", 1536)
+        add(content, "<image>", 1576, special=False)
+
+    padded = with_tokenizer(tmp_path / "padded", edit, pad_token="<pad>")
+    export(options(tmp_path, "bundled", "a.gguf", "gguf"))
+    export(options(tmp_path, padded, "b.gguf", "gguf"))
+    plain, found = (
+        {key: value for key, value, *_ in read_metadata(GGUFReader(tmp_path / name))[1]}
+        for name in ("a.gguf", "b.gguf")
+    )
+    pad = "tokenizer.ggml.padding_token_id"
+    assert plain.pop(pad) == 2
+    assert pad not in found
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"):
+        assert list(found[key]) == list(plain[key])
+    assert len(found["tokenizer.ggml.tokens"]) == 1536
+
+
+def test_a_vocabulary_beyond_the_embeddings_is_refused(made, tmp_path):
+    def one_more(content):
+        content["model"]["vocab"]["zzz"] = 1536
+
+    def bos_beyond(content):
+        add(content, "<s>", 1600)
+        special = {"<s>": {"id": "<s>", "ids": [1600], "tokens": ["<s>"]}}
+        single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
+        single.append({"Sequence": {"id": "A", "type_id": 0}})
+        content["post_processor"] |= {"single": single, "special_tokens": special, "pair": single}
+
+    more = with_tokenizer(tmp_path / "more", one_more)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: token id 1,536 .* of 1,536 tokens"):
+        export(options(tmp_path, more, "m.gguf", "gguf"))
+    beyond = with_tokenizer(tmp_path / "bos", bos_beyond, bos_token="<s>")
+    with pytest.raises(ValueError, match=r"BOS: token id 1,600 .* of 1,536 tokens"):
+        export(options(tmp_path, beyond, "m.gguf", "gguf"))
+    assert not (tmp_path / "m.gguf").exists()

@@ -11,7 +11,7 @@ import longrope
 from longrope.data.windows import load_documents
 from longrope.models.load import load_tokenizer
 from longrope.rope.rescale import Rescale
-from program import interpreter, refused, succeeds
+from program import interpreter, refused, run, succeeds
 
 LIBRARY = ["--data", "python-library-held-out"]
 
@@ -205,3 +205,22 @@ def test_retrieval_from_the_command_line(tmp_path):
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads(succeeds("evaluate", "needle", *arguments, *LIBRARY, "--json"))["needle"]
     assert sum(row["trials"] for row in found) == 12
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1", "utf-8"])
+def test_output_never_fails_on_a_character(tmp_path, encoding):
+    """A name that the terminal cannot show, at the end of the work."""
+    code = """
+import io, sys
+sys.stdout = io.TextIOWrapper(sys.stdout.buffer, *sys.argv.pop().split(":"))
+from longrope.cli import main
+main()
+"""
+    out = tmp_path / "λ 😀 \udcff"  # the last is a byte that is no UTF-8
+    measure = ["evaluate", "passkey", "--lengths", 256, "--trials", 1, "--out", out]
+    done = run(*measure, encoding, code=code)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((out / "passkey.json").read_text())["passkey"]
+    assert (row["length"], row["trials"]) == (256, 1)
+    assert "256" in done.stdout
+    assert "passkey.png" in done.stdout

@@ -241,3 +241,19 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_work(tmp_path):
     out = ["--out", tmp_path / "out"]
     refused("compare", "--target", "2x", "--methods", "none", *out, "--data", tmp_path / "file")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_empty_arguments_are_no_directories(tmp_path):
+    """An unset variable: neither the current directory is read, nor is it written to."""
+    (tmp_path / "private.txt").write_text("private " * 5000)
+    search = ["search", "bundled", "--target", "2x"]
+    mistakes = {
+        "--data is empty": [*search, "--out", "out", "--data", ""],
+        "--out is empty": [*search, "--data", "private.txt", "--out="],
+        "an argument is empty": ["export", "", "--out", "out"],
+        "--prompt-file is empty": ["generate", "bundled", "--prompt-file", ""],
+        "--prompt is empty": ["generate", "bundled", "--prompt", ""],
+    }
+    for message, arguments in mistakes.items():
+        assert f"error: {message}; give a" in refused(*arguments, cwd=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["private.txt"]

@@ -1,10 +1,15 @@
+import csv
+import io
 import json
 import logging
+import re
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from longrope.data.documents import read_documents
+from longrope.data.documents import check_sources, documents_of, read_documents
 from longrope.data.stdlib import HELD_OUT
 
 
@@ -38,7 +43,7 @@ def test_reads_every_kind(tmp_path):
         ("x.parquet", b"PAR1", "x.parquet .*Parquet"),
         ("blank.jsonl", b'{"text": " "}\n', r"data='.*blank.jsonl' .*no text"),
         ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 .*no field 'text'.*: a, b"),
-        ("x.json", b"[1,\n 2", "x.json: line 1 .*JSON"),
+        ("x.json", b"[1,\n 2", "x.json is not valid JSON .*line 2"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
@@ -105,3 +110,126 @@ def test_csv_is_read_by_rows(tmp_path):
     assert [d.text for d in read_documents([str(file)])] == ['a, "b"\nc', "second"]
     with pytest.raises(ValueError, match=r"no field 'body'.*id, text"):
         read_documents([str(file)], field="body")
+
+
+ROWS = st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1), min_size=1)
+
+
+def as_csv(texts, delimiter=","):
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerows([["id", "body"], *([n, text] for n, text in enumerate(texts))])
+    return file.getvalue().split("\r\n")[:-1]
+
+
+def as_jsonl(texts):
+    return [json.dumps({"id": n, "body": text}) for n, text in enumerate(texts)]
+
+
+# Suffix → the lines of a file that holds texts, and lines that damage it.
+KINDS = {
+    ".jsonl": (
+        as_jsonl,
+        ["{", '{"body": 1}', '{"body": ["a"]}', '{"id": 1}', "[]", "\0", "1" * 5000],
+    ),
+    ".csv": (as_csv, ["1", "1,a,b", '1,"a"b', '1,"a', "1,\0"]),
+    ".tsv": (lambda texts: as_csv(texts, "\t"), ["1", "1\ta\tb", '1\t"a"b', '1\t"a']),
+    ".txt": (lambda texts: ["", *texts], ["\0", "a\0b"]),
+}
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+@given(st.data())
+def test_a_file_is_read_as_a_whole_or_not_at_all(suffix, tmp_path_factory, data):
+    """Any texts come back as they were; one damaged row refuses the file, and names it."""
+    write, damages = KINDS[suffix]
+    texts = data.draw(ROWS)
+    lines = write(texts)
+    folder = tmp_path_factory.mktemp("folder")
+    whole, damaged = folder / f"a{suffix}", folder / f"b{suffix.upper()}"
+    whole.write_text("\n".join(lines) + "\n", newline="")
+    expected = list(dict.fromkeys(text for text in texts if text.strip()))
+    if suffix == ".txt":
+        expected = [text for text in ["\n".join(lines) + "\n"] if text.strip()]
+    if expected:
+        assert [d.text for d in read_documents([str(whole)], "body")] == expected
+    place = data.draw(st.integers(1, len(lines)))
+    damage = data.draw(st.sampled_from(damages))
+    damaged.write_text("\n".join([*lines[:place], damage, *lines[place:]]) + "\n", newline="")
+    with pytest.raises(ValueError, match=re.escape(str(damaged))):
+        read_documents([str(damaged)], "body")
+    if expected:
+        assert [d.text for d in read_documents([str(folder)], "body")] == expected
+
+
+def test_a_folder_uses_no_row_of_a_damaged_file(tmp_path, caplog):
+    (tmp_path / "good.jsonl").write_text('{"text": "good"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n{"text": 3}\n')
+    (tmp_path / "none.jsonl").write_text("\n")
+    assert [d.text for d in read_documents([str(tmp_path)])] == ["good"]
+    named = [record.getMessage() for record in caplog.records]
+    assert [line.startswith("skipped the whole file: ") for line in named] == [True, True]
+    assert "bad.jsonl: row 3 has int" in named[0]
+    assert "none.jsonl contains no text" in named[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"one\ntwo\0", "a.txt: line 2 has a NUL character"),
+        ("a.txt", b"one\xff", "a.txt is not UTF-8 text .byte 3 is 0xff"),
+        ("a.jsonl", b'{"text": ["a"]}', "row 1 has list in the field 'text'"),
+        ("a.jsonl", b'{"text": 1.5}', "row 1 has float in the field 'text'"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "a.jsonl: line 1 is not valid JSON .*digits"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1 is not valid JSON .nested too deeply"),
+        ("a.csv", b'text\n"a', "a.csv: line 2 is not valid CSV"),
+        ("a.csv", b"id,text\n1,a\n\n2", "ends in line 4 has 1 fields, but the first line names 2"),
+        ("a.csv", b"text,text\n1,a", "the field 'text' twice"),
+        ("a.tsv", b"text,id\na,1", "no field 'text'.*it has: text,id"),
+        ("a.json", b'[{"text": "a"},\n{"text": "b",}]', "a.json is not valid JSON .*line 2"),
+        ("a.json", b'{"text": "a"}\n{"text": "b",}', "a.json: line 2 is not valid JSON"),
+    ],
+)
+def test_messages_name_the_real_problem(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_documents([str(tmp_path / name)])
+
+
+def test_parquet_of_another_type_or_cut_short(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    file = tmp_path / "a.parquet"
+    for value, kind in ((b"a", "bytes"), (["a"], "list"), (1, "int")):
+        parquet.write_table(pyarrow.table({"text": [value]}), file)
+        with pytest.raises(ValueError, match=f"row 1 has {kind} in the field 'text'"):
+            read_documents([str(file)])
+    table = pyarrow.table({"text": [f"text {n}" * 50 for n in range(900)]})
+    parquet.write_table(table, file, row_group_size=100, compression="zstd")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :][:200] = bytes(200)
+    content[len(content) // 3 : len(content) // 3 + 300] = bytes(300)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        read_documents([str(file)])
+
+
+def test_long_fields_and_strings(tmp_path):
+    """A CSV field over 131,072 characters, and strings that are too long for a file's name."""
+    long = "word " * 60_000
+    (tmp_path / "a.csv").write_text(f"id,text\n1,{long}\n")
+    assert [d.text for d in read_documents([str(tmp_path / "a.csv")])] == [long]
+    texts = ["word " * 100, "a\0b", "half \ud83d", "é" * 255]
+    found = [d.text for d in documents_of(texts)]
+    assert found == [*texts[:2], "half \ufffd", texts[3]]
+    assert documents_of(texts[2:3])[0].sha256
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_source_is_not_the_current_directory(source, tmp_path, monkeypatch):
+    (tmp_path / "private.txt").write_text("private")
+    monkeypatch.chdir(tmp_path)
+    for read in (lambda: read_documents([source]), lambda: check_sources([source])):
+        with pytest.raises(ValueError, match=f"data is '{source}'; give a file"):
+            read()

@@ -1,13 +1,17 @@
+import os
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from longrope.data.documents import Document
 from longrope.data.windows import (
     TokenDocument,
-    bos_token,
+    check_documents,
     exclude_documents,
     pack,
     search_windows,
@@ -56,22 +60,118 @@ def test_many_small_documents_share_batches(tokenizer, tmp_path, monkeypatch, ca
     assert "tokenize 1000/1000" in capsys.readouterr().err
 
 
-def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, monkeypatch):
+def as_floats(file):
+    arrays = load_file(file)
+    save_file(arrays | {"ids": arrays["ids"].astype(np.float32) / 3}, file)
+
+
+def other_tokens(file):
+    """Whole and of the right kind, but of another text, under this one's name."""
+    arrays = load_file(file)
+    save_file(arrays | {"ids": arrays["ids"][::-1].copy()}, file)
+
+
+def one_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        as_floats,
+        other_tokens,
+        one_bit,
+        lambda file: file.write_bytes(file.read_bytes()[:20]),
+        lambda file: file.write_bytes(b""),
+        lambda file: save_file({"ids": np.zeros(3, np.int32)}, file),
+    ],
+    ids=["floats", "other tokens", "one bit", "cut short", "empty", "no lengths"],
+)
+def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, monkeypatch, damage):
     monkeypatch.setenv("LONGROPE_CACHE", str(tmp_path))
-    documents = [Document("a", "def f(x): return 12")]
-    first = tokenize(documents, tokenizer)
+    documents = [Document("a", "def f(x): return 12"), Document("b", "import os")]
+    expected = [tokenizer(d.text, add_special_tokens=False)["input_ids"] for d in documents]
+    tokenize(documents, tokenizer)
     (file,) = (tmp_path / "tokens").iterdir()
-    file.write_bytes(file.read_bytes()[:20])
-    assert np.array_equal(tokenize(documents, tokenizer)[0].ids, first[0].ids)
+    whole = file.read_bytes()
+    damage(file)
+    found = tokenize(documents, tokenizer)
+    assert [d.ids.tolist() for d in found] == expected
+    assert {d.ids.dtype for d in found} == {np.dtype(np.int32)}
+    assert file.read_bytes() == whole  # written again
+
+
+def test_a_cache_under_the_name_of_another_is_made_again(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGROPE_CACHE", str(tmp_path))
+    tokenize([Document("a", "import sys")], tokenizer)
+    (other,) = (tmp_path / "tokens").iterdir()
+    tokenize([Document("b", "import os!")], tokenizer)
+    (file,) = {*(tmp_path / "tokens").iterdir()} - {other}
+    shutil.copy(other, file)
+    (found,) = tokenize([Document("b", "import os!")], tokenizer)
+    assert tokenizer.decode(found.ids) == "import os!"
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["a file", "full"])
+def test_tokens_need_no_cache(tokenizer, tmp_path, monkeypatch, caplog, where):
+    """One warning, however many batches there are."""
+    monkeypatch.setattr("longrope.data.windows._BATCH", 20)
+    cache = tmp_path / "cache"
+    if where == "full":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        cache.write_text("")
+    monkeypatch.setenv("LONGROPE_CACHE", str(cache))
+    documents = [Document(str(n), f"def f{n}(x): return {n}") for n in range(9)]
+    found = tokenize(documents, tokenizer)
+    assert [tokenizer.decode(d.ids) for d in found] == [d.text for d in documents]
+    (record,) = caplog.records
+    assert "LONGROPE_CACHE" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("home", "cache", "expected"),
+    [
+        ("HOME", None, "HOME/.cache/longrope/tokens"),
+        ("HOME", "", "HOME/.cache/longrope/tokens"),
+        ("HOME", "HOME/given", "HOME/given/tokens"),
+        ("HOME", "~/given", "HOME/given/tokens"),
+        ("", None, None),
+        (None, None, None),
+        (None, "HOME/given", "HOME/given/tokens"),
+    ],
+)
+def test_where_the_cache_is(tokenizer, tmp_path, monkeypatch, home, cache, expected):
+    """A user without a home directory, and empty variables: nothing beside the given places."""
+
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name, value in (("HOME", home), ("LONGROPE_CACHE", cache)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value.replace("HOME", str(tmp_path)))
+    (found,) = tokenize([Document("a", "import os")], tokenizer)
+    assert tokenizer.decode(found.ids) == "import os"
+    written = [file.parent for file in tmp_path.rglob("*.safetensors")]
+    assert list(map(str, written)) == (
+        [expected.replace("HOME", str(tmp_path))] if expected else []
+    )
 
 
 def test_single_digits(tokenizer):
     ids = tokenizer("12345", add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode([i]) for i in ids] == list("12345")
-
-
-def test_bos_is_what_the_tokenizer_adds(tokenizer):
-    assert bos_token(tokenizer) == tokenizer.bos_token_id == tokenizer("x")["input_ids"][0]
 
 
 @given(
@@ -185,3 +285,12 @@ def test_lengths_are_whole():
     assert parse_length("1.1x", 1000) == 1100  # in floats a little more
     with pytest.raises(ValueError, match=r"'1\.1x': 281\.6 tokens"):
         parse_length("1.1x", 256)
+
+
+def test_documents_outside_the_embeddings_are_named():
+    documents = [document("a", 5), TokenDocument("b", ("b",), np.array([3, 1000], np.int32))]
+    check_documents(documents, 1001, (0, None))
+    with pytest.raises(ValueError, match=r"^b: token id 1,000 .* of 1,000 tokens.*<pad>"):
+        check_documents(documents, 1000)
+    with pytest.raises(ValueError, match=r"BOS or EOS .*token id 1,001"):
+        check_documents(documents, 1001, (None, 1001))

@@ -2,18 +2,21 @@
 
 import dataclasses
 import random
+import re
 
 import pytest
 import torch
 
+from longrope.data.encoding import encode
 from longrope.data.prompts import (
-    FILLER,
     TASK,
     depths,
     haystack_lines,
     needle_prompt,
     passkey_prompt,
+    question_tokens,
 )
+from longrope.data.windows import TokenDocument
 from longrope.evaluate.retrieval import RetrievalRow, retrieve
 from longrope.evaluate.statistics import retrieval_totals, wilson
 from longrope.files import JsonlStore
@@ -30,8 +33,7 @@ def bundled():
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_a_passkey_prompt_fills_its_length(bundled, length, depth):
     prompt = passkey_prompt(bundled.tokenizer, length, depth, random.Random(1))
-    filler = len(bundled.tokenizer(FILLER, add_special_tokens=False)["input_ids"])
-    assert length - filler - 8 <= len(prompt.ids) <= length
+    assert len(prompt.ids) == length
     text = bundled.tokenizer.decode(prompt.ids, skip_special_tokens=True)
     assert text.startswith(TASK)
     answer = bundled.tokenizer.decode(prompt.ids[-prompt.answer_tokens :]).strip()
@@ -49,10 +51,58 @@ def test_a_needle_stands_between_lines_of_the_haystack(bundled):
     lines = [f"line {i} of a long story\n" for i in range(2000)]
     prompt = needle_prompt(bundled.tokenizer, lines, 1000, 0.3, random.Random(0))
     text = bundled.tokenizer.decode(prompt.ids, skip_special_tokens=True)
-    assert 900 <= len(prompt.ids) <= 1000
+    assert len(prompt.ids) == 1000
     assert "\nThe magic number of " in text
     with pytest.raises(ValueError, match=r"length is 1,000, .* \d+ tokens .*`data`"):
         needle_prompt(bundled.tokenizer, lines[:20], 1000, 0.3, random.Random(0))
+
+
+WRITTEN = {
+    "lines": lambda text: text,
+    "empty lines": lambda text: text.replace("\n", "\n\n\n"),
+    "one line": lambda text: text.replace("\n", " "),
+    "no spaces": lambda text: re.sub(r"\s", "", text),
+    "accents": lambda text: text.replace("e", "é").replace("a", "か"),
+}
+
+
+@pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("length", [130, 1000, 4096])
+def test_a_needle_prompt_has_its_length_in_any_text(bundled, texts, write, length):
+    tokenizer = bundled.tokenizer
+    text = write((texts / "argparse.txt").read_text() + (texts / "http.txt").read_text())
+    (ids,) = encode(tokenizer, [text])
+    lines = haystack_lines([TokenDocument("d", ("d",), ids)], tokenizer, length)
+    assert len(encode(tokenizer, ["".join(lines)])[0]) < 3 * length
+    for depth in (0.0, 0.5, 1.0):
+        prompt = needle_prompt(tokenizer, lines, length, depth, random.Random(0))
+        assert len(prompt.ids) == length
+        found = tokenizer.decode(prompt.ids, skip_special_tokens=True)
+        at = found.index("The magic number of ") / len(found)
+        if length > 130:
+            assert at == pytest.approx(0.8 * depth + 0.1, abs=0.2)
+
+
+def test_every_length_from_the_shortest_is_reached(bundled):
+    shortest = question_tokens(bundled.tokenizer)
+    for length in range(shortest, shortest + 80):
+        prompt = passkey_prompt(bundled.tokenizer, length, 0.5, random.Random(length))
+        assert len(prompt.ids) == length
+
+
+def test_a_length_that_no_text_reaches_is_refused():
+    """Here every word takes 50 tokens, so most lengths are missed by more than 1%."""
+
+    def tokenizer(texts, **_):
+        def one(text):
+            return [1] * 50 * len(text.split())
+
+        return {"input_ids": one(texts) if isinstance(texts, str) else [*map(one, texts)]}
+
+    assert len(passkey_prompt(tokenizer, 5000, 0.5, random.Random(0)).ids) == 5000
+    assert len(passkey_prompt(tokenizer, 5049, 0.5, random.Random(0)).ids) == 5000
+    with pytest.raises(ValueError, match=r"length is 4,049, .* nearest prompt has 4,000 tokens"):
+        passkey_prompt(tokenizer, 4049, 0.5, random.Random(0))
 
 
 def test_too_short_for_the_question(bundled):
@@ -134,8 +184,6 @@ def test_totals():
 
 
 def test_lines_of_documents(bundled):
-    from longrope.data.windows import TokenDocument
-
     ids = torch.tensor(bundled.tokenizer("a\nb\n", add_special_tokens=False)["input_ids"]).numpy()
-    lines = haystack_lines([TokenDocument("d", ("d",), ids)], bundled.tokenizer)
+    lines = haystack_lines([TokenDocument("d", ("d",), ids)], bundled.tokenizer, 9999)
     assert lines[:2] == ["a\n", "b\n"]

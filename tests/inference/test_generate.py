@@ -7,13 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import longrope
 from conftest import pair
 from longrope.checkpoints.hf import export_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.checkpoints.run_directory import original_of
+from longrope.data.encoding import encode_prompt
 from longrope.execution import ExecutionConfig
 from longrope.inference.generate import decode_tokens, generate_tokens
 from longrope.inference.load import load_extended
+from longrope.layerwise.forward import Continuation
+from longrope.models.bundled import BUNDLED
 from longrope.models.load import LoadedModel, load_model
 from longrope.pipeline.recipe import make_recipe
 from longrope.rope.switch import switched
@@ -183,3 +187,32 @@ def test_the_original_of_a_run_is_loaded_as_the_run_did(tmp_path):
         "original_length": 512,
     }
     assert original_of("owner/name") is None
+
+
+def test_tokens_outside_the_embeddings(tmp_path):
+    """A ``<pad>`` beyond the table harms nobody until a text contains it."""
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"].append(content["added_tokens"][2] | {"id": 1536, "content": "<pad>"})
+    file.write_text(json.dumps(content))
+    loaded = load_model(str(tmp_path / "m"))
+    plain, beyond = (encode_prompt(loaded.tokenizer, f"import os{end}") for end in ("", "<pad>"))
+    assert (plain[-1] < 1536, beyond[-1]) == (True, 1536)
+    assert len(list(generate_tokens(loaded, None, plain, max_new_tokens=3))) == 3
+    named = r"token id 1,536 is outside the model's embeddings of 1,536 tokens"
+    forward = loaded.forward()
+    ids = torch.tensor([beyond])
+    for path in (
+        lambda: next(generate_tokens(loaded, None, beyond, max_new_tokens=3)),
+        lambda: forward.losses(ids),
+        lambda: forward.score(ids, []),
+        lambda: forward.score(ids[:, :-1], [Continuation(0, 1, beyond[1:])]),
+        lambda: forward.prefill(ids),
+        lambda: longrope.token_losses(loaded.model, ids),
+        lambda: longrope.perplexity(
+            str(tmp_path / "m"), texts=["import os\n" * 200 + "<pad>"], lengths=[128]
+        ),
+    ):
+        with pytest.raises(ValueError, match=named):
+            path()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from longrope.data.documents import read_documents
-from longrope.data.windows import bos_token, tokenize
+from longrope.data.encoding import bos_token
+from longrope.data.windows import tokenize
 from longrope.evaluate.perplexity import score
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model

@@ -137,9 +137,22 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         resolve_recipe(None, "some/model")
 
 
+def aliases(depth: int, start: str, use: str) -> str:
+    """A recipe whose nested aliases stand for 9 ** depth values."""
+    levels = [f"a0: &a0 [{', '.join('x' * 9)}]"]
+    for n in range(1, depth):
+        inner = ", ".join(f"*a{n - 1}" for _ in range(9))
+        levels.append(f"a{n}: &a{n} [{inner}]")
+    return "\n".join([start, *levels, use.format(depth - 1)])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (aliases(9, "target: 8x", "data: *a{}"), "recipe=.*aliases stand for more than 10,000"),
+        (aliases(300, "target: 8x", "model: *a{}"), "recipe=.*aliases stand for more than 10,000"),
+        ("target: 8x\ndata: &a [*a]", "recipe=.*aliases stand for more than 10,000"),
+        ("target: " + "[" * 5000 + "]" * 5000, "recipe=.*nested too deeply"),
         ("target: [8x", "recipe=.*valid YAML"),
         ("target: 8x\nseed: 1\ntarget: 4x", "'target' .*line 3"),
         ("target: 8x\nsearch: {windows: 1, windows: 2}", "'windows' .*line 2"),
@@ -165,3 +178,15 @@ def test_a_recipe_survives_its_file(tmp_path):
     recipe = make_recipe({"target": "8x", "evaluate": {"lengths": ["1k"]}})
     recipe.save(tmp_path / "r.yaml")
     assert load_recipe(tmp_path / "r.yaml") == recipe
+
+
+def test_an_alias_is_its_value(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "target: &l 8x\ndata: &d [a.txt, b.txt]\neval_data: *d\nevaluate: {lengths: [*l]}"
+    )
+    recipe = load_recipe(file)
+    assert recipe.eval_data == recipe.data == ("a.txt", "b.txt")
+    assert recipe.evaluate.lengths == ("8x",)
+    with pytest.raises(ValueError, match=r"set='data=&a \[\*a\]': its value is not valid YAML"):
+        resolve_recipe(None, "m", target="8x", settings=["data=&a [*a]"])

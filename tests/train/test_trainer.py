@@ -139,6 +139,70 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(checkpoints, texts, tmp_path
     assert lines == trained[1]
 
 
+@pytest.fixture(scope="module")
+def interrupted(checkpoints, texts, tmp_path_factory):
+    """A training that was interrupted after two checkpoints."""
+    out, asked = tmp_path_factory.mktemp("interrupted"), LongContextDataset.__getitem__
+
+    def failing(self, number):
+        if number == 10:
+            raise KeyboardInterrupt
+        return asked(self, number)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LongContextDataset, "__getitem__", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(checkpoints("llama"), texts, out)
+    found = {directory.name for directory in (out / "checkpoints").iterdir()}
+    assert found == {"checkpoint-2", "checkpoint-4"}
+    return out
+
+
+def cut(name):
+    def damage(checkpoint):
+        file = checkpoint / name
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    return damage
+
+
+def one_bit(checkpoint):
+    content = bytearray((checkpoint / "model.safetensors").read_bytes())
+    content[-9] ^= 64
+    (checkpoint / "model.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "checkpoints_left"),
+    [
+        (cut("optimizer.pt"), 1),
+        (cut("model.safetensors"), 0),
+        (lambda checkpoint: (checkpoint / "rng_state.pth").write_bytes(b""), 1),
+        pytest.param(lambda c: (c / "scheduler.pt").unlink(), 1, marks=pytest.mark.slow),
+        pytest.param(one_bit, 1, marks=pytest.mark.slow),
+        pytest.param(lambda c: (c / "complete.json").write_text("["), 1, marks=pytest.mark.slow),
+    ],
+    ids=["optimizer", "every model", "rng", "scheduler", "one bit", "marker"],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(
+    checkpoints, texts, tmp_path, trained, interrupted, caplog, capsys, damage, checkpoints_left
+):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    work = tmp_path / "checkpoints"
+    damage(work / "checkpoint-4")
+    if not checkpoints_left:
+        damage(work / "checkpoint-2")
+    capsys.readouterr()
+    lines, _, _ = train(checkpoints("llama"), texts, tmp_path)
+    assert lines == trained[1]
+    for name, weight in weights(trained[0]).items():
+        assert torch.equal(weight, weights(tmp_path)[name]), name
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("resuming after step 2 of 6; 2 steps are repeated" in said) == bool(checkpoints_left)
+    assert "checkpoint-4 is damaged and is not used" in caplog.text
+    assert ("starts from its first step" in caplog.text) == (not checkpoints_left)
+
+
 def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stands(
     checkpoints, texts, tmp_path, monkeypatch
 ):

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from longrope.checkpoints.gguf_io import Metadata, Tensor
+from longrope.data.encoding import check_ids
 from longrope.models.weights import has_own_head, weight_files
 
 _KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -153,11 +154,17 @@ def _tokenizer(directory: Path, vocabulary: int) -> Metadata:
         raise _unknown_tokenizer(directory, "it is not a byte-level BPE")
     tokens = [f"[PAD{i}]" for i in range(vocabulary)]
     types = [_UNUSED] * vocabulary
+    # Added tokens beyond the embeddings, such as a <pad>, are left out: the model has none of them.
+    added_ids = {added["id"] for added in content["added_tokens"]}
+    regular = [i for i in model["vocab"].values() if i not in added_ids]
+    check_ids(np.array(regular), vocabulary, f"{file}")
     for token, i in model["vocab"].items():
-        tokens[i], types[i] = token, _NORMAL
+        if i < vocabulary:
+            tokens[i], types[i] = token, _NORMAL
     for added in content["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+        if added["id"] < vocabulary:
+            tokens[added["id"]] = added["content"]
+            types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     items: Metadata = [
         ("tokenizer.ggml.model", "gpt2", kinds.STRING, None),
@@ -169,9 +176,12 @@ def _tokenizer(directory: Path, vocabulary: int) -> Metadata:
     ]
     special = gguf.SpecialVocab(directory, load_merges=False)
     for name, number in special.special_token_ids.items():
-        items.append(
-            (f"tokenizer.ggml.{_NAMES.get(name, name)}_token_id", number, kinds.UINT32, None)
-        )
+        if name == "bos" and _adds_bos(content):
+            check_ids(np.array([number]), vocabulary, f"{file}: BOS")
+        if number < vocabulary:
+            items.append(
+                (f"tokenizer.ggml.{_NAMES.get(name, name)}_token_id", number, kinds.UINT32, None)
+            )
     if isinstance(special.chat_template, str):
         items.append(("tokenizer.chat_template", special.chat_template, kinds.STRING, None))
     return items

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from longrope.files import write_atomically
+from longrope.files import load_yaml, write_atomically
 
 _PAIR = "pair.json"
 
@@ -20,7 +18,7 @@ def original_of(source: str) -> dict[str, Any] | None:
     recipe = Path(source) / "recipe.yaml"
     if not (is_run(Path(source)) and recipe.exists()):
         return None
-    found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    found = load_yaml(recipe.read_text(encoding="utf-8"))
     return {
         "source": found["model"],
         # Runs of older versions have another name for it.

@@ -1,9 +1,11 @@
 """The `longrope` program: start a verb, and turn errors into one line and an exit code."""
 
+import contextlib
 import logging
 import os
 import re
 import sys
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -61,6 +63,9 @@ def main() -> None:
     bare = all(argument[:1] != "-" for argument in arguments) and arguments != ["demo"]
     if bare and len(arguments) <= 1 + (arguments[:1] == ["evaluate"]):
         arguments = [*arguments, "--help"]  # a verb alone prints its usage
+    # A finished result is printed also where the terminal lacks some of its characters.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     handler = logging.StreamHandler()
     handler.setFormatter(_WithOptions(arguments))
     logging.getLogger("longrope").addHandler(handler)
@@ -68,6 +73,7 @@ def main() -> None:
         app(arguments)
     code = 0
     try:
+        _refuse_empty(arguments)
         code = app(arguments, standalone_mode=False)
     except _UsageError as error:
         _fail(error.format_message().replace("Value error, ", ""), 2)
@@ -84,6 +90,18 @@ def main() -> None:
     if code == 130:  # typer's exit code for Ctrl-C
         _end(_stopped(arguments), code)
     sys.exit(code)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse empty arguments, which an unset shell variable leaves and paths take for ``.``."""
+    for option, value in pairwise(["", *arguments]):
+        name, equals, rest = value.partition("=")
+        if not value:
+            name = option if option.startswith("--") else "an argument"
+        elif not (equals and not rest and name.startswith("--")):
+            continue
+        if name != "--prompt":
+            raise ValueError(f"{name} is empty; give a value, or leave it out")
 
 
 class _WithOptions(logging.Formatter):

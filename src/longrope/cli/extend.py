@@ -295,6 +295,7 @@ def generate(
 ) -> None:
     """Generate text from a prompt of any length, and print it token by token."""
     from longrope.data.documents import read_text
+    from longrope.data.encoding import encode_prompt
     from longrope.inference.generate import decode_tokens, generate_tokens
     from longrope.inference.load import load_extended
 
@@ -307,7 +308,7 @@ def generate(
     if not text:
         raise ValueError("--prompt is empty; give a prompt or a --prompt-file")
     loaded, pair = load_extended(model, ExecutionConfig.make(execution, option_name), **scaling)
-    ids = loaded.tokenizer(text, verbose=False)["input_ids"]
+    ids = encode_prompt(loaded.tokenizer, text)
     tokens = generate_tokens(
         loaded,
         pair.choose if pair else None,

@@ -16,11 +16,11 @@ Model = Annotated[
     str, typer.Argument(help="Directory, hub id, GGUF file, or 'bundled'.", metavar="MODEL")
 ]
 DATA_HELP = (
-    "Text, JSON, JSONL, CSV or Parquet file, directory of such files, hub dataset, or one of "
+    "Text, JSON, JSONL, CSV, TSV or Parquet file, directory of such files, hub dataset, or one of "
     "python-library and python-library-held-out (of this machine); repeatable."
 )
 Data = Annotated[list[str], typer.Option(help=DATA_HELP)]
-FIELD_HELP = "Text field in JSON, JSONL, CSV, Parquet and datasets."
+FIELD_HELP = "Text field in JSON, JSONL, CSV, TSV, Parquet and datasets."
 Field = Annotated[str, typer.Option(help=FIELD_HELP)]
 Pack = Annotated[
     bool, typer.Option("--pack", help="Join documents into windows, with BOS and EOS between them.")

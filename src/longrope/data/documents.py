@@ -1,8 +1,13 @@
-"""Read documents from text, JSON, JSONL and Parquet files, directories and hub datasets."""
+"""Read documents from text, JSON, JSONL, CSV, TSV and Parquet files, directories, hub datasets.
+
+A file is read as a whole or not at all: one damaged row refuses it, and in a directory leaves it
+out with a warning.
+"""
 
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -18,7 +23,8 @@ from longrope.progress import announced
 
 log = logging.getLogger(__name__)
 
-_FILES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+_FILES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+_TABLES = {".csv": ",", ".tsv": "\t"}  # and their delimiters
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -29,7 +35,7 @@ class Document:
     name: str
     text: str
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """Hash of the document's text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
@@ -41,9 +47,9 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     Documents with the same text are read once.
 
     Args:
-        sources: paths of text, JSON, JSONL, CSV or Parquet files, of directories, ids of datasets,
-            or ``python-library`` and ``python-library-held-out``, the library of this Python.
-        field: name of the text field in JSON, JSONL, Parquet and datasets.
+        sources: paths of text, JSON, JSONL, CSV, TSV or Parquet files, of directories, ids of
+            datasets, or ``python-library`` and ``python-library-held-out``, of this Python.
+        field: name of the text field in JSON, JSONL, CSV, TSV, Parquet and datasets.
 
     Raises:
         ValueError: a missing source, a file that is not text, a missing field, or no text.
@@ -87,7 +93,7 @@ def documents_of(texts: Any, field: str = "text") -> list[Document]:
                 f"texts[{number}] is {item!r}, the path of a file: give pathlib.Path(…) to read it"
             )
         if item.strip():
-            documents.append(Document(f"texts[{number}]", item))
+            documents.append(Document(f"texts[{number}]", _without_surrogates(item)))
     if not documents:
         raise ValueError("texts is empty; give documents with text")
     return documents
@@ -105,7 +111,9 @@ def check_sources(sources: Sequence[str], name: str = "data") -> None:
             "first try"
         )
     for source in sources:
-        known = source in SOURCES or Path(source).exists()
+        if not source.strip():
+            raise ValueError(f"{name} is {source!r}; give a file, a directory or a dataset")
+        known = source in SOURCES or os.path.exists(source)
         if not known and not _is_hub_dataset(source):
             raise ValueError(f"{name}={source!r}: no such file or directory")
 
@@ -116,15 +124,21 @@ def _is_hub_dataset(source: str) -> bool:
 
 def _read(source: str, field: str) -> Iterable[Document]:
     path = Path(source)
-    if path.is_dir():
+    if not source.strip():
+        check_sources([source])
+    elif path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.is_file()]
         for file in files:
             if any(part.startswith(".") for part in file.relative_to(path).parts):
                 continue
             try:
-                yield from _read_file(file, field)
+                found = list(_read_file(file, field))
+                if not found:
+                    raise ValueError(f"{file} contains no text")
             except ValueError as error:
-                log.warning("skipped: %s", error)
+                log.warning("skipped the whole file: %s", error)
+                continue
+            yield from found
     elif path.is_file():
         yield from _read_file(path, field)
     elif source in SOURCES:
@@ -136,12 +150,13 @@ def _read(source: str, field: str) -> Iterable[Document]:
 
 
 def _read_file(path: Path, field: str) -> Iterable[Document]:
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         yield from _rows(_parquet_rows(path, field), str(path), field)
-    elif path.suffix in (".jsonl", ".ndjson", ".json"):
+    elif kind in (".jsonl", ".ndjson", ".json"):
         yield from _rows(_json_rows(path), str(path), field)
-    elif path.suffix == ".csv":
-        yield from _rows(_csv_rows(path), str(path), field)
+    elif kind in _TABLES:
+        yield from _rows(_table_rows(path, field, _TABLES[kind]), str(path), field)
     else:
         text = read_text(path)
         if not text.strip():
@@ -156,15 +171,17 @@ def read_text(path: Path) -> str:
         ValueError: a file that cannot be read, or is not text.
     """
     try:
-        content = path.read_bytes()
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise ValueError(f"{path} is not UTF-8 text; give text, JSON, JSONL, CSV or Parquet files")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start:,} is 0x{error.object[error.start]:02x}"
+            "); give text, JSON, JSONL, CSV, TSV or Parquet files"
+        ) from None
+    if (place := text.find("\0")) >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise ValueError(f"{path}: line {line:,} has a NUL character; remove it, or leave it out")
     return text
 
 
@@ -174,26 +191,56 @@ def _json_rows(path: Path) -> Iterable[Any]:
     A ``.json`` file may hold JSON lines, one list or one object.
     """
     content = read_text(path)
-    if path.suffix == ".json":
-        with contextlib.suppress(json.JSONDecodeError):
-            whole = json.loads(content)
-            yield from whole if isinstance(whole, list) else [whole]
-            return
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
+    lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if path.suffix.lower() == ".json" and not (len(lines) > 1 and _is_json(lines[0][1])):
+        whole = _parse_json(content, f"{path}")
+        yield from whole if isinstance(whole, list) else [whole]
+        return
+    for number, line in lines:
+        yield _parse_json(line, f"{path}: line {number:,}")
 
 
-def _csv_rows(path: Path) -> Iterable[Any]:
-    """Yield the rows of a CSV file with a header line, as objects."""
-    csv.field_size_limit(2**31 - 1)  # a field may be a whole book
+def _parse_json(text: str, where: str) -> Any:
     try:
-        yield from csv.DictReader(io.StringIO(read_text(path), newline=""))
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{where} is not valid JSON ({why})") from None
+
+
+def _is_json(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        _parse_json(text, "")
+        return True
+    return False
+
+
+def _table_rows(path: Path, field: str, delimiter: str) -> Iterable[Any]:
+    """Yield the rows of a CSV or TSV file with a header line, as objects."""
+    csv.field_size_limit(2**31 - 1)  # a field may be a whole book
+    content = io.StringIO(read_text(path), newline="")
+    rows = csv.reader(content, delimiter=delimiter, strict=True)
+    names: list[str] = []
+    try:
+        for row in rows:
+            if not names:
+                names = row
+                if names and names.count(field) != 1:
+                    twice = f" twice: rename one of {', '.join(names)}"
+                    raise (
+                        ValueError(f"{path} has the field {field!r}{twice}")
+                        if field in names
+                        else _no_field(str(path), field, names)
+                    )
+            elif row:
+                if len(row) != len(names):
+                    raise ValueError(
+                        f"{path}: the row that ends in line {rows.line_num:,} has {len(row)} "
+                        f"fields, but the first line names {len(names)}"
+                    )
+                yield dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path} is not valid CSV ({error})") from None
+        raise ValueError(f"{path}: line {rows.line_num:,} is not valid CSV ({error})") from None
 
 
 def _parquet_rows(path: Path, field: str) -> Iterable[Any]:
@@ -206,12 +253,14 @@ def _parquet_rows(path: Path, field: str) -> Iterable[Any]:
         ) from None
     try:
         file = parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is not a Parquet file ({error})") from None
-    if field not in file.schema_arrow.names:
-        raise _no_field(str(path), field, file.schema_arrow.names)
-    for batch in file.iter_batches(columns=[field]):
-        yield from batch.to_pylist()
+        names = file.schema_arrow.names
+        if field in names:
+            for batch in file.iter_batches(columns=[field]):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a whole Parquet file ({error})") from None
+    if field not in names:
+        raise _no_field(str(path), field, names)
 
 
 def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
@@ -252,8 +301,7 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
                 f"{where}: row {number} has {type(row[field]).__name__} in the field {field!r}; "
                 "set `field` to a field that holds text"
             )
-        # JSON can hold half of a surrogate pair, which no tokenizer accepts.
-        text = row[field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = _without_surrogates(row[field])
         if text.strip():
             yield Document(f"{Path(where).name}:{number}", text)
 
@@ -263,3 +311,8 @@ def _no_field(where: str, field: str, names: Iterable[str]) -> ValueError:
         f"{where} has no field {field!r}; set `field` to the one that holds the text (it has: "
         f"{', '.join(map(str, names)) or 'no fields'})"
     )
+
+
+def _without_surrogates(text: str) -> str:
+    """Replace halves of surrogate pairs, which strings can hold, but no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import random
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
 from longrope.data.documents import Document, check_sources, read_documents
-from longrope.files import write_atomically
+from longrope.data.encoding import check_ids, encode, tokenizer_digest
+from longrope.files import read_arrays, write_arrays
 from longrope.progress import progress
 
 log = logging.getLogger(__name__)
@@ -38,31 +36,28 @@ class TokenDocument:
         return len(self.ids)
 
 
-def bos_token(tokenizer: Any) -> int | None:
-    """Return the BOS id for windows if the tokenizer puts one before a text, else None."""
-    ids = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and ids and ids[0] == bos else None
-
-
 def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocument]:
     """Tokenize whole documents in batches, with a cache on disk by content hash.
 
     The cache is ``$LONGROPE_CACHE``, by default ``~/.cache/longrope``; it has a file per batch.
+    Without a home directory, or where it cannot be written, nothing is cached.
     """
-    cache = Path(os.environ.get("LONGROPE_CACHE", Path.home() / ".cache" / "longrope")) / "tokens"
-    kind, result = _tokenizer_digest(tokenizer), []
+    cache, kind = _cache_directory(), tokenizer_digest(tokenizer)
+    result: list[TokenDocument] = []
     batches = list(_batches(documents))
-    with progress("tokenize", len(documents), show=len(batches) >= _SHOWN) as advance:
+    characters = sum(len(document.text) for document in documents)
+    with progress("tokenize", len(documents), show=characters >= _SHOWN * _BATCH) as advance:
         for batch in batches:
             key = hashlib.sha256(" ".join([kind, *(d.sha256 for d in batch)]).encode()).hexdigest()
-            file = cache / f"{key}.safetensors"
-            rows = _load_ids(file, len(batch))
+            file = cache / f"{key}.safetensors" if cache else None
+            rows = _load_ids(file, len(batch)) if file else None
             if rows is None:
-                texts = [document.text for document in batch]
-                encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-                rows = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-                _save_ids(file, rows)
+                texts, done = [document.text for document in batch], len(result)
+                rows = encode(
+                    tokenizer, texts, lambda n, done=done: advance(done, f"{n:,} characters more")
+                )
+                if file and not _save_ids(file, rows):
+                    cache = None
             result += [
                 TokenDocument(document.name, (document.sha256,), ids)
                 for document, ids in zip(batch, rows, strict=True)
@@ -71,9 +66,17 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
     return result
 
 
+def _cache_directory() -> Path | None:
+    """Return the directory of cached tokens; None where there is no home directory."""
+    if given := os.environ.get("LONGROPE_CACHE"):
+        return Path(given).expanduser() / "tokens"
+    home = os.path.expanduser("~") if os.environ.get("HOME") != "" else ""
+    return Path(home, ".cache", "longrope", "tokens") if os.path.isabs(home) else None
+
+
 # Spans that one document is cut into at most.
 MOST_SPANS = 8
-# Characters that are tokenized together, and batches from which on a progress bar is shown.
+# Characters of a batch at most, and full batches from which on a progress bar is shown.
 _BATCH, _SHOWN = 1_000_000, 8
 
 
@@ -107,32 +110,42 @@ def load_documents(
     return tokenize(read_documents(data, field), tokenizer)
 
 
+def check_documents(
+    documents: Iterable[TokenDocument], vocabulary: int, special: Iterable[int | None] = ()
+) -> None:
+    """Check that a model has an embedding for every token of documents and for special tokens.
+
+    Raises:
+        ValueError: it has not; names the document and the id.
+    """
+    for document in documents:
+        check_ids(document.ids, vocabulary, document.name)
+    used = [token for token in special if token is not None]
+    check_ids(np.array(used), vocabulary, "BOS or EOS of the tokenizer")
+
+
 def _load_ids(file: Path, documents: int) -> list[np.ndarray] | None:
     """Read the token ids of a batch from the cache; None where it has none, or damaged ones."""
-    try:
-        found = load_file(file)
-        lengths = found["lengths"]
-    except (OSError, SafetensorError, KeyError):
+    found = read_arrays(file)
+    if found is None or len(found["lengths"]) != documents:
         return None
-    if len(lengths) != documents or lengths.sum() != len(found["ids"]):
-        return None
-    return np.split(found["ids"], np.cumsum(lengths)[:-1])
+    return np.split(found["ids"], np.cumsum(found["lengths"])[:-1])
 
 
-def _save_ids(file: Path, rows: Sequence[np.ndarray]) -> None:
-    """Write the token ids of a batch to the cache; warn where that fails."""
+def _save_ids(file: Path, rows: Sequence[np.ndarray]) -> bool:
+    """Write the token ids of a batch to the cache; warn, and return False, where that fails."""
     lengths = np.array([len(ids) for ids in rows], dtype=np.int64)
+    ids = np.concatenate(rows) if len(rows) > 1 else rows[0]
     try:
-        write_atomically(file, save({"ids": np.concatenate(rows), "lengths": lengths}))
-    except ValueError as error:
-        log.warning("cannot cache tokens: %s", error)
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-    kind = f"{type(tokenizer).__name__} {described}"
-    return hashlib.sha256(kind.encode()).hexdigest()
+        write_arrays(file, {"ids": ids, "lengths": lengths})
+    except ValueError:
+        log.warning(
+            "tokens are not cached: %s cannot be written; set LONGROPE_CACHE to a directory with "
+            "free space",
+            file.parent,
+        )
+        return False
+    return True
 
 
 def pack(documents: Sequence[TokenDocument], bos: int | None, eos: int | None) -> TokenDocument:

@@ -10,13 +10,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.importer import find_pair, import_pair
 from longrope.checkpoints.manifest import FILE as MANIFEST
 from longrope.checkpoints.manifest import Manifest
+from longrope.data.encoding import bos_token, encode
 from longrope.data.stdlib import library_texts
+from longrope.data.windows import with_bos
 from longrope.engines.specs import ENGINES, Engine, query, require_engine
 from longrope.execution import ExecutionConfig
 from longrope.inference.load import inspect_weights, load_extended
@@ -99,7 +102,7 @@ def verify(
     pair = reference.pair
     points = lengths or _points(reference.boundary, pair.long.max_position_embeddings, spec)
     asked = [_make_prompts(reference.loaded, length, prompts) for length in points]
-    letter = reference.loaded.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+    letter = int(encode(reference.loaded.tokenizer, ["a"])[0][-1])
     contexts = [_context(spec, pair, length, max(points)) for length in points]
     answers: dict[int, list[dict[str, float]]] = {}
     version, lines = "", []
@@ -292,14 +295,19 @@ def _context(spec: Engine, pair: RescalePair, length: int, longest: int) -> int:
 
 
 def _make_prompts(loaded: LoadedModel, length: int, number: int) -> list[list[int]]:
-    """Return prompts to check an engine with, of ``length`` tokens of Python's standard library."""
-    ids: list[int] = []
+    """Return prompts to check an engine with: Python's standard library, with BOS.
+
+    Each has ``length`` tokens.
+    """
+    ids, bos = np.zeros(0, dtype=np.int32), bos_token(loaded.tokenizer)
+    each = length - (bos is not None)
     for text in library_texts(held_out=True).values():
-        ids += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= number * length:
-            return [ids[i * length : (i + 1) * length] for i in range(number)]
+        ids = np.concatenate([ids, *encode(loaded.tokenizer, [text])])
+        if len(ids) >= number * each:
+            parts = [ids[i * each : (i + 1) * each] for i in range(number)]
+            return [with_bos(part, bos).tolist() for part in parts]
     raise ValueError(
-        f"lengths is {length:,}; {number} prompts need {number * length:,} tokens, but the text "
+        f"lengths is {length:,}; {number} prompts need {number * each:,} tokens, but the text "
         f"(Python's standard library) has {len(ids):,}: use shorter prompts"
     )
 

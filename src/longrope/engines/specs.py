@@ -10,9 +10,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from longrope.files import temporary_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ def query(spec: Engine, engine_python: str, question: dict[str, Any]) -> dict[st
         ValueError: no such Python, or the engine failed; with the last line of its error.
     """
     script = Path(__file__).with_name(f"query_{spec.script}.py")
-    with tempfile.TemporaryDirectory() as directory:
-        asked, answered = Path(directory) / "question.json", Path(directory) / "answer.json"
+    with temporary_directory() as directory:
+        asked, answered = directory / "question.json", directory / "answer.json"
         asked.write_text(json.dumps(question), encoding="utf-8")
         # -I keeps this directory off the path: its file names would hide modules of the engine.
         command = [engine_python, "-I", str(script), str(asked), str(answered)]

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
-from longrope.files import JsonlStore, delete_leftovers, only_process, write_atomically
+from longrope.files import JsonlStore, delete_leftovers, only_process, read_arrays, write_arrays
 
 
 class MeasurementCache:
@@ -103,13 +101,11 @@ class _Losses(dict[str, np.ndarray]):
         super().__init__()
         self._directory, self._key = directory, key
         for file in directory.glob(f"{key}-*.safetensors"):
-            try:
-                found = load_file(file)["losses"]
-            except (SafetensorError, OSError, KeyError):
-                continue  # damaged: measure it again
-            super().__setitem__(file.stem.removeprefix(f"{key}-"), found)
+            found = read_arrays(file)
+            if found is not None:  # a damaged one is measured again
+                super().__setitem__(file.stem.removeprefix(f"{key}-"), found["losses"])
 
     def __setitem__(self, name: str, losses: np.ndarray) -> None:
-        content = save({"losses": np.ascontiguousarray(losses)})
-        write_atomically(self._directory / f"{self._key}-{name}.safetensors", content)
+        file = self._directory / f"{self._key}-{name}.safetensors"
+        write_arrays(file, {"losses": losses})
         super().__setitem__(name, losses)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longrope.data.encoding import bos_token
 from longrope.data.windows import (
     TokenDocument,
-    bos_token,
     load_documents,
     unsearched_half,
 )

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 
 from longrope.compat import cache_name
-from longrope.data.windows import bos_token
+from longrope.data.encoding import bos_token, check_ids, encode, encode_prompt
 from longrope.evaluate.lm_eval_tasks import generation_settings
 from longrope.inference.generate import generate_tokens
 from longrope.layerwise.forward import BATCH_TOKENS, Continuation
@@ -59,8 +60,9 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        special = True if add_special_tokens is None else add_special_tokens
-        return self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"]
+        if add_special_tokens is False:
+            return encode(self.tokenizer, [string])[0].tolist()
+        return encode_prompt(self.tokenizer, string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -68,6 +70,8 @@ class HarnessModel(TemplateLM):
         sequences = [
             ((context + answer)[-self.longest :], answer) for _, context, answer in requests
         ]
+        for ids, _ in sequences:
+            check_ids(np.array(ids), self.forward.vocabulary, "a question of the benchmark")
         found: dict[int, ContinuationScore] = {}
         with progress(
             self.title, len(requests), show=bool(self.title) and self.loaded.group.rank == 0

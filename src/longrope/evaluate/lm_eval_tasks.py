@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import random
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from longrope.evaluate.local_data import local_datasets
+from longrope.files import temporary_directory
 from longrope.progress import discard_stderr, quiet
 
 REMEDY = "give a directory with local copies as `datasets` (evaluate.benchmarks.datasets)"
@@ -47,10 +47,10 @@ def task_parts(
         ValueError: data that cannot be read, or a missing dependency of the task.
     """
     source = manager()
-    with _silent(), local_datasets(data), tempfile.TemporaryDirectory() as directory:
+    with _silent(), local_datasets(data), temporary_directory() as directory:
         if is_ruler(task):
             tokenizer.save_pretrained(directory)  # RULER's generators load it by name
-            source = _ruler_manager(task, directory, lengths)
+            source = _ruler_manager(task, str(directory), lengths)
         # RULER's progress bars have no switch.
         hidden = discard_stderr() if is_ruler(task) else contextlib.nullcontext()
         with _fixed_seeds(), hidden:

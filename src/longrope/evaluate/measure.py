@@ -10,8 +10,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from longrope.data.encoding import bos_token
 from longrope.data.prompts import Prompt, haystack_lines, needle_prompt, passkey_prompt
-from longrope.data.windows import TokenDocument, bos_token
+from longrope.data.windows import TokenDocument, check_documents
 from longrope.evaluate.benchmarks import score_benchmark
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.perplexity import score
@@ -128,6 +129,8 @@ def measure_all(
     cache: MeasurementCache,
 ) -> list[Any]:
     """Run several measurements of one model in order, with a progress bar."""
+    for one in measurements:
+        check_documents(one.documents, loaded.info.vocabulary)
     found = []
     show = loaded.group.rank == 0
     with progress("evaluate", len(measurements), show=show) as advance:
@@ -142,7 +145,7 @@ def _prompt_maker(
 ) -> Callable[[int, float, Any], Prompt]:
     if measurement.kind == "passkey":
         return lambda length, depth, rng: passkey_prompt(tokenizer, length, depth, rng, digits)
-    lines = haystack_lines(measurement.documents, tokenizer)
+    lines = haystack_lines(measurement.documents, tokenizer, measurement.length)
     return lambda length, depth, rng: needle_prompt(tokenizer, lines, length, depth, rng, digits)
 
 

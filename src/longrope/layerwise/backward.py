@@ -60,7 +60,7 @@ def gradient(forward: LongForward, input_ids: Tensor, answer_tokens: int = 0) ->
     assert site is not None
     rotary = getattr(site.owner, site.name)
     assert isinstance(rotary, RescaledRotary), "requires rescaled(…, always=True)"
-    ids_BT = input_ids.to(forward.device)
+    ids_BT = forward.on_device(input_ids)
     inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
     counted = answer_tokens or targets_BT.shape[1]
 

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, DynamicCache
 from longrope.attention import chunked as attention
 from longrope.attention.shape import attention_shape
 from longrope.compat import cache_name
+from longrope.data.encoding import check_ids
 from longrope.distributed import SequenceParallelGroup
 from longrope.layerwise.activation_storage import allocate
 from longrope.layerwise.chunks import Chunk, Chunks
@@ -102,12 +103,21 @@ class LongForward:
         self.decoder, self._layers_name = find_layers(model)
         self.device = next(model.parameters()).device
         self.chunk_size = chunk_size or default_chunk_size(self.device.type)
-        self.vocabulary = model.config.get_text_config().vocab_size
+        self.vocabulary = len(model.get_input_embeddings().weight)
         self.head_rows = head_rows(self.vocabulary, self.device.type)
         self.offload_activations = offload_activations or self.device
         self.attention_name = attention_name
         self.offloaded = offloaded
         self.group = group or SequenceParallelGroup()
+
+    def on_device(self, input_ids: Tensor) -> Tensor:
+        """Return token ids on the long forward's device, after checking them.
+
+        Raises:
+            ValueError: an id is outside the model's embeddings.
+        """
+        check_ids(input_ids, self.vocabulary, "input_ids")
+        return input_ids.to(self.device)
 
     def batches(self, windows: np.ndarray) -> Iterator[Tensor]:
         """Run long forward passes over windows and yield token losses; short ones run as one batch.
@@ -134,14 +144,9 @@ class LongForward:
             Shape (batch, tokens − 1), float32 (float64 in a float64 model), on the CPU.
 
         Raises:
-            ValueError: a token id is outside the model's vocabulary.
+            ValueError: a token id is outside the model's embeddings.
         """
-        if (largest := int(input_ids.max())) >= self.vocabulary:
-            raise ValueError(
-                f"token id {largest:,} exceeds the model's vocabulary of {self.vocabulary:,}: the "
-                "tokenizer belongs to another model"
-            )
-        ids_BT = input_ids.to(self.device)
+        ids_BT = self.on_device(input_ids)
         # Outside inference mode the copy is an ordinary tensor, which callers may modify.
         return self.within_memory(lambda: self._losses(ids_BT)).clone()
 
@@ -159,8 +164,13 @@ class LongForward:
 
         Returns:
             A score per continuation, in order.
+
+        Raises:
+            ValueError: a token id is outside the model's embeddings.
         """
-        ids_BT = input_ids.to(self.device)
+        for continuation in continuations:
+            check_ids(np.array(continuation.tokens), self.vocabulary, "continuation")
+        ids_BT = self.on_device(input_ids)
         return self.within_memory(lambda: self._score(ids_BT, continuations))
 
     @torch.inference_mode()
@@ -173,8 +183,11 @@ class LongForward:
         Returns:
             The logits, shape (batch, vocabulary), and a cache with the keys and values of every
             layer, as the model's own forward leaves it.
+
+        Raises:
+            ValueError: a token id is outside the model's embeddings.
         """
-        ids_BT = input_ids.to(self.device)
+        ids_BT = self.on_device(input_ids)
         tokens = ids_BT.shape[1]
         chunks, last = self.chunks(tokens), slice(tokens - 1, tokens)
         cache = LayerCache(tokens, self.group, self.decoder.config)

@@ -6,6 +6,7 @@ import torch
 
 from longrope.data.documents import check_sources
 from longrope.data.prompts import require_room
+from longrope.data.windows import check_documents
 from longrope.distributed import Ranks, local_device
 from longrope.evaluate.benchmarks import check_benchmarks, require_benchmark_data
 from longrope.execution import ExecutionConfig
@@ -143,9 +144,12 @@ def check_text(run: Run, stages: Sequence[Stage]) -> Splits:
     Returns the documents, split.
 
     Raises:
-        ValueError: says how many tokens there are and how many are needed.
+        ValueError: says how many tokens there are and how many are needed, or names a token that
+            the model has no embedding for.
     """
     splits = run.splits
+    for documents in (splits.search, splits.training, splits.evaluation, splits.other):
+        check_documents(documents, run.info.vocabulary, (splits.bos, splits.eos))
     for stage in stages:
         if field := _asks(run.recipe, stage):
             require_room(field, run.tokenizer, stage.length)

@@ -18,7 +18,7 @@ from pydantic import (
 from longrope.base_config import Config
 from longrope.evaluate.settings import BenchmarkConfig, RetrievalConfig
 from longrope.execution import ExecutionConfig
-from longrope.files import write_atomically
+from longrope.files import load_yaml, write_atomically
 from longrope.models.bundled import BUNDLED
 from longrope.rope.methods import METHODS
 from longrope.search.settings import GradientSearchConfig, SearchConfig, describe_error
@@ -157,12 +157,12 @@ class Recipe(Config):
         model: directory, hub id or GGUF file of the model to extend.
         target: target length in tokens, such as 131072, 128k or 64x.
         effort: how much to search, train and measure.
-        data: text, JSON, JSONL, CSV or Parquet files, directories of such files, hub datasets,
+        data: text, JSON, JSONL, CSV, TSV or Parquet files, directories of such files, hub datasets,
             ``python-library`` or ``python-library-held-out``.
         eval_data: held-out text. Default: a part of ``data``.
         other_data: text of another kind to measure perplexity on as well. Default: held-out
             packages of the Python library, unless the data is the Python library.
-        field: text field in JSON, JSONL, CSV, Parquet and datasets.
+        field: text field in JSON, JSONL, CSV, TSV, Parquet and datasets.
         seed: random seed.
         rope_scaling: for a model with RoPE scaling: keep it, or replace it.
         original_length: original context length in tokens, if the config is wrong.
@@ -259,20 +259,6 @@ class Recipe(Config):
         write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader for recipes that refuses duplicate keys, as the YAML specification does."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {line}")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     """Read a recipe from a YAML file, or a shipped recipe by its name, such as ``bundled``.
 
@@ -285,7 +271,7 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     if not path.exists():
         path = Path(source)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ValueError(
@@ -355,7 +341,7 @@ def _set(content: dict[str, Any], setting: str) -> None:
         for other in set(place) - shared:
             del place[other]
     try:
-        place[name] = yaml.safe_load(value)
+        place[name] = load_yaml(value)
     except yaml.YAMLError:
         raise ValueError(f"set={setting!r}: its value is not valid YAML") from None
 

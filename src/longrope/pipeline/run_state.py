@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from longrope.distributed import Ranks
-from longrope.files import is_temporary, write_atomically
+from longrope.files import is_temporary, load_yaml, write_atomically
 from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
 from longrope.models.target_length import starting_point
@@ -71,7 +70,7 @@ class Run:
         file, now = self.out / "recipe.yaml", self.recipe.model_dump(mode="json")
         new = not file.exists()
         if not new:
-            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            before = load_yaml(file.read_text(encoding="utf-8"))
             self._require_this_layout(before)
             there, here = leaves(before), leaves(now)
             default = leaves(Recipe(target=self.recipe.target).model_dump(mode="json"))

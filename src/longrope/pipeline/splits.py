@@ -6,11 +6,11 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from longrope.data.encoding import bos_token
 from longrope.data.windows import (
     MOST_SPANS,
     TokenDocument,
     Windows,
-    bos_token,
     cut_into_spans,
     exclude_documents,
     join_short_documents,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from longrope.checkpoints.card import UNKNOWN_KEYS
 from longrope.evaluate.statistics import retrieval_totals, wilson
-from longrope.files import read_lines
+from longrope.files import load_yaml, read_lines
 from longrope.labels import RESULT, has_extended_weights
 from longrope.report import plots
 from longrope.report.figures import known_methods
@@ -283,7 +283,7 @@ def _reproduce(directory: Path, results: dict[str, Any]) -> Section:
     recipe = (directory / "recipe.yaml").read_text(encoding="utf-8")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     code = "longrope extend --recipe recipe.yaml --out RUN\n\n# recipe.yaml\n" + yaml.safe_dump(
-        yaml.safe_load(recipe), sort_keys=False
+        load_yaml(recipe), sort_keys=False
     )
     return Section("Reproduce", [f"{versions}. The recipe with every key resolved:"], code=code)
 

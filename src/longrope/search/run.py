@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from longrope.data.documents import check_sources
+from longrope.data.encoding import bos_token
 from longrope.data.kinds import windows_of_kinds
 from longrope.data.prompts import Prompt
 from longrope.data.windows import (
     TokenDocument,
     Windows,
-    bos_token,
+    check_documents,
     load_documents,
     pack,
     random_half,
@@ -124,6 +125,7 @@ def search_documents(
         max_factor=options.config.max_factor,
     )
     bos, seed = bos_token(loaded.tokenizer), options.seed
+    check_documents(documents, loaded.info.vocabulary, (bos,))
     if options.pack:
         documents = random_half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from longrope.data.encoding import bos_token
 from longrope.data.prompts import passkey_prompt, question_tokens, require_room
-from longrope.data.windows import TokenDocument, bos_token, pack
+from longrope.data.windows import TokenDocument, pack
 
 
 class LongContextDataset(Dataset):

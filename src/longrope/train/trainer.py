@@ -7,8 +7,10 @@ checkpoints cut short by a kill or a full disk are ignored.
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -36,6 +39,7 @@ from longrope.train.dataset import LongContextDataset
 from longrope.train.loss import chunked_loss
 from longrope.units import duration
 
+log = logging.getLogger(__name__)
 _MARKER = "complete.json"
 
 
@@ -79,7 +83,7 @@ def finetune(
         if ranks.first:
             shutil.rmtree(work, ignore_errors=True)
         return read_lines(out / "loss.jsonl")
-    resume, log = _last_complete(work), out / "loss.jsonl"
+    resume, log = _last_complete(work, ranks), out / "loss.jsonl"
     if ranks.first:
         repeated = _drop_losses_after(resume, log)
         if resume is not None:
@@ -299,25 +303,60 @@ class _StepCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Flush a Trainer checkpoint to disk, then mark it complete."""
+        if dist.is_initialized():
+            dist.barrier()  # other ranks write files of their own
         if not self.first:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in checkpoint.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        write_atomically(checkpoint / _MARKER, json.dumps({"step": state.global_step}) + "\n")
+        files = _digests(checkpoint)
+        for name in files:
+            with (checkpoint / name).open("rb") as handle:
+                os.fsync(handle.fileno())
+        content = {"step": state.global_step, "files": files}
+        write_atomically(checkpoint / _MARKER, json.dumps(content) + "\n")
 
 
-def _last_complete(work: Path) -> Path | None:
-    """Return the newest complete Trainer checkpoint; incomplete ones are deleted."""
-    whole = []
-    for directory in work.glob("checkpoint-*"):
-        if (directory / _MARKER).exists():
-            whole.append(directory)
-        else:
-            shutil.rmtree(directory, ignore_errors=True)
-    return max(whole, key=_step, default=None)
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a Trainer checkpoint but its marker, by name."""
+    digests = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != _MARKER:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            digests[path.relative_to(checkpoint).as_posix()] = digest.hexdigest()
+    return digests
+
+
+def _last_complete(work: Path, ranks: Ranks) -> Path | None:
+    """Return the newest whole Trainer checkpoint; incomplete and damaged ones are deleted.
+
+    A damaged one, whose files are not those that its marker lists, is named.
+    """
+    name, damaged = None, False
+    for directory in sorted(work.glob("checkpoint-*"), key=_step) if ranks.first else ():
+        marked = (directory / _MARKER).exists()
+        if marked and _is_whole(directory):
+            name = directory.name
+            continue
+        if marked:
+            damaged = True
+            log.warning("%s is damaged and is not used", directory)
+        shutil.rmtree(directory, ignore_errors=True)
+    if damaged and name is None:
+        log.warning("no whole checkpoint is left: training starts from its first step")
+    name = ranks.broadcast(name)
+    return None if name is None else work / name
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        content = json.loads((checkpoint / _MARKER).read_text(encoding="utf-8"))
+        # Markers of earlier versions list no files.
+        return content.get("files", {}).items() <= _digests(checkpoint).items()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _step(checkpoint: Path) -> int:
