@@ -7,7 +7,6 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from conftest import RECOVERY, pair
 from longrope.compat import cache_name
 from longrope.rope.apply import rescaled
-from longrope.rope.pair import RescalePair
 from longrope.rope.rotary import find_rotary
 from longrope.rope.switch import switched
 

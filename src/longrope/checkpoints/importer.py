@@ -41,9 +41,7 @@ def import_pair(source: str, *, trust_remote_code: bool = False) -> RescalePair:
     return manifest.pair if manifest is not None and manifest.describes(found) else found
 
 
-def _of_config(
-    source: str, trust_remote_code: bool, only: str | None = None
-) -> RescalePair | None:
+def _of_config(source: str, trust_remote_code: bool, only: str | None = None) -> RescalePair | None:
     """Read a checkpoint's scaling as transformers does: from the rotary module that it builds.
 
     Args:

@@ -1,6 +1,7 @@
 """The pair of rescales of an extended model: one for short sequences, one for long ones."""
 
 from dataclasses import dataclass
+
 from longrope.rope.rescale import Rescale
 
 
