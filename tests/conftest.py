@@ -27,6 +27,11 @@ settings.load_profile("longrope")
 
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seconds", type=float, default=60, help="Time of tests/fuzz (60).")
+
+
 ORIGINAL = 64
 _SHAPE = {
     "vocab_size": 1536,

@@ -5,20 +5,104 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from typing_extensions import TypedDict
 
 from kills import killed_at
 from longrope.files import (
     append_line,
     atomic_directory,
+    content_of,
     copy_file,
     only_process,
     read_arrays,
+    read_json,
     read_lines,
+    read_yaml,
     recover,
+    require_directory,
     temporary_directory,
     write_arrays,
     write_atomically,
 )
+
+_HOSTILE = {
+    "": "is not valid JSON",
+    "[1, 2": "is not valid JSON",
+    "[" * 100_000: "nested too deeply",
+    '{"a": ' * 50_000: "nested too deeply",
+    f'{{"n": {"9" * 400}}}': "an integer of 400 digits",
+    f'{{"n": {"9" * 6000}}}': "an integer of 6000 digits",
+    "[1]": r"its content is \[1\]: input should be a valid dict",
+    '{"n": "x", "names": []}': "n is 'x'",
+    '{"n": 1, "names": [1]}': "names.0 is 1",
+    '{"n": 1}': "names is .*field required",
+}
+
+
+class _Content(TypedDict):
+    n: int
+    names: list[str]
+
+
+@pytest.mark.parametrize("text", _HOSTILE, ids=range(len(_HOSTILE)))
+def test_json_is_read_into_checked_values(text, tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"^{file}: .*{_HOSTILE[text]}") as caught:
+        read_json(file, _Content)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(ValueError, match=r"y\.json: No such file"):
+        read_json(tmp_path / "y.json")
+    file.write_text('{"n": 3, "names": ["a"]}')
+    assert read_json(file, _Content) == {"n": 3, "names": ["a"]}
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.json: is not JSON \(not UTF-8"):
+        read_json(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &x [1]\nb: [*x, *x]", "has an alias"),
+        ("[" * 50_000, "nested too deeply"),
+        ("a: 1\na: 2", "'a' stands twice, again in line 2"),
+        ("a: !!bool maybe", "maybe"),
+        ("a: 2021-99-99", "month must be in"),
+        ("a: !!python/object:os.system {}", "could not determine a constructor"),
+        ("- 1", "is not a mapping"),
+        ("1: 2", "is not a mapping"),
+    ],
+)
+def test_yaml_is_read_into_a_mapping(text, said, tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"^{file} .*{said}") as caught:
+        read_yaml(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_content_of_other_types_names_the_file(tmp_path):
+    for wrong in (lambda: {}["key"], lambda: None + 1, lambda: [][3], lambda: 1 / 0, lambda: "".x):
+        with (
+            pytest.raises(ValueError, match=f"^{tmp_path}: is damaged .*run it again"),
+            content_of(tmp_path, "run it again"),
+        ):
+            wrong()
+
+
+def test_a_remedy_is_one_that_works(tmp_path, monkeypatch):
+    """A read-only directory has space."""
+    for number, said in ((13, "you may write to"), (30, "you may write to"), (28, "free disk")):
+
+        def fails(*_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fails)
+        with pytest.raises(ValueError, match=said):
+            write_atomically(tmp_path / "x", "")
+    with pytest.raises(ValueError, match="File name too long"):
+        require_directory(tmp_path / ("x" * 5000))
 
 
 def test_writes_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -3,14 +3,25 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
+
+from longrope.errors import shortened
+
+_LARGEST = 2**63 - 1  # torch and numpy hold no larger integer
 
 
 class Config(BaseModel):
     """Base class of every configuration: immutable, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _within_64_bits(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"{info.field_name} is {shortened(value)}, which is too large")
+        return value
 
     @classmethod
     def make(cls, options: Mapping[str, Any], name: Callable[[str], str] = str) -> Self:
@@ -32,4 +43,5 @@ class Config(BaseModel):
             if first["type"] == "extra_forbidden":
                 known = ", ".join(map(name, cls.model_fields))
                 raise ValueError(f"no key {name(key)!r}; there are {known}") from None
-            raise ValueError(f"{name(key)} is {first['input']!r}: {first['msg'].lower()}") from None
+            value = shortened(first["input"])
+            raise ValueError(f"{name(key)} is {value}: {first['msg'].lower()}") from None

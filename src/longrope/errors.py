@@ -1,4 +1,6 @@
-"""The error of a lost rank, and one-line messages from other libraries' errors."""
+"""The error of a lost rank, and one-line messages from errors and values."""
+
+from typing import Any
 
 
 class RankLost(BaseException):
@@ -13,3 +15,12 @@ def first_line(error: BaseException) -> str:
     """Return a one-line message from an error: its first line, with the second after a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])
+
+
+def shortened(value: Any, longest: int = 60) -> str:
+    """Return a value for a message: in one line, and with its end cut off if it is long."""
+    try:
+        text = " ".join((value if isinstance(value, str) and longest > 60 else repr(value)).split())
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= longest else text[: longest - 1] + "…"

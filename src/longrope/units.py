@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+LONGEST = 10**12  # tokens
+
 
 def number(value: float | None) -> str:
     """Format a perplexity: two decimals, from 1,000 on three digits; ∞ if not finite."""
@@ -81,7 +83,7 @@ def parse_length(text: str | int, original: int | None = None) -> int:
         length = float(number) * unit
     except ValueError:
         length = 0.0
-    if not 0 < length < 1e12 or round(length) < 1:
+    if not 0 < length < LONGEST or round(length) < 1:
         forms = "131072 or 128k" if original is None else "131072, 128k or 8x"
         raise ValueError(f"invalid length {text!r}: use e.g. {forms}")
     if abs(length - round(length)) > 1e-6:  # 1.1 times 1,000 is a little more than 1,100

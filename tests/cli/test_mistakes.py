@@ -4,7 +4,7 @@ import json
 import re
 
 from longrope.rope.rescale import Rescale
-from program import each_refused, refused, run, succeeds
+from program import MAIN, each_refused, refused, run, succeeds
 
 LIBRARY = ["--data", "python-library"]
 
@@ -257,3 +257,47 @@ def test_empty_arguments_are_no_directories(tmp_path):
     for message, arguments in mistakes.items():
         assert f"error: {message}; give a" in refused(*arguments, cwd=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["private.txt"]
+
+
+def test_a_full_or_closed_output_is_one_line():
+    code = "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n" + MAIN
+    done = run("inspect", "bundled", code=code)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "longrope: error: the output: No space left on device"
+    closed = "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 1)\n" + MAIN
+    done = run("inspect", "bundled", code=closed)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_paths_and_lengths_out_of_range_are_refused():
+    messages = {
+        ("inspect", "x" * 300): "File name too long",
+        ("inspect", "x/" * 3000): "File name too long",
+        ("report", "x" * 300): "File name too long",
+        ("inspect", "bundled", "--original-length", 0): "--original-length is 0",
+        ("inspect", "bundled", "--original-length", -5): "--original-length is -5",
+    }
+    for line, message in zip(each_refused(*messages), messages.values(), strict=True):
+        assert message in line
+        assert len(line) < 400
+
+
+def test_an_unexpected_error_is_one_line_with_its_traceback_in_a_file(tmp_path):
+    code = (
+        "import tempfile, longrope.models.info as info\n"
+        "tempfile.tempdir = None\n"
+        "def fails(*_, **__): raise KeyError('a strange key')\n"
+        "info.inspect_model = fails\n"
+    ) + MAIN
+    done = run("inspect", "bundled", code=code, env={"TMPDIR": str(tmp_path)})
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "unexpected KeyError ('a strange key')" in line
+    (log,) = tmp_path.glob("longrope-*.log")
+    assert f"in {log}; please report it" in line
+    content = log.read_text()
+    assert "Traceback" in content
+    assert "in fails" in content
+    assert "'inspect', 'bundled'" in content
+    shown = run("inspect", "bundled", code=code, env={"LONGROPE_TRACEBACK": "1"})
+    assert "Traceback" in shown.stderr

@@ -139,7 +139,7 @@ def test_report_draws_what_is_there(tmp_path):
     yarn().save(tmp_path / "rescale.json")
     assert [path.name for path in draw_figures(tmp_path)] == ["factors.png"]
     (tmp_path / "compare.json").write_text("{")
-    with pytest.raises(ValueError, match=r"compare\.json is damaged"):
+    with pytest.raises(ValueError, match=r"compare\.json: is not valid JSON"):
         draw_figures(tmp_path)
     comparison = {
         "original_length": 256,

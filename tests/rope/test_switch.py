@@ -7,7 +7,6 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from conftest import RECOVERY, pair
 from longrope.compat import cache_name
 from longrope.rope.apply import rescaled
-from longrope.rope.pair import RescalePair
 from longrope.rope.rotary import find_rotary
 from longrope.rope.switch import switched
 
@@ -185,25 +184,8 @@ def test_inputs_without_token_ids_or_lengths_are_refused(micro_models, ids):
             model.model(input_ids=ids, past_key_values=stranger)
 
 
-def test_pair_from_a_config(micro_models):
-    import copy
-
-    model = micro_models("llama")
-    both, config = pair(model), copy.deepcopy(model.config)
-    assert RescalePair.from_config(config) is None
-    config.max_position_embeddings = 512
-    config.rope_parameters = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": list(both.short.factors),
-        "long_factor": list(both.long.factors),
-        "original_max_position_embeddings": RECOVERY,
-        "attention_factor": 1.1,
-    }
-    found = RescalePair.from_config(config)
-    assert found.short.factors == both.short.factors
-    assert found.long.factors == both.long.factors
-    assert (found.recovery_length, found.long.max_position_embeddings) == (RECOVERY, 512)
-    assert found.long.attention_factor == 1.1
-    assert found.choose(RECOVERY) is found.short
-    assert found.choose(RECOVERY + 1) is found.long
+def test_a_pair_chooses_by_the_length(micro_models):
+    both = pair(micro_models("llama"))
+    assert both.recovery_length == RECOVERY
+    assert both.choose(RECOVERY) is both.short
+    assert both.choose(RECOVERY + 1) is both.long

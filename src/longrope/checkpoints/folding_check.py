@@ -1,7 +1,6 @@
 """Fold the attention factor of an export into its weights, and check the result."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from longrope.checkpoints.fold import largest_difference, why_not_foldable
 from longrope.checkpoints.manifest import Manifest
 from longrope.execution import ExecutionConfig
+from longrope.files import read_json
 from longrope.models.info import ModelInfo
 from longrope.models.load import load_model
 from longrope.models.weights import stored_tensors
@@ -41,7 +41,7 @@ def with_folding(manifest: Manifest, source: Path) -> Manifest:
     """
     if not needs_folding(manifest):
         return manifest
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     layers = config.get("text_config", config)["num_hidden_layers"]
     reason = why_not_foldable([name for name, _ in stored_tensors(source)], layers)
     if reason is not None:

@@ -10,12 +10,19 @@ from longrope.checkpoints.gguf_io import (
     Tensor,
     read_metadata,
     read_tensors,
-    require_gguf,
     write_file,
 )
 from longrope.checkpoints.llama_gguf import llama_metadata, llama_tensors
 from longrope.checkpoints.manifest import Manifest
-from longrope.files import atomic_file
+from longrope.files import atomic_file, content_of
+from longrope.models.gguf_file import (
+    SCALING_KEYS,
+    frequency_divisor,
+    open_gguf,
+    require_gguf,
+    scaling_of,
+    value_of,
+)
 from longrope.rope.pair import RescalePair
 
 # Architectures whose graph in llama.cpp multiplies by rope_factors_* (or rope_freqs), by name.
@@ -48,9 +55,8 @@ def export_gguf(source: Path, manifest: Manifest, path: Path) -> None:
         ValueError: llama.cpp does not apply factors to this architecture, or the conversion
             is one that only llama.cpp's own converter knows.
     """
-    gguf = require_gguf()
     if source.is_file():
-        reader = gguf.GGUFReader(source)
+        reader = open_gguf(source)
         parts = reader.fields.get("split.count")
         if parts is not None and parts.contents() > 1:
             raise ValueError(
@@ -63,7 +69,7 @@ def export_gguf(source: Path, manifest: Manifest, path: Path) -> None:
         arch, metadata = llama_metadata(source)
         tensors = llama_tensors(source)
     require_factors_read(arch, source)
-    dropped = (f"{arch}.rope.scaling.", MANIFEST)
+    dropped = (*(f"{arch}.{key}" for key in SCALING_KEYS), MANIFEST)
     metadata = [item for item in metadata if not item[0].startswith(dropped)]
     metadata = [item for item in metadata if item[0] != f"{arch}.context_length"]
     metadata += scaling_metadata(arch, manifest)
@@ -114,36 +120,36 @@ def read_pair(path: Path) -> tuple[RescalePair | None, Manifest | None]:
     """
     from longrope.rope.rescale import Rescale
 
-    gguf = require_gguf()
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} is not a GGUF file ({error})") from None
-    arch, metadata = read_metadata(reader)
-    known = {key.removeprefix(f"{arch}."): value for key, value, _, _ in metadata}
+    reader = open_gguf(path)
+    known = value_of(reader)
     found = {t.name: t.data.tolist() for t in reader.tensors if t.name in (LONG, SHORT, ONE)}
-    scaling = known.get("rope.scaling.type", "none")
+    scaling = scaling_of(reader)
     if not found:
-        if scaling != "none":
+        if scaling is not None:
             raise ValueError(
-                f"{path} has {scaling!r} scaling without factor tensors, because llama.cpp "
+                f"{path} has scaling ({scaling}) without factor tensors, because llama.cpp "
                 "computes them; import the Hugging Face checkpoint instead"
             )
         return None, None
-    target = int(known["context_length"])
-    long, short = found.get(LONG, found.get(ONE)), found.get(SHORT, found.get(ONE))
-    boundary = int(known.get("rope.scaling.original_context_length", target))
-    shared = {
-        "rope_theta": float(known.get("rope.freq_base", 10000.0)),
-        "original_max_position_embeddings": boundary,
-        "attention_factor": float(known.get("rope.scaling.attn_factor", 1.0)),
-    }
-    pair = RescalePair(
-        Rescale(tuple(short or ()), max_position_embeddings=boundary, **shared),
-        Rescale(tuple(long or ()), max_position_embeddings=target, **shared),
-    )
-    written = known.get(MANIFEST)
-    return pair, Manifest.from_json(json.loads(written)) if written else None
+    with content_of(path, "write the file again"):
+        if (kind := known.get("rope.scaling.type", "linear")) == "yarn":
+            raise ValueError(f"{kind!r} scaling beside factor tensors")
+        target = int(known["context_length"])
+        divisor = frequency_divisor(known)
+        long, short = found.get(LONG, found.get(ONE)), found.get(SHORT, found.get(ONE))
+        boundary = int(known.get("rope.scaling.original_context_length", target))
+        shared = {
+            "rope_theta": float(known.get("rope.freq_base", 10000.0)),
+            "original_max_position_embeddings": boundary,
+            "attention_factor": float(known.get("rope.scaling.attn_factor", 1.0)) or 1.0,
+        }
+        short, long = ([divisor * f for f in factors or ()] for factors in (short, long))
+        pair = RescalePair(
+            Rescale(tuple(short), max_position_embeddings=boundary, **shared),
+            Rescale(tuple(long), max_position_embeddings=target, **shared),
+        )
+        written = known.get(MANIFEST)
+        return pair, Manifest.from_json(json.loads(written)) if written else None
 
 
 def _factors(manifest: Manifest) -> list[Tensor]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from longrope.models.gguf_file import require_gguf
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -22,21 +24,6 @@ class Tensor:
 
 # Key, value, its GGUF type, and that of an array's members.
 Metadata = list[tuple[str, Any, Any, Any]]
-
-
-def require_gguf() -> Any:
-    """Import the ``gguf`` package, which reads and writes GGUF files.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(
-            "GGUF files require the gguf package: pip install 'longrope[gguf]'"
-        ) from None
-    return gguf
 
 
 def read_metadata(reader: Any) -> tuple[str, Metadata]:

@@ -13,6 +13,7 @@ from longrope.checkpoints import card
 from longrope.checkpoints.fold import fold_attention_factor
 from longrope.checkpoints.manifest import Manifest
 from longrope.files import atomic_directory, copy_file
+from longrope.models.config_check import BLOCKS
 from longrope.models.load import LoadedModel
 from longrope.models.meta import build_meta_model
 from longrope.models.parameters import is_tied
@@ -101,7 +102,8 @@ def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict
         changed["torch_dtype"] = text["dtype"]
     if whole:
         return text | changed
-    return config | {"text_config": text | changed}
+    rest = {key: value for key, value in config.items() if key not in BLOCKS}
+    return rest | {"text_config": text | changed}
 
 
 def _longrope(pair: RescalePair, own: dict[str, Any]) -> dict[str, Any]:

@@ -41,17 +41,47 @@ def import_pair(source: str, *, trust_remote_code: bool = False) -> RescalePair:
     return manifest.pair if manifest is not None and manifest.describes(found) else found
 
 
-def _of_config(source: str, trust_remote_code: bool) -> RescalePair | None:
+def _of_config(source: str, trust_remote_code: bool, only: str | None = None) -> RescalePair | None:
+    """Read a checkpoint's scaling as transformers does: from the rotary module that it builds.
+
+    Args:
+        only: the ``rope_type`` to read; the others are then None.
+    """
     with quiet():
         config = read_pretrained(AutoConfig, source, trust_remote_code)
-        pair = RescalePair.from_config(config)
-        if pair is not None:
-            return pair
         site = build_meta_model(source, config, trust_remote_code)[1]
-    if site is None or site.rope_type in UNSCALED:
+    if site is None or site.rope_type in UNSCALED or only not in (None, site.rope_type):
         return None
-    rescale = _of_site(site, config.get_text_config().max_position_embeddings)
+    longest = site.module.config.max_position_embeddings
+    try:
+        if site.rope_type == "longrope":
+            return _both_sets(site, longest)
+        rescale = _of_site(site, longest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{source}: its {site.rope_type} scaling cannot be read ({error}); correct its "
+            "rope_parameters (rope_scaling in older configs)"
+        ) from None
     return RescalePair(rescale, rescale)
+
+
+def _both_sets(site: RotarySite, longest: int) -> RescalePair:
+    """Import ``longrope`` scaling: the factors of its config, and the lengths that apply."""
+    parameters = site.parameters
+    recovery = parameters["original_max_position_embeddings"]
+    shared = {
+        "rope_theta": float(parameters["rope_theta"]),
+        "original_max_position_embeddings": recovery,
+        "attention_factor": site.attention_factor,
+    }
+    return RescalePair(
+        Rescale(tuple(parameters["short_factor"]), max_position_embeddings=recovery, **shared),
+        Rescale(
+            tuple(parameters["long_factor"]),
+            max_position_embeddings=max(longest, recovery),
+            **shared,
+        ),
+    )
 
 
 def _of_site(site: RotarySite, longest: int) -> Rescale:
@@ -84,5 +114,4 @@ def find_pair(source: str, trust_remote_code: bool = False) -> RescalePair | Non
         return RescalePair(short, long, short_attention_factor(run))
     if run.is_file() and run.suffix == ".gguf":
         return read_pair(run)[0]
-    with quiet():
-        return RescalePair.from_config(read_pretrained(AutoConfig, source, trust_remote_code))
+    return _of_config(source, trust_remote_code, only="longrope")

@@ -1,6 +1,5 @@
 """Convert a Llama or Mistral checkpoint to GGUF, as llama.cpp's converter does."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import safe_open
 
 from longrope.checkpoints.gguf_io import Metadata, Tensor
 from longrope.data.encoding import check_ids
+from longrope.files import content_of, read_json
 from longrope.models.weights import has_own_head, weight_files
 
 _KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -60,7 +60,8 @@ def llama_metadata(directory: Path) -> tuple[str, Metadata]:
     items: Metadata = [("general.name", name, kinds.STRING, None)]
     items += [(f"llama.{key}", value, kinds.UINT32, None) for key, value in numbers.items()]
     items += [(f"llama.{key}", value, kinds.FLOAT32, None) for key, value in rates.items()]
-    return "llama", items + _tokenizer(directory, config["vocab_size"])
+    with content_of(directory / "tokenizer.json", _CONVERT):
+        return "llama", items + _tokenizer(directory, config["vocab_size"])
 
 
 def llama_tensors(directory: Path) -> list[Tensor]:
@@ -119,7 +120,7 @@ def _tensor(theirs: str, file: Path, name: str, part: Any, heads: int | None) ->
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "config.json")
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in _KNOWN:
         raise ValueError(
@@ -148,7 +149,7 @@ def _tokenizer(directory: Path, vocabulary: int) -> Metadata:
     file = directory / "tokenizer.json"
     if not file.exists():
         raise _unknown_tokenizer(directory, "there is no tokenizer.json")
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     model = content["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise _unknown_tokenizer(directory, "it is not a byte-level BPE")

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from longrope.files import write_atomically
+from longrope.errors import shortened
+from longrope.files import read_json, write_atomically
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import UNROTATED, Rescale, default_attention_factor
 
@@ -92,8 +93,11 @@ class Manifest:
             if data["schema"] != _SCHEMA or data["format"] not in FORMATS:
                 raise ValueError(f"schema {data['schema']}, format {data['format']!r}")
             pair = RescalePair(Rescale.from_json(data["short"]), Rescale.from_json(data["long"]))
-            return cls(data["format"], data["source"], pair, data["folded"])
-        except (KeyError, TypeError, ValueError) as error:
+            folded = data["folded"]
+            if not (folded is None or (isinstance(folded, int | float) and 0 < folded < 1e36)):
+                raise ValueError(f"folded is {shortened(folded)}")
+            return cls(data["format"], str(data["source"]), pair, folded)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(
                 f"{FILE} is damaged, or of another version of longrope ({error}); export again"
             ) from None
@@ -106,4 +110,10 @@ class Manifest:
     def load(cls, directory: Path) -> "Manifest | None":
         """Read the manifest of an export; None where the directory has no ``longrope.json``."""
         file = directory / FILE
-        return cls.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None
+        if not file.exists():
+            return None
+        found = read_json(file)
+        try:
+            return cls.from_json(found)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None

@@ -2,11 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from longrope.files import load_yaml, write_atomically
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from longrope.files import content_of, read_json, read_yaml, write_atomically
 
 _PAIR = "pair.json"
+
+
+class _Pair(TypedDict):
+    short_attention_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 
 
 def original_of(source: str) -> dict[str, Any] | None:
@@ -18,13 +25,14 @@ def original_of(source: str) -> dict[str, Any] | None:
     recipe = Path(source) / "recipe.yaml"
     if not (is_run(Path(source)) and recipe.exists()):
         return None
-    found = load_yaml(recipe.read_text(encoding="utf-8"))
-    return {
-        "source": found["model"],
-        # Runs of older versions have another name for it.
-        "rope_scaling": found.get("rope_scaling", found.get("existing_scaling")),
-        "original_length": found["original_length"],
-    }
+    found = read_yaml(recipe)
+    with content_of(recipe, "restore it, or extend again"):
+        return {
+            "source": str(found["model"]),
+            # Runs of older versions have another name for it.
+            "rope_scaling": found.get("rope_scaling", found.get("existing_scaling")),
+            "original_length": found["original_length"],
+        }
 
 
 def is_run(path: Path) -> bool:
@@ -43,4 +51,4 @@ def short_attention_factor(run: Path) -> float | None:
     file = run / _PAIR
     if not file.exists():
         return None
-    return json.loads(file.read_text(encoding="utf-8"))["short_attention_factor"]
+    return read_json(file, _Pair)["short_attention_factor"]

@@ -5,13 +5,15 @@ import logging
 import os
 import re
 import sys
+import tempfile
+import traceback
 from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from longrope.errors import RankLost
+from longrope.errors import RankLost, first_line, shortened
 from longrope.version import __version__
 
 # In the order of the work.
@@ -58,7 +60,11 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 def main() -> None:
-    """Run the ``longrope`` program. A user's mistake prints one line and exits with code 2."""
+    """Run the ``longrope`` program. Every error is one line.
+
+    A user's mistake, and a file or device that fails, exit with code 2, anything unexpected with
+    code 1. With ``LONGROPE_TRACEBACK`` set, errors show their traceback instead.
+    """
     arguments = sys.argv[1:]
     bare = all(argument[:1] != "-" for argument in arguments) and arguments != ["demo"]
     if bare and len(arguments) <= 1 + (arguments[:1] == ["evaluate"]):
@@ -75,18 +81,22 @@ def main() -> None:
     try:
         _refuse_empty(arguments)
         code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
     except _UsageError as error:
         _fail(error.format_message().replace("Value error, ", ""), 2)
     except ValueError as error:
         _fail(_as_options(str(error), arguments), 2)
     except KeyboardInterrupt:
         _end(_stopped(arguments), 130)
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            _fail("the GPU is out of memory: try --offload-weights, or a shorter length", 1)
-        raise
     except RankLost as error:
         _fail(str(error), 1)
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        _end("", 1)
+    except OSError as error:
+        where = shortened(str(error.filename or "the output"), 200)
+        _fail(f"{where}: {error.strerror or error}", 2)
+    except Exception as error:
+        _fail(_unexpected(error), 1)
     if code == 130:  # typer's exit code for Ctrl-C
         _end(_stopped(arguments), code)
     sys.exit(code)
@@ -102,6 +112,25 @@ def _refuse_empty(arguments: list[str]) -> None:
             continue
         if name != "--prompt":
             raise ValueError(f"{name} is empty; give a value, or leave it out")
+
+
+def _unexpected(error: Exception) -> str:
+    """Describe an error that longrope did not foresee, and write its traceback to a file."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU is out of memory: try --offload-weights, or a shorter length"
+    if isinstance(error, MemoryError):
+        return "the memory is full: try --offload-weights, or a shorter length"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="longrope-", suffix=".log", delete=False, encoding="utf-8", errors="replace"
+        ) as log:
+            log.write(f"longrope {__version__}: {sys.argv[1:]}\n")
+            traceback.print_exception(error, file=log)
+        where = f"its traceback is in {log.name}; please report it with that file"
+    except OSError:
+        where = "set LONGROPE_TRACEBACK=1 to see its traceback, and please report it"
+    what = shortened(first_line(error), 200)
+    return f"unexpected {type(error).__name__} ({what}), a fault of longrope: {where}"
 
 
 class _WithOptions(logging.Formatter):
@@ -164,7 +193,10 @@ def _fail(message: str, code: int) -> None:
 
 
 def _end(message: str, code: int) -> None:
-    print(f"longrope: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        if message:
+            print(f"longrope: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     # Other ranks may be blocked in a collective, so exit without waiting for them.
-    sys.stdout.flush()
     os._exit(code)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shlex
 import sys
@@ -263,7 +262,9 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
         page = run_extension(chosen, directory, these, run)
         if not these.first:
             return
-    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    from longrope.files import read_json
+
+    results = read_json(directory / "results.json")
     if json_:
         print_json(results)
         return

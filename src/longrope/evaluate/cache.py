@@ -1,7 +1,6 @@
 """Cache of unfinished measurements, so that interrupted ones resume."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -9,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from longrope.files import JsonlStore, delete_leftovers, only_process, read_arrays, write_arrays
+from longrope.files import (
+    JsonlStore,
+    delete_leftovers,
+    only_process,
+    read_arrays,
+    read_json,
+    write_arrays,
+)
 
 
 class MeasurementCache:
@@ -81,9 +87,9 @@ def require_same(file: Path, of: dict[str, Any]) -> None:
     if not file.exists():
         return
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))["of"]
+        before = read_json(file)["of"]
         other = [f"{key} {before[key]}" for key in before if before[key] != of.get(key)]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(
             f"{file} does not hold a measurement; give another `out`, or delete the file"
         ) from None

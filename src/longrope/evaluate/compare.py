@@ -27,7 +27,7 @@ from longrope.evaluate.measure import (
 from longrope.evaluate.perplexity import Scores, paired_difference
 from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig
 from longrope.evaluate.statistics import benchmark_difference
-from longrope.files import finite_or_none, write_atomically
+from longrope.files import finite_or_none, read_json, write_atomically
 from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
 from longrope.models.target_length import starting_point
@@ -164,10 +164,10 @@ def check_same_comparison(
     if not file.exists():
         return
     try:
-        there = json.loads(file.read_text(encoding="utf-8"))
+        there = read_json(file)
         rows = {(row["method"], row["length"]) for row in there["perplexity"]}
         before, settings = there["target"], there.get("of")  # unknown in files of old versions
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(
             f"{file} does not hold a comparison; give another `out`, or delete the file"
         ) from None

@@ -17,6 +17,7 @@ from longrope.models.parameters import active_parameters, is_tied
 from longrope.models.sources import is_in_config_file, read_pretrained, refuse_scaled_gguf
 from longrope.progress import quiet
 from longrope.rope.methods import METHODS, dynamic_ntk
+from longrope.rope.parameters import ignored_scaling
 from longrope.rope.rescale import Rescale
 from longrope.rope.rotary import (
     UNSCALED,
@@ -26,6 +27,7 @@ from longrope.rope.rotary import (
     scaled_length,
     unscaled_factors,
 )
+from longrope.units import LONGEST
 
 ScalingChoice = Literal["keep", "replace"]
 _LENGTH = "max_position_embeddings"
@@ -195,6 +197,8 @@ def inspect_model(
         >>> info.original_max_position_embeddings, info.extendable
         (256, True)
     """
+    if original_length is not None and not 1 <= original_length <= LONGEST:
+        raise ValueError(f"original_length is {original_length}; it must be at least 1")
     if rope_scaling not in (None, "keep", "replace"):
         raise ValueError(f"rope_scaling is {rope_scaling!r}; choose keep or replace")
     loaded = None if isinstance(source, str | Path) else without_adapters(source)
@@ -328,6 +332,12 @@ def _with_original_length(
     if original is None:
         reason = (
             reason or "its config does not hold the length that it handles; give original_length"
+        )
+    if existing != "replace" and (field := ignored_scaling(site.parameters)):
+        reason = reason or (
+            f"its rope_parameters have {field} without a rope_type, which transformers ignores and "
+            "other engines may apply; give the type in its config (such as linear), or use "
+            "rope_scaling='replace' to drop it"
         )
     if scaling and existing is None and reason is None:
         reason = _needs_choice(str(kind), longest)

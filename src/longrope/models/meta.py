@@ -9,6 +9,7 @@ from torch import nn
 
 from longrope.compat import auto_class
 from longrope.layerwise.decoder import find_layers
+from longrope.models.config_check import rope_fault
 from longrope.rope.rotary import RotarySite, column_layout, find_rotary, unscaled_parameters
 
 RESCALABLE = ("default", "proportional", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -53,11 +54,13 @@ def build_meta_model(
             else:
                 model = auto.from_config(config, trust_remote_code=trust_remote_code)
         return model, *find_rescalable(model)
-    except ValueError:
-        raise ValueError(
-            f"{source}: a {config.model_type!r} model is not a causal language model"
-        ) from None
     except Exception as error:  # configs of dozens of kinds fail in ways of their own
+        if fault := rope_fault(config):
+            raise ValueError(f"{source}: {fault}") from error
+        if isinstance(error, ValueError):
+            raise ValueError(
+                f"{source}: a {config.model_type!r} model is not a causal language model"
+            ) from None
         raise ValueError(
             f"{source}: a {config.model_type!r} model cannot be made from its config "
             f"({type(error).__name__}: {error})"

@@ -1,6 +1,7 @@
 """Read models from a directory, the hub, a GGUF file or the package."""
 
 import contextlib
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from longrope.errors import first_line
+from longrope.files import read_json
 from longrope.models.bundled import BUNDLED
+from longrope.models.config_check import check_config
+from longrope.models.gguf_file import open_gguf, scaling_of
 from longrope.models.weights import weight_files
 from longrope.progress import discard_stderr
 
@@ -42,12 +46,15 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
         )
     else:
         location = source
+    if auto is AutoConfig:
+        _check_config(source, path)
     try:
         if not reads_weights:
             return auto.from_pretrained(location, **options)
         # transformers' bar for converting GGUF tensors has no switch.
         with discard_stderr() if "gguf_file" in options else contextlib.nullcontext():
-            model, report = auto.from_pretrained(location, output_loading_info=True, **options)
+            loaded: Any = auto.from_pretrained(location, output_loading_info=True, **options)
+        model, report = loaded
     except ImportError as error:
         raise ValueError(f"{source}: reading it needs more: {first_line(error)}") from None
     except Exception as error:
@@ -55,6 +62,16 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             raise ValueError(
                 f"{source}: the hub wants a login for it: run 'hf auth login', and accept the "
                 "model's terms on its page"
+            ) from None
+        if "custom code" in str(error) and not trust_remote_code:
+            raise ValueError(
+                f"{source}: it comes with code of its own, which is not run by default; read the "
+                "code, and give trust_remote_code=True if you trust it"
+            ) from None
+        if auto is AutoTokenizer and _needs_sentencepiece(path):
+            raise ValueError(
+                f"{path / 'tokenizer.model'}: reading it requires sentencepiece: pip install "
+                "sentencepiece protobuf (or give a checkpoint with tokenizer.json)"
             ) from None
         missing = isinstance(error, OSError) and not path.exists()
         what = "no such directory, nor read from the hub" if missing else "cannot be loaded"
@@ -65,6 +82,37 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
         )
     return model
+
+
+def _needs_sentencepiece(path: Path) -> bool:
+    only_model = (path / "tokenizer.model").exists() and not (path / "tokenizer.json").exists()
+    packages = ("sentencepiece", "google.protobuf")
+    return only_model and not all(map(_is_installed, packages))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _check_config(source: str, path: Path) -> None:
+    """Refuse a config that transformers would take for ever or silently wrongly."""
+    if path.is_dir():
+        if (path / "config.json").exists():
+            check_config(read_json(path / "config.json"), str(path / "config.json"))
+        return
+    if path.is_file():
+        open_gguf(path)
+        return
+    from transformers import PreTrainedConfig
+
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source)
+    except Exception:  # transformers says why when the config is read
+        return
+    check_config(found, f"{source}: config.json")
 
 
 def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
@@ -129,21 +177,9 @@ def refuse_scaled_gguf(source: str) -> None:
     path = _local_path(source)
     if not (path.is_file() and path.suffix == ".gguf"):
         return
-    try:
-        import gguf
-    except ImportError:
+    if (found := scaling_of(open_gguf(path))) is not None:
         raise ValueError(
-            f"{path}: GGUF files require the gguf package: pip install 'longrope[gguf]'"
-        ) from None
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: not a GGUF file ({first_line(error)})") from None
-    kinds = [f.contents() for key, f in reader.fields.items() if key.endswith("rope.scaling.type")]
-    factors = [t.name for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
-    if factors or any(kind != "none" for kind in kinds):
-        raise ValueError(
-            f"{path}: its RoPE is scaled already ({(kinds or factors)[0]}), which transformers "
-            "drops when it reads GGUF; give the Hugging Face checkpoint, or start over with "
+            f"{path}: its RoPE is scaled already ({found}), which transformers drops when it "
+            "reads GGUF; give the Hugging Face checkpoint, or start over with "
             "rope_scaling='replace' and original_length"
         )

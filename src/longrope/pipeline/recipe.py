@@ -1,7 +1,6 @@
 """The recipe of an extension: every setting of `longrope extend`, read from a YAML file."""
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,9 +15,10 @@ from pydantic import (
 )
 
 from longrope.base_config import Config
+from longrope.errors import shortened
 from longrope.evaluate.settings import BenchmarkConfig, RetrievalConfig
 from longrope.execution import ExecutionConfig
-from longrope.files import load_yaml, write_atomically
+from longrope.files import parse_yaml, read_json, read_yaml, write_atomically
 from longrope.models.bundled import BUNDLED
 from longrope.rope.methods import METHODS
 from longrope.search.settings import GradientSearchConfig, SearchConfig, describe_error
@@ -271,19 +271,18 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     if not path.exists():
         path = Path(source)
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
+        return make_recipe(content | {k: v for k, v in changes.items() if v is not None})
     except OSError as error:
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ValueError(
             f"recipe={str(source)!r}: {error.strerror}; give a YAML file, or one of {names}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
+        what = str(error).removeprefix(str(path)).removeprefix("recipe")
         raise ValueError(
-            f"recipe={str(source)!r} is not valid YAML ({' '.join(str(error).split())})"
+            f"recipe={str(source)!r}{what if what[:1] in ': ' else f': {what}'}"
         ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe={str(source)!r} is not a mapping of keys to values")
-    return make_recipe(content | {k: v for k, v in changes.items() if v is not None})
 
 
 def resolve_recipe(
@@ -341,9 +340,9 @@ def _set(content: dict[str, Any], setting: str) -> None:
         for other in set(place) - shared:
             del place[other]
     try:
-        place[name] = load_yaml(value)
-    except yaml.YAMLError:
-        raise ValueError(f"set={setting!r}: its value is not valid YAML") from None
+        place[name] = parse_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"set={setting!r}: its value is not valid YAML ({error})") from None
 
 
 def leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -360,7 +359,7 @@ def _of_bundled(target: str | None) -> str:
 
     512x requires other training than 64x.
     """
-    config = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
+    config = read_json(BUNDLED / "config.json")
     original = config["max_position_embeddings"]
     if target is not None:
         for file in RECIPES.glob("bundled-*.yaml"):
@@ -396,6 +395,7 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             meant = f"did you mean {close[0]!r}? There are " if close else "there are "
             known = ", ".join(section.model_fields)
             raise ValueError(f"recipe: no key {key!r}; {meant}{known}") from None
-        raise ValueError(f"recipe: {key} is {first['input']!r}: {first['msg'].lower()}") from None
+        value = shortened(first["input"])
+        raise ValueError(f"recipe: {key} is {value}: {first['msg'].lower()}") from None
     recipe.check()
     return recipe

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, with_config
+from typing_extensions import NotRequired, TypedDict
 
 from longrope.distributed import Ranks
-from longrope.files import is_temporary, load_yaml, write_atomically
+from longrope.files import content_of, is_temporary, read_json, read_yaml, write_atomically
 from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
 from longrope.models.target_length import starting_point
@@ -30,6 +32,18 @@ _FREE = ("evaluate", "execution")
 # Of these sections, keys that do affect them.
 _FIXED = ("execution.dtype",)
 _CHOICES = "choices.json"
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Record(TypedDict):
+    """The record of a finished stage, in its ``done.json``; a recovery's has ``starts`` too."""
+
+    seconds: NotRequired[float]
+    forwards: NotRequired[float]
+    tokens: NotRequired[int]
+    starts: NotRequired[dict[str, Any]]
+
+
 # Stages that run again when the evaluation changes.
 _MEASURED = ("evaluate", "report")
 
@@ -70,7 +84,7 @@ class Run:
         file, now = self.out / "recipe.yaml", self.recipe.model_dump(mode="json")
         new = not file.exists()
         if not new:
-            before = load_yaml(file.read_text(encoding="utf-8"))
+            before = read_yaml(file)
             self._require_this_layout(before)
             there, here = leaves(before), leaves(now)
             default = leaves(Recipe(target=self.recipe.target).model_dump(mode="json"))
@@ -135,7 +149,7 @@ class Run:
 
     def record(self, name: str) -> dict[str, Any]:
         """Read the record of a finished stage of the run, its ``done.json``."""
-        return json.loads((self.out / name / "done.json").read_text(encoding="utf-8"))
+        return read_json(self.out / name / "done.json", _Record)
 
     def finish(self, stage: Stage, record: dict[str, Any]) -> None:
         """Mark a stage of the run as done, and wait for every process."""
@@ -180,7 +194,7 @@ class Run:
         if not self.ranks.first:
             return
         if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_json(file, dict[str, list[str]])
             for name, hashes in now.items():
                 if before.get(name) != hashes:
                     raise ValueError(
@@ -275,4 +289,5 @@ def recorded_choices(out: Path) -> list[Choice] | None:
     file = out / _CHOICES
     if not (file.exists() and (out / "recipe.yaml").exists()):
         return None
-    return [Choice(**choice) for choice in json.loads(file.read_text(encoding="utf-8"))]
+    with content_of(file, "restore it, or give another `out`"):
+        return [Choice(**choice) for choice in read_json(file, list[dict[str, Any]])]

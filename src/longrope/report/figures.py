@@ -1,11 +1,9 @@
 """Draw the figures of a search or comparison directory."""
 
-import json
 import operator
 from pathlib import Path
-from typing import Any
 
-from longrope.files import read_lines
+from longrope.files import content_of, read_json, read_lines
 from longrope.report import plots
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale
@@ -24,16 +22,20 @@ def draw_figures(directory: Path) -> list[Path]:
         if rescale.start_tokens and (directory / "portable.json").exists():
             shown["portable"] = Rescale.load(directory / "portable.json")
         figures["factors.png"] = plots.factors_figure(shown)
-    history = [line for line in read_lines(directory / "history.jsonl") if line.get("loss")]
+    file = directory / "history.jsonl"
+    history = [line for line in read_lines(file) if line.get("loss")]
     if any("window" not in line for line in history):
-        figures["history.png"] = plots.history_figure(history)
+        with content_of(file, "run the search again in another directory"):
+            figures["history.png"] = plots.history_figure(history)
     if (directory / "compare.json").exists():
-        comparison = _read(directory / "compare.json")
-        original = comparison["original_length"]
-        rows = comparison["perplexity"]
-        if len({row["length"] for row in rows}) > 1:
-            figures["perplexity.png"] = plots.perplexity_figure(rows, original)
-        figures["position.png"] = plots.position_figure(comparison["by_position"], original)
+        file = directory / "compare.json"
+        comparison = read_json(file)
+        with content_of(file, "run the comparison again"):
+            original = comparison["original_length"]
+            rows = comparison["perplexity"]
+            if len({row["length"] for row in rows}) > 1:
+                figures["perplexity.png"] = plots.perplexity_figure(rows, original)
+            figures["position.png"] = plots.position_figure(comparison["by_position"], original)
     if not figures:
         raise ValueError(
             f"{directory}: nothing to draw; give a directory that 'longrope search' or "
@@ -60,10 +62,3 @@ def known_methods(rescale: Rescale) -> dict[str, Rescale]:
             for name, known in rescales.items()
         }
     return rescales
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); run the comparison again") from None

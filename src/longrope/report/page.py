@@ -1,13 +1,12 @@
 """Write the report of a run as one self-contained HTML file and as Markdown."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from longrope.files import write_atomically
+from longrope.files import content_of, read_json, write_atomically
 from longrope.labels import RESULT
 from longrope.report import plots
 from longrope.report.headline import headline
@@ -23,13 +22,14 @@ def write_page(directory: Path) -> list[Path]:
     file = directory / "results.json"
     if not file.exists():
         raise ValueError(f"{directory}: no results.json; finish 'longrope extend' first")
-    results = json.loads(file.read_text(encoding="utf-8"))
-    title = (
-        f"{results['model']}: {results['original_length']:,} → {results['target']:,} tokens "
-        f"({results['target'] / results['original_length']:g}×)"
-    )
-    sections = [_drawn(section, directory) for section in all_sections(directory, results)]
-    content = {"title": title, "headline": headline(results), "sections": sections}
+    results = read_json(file)
+    with content_of(file, "run the same 'longrope extend' again"):
+        title = (
+            f"{results['model']}: {results['original_length']:,} → {results['target']:,} tokens "
+            f"({results['target'] / results['original_length']:g}×)"
+        )
+        sections = [_drawn(section, directory) for section in all_sections(directory, results)]
+        content = {"title": title, "headline": headline(results), "sections": sections}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
     )

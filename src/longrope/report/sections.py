@@ -1,7 +1,6 @@
 """Content of a run's report: its sections."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from longrope.checkpoints.card import UNKNOWN_KEYS
 from longrope.evaluate.statistics import retrieval_totals, wilson
-from longrope.files import load_yaml, read_lines
+from longrope.files import read_json, read_lines, read_yaml
 from longrope.labels import RESULT, has_extended_weights
 from longrope.report import plots
 from longrope.report.figures import known_methods
@@ -164,7 +163,7 @@ def _recovery(directory: Path, results: dict[str, Any]) -> Section | None:
     ]
     file = directory / "recovery" / "done.json"
     if file.exists():
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         for length, starts in record["starts"].items():
             won = min(starts, key=starts.get)
             text.append(
@@ -237,7 +236,7 @@ def _plan(directory: Path, results: dict[str, Any]) -> Section:
     taken = {stage["name"]: stage for stage in results["stages"]}
     evaluated = directory / "evaluate" / "done.json"  # written after results.json
     if evaluated.exists():
-        taken["evaluate"] = json.loads(evaluated.read_text(encoding="utf-8"))
+        taken["evaluate"] = read_json(evaluated)
     planned = {
         stage["name"]: stage for stage in results.get("plan", [])
     }  # missing in runs of older versions
@@ -267,7 +266,7 @@ def _settings(directory: Path, results: dict[str, Any]) -> Section | None:
     file = directory / "choices.json"
     if not file.exists():
         return None
-    choices = json.loads(file.read_text(encoding="utf-8"))
+    choices = read_json(file, list[dict[str, Any]])
     if not choices:
         return None
     rows = [[choice["key"], str(choice["value"]), choice["reason"]] for choice in choices]
@@ -280,10 +279,10 @@ def _loading() -> Section:
 
 
 def _reproduce(directory: Path, results: dict[str, Any]) -> Section:
-    recipe = (directory / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = read_yaml(directory / "recipe.yaml")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     code = "longrope extend --recipe recipe.yaml --out RUN\n\n# recipe.yaml\n" + yaml.safe_dump(
-        load_yaml(recipe), sort_keys=False
+        recipe, sort_keys=False
     )
     return Section("Reproduce", [f"{versions}. The recipe with every key resolved:"], code=code)
 

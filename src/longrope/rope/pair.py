@@ -1,9 +1,8 @@
 """The pair of rescales of an extended model: one for short sequences, one for long ones."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from longrope.rope.rescale import Rescale, default_attention_factor
+from longrope.rope.rescale import Rescale
 
 
 @dataclass(frozen=True)
@@ -32,30 +31,3 @@ class RescalePair:
     def choose(self, tokens: int) -> Rescale:
         """Choose the short or long rescale of the pair for a sequence of ``tokens`` tokens."""
         return self.short if tokens <= self.recovery_length else self.long
-
-    @classmethod
-    def from_config(cls, config: Any) -> "RescalePair | None":
-        """Read a pair of rescales from a ``longrope`` checkpoint's config; None for others."""
-        text = config.get_text_config()
-        scaling = getattr(text, "rope_parameters", None) or {}
-        scaling = scaling.get("full_attention", scaling)
-        if scaling.get("rope_type") != "longrope":
-            return None
-        recovery = scaling["original_max_position_embeddings"]
-        longest = max(text.max_position_embeddings, recovery)
-        factor = scaling.get("attention_factor") or default_attention_factor(
-            recovery, round(recovery * scaling.get("factor", longest / recovery))
-        )
-        shared = {
-            "rope_theta": float(scaling["rope_theta"]),
-            "original_max_position_embeddings": recovery,
-            "attention_factor": factor,
-        }
-        return cls(
-            Rescale(
-                tuple(scaling["short_factor"]),
-                max_position_embeddings=recovery,
-                **shared,
-            ),
-            Rescale(tuple(scaling["long_factor"]), max_position_embeddings=longest, **shared),
-        )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from longrope.errors import shortened
+
 LENGTH = "original_max_position_embeddings"
 # Scales scores with the position (Ministral 3), in units of the length above.
 BY_POSITION = "llama_4_scaling_beta"
@@ -25,3 +27,16 @@ def kept_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     if BY_POSITION in parameters:  # which is in units of it
         kept[LENGTH] = parameters[LENGTH]
     return kept
+
+
+def ignored_scaling(parameters: dict[str, Any]) -> str | None:
+    """Return a scaling field of ``rope_parameters`` that their ``rope_type`` leaves unused.
+
+    It is returned as ``name value``; None if there is none, or it scales nothing.
+    """
+    if parameters["rope_type"] != "default":
+        return None
+    names = ("factor", "long_factor", "short_factor", "attention_factor", "beta_fast", "alpha")
+    found = (name for name in names if parameters.get(name) not in (None, 1, []))
+    name = next(found, None)
+    return name and f"{name} {shortened(parameters[name])}"

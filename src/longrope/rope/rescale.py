@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from longrope.files import write_atomically
+from longrope.errors import shortened
+from longrope.files import read_json, write_atomically
 from longrope.rope.parameters import kept_parameters
+from longrope.units import LONGEST
 
 SCHEMA = 1
 # Some models rotate only some of their dimensions; the others have frequency 0 (Gemma 4). As a
 # factor, that is one so large that nothing rotates.
 UNROTATED = 1e30
+_LARGEST_FACTOR = 1e36  # inverse frequencies are float32 in every engine
 
 
 def default_inv_freq(rope_theta: float, rotary_dim: int) -> np.ndarray:
@@ -81,9 +84,10 @@ class Rescale:
             numbers = tuple(float(factor) for factor in getattr(self, name))
             object.__setattr__(self, name, numbers)
             for i, factor in enumerate(numbers):
-                if not (math.isfinite(factor) and factor > 0):
+                if not 1 / _LARGEST_FACTOR < factor < _LARGEST_FACTOR:
                     raise ValueError(
-                        f"{name}[{i}] is {factor}; a factor is a positive finite number"
+                        f"{name}[{i}] is {factor}; a factor is a positive finite number (at most "
+                        f"{_LARGEST_FACTOR:g}, as engines compute in float32)"
                     )
         object.__setattr__(self, "searched_documents", tuple(self.searched_documents))
         if not self.factors:
@@ -95,17 +99,21 @@ class Rescale:
             )
         for name in ("rope_theta", "attention_factor"):
             value = getattr(self, name)
-            if not (_is_number(value) and math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value!r}; it must be a positive finite number")
+            if not (_is_number(value) and 1 / _LARGEST_FACTOR < value < _LARGEST_FACTOR):
+                raise ValueError(
+                    f"{name} is {shortened(value)}; it must be a positive finite number (at most "
+                    f"{_LARGEST_FACTOR:g})"
+                )
         for name, least in (
             ("original_max_position_embeddings", 1),
             ("max_position_embeddings", self.original_max_position_embeddings),
             ("start_tokens", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if type(value) is not int or not least <= value <= LONGEST:
                 raise ValueError(
-                    f"{name} is {value!r}; it must be a whole number of at least {least}"
+                    f"{name} is {shortened(value)}; it must be a whole number of at least {least}"
+                    f"{f' and at most {LONGEST:,}' if type(value) is int and value > least else ''}"
                 )
 
     @property
@@ -243,15 +251,10 @@ class Rescale:
         """
         path = Path(path)
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}: pass the path of a rescale file") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not a JSON text file") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
+            return cls.from_json(read_json(path))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            known = str(error).startswith(str(path))
+            raise ValueError(str(error) if known else f"{path}: {error}") from None
 
     @classmethod
     def from_csv(

@@ -16,6 +16,7 @@ from longrope.rope.rescale import UNROTATED, Rescale, default_inv_freq
 _SCALED_LAYER_TYPE = "full_attention"
 UNSCALED = ("default", "proportional")
 # Types whose frequencies do not depend on the sequence length.
+_MOST_FREQUENCIES = 8192
 _STATIC = ("default", "proportional", "linear", "yarn", "llama3")
 
 
@@ -113,6 +114,8 @@ def column_layout(site: RotarySite) -> Tensor:
     here = RotarySite(site.owner, site.name, module, site.layer_type)
     prefix = "" if site.layer_type is None else f"{site.layer_type}_"
     frequencies = getattr(module, f"{prefix}inv_freq").double()
+    if len(frequencies) > _MOST_FREQUENCIES:
+        raise ValueError(f"{kind} has {len(frequencies):,} frequencies; correct its head_dim")
     angles = torch.atan2(sin.flatten().double(), cos.flatten().double())
     layout = (angles[:, None] - frequencies[None, :]).abs().argmin(dim=1)
     expected = (

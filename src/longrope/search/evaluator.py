@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.distributed import Ranks
-from longrope.files import append_line
+from longrope.files import append_line, content_of
 from longrope.progress import seconds_left
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost
@@ -106,7 +106,8 @@ class Evaluator:
                 "options must be equal on every node"
             )
         # A budget below the cost of the history does not discard results.
-        known = math.ceil(sum(float(line["forwards"]) for line in self.history))
+        with content_of(out / "history.jsonl", "give another `out`, or delete the directory"):
+            known = math.ceil(sum(float(line["forwards"]) for line in self.history))
         self.total = min(max(identity.config.forwards, known), identity.config.max_forwards)
         self._report(math.nan, replayed=False)
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from longrope.files import read_lines, write_atomically
+from longrope.files import read_json, read_lines, write_atomically
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Record:
     def _read_state(self) -> tuple[dict[str, Any], str]:
         schema: Any = None
         try:
-            saved = json.loads(self.state.read_text(encoding="utf-8"))
+            saved = read_json(self.state)
             schema = saved["schema"]
             if schema == SCHEMA and isinstance(saved["config"], dict):
                 return saved["config"], saved["config_hash"]
