@@ -64,7 +64,13 @@ def test_json_is_read_into_checked_values(text, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: &x [1]\nb: [*x, *x]", "has an alias"),
+        (
+            "\n".join(
+                f"a{n}: &x{n} [{', '.join(9 * [f'*x{n - 1}'])}]" if n else "a0: &x0 [1]"
+                for n in range(9)
+            ),
+            "aliases stand for more than",
+        ),
         ("[" * 50_000, "nested too deeply"),
         ("a: 1\na: 2", "'a' stands twice, again in line 2"),
         ("a: !!bool maybe", "maybe"),

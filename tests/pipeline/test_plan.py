@@ -13,6 +13,7 @@ from longrope.pipeline.checks import check_settings
 from longrope.pipeline.plan import evaluation_lengths, make_plan
 from longrope.pipeline.recipe import make_recipe
 from longrope.pipeline.run_state import Run
+from longrope.search.settings import GradientSearchConfig
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +177,18 @@ def test_lengths_are_doublings(info):
 
 
 def test_costs_are_those_of_the_work(info):
-    made = plan(info, target="8x", search={"budget": 10, "windows": 3})
+    search = {"budget": 10, "windows": 3}
+    made = plan(info, target="8x", search=search | {"transfer": "none"})
     stage = made["search"]
     assert (stage.forwards, stage.tokens) == (30, 30 * 2048)
+    # A window of each other kind; five candidates on four windows of the text and eight others.
+    assert plan(info, target="8x", search=search)["search"].forwards == 10 * (3 + 4) + 5 * (4 + 8)
+    validated = plan(info, target="8x", search=search | {"transfer": "validate"})
+    assert validated["search"].forwards == 10 * 3 + 5 * (4 + 8)
+    # Longer windows: the other kinds are joined to one of 65,536 tokens at most.
+    config = GradientSearchConfig(budget=10, windows=3)
+    assert config.window_passes(10, 65_536) == 10 * (3 + 1) + 5 * (4 + 2)
+    assert config.window_passes(10, 2**17) == 10 * 3.5 + 5 * (4 + 1)
     assert stage.linear == pytest.approx(2 * info.parameters * stage.tokens)
     # 4 · layers · heads · head_dim · T² / 2 a window
     assert stage.attention == 30 * 4 * 5 * 3 * 64 * 2048**2 / 2
@@ -214,7 +224,15 @@ def test_flops_agree_with_a_counter(micro_models, checkpoints, ids, family):
     made = make_plan(
         info,
         make_recipe(
-            {"target": "512", "search": {"algorithm": "evolution", "budget": 1, "windows": 1}}
+            {
+                "target": "512",
+                "search": {
+                    "algorithm": "evolution",
+                    "budget": 1,
+                    "windows": 1,
+                    "transfer": "none",
+                },
+            }
         ),
     )
     stage = made["search"]
@@ -228,7 +246,8 @@ def test_a_sliding_window_s_layers_cost_what_they_see(checkpoints):
     info = inspect_model(str(checkpoints("gemma3")))  # two layers see all, two 24 tokens
     row, column = np.indices((512, 512))
     seen = [(column <= row).sum(), ((column <= row) & (column > row - 24)).sum()]
-    work = {"target": "512", "search": {"algorithm": "evolution", "budget": 1, "windows": 1}}
+    search = {"algorithm": "evolution", "budget": 1, "windows": 1, "transfer": "none"}
+    work = {"target": "512", "search": search}
     work["finetune"] = {"enabled": True, "steps": 1, "batch": 1, "gradient_checkpointing": False}
     work["finetune"] |= {"short_share": 0, "distill": False}
     made = make_plan(info, make_recipe(work))

@@ -1,7 +1,10 @@
 """Fine-tuning by one process: steps, resuming, full disks and non-finite losses."""
 
+import hashlib
+import json
 import math
 import os
+import pickle
 import shutil
 import signal
 
@@ -275,7 +278,6 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
 
 
 def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monkeypatch):
-    import pickle
 
     class Evil:
         def __reduce__(self):
@@ -296,6 +298,10 @@ def test_no_pickle_of_a_checkpoint_is_trusted(checkpoints, texts, tmp_path, monk
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         assert (checkpoint / name).exists()
         torch.save(Evil(), checkpoint / name)
+        marker = checkpoint / "complete.json"  # as if longrope had written the file
+        content = json.loads(marker.read_text())
+        content["files"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+        marker.write_text(json.dumps(content))
         with pytest.raises(pickle.UnpicklingError):
             train(checkpoints("llama"), texts, tmp_path)
     assert not (tmp_path / "owned").exists()

@@ -70,7 +70,7 @@ def main() -> None:
     if bare and len(arguments) <= 1 + (arguments[:1] == ["evaluate"]):
         arguments = [*arguments, "--help"]  # a verb alone prints its usage
     # A finished result is printed also where the terminal lacks some of its characters.
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     handler = logging.StreamHandler()
     handler.setFormatter(_WithOptions(arguments))

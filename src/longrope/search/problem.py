@@ -66,7 +66,9 @@ def first_search_problem(
     """
     start = starting_point(info, target, attention_factor)
     space = Space(start, max_factor or MARGIN * start.scale, start_tokens)
-    known = {name: info.rescale(name, target) for name in STARTS}
+    known = {
+        name: info.rescale(name, target).replace(start_tokens=start_tokens[0]) for name in STARTS
+    }
     rotations = start.original_max_position_embeddings * start.inv_freq / (2 * np.pi)
     rotations = rotations[: space.dimensions]
 
@@ -75,10 +77,7 @@ def first_search_problem(
 
     return Problem(
         space,
-        {
-            name: space.nearest(rescale.replace(start_tokens=start_tokens[0]))
-            for name, rescale in known.items()
-        },
+        {name: space.nearest(rescale) for name, rescale in known.items()},
         of_rotations,
         {
             name: known[name]
