@@ -386,11 +386,12 @@ def _headline(
     original, length = start.original_max_position_embeddings, start.max_position_embeddings
     names = ", ".join(document.name for document in windows.documents)
     others = len(chosen.searched) - len(windows.ids)
-    asked = f", {others} of other kinds of text" if others else ""
+    unseen = f" and {len(windows.validation)} for validation" if chosen.unseen else ""
+    asked = f"; {others} windows of other kinds of text" if others else ""
     asked += f", {len(questions)} passkey prompts" if questions else ""
     return (
         f"{info.architecture}, {original:,} → {length:,} tokens ({start.scale:g}×); "
-        f"{len(windows.ids)} windows of {names}{asked}"
+        f"{len(windows.ids)} windows{unseen}, of {names}{asked}"
     )
 
 
