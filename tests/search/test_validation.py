@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longrope.data import kinds
+from longrope.distributed import Ranks
+from longrope.models.load import load_model
 from longrope.rope.rescale import Rescale
+from longrope.search.objective import window_losses
+from longrope.search.run import SearchOptions, run_search
+from longrope.search.settings import GradientSearchConfig
 from longrope.search.validation import OWN, validate
 
 KINDS = (OWN, OWN, "prose", "prose", "code", "code")
@@ -127,3 +133,50 @@ def test_a_single_kind_is_enough():
     one = validate(lambda r: losses[r][:1], (OWN,), RESULT, ("original", START), {})[1]
     assert one.gain_standard_error is None
     assert dataclasses.asdict(one)["gains"] == {OWN: pytest.approx(0.1)}
+
+
+def test_an_interrupted_validation_resumes_and_measures_nothing_twice(tmp_path, monkeypatch):
+    """On the bundled model: the losses are those of the objective, the files those of one run."""
+    loaded = load_model("bundled")
+    config = GradientSearchConfig(windows=2, validation_windows=2, budget=5)
+
+    def search(out):
+        options = SearchOptions("2x", tmp_path / out, ("python-library",), config=config)
+        return run_search(loaded, options, Ranks())
+
+    whole, measured = search("whole"), []
+
+    def failing(forward, windows):
+        if len(windows) == 1:
+            measured.append(windows)
+        if len(measured) == 25:  # in the third candidate, of 2 + 8 windows each
+            raise KeyboardInterrupt
+        return window_losses(forward, windows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("longrope.search.run.window_losses", failing)
+        with pytest.raises(KeyboardInterrupt):
+            search("cut")
+    before = len((tmp_path / "cut/validation.jsonl").read_text().splitlines())
+    assert before == 2
+    resumed = search("cut")
+    assert resumed.computed == 0
+    assert (resumed.best, resumed.validation) == (whole.best, whole.validation)
+    for name in ("rescale.json", "portable.json", "validation.jsonl", "history.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert whole.validation is not None
+    assert whole.validation.kinds == (OWN, OWN, *(k for k in kinds.KINDS for _ in range(2)))
+    assert whole.gain == whole.validation.gain
+    saved = Rescale.load(tmp_path / "whole/rescale.json")
+    assert saved.provenance["validated"]["gain"] == whole.gain
+    assert len(whole.best.searched_documents) >= 4  # searched and validated on
+
+
+def test_without_transfer_a_search_is_what_it_was(tmp_path):
+    loaded = load_model("bundled")
+    config = GradientSearchConfig(windows=2, budget=5, transfer="none")
+    options = SearchOptions("2x", tmp_path, ("python-library",), config=config)
+    found = run_search(loaded, options, Ranks())
+    assert found.validation is None
+    assert not (tmp_path / "validation.jsonl").exists()
+    assert len(found.best.searched_documents) == 2

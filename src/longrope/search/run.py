@@ -297,15 +297,18 @@ def _validated(
             validation
         )
 
-    with progress("validate", VALIDATED, show=ranks.first) as advance:
+    with (
+        only_process(out) if ranks.first else contextlib.nullcontext(),
+        progress("validate", VALIDATED, show=ranks.first) as advance,
+    ):
         best, validation = accepted(result.best)
         portable = result.portable
         if portable is not None:
             portable = best if best.portable else accepted(portable)[0]
-    if ranks.first:
-        best.save(out / "rescale.json")
-        if portable is not None:
-            portable.save(out / "portable.json")
+        if ranks.first:
+            best.save(out / "rescale.json")
+            if portable is not None:
+                portable.save(out / "portable.json")
     return dataclasses.replace(
         result,
         best=best,
