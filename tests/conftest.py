@@ -244,7 +244,7 @@ def texts(tmp_path_factory) -> Path:
 def small_search(texts):
     """A search of seconds: options that every other shares."""
     shared = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
-    return [*shared, "--algorithm", "evolution"]
+    return [*shared, "--transfer", "none", "--algorithm", "evolution"]
 
 
 @pytest.fixture(scope="session")

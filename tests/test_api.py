@@ -93,7 +93,7 @@ def test_models_as_people_have_them(kind, model, tokenizer, texts_in_memory, tmp
         target_length="2x",
         texts=texts_in_memory,
         output_dir=tmp_path,
-        config=longrope.GradientSearchConfig(windows=1, budget=6),
+        config=longrope.GradientSearchConfig(windows=1, budget=6, transfer="none"),
     )
     assert found.best.max_position_embeddings == 512
     assert len(found.best.factors) == 32

@@ -196,6 +196,8 @@ def small(texts):
         2,
         "--crossovers",
         1,
+        "--transfer",
+        "none",
     ]
 
 

@@ -20,7 +20,7 @@ SMALL = {"population": 6, "mutations": 2, "crossovers": 2, "iterations": 3, "par
 RECIPE = {
     "target": "16x",
     "execution": {"dtype": "float32"},
-    "search": {"windows": 2, "budget": 9},
+    "search": {"windows": 2, "budget": 9, "validation_windows": 1},
     "finetune": {
         "steps": 6,
         "final": {"steps": 8},
@@ -33,8 +33,8 @@ RECIPE = {
         "short_share": 0.5,
         "distill": True,
     },
-    "second_search": {"windows": 1, "algorithm": "evolution", **SMALL},
-    "recovery": {"windows": 2, "budget": 9},
+    "second_search": {"windows": 1, "transfer": "none", "algorithm": "evolution", **SMALL},
+    "recovery": {"windows": 2, "budget": 9, "transfer": "none"},
     "evaluate": {
         "methods": ["none", "yarn"],
         "documents": 2,

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shlex
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from longrope.checkpoints.hf import export_directory, kept_files
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_directory import is_run, original_of
 from longrope.execution import ExecutionConfig
-from longrope.files import recover, scratch_directory, write_atomically
+from longrope.files import read_json, recover, scratch_directory, write_atomically
 from longrope.labels import display_name
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import load_model
@@ -354,7 +353,7 @@ def _checkpoint(options: ExportOptions, info: ModelInfo, keep_gguf: bool) -> Ite
 def _results(run: Path | None) -> dict[str, Any] | None:
     """Return the results of a run for the model card of its export, if it was evaluated."""
     if run and (run / "results.json").exists():
-        return json.loads((run / "results.json").read_text(encoding="utf-8"))
+        return read_json(run / "results.json")
     return None
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from longrope.checkpoints import card
 from longrope.checkpoints.fold import fold_attention_factor
 from longrope.checkpoints.manifest import Manifest
-from longrope.files import atomic_directory, copy_file
+from longrope.files import atomic_directory, copy_file, read_json
 from longrope.models.config_check import BLOCKS
 from longrope.models.load import LoadedModel
 from longrope.models.meta import build_meta_model
@@ -199,7 +199,7 @@ def kept_files(source: Path) -> list[Path]:
     """
     files = [file for file in sorted(source.iterdir()) if file.is_file()]
     kept = [file_inside(source, file.name) for file in files if _KEPT.fullmatch(file.name)]
-    if any("auto_map" in _read(file) for file in kept if file.name.endswith("config.json")):
+    if any("auto_map" in read_json(file) for file in kept if file.name.endswith("config.json")):
         kept += [file_inside(source, file.name) for file in files if file.suffix == ".py"]
     if not (source / SINGLE).exists():
         kept.append(file_inside(source, INDEX))
@@ -314,18 +314,11 @@ def _readable_tokenizer(config: dict[str, Any], longest: int) -> dict[str, Any]:
 def _edit(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if not file.exists():
         return
-    found = _read(file)
+    found = read_json(file)
     changed = change(found)
     if changed != found:
         text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
         file.write_text(text, encoding="utf-8")
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON ({error}); get the file again") from None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ the three is what the engine applied.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from longrope.data.stdlib import library_texts
 from longrope.data.windows import with_bos
 from longrope.engines.specs import ENGINES, Engine, query, require_engine
 from longrope.execution import ExecutionConfig
+from longrope.files import read_json
 from longrope.inference.load import inspect_weights, load_extended
 from longrope.models.load import LoadedModel, load_model
 from longrope.progress import progress
@@ -248,7 +248,7 @@ def _consistent(config: Path) -> bool:
     """Return whether both places for scaling in an export's config say the same to engines."""
     if not config.exists():
         return True
-    content = json.loads(config.read_text("utf-8"))
+    content = read_json(config)
     new, old = content.get("rope_parameters") or {}, content.get("rope_scaling") or {}
     return all(new[key] == old[key] for key in new.keys() & old.keys())
 
