@@ -50,7 +50,7 @@ from longrope.search.gradient_search import Schedule, gradient_search
 from longrope.search.history import SearchIdentity, require_search_directory
 from longrope.search.objective import Objective, passkey_questions, window_losses
 from longrope.search.problem import Problem, first_search_problem, require_start_tokens
-from longrope.search.settings import VALIDATED, EvolutionSearchConfig, GradientSearchConfig
+from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 from longrope.search.space import START_TOKENS, Result
 from longrope.search.validation import OWN, Validation, rescale_key, validate
 from longrope.units import duration
@@ -201,7 +201,9 @@ def search_stage(
                 "longrope": __version__,
                 "python": platform.python_version(),
             },
-            report=_Reporter(headline, advance) if ranks.first else lambda now: None,
+            report=_Reporter(headline, bool(chosen.unseen), advance)
+            if ranks.first
+            else lambda now: None,
             show=_schedule_printer() if ranks.first else lambda schedule: None,
         )
         advance(config.forwards, f"best {result.best_loss:.4f}")
@@ -267,6 +269,8 @@ def _validated(
     start, count = (result.best_start[0], result.start), ranks.group_count
     forms = sorted(problem.published, key=lambda name: result.starts.get(name, math.inf))
     done = 0
+    if store:
+        console.print(f"resuming after {len(store)} validated candidates", highlight=False)
 
     def measure(rescale: Rescale) -> list[float]:
         nonlocal done
@@ -282,7 +286,7 @@ def _validated(
             if ranks.first:
                 store[key] = found
         done += 1
-        advance(min(done, VALIDATED), f"{done} candidates")
+        advance(done, "candidates")
         return found
 
     def accepted(found: Rescale) -> tuple[Rescale, Validation]:
@@ -299,12 +303,13 @@ def _validated(
 
     with (
         only_process(out) if ranks.first else contextlib.nullcontext(),
-        progress("validate", VALIDATED, show=ranks.first) as advance,
+        progress("validate", _CANDIDATES, show=ranks.first) as advance,
     ):
         best, validation = accepted(result.best)
         portable = result.portable
         if portable is not None:
             portable = best if best.portable else accepted(portable)[0]
+        advance(_CANDIDATES, f"chosen: {validation.chosen}")
         if ranks.first:
             best.save(out / "rescale.json")
             if portable is not None:
@@ -464,6 +469,9 @@ def _identity(
     )
 
 
+# Candidates that a validation measures at most: the start, two published methods, and the result
+# and the portable result, each with two between.
+_CANDIDATES = 9
 # Number of starts in a progress line.
 _SHOWN = 3
 
@@ -471,8 +479,9 @@ _SHOWN = 3
 class _Reporter:
     """Reporter of a search run: its headline, the estimated time, then the best loss so far."""
 
-    def __init__(self, headline: str, advance: Advance):
+    def __init__(self, headline: str, validates: bool, advance: Advance):
         self.headline, self.advance = headline, advance
+        self.then = ", and a validation" if validates else ""
         self.estimated, self.replayed = False, 0
 
     def __call__(self, now: SearchProgress) -> None:
@@ -488,7 +497,8 @@ class _Reporter:
             self.estimated = True
             console.print(
                 f"{now.total - now.forwards:.0f} forward passes over all windows left, about "
-                f"{duration(now.seconds_left)}; it can be stopped and resumed at any time",
+                f"{duration(now.seconds_left)}{self.then}; it can be stopped and resumed at any "
+                "time",
                 highlight=False,
             )
         if now.replayed and now.forwards < now.total:
