@@ -349,7 +349,7 @@ def _describe_validation(found: Validation) -> str:
     """Return a search's validation in words: what was chosen, and its gain on unseen windows."""
     own = sum(kind == OWN for kind in found.kinds)
     where = f"{own} unseen windows of this text and {len(found.kinds) - own} of other kinds"
-    if found.chosen == found.start:
+    if found.chosen == found.start or not found.gain:
         return (
             f"Validated on {where}: nothing beats {found.start} there without harm to a kind of "
             f"text, so the result is {found.start}."
