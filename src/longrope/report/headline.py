@@ -173,7 +173,7 @@ def _other_text(results: dict[str, Any]) -> Iterator[str]:
         f"at {longest:,} tokens is {number(own[longest])}, {ratio(own[longest], base)} against the "
         f"original model at {results['original_length']:,}."
     )
-    yield from _jumps(results, own, " on this text")
+    yield from _jumps(results, own, f" on {_listed(results['other_documents'])}")
 
 
 def _listed(names: list[str]) -> str:
