@@ -113,6 +113,7 @@ def gpt2(texts):
 
 WRITTEN = {
     "lines": lambda text: text,
+    "empty lines": lambda text: text.replace("\n", "\n\n\n"),
     "crlf": lambda text: text.replace("\n", "\r\n"),
     "one line": lambda text: text.replace("\n", " "),
     "no spaces": lambda text: re.sub(r"\s", "", text),

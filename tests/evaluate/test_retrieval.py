@@ -2,11 +2,11 @@
 
 import dataclasses
 import random
-import re
 
 import pytest
 import torch
 
+from data.test_encoding import WRITTEN
 from longrope.data.encoding import encode
 from longrope.data.prompts import (
     TASK,
@@ -55,15 +55,6 @@ def test_a_needle_stands_between_lines_of_the_haystack(bundled):
     assert "\nThe magic number of " in text
     with pytest.raises(ValueError, match=r"length is 1,000, .* \d+ tokens .*`data`"):
         needle_prompt(bundled.tokenizer, lines[:20], 1000, 0.3, random.Random(0))
-
-
-WRITTEN = {
-    "lines": lambda text: text,
-    "empty lines": lambda text: text.replace("\n", "\n\n\n"),
-    "one line": lambda text: text.replace("\n", " "),
-    "no spaces": lambda text: re.sub(r"\s", "", text),
-    "accents": lambda text: text.replace("e", "é").replace("a", "か"),
-}
 
 
 @pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN)
