@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from longrope.data.kinds import KINDS, VALIDATION_WINDOWS, kind_documents, windows_of_kinds
+from longrope.data.kinds import KINDS, kind_documents, windows_of_kinds
 from longrope.models.bundled import BUNDLED
 from longrope.models.load import load_tokenizer
-from longrope.search import settings
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +40,6 @@ def test_a_window_of_each_kind_and_others_from_the_second_half(tokenizer):
     assert all((again[kind] == searched[kind]).all() for kind in KINDS)
     other, _ = windows_of_kinds(tokenizer, 2048, 256, seed=1, bos=0)
     assert any((other[kind] != searched[kind]).any() for kind in KINDS)
-
-
-def test_the_price_of_a_search_counts_them():
-    assert (len(KINDS), VALIDATION_WINDOWS) == (settings.KINDS, settings.VALIDATION_WINDOWS_OF_KIND)
 
 
 def test_kinds_are_joined_for_a_length_that_none_has(tokenizer):

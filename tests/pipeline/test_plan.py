@@ -13,6 +13,7 @@ from longrope.pipeline.checks import check_settings
 from longrope.pipeline.plan import evaluation_lengths, make_plan
 from longrope.pipeline.recipe import make_recipe
 from longrope.pipeline.run_state import Run
+from longrope.search.cost import window_passes
 from longrope.search.settings import GradientSearchConfig
 
 
@@ -187,8 +188,8 @@ def test_costs_are_those_of_the_work(info):
     assert validated["search"].forwards == 10 * 3 + 5 * (4 + 8)
     # Longer windows: the other kinds are joined to one of 65,536 tokens at most.
     config = GradientSearchConfig(budget=10, windows=3)
-    assert config.window_passes(10, 65_536) == 10 * (3 + 1) + 5 * (4 + 2)
-    assert config.window_passes(10, 2**17) == 10 * 3.5 + 5 * (4 + 1)
+    assert window_passes(config, 65_536) == 10 * (3 + 1) + 5 * (4 + 2)
+    assert window_passes(config, 2**17) == 10 * 3.5 + 5 * (4 + 1)
     assert stage.linear == pytest.approx(2 * info.parameters * stage.tokens)
     # 4 · layers · heads · head_dim · T² / 2 a window
     assert stage.attention == 30 * 4 * 5 * 3 * 64 * 2048**2 / 2

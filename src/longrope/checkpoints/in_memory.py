@@ -8,6 +8,7 @@ from typing import Any
 from longrope.files import scratch_directory
 from longrope.labels import display_name
 from longrope.models.info import without_adapters
+from longrope.models.load import refuse_quantised
 
 
 @contextlib.contextmanager
@@ -22,8 +23,7 @@ def saved_model(model: Any, tokenizer: Any, out: Path) -> Iterator[Path]:
         raise ValueError(
             "model has adapters beside its weights: give model.merge_and_unload() to export it"
         )
-    if getattr(base, "quantization_method", None):
-        raise ValueError("model is quantised: give its path, or load it without quantisation")
+    refuse_quantised(base)
     if tokenizer is None:
         raise ValueError("tokenizer is missing; give the tokenizer of the model in memory")
     name = display_name(base.config.name_or_path or type(base).__name__).replace("/", "--")

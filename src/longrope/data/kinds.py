@@ -14,6 +14,8 @@ from longrope.data.windows import TokenDocument, cut_into_spans, pack, tokenize,
 KINDS = ("prose", "code", "dialogue", "manual")
 # Windows of each kind for validation.
 VALIDATION_WINDOWS = 2
+# Tokens of half a text with the tokenizers of large models, about; for prices.
+TOKENS = 16_384
 
 
 def windows_of_kinds(

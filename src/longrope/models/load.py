@@ -178,11 +178,7 @@ def wrap_model(
             "rope_scaling is 'replace', which needs the model without its scaling: give its "
             "path instead of the model in memory"
         )
-    if method := getattr(base, "quantization_method", None):
-        raise ValueError(
-            f"model is quantised ({getattr(method, 'value', method)}), which longrope has not been "
-            "verified with: load it without quantisation"
-        )
+    refuse_quantised(base)
     places = {parameter.device for parameter in base.parameters()}
     if len(places) > 1 or torch.device("meta") in places:
         raise ValueError(
@@ -195,6 +191,19 @@ def wrap_model(
     unextended = info.rescale("none", info.original_max_position_embeddings)
     dataclasses.replace(info, reason=incompatibility(base, unextended)).require_extendable()
     return LoadedModel(base, tokenizer, info, execution)
+
+
+def refuse_quantised(model: Any) -> None:
+    """Refuse a loaded model with quantised weights.
+
+    Raises:
+        ValueError: it is quantised; names the library that did it.
+    """
+    if method := getattr(model, "quantization_method", None):
+        raise ValueError(
+            f"model is quantised ({getattr(method, 'value', method)}), which longrope has not been "
+            "verified with: load it without quantisation"
+        )
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

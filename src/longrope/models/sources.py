@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from longrope.errors import first_line
 from longrope.files import read_json
@@ -106,8 +106,6 @@ def _check_config(source: str, path: Path) -> None:
     if path.is_file():
         open_gguf(path)
         return
-    from transformers import PreTrainedConfig
-
     try:
         found, _ = PreTrainedConfig.get_config_dict(source)
     except Exception:  # transformers says why when the config is read

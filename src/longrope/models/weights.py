@@ -1,6 +1,5 @@
 """The weight files of a model's directory: which they are, and what is in them."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from longrope.errors import first_line
+from longrope.errors import first_line, shortened
+from longrope.files import read_json
 from longrope.models.meta import build_meta_model
 from longrope.progress import quiet
 
@@ -48,17 +48,13 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _names_in_index(index: Path) -> list[str]:
-    try:
-        names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-        if not names:
-            raise ValueError("its weight_map is empty")
-        return sorted(names)
-    # Not JSON, or another structure
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
         raise ValueError(
-            f"{index}: names no weight files ({type(error).__name__}: {first_line(error)}); save "
-            "the model again, which writes it anew"
-        ) from None
+            f"{index}: names no weight files (its weight_map is {shortened(found)}); save the "
+            "model again, which writes it anew"
+        )
+    return sorted({str(name) for name in found.values()})
 
 
 def file_inside(directory: Path, name: str) -> Path:

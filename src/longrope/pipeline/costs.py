@@ -12,6 +12,7 @@ from longrope.layerwise.forward import default_chunk_size, head_rows
 from longrope.layerwise.split_attention import backward_bytes
 from longrope.models.info import ModelInfo
 from longrope.pipeline.recipe import Recipe
+from longrope.search.cost import window_passes
 from longrope.train.dataset import short_windows
 from longrope.train.loss import ROWS
 
@@ -82,7 +83,7 @@ class Costs:
         key, section = self.recipe.section(name)
         config = section.config
         searches = section.method == "search"
-        forwards = round(config.window_passes(config.forwards, length)) if searches else 0
+        forwards = round(window_passes(config, length)) if searches else 0
         stage = self.forwards(name, "search", length, forwards)
         if searches and config.algorithm == "gradient":
             if self.dtype == "float16":

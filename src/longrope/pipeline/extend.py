@@ -195,7 +195,7 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
     )
     if run.ranks.first:
         console.print(describe_gain(result), highlight=False)
-    forwards = round(config.window_passes(result.forwards, stage.length))
+    forwards = round(result.window_passes)
     return {
         "loss": result.best_loss,
         "starts": result.starts,

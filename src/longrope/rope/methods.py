@@ -107,8 +107,11 @@ def yarn(
 def _ramp_ends(
     rope_theta: float, rotary_dim: int, original: int, beta_fast: float, beta_slow: float
 ) -> tuple[int, int]:
-    """YaRN's ends: the last pair with more than ``beta_fast`` rotations within the original length
-    (at least 0), and the first with fewer than ``beta_slow``."""
+    """The ends of YaRN's ramp, as numbers of pairs.
+
+    They are the last pair with more than ``beta_fast`` rotations within the original length (at
+    least 0), and the first with fewer than ``beta_slow``.
+    """
 
     def dimension(rotations: float) -> float:
         wavelengths = math.log(original / (rotations * 2 * math.pi))

@@ -2,9 +2,14 @@
 
 import dataclasses
 
+from longrope.data.kinds import KINDS, TOKENS, VALIDATION_WINDOWS
 from longrope.layerwise.backward import BACKWARD_ATTENTION, is_kept
 from longrope.models.info import ModelInfo
+from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 from longrope.search.space import Request
+
+# Candidates that a validation measures, in the middle.
+_VALIDATED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,22 @@ class EvaluationCost:
         else:
             whole = self.shares[request.window] if self.shares else 1.0 / self.windows
         return whole * (self.grad if request.grad else 1.0)
+
+
+def window_passes(config: GradientSearchConfig | EvolutionSearchConfig, length: int) -> float:
+    """Return the forward passes over single windows or prompts that a search takes, at most.
+
+    Those of its validation are included.
+
+    Args:
+        length: tokens of a window; windows of other kinds of text may be shorter.
+    """
+    kinds = len(KINDS) if length <= TOKENS else min(1, len(KINDS) * TOKENS / length)
+    others = kinds if config.transfer == "regularise" else 0
+    passes = config.forwards * (config.windows + others + config.passkey_prompts)
+    if config.transfer != "none":
+        passes += _VALIDATED * (config.validation_windows + kinds * VALIDATION_WINDOWS)
+    return passes
 
 
 def gradient_cost(info: ModelInfo, length: int, chunk_size: int) -> float:

@@ -52,6 +52,7 @@ class SearchResult:
     gain_standard_error: float | None  # paired over the windows; None for one window
     evaluations: int
     forwards: float  # over all windows
+    window_passes: float  # over single windows or prompts, those of a validation included
     computed: int  # evaluations of this run, not read from the history
     not_finite: int
     validation: Validation | None = None
@@ -362,6 +363,7 @@ class Evaluator:
             gain_standard_error=error,
             evaluations=len(self.results),
             forwards=round(self.forwards, 2),
+            window_passes=self.forwards * self.cost.windows,
             computed=self.computed,
             not_finite=sum(not math.isfinite(found.loss) for found in self.results.values()),
         )

@@ -207,6 +207,8 @@ def search_stage(
             show=_schedule_printer() if ranks.first else lambda schedule: None,
         )
         advance(config.forwards, f"best {result.best_loss:.4f}")
+    passes = result.forwards * (len(chosen.searched) + len(questions))
+    result = dataclasses.replace(result, window_passes=passes)
     return _validated(result, problem, chosen, forward, out, ranks)
 
 
@@ -268,12 +270,11 @@ def _validated(
     store = JsonlStore(out / "validation.jsonl") if ranks.first else {}
     start, count = (result.best_start[0], result.start), ranks.group_count
     forms = sorted(problem.published, key=lambda name: result.starts.get(name, math.inf))
-    done = 0
+    measured: set[str] = set()
     if store:
         console.print(f"resuming after {len(store)} validated candidates", highlight=False)
 
     def measure(rescale: Rescale) -> list[float]:
-        nonlocal done
         key = rescale_key(rescale)
         found = ranks.broadcast(store.get(key) if ranks.first else None)
         if found is None:
@@ -285,8 +286,8 @@ def _validated(
             found = [rows[index % count][index] for index in range(len(found))]
             if ranks.first:
                 store[key] = found
-        done += 1
-        advance(done, "candidates")
+        measured.add(key)
+        advance(len(measured), "candidates")
         return found
 
     def accepted(found: Rescale) -> tuple[Rescale, Validation]:
@@ -318,6 +319,7 @@ def _validated(
         result,
         best=best,
         portable=portable,
+        window_passes=result.window_passes + len(measured) * len(chosen.unseen),
         gain=validation.gain,
         gain_standard_error=validation.gain_standard_error,
         validation=validation,

@@ -18,13 +18,6 @@ from longrope.base_config import Config
 LEAST_BUDGET = 4
 
 
-# Other kinds of text beside the searched one, validation windows of each, and their tokens: half
-# of one of the texts in data/kinds.py, which are joined for longer windows.
-KINDS, VALIDATION_WINDOWS_OF_KIND, TOKENS_OF_KIND = 4, 2, 16_384
-# Candidates that a validation measures, in the middle.
-VALIDATED = 5
-
-
 class _SearchConfig(Config):
     """The search settings that both algorithms share."""
 
@@ -53,21 +46,6 @@ class _SearchConfig(Config):
     def own_validation_windows(self) -> int:
         """Number of a search's validation windows of the text itself."""
         return 0 if self.transfer == "none" else self.validation_windows
-
-    def window_passes(self, forwards: float, length: int) -> float:
-        """Return the forward passes over single windows or prompts that a search takes.
-
-        Args:
-            forwards: over all windows; the validation of the result is added.
-            length: tokens of a window; windows of other kinds of text may be shorter.
-        """
-        kinds = KINDS if length <= TOKENS_OF_KIND else min(1, KINDS * TOKENS_OF_KIND / length)
-        others = kinds if self.transfer == "regularise" else 0
-        passes = forwards * (self.windows + others + self.passkey_prompts)
-        if self.transfer != "none":
-            unseen = self.validation_windows + kinds * VALIDATION_WINDOWS_OF_KIND
-            passes += VALIDATED * unseen
-        return passes
 
 
 class GradientSearchConfig(_SearchConfig):
