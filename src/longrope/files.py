@@ -19,7 +19,7 @@ import psutil
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from longrope.errors import shortened
 
@@ -431,7 +431,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         ValueError: the file could not be written.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, save(contiguous, {"sha256": _arrays_digest(path, contiguous)}))
+    metadata = {"sha256": _arrays_digest(path, contiguous)}
+    with atomic_file(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata)  # straight to the disk, not through memory
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be written ({error})") from None
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
