@@ -196,8 +196,6 @@ def small(texts):
         2,
         "--crossovers",
         1,
-        "--transfer",
-        "none",
     ]
 
 
@@ -235,6 +233,7 @@ def test_search_and_evaluate_with_sequence_parallel(small, tmp_path):
 def test_a_group_runs_the_gradient_search(small, tmp_path):
     """Two processes of torchrun share each window, with activations in files."""
     search = [*small[: small.index("--algorithm")], "--budget", 16, "--chunk-size", 50]
+    search += ["--transfer", "none"]
     succeeds(*search, "--out", tmp_path / "one")
     group = ["--sequence-parallel", 2, "--offload-activations", tmp_path]
     done = interpreter(*TORCHRUN, 2, "-m", "longrope", *search, *group, "--out", tmp_path / "two")
@@ -246,9 +245,10 @@ def test_a_group_runs_the_gradient_search(small, tmp_path):
         assert found["factors"] == pytest.approx(expected["factors"], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
-    [["search", "--data", "python-library"], pytest.param(["extend"], marks=pytest.mark.slow)],
+    [["search", "--data", "python-library"], ["extend"]],
 )
 def test_one_gpu_for_several_processes_is_refused(tmp_path, asked):
     options = ["--target", "2x", "--device", "cuda:1", "--out", tmp_path / "out"]

@@ -169,7 +169,7 @@ def test_memory_does_not_hold_offloaded_activations(tmp_path):
 
 def test_a_search_is_unchanged_and_leaves_no_file_when_killed(texts, tmp_path):
     search = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
-    search += ["--budget", 14, "--chunk-size", 200, "--dtype", "float32"]
+    search += ["--budget", 14, "--chunk-size", 200, "--dtype", "float32", "--transfer", "none"]
     folder = tmp_path / "scratch"
     folder.mkdir()
     succeeds(*search, "--out", tmp_path / "memory")

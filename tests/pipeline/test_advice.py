@@ -50,7 +50,10 @@ def test_the_commands_of_inspect_run(tmp_path):
     export, search, plan = [shlex.split(line)[1:] for line in commands]
     succeeds(*export, cwd=tmp_path)
     assert (tmp_path / "yarn-model" / "config.json").exists()
-    for words, options in ((search, ["--budget", "4", "--windows", "1"]), (plan, [])):
+    for words, options in (
+        (search, ["--budget", "4", "--windows", "1", "--transfer", "none"]),
+        (plan, []),
+    ):
         words[words.index("TEXT")] = "python-library"
         succeeds(*words, *options, cwd=tmp_path)
 

@@ -48,14 +48,11 @@ def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
         assert (cut / name).read_text() == (tmp_path / "whole" / name).read_text(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "result"),
     [
-        pytest.param(
-            ["compare", "--target", "2x", "--methods", "none,pi,ntk,yarn"],
-            "compare.json",
-            marks=pytest.mark.slow,
-        ),
+        (["compare", "--target", "2x", "--methods", "none,pi,ntk,yarn"], "compare.json"),
         (["evaluate", "passkey", "--lengths", "256,512", "--trials", 40], "passkey.json"),
     ],
 )
