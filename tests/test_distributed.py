@@ -230,6 +230,7 @@ def test_search_and_evaluate_with_sequence_parallel(small, tmp_path):
     assert two["tokens"] == one["tokens"]
 
 
+@pytest.mark.slow
 def test_a_group_runs_the_gradient_search(small, tmp_path):
     """Two processes of torchrun share each window, with activations in files."""
     search = [*small[: small.index("--algorithm")], "--budget", 16, "--chunk-size", 50]
