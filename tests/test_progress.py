@@ -1,12 +1,15 @@
 """Progress: what is said, when, and whether the time left is right."""
 
+import io
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
-from longrope.progress import announced, progress, seconds_left
+from longrope.progress import announced, plain_console, progress, seconds_left
 
 RECORDED = json.loads((Path(__file__).parent / "step_times.json").read_text(encoding="utf-8"))
 
@@ -48,3 +51,23 @@ def test_long_work_says_so_within_two_seconds_and_short_work_nothing(capfd):
     assert "loading …" in said
     assert "measure: the first …" in said
     assert capfd.readouterr().err == "measure 2/2 the last\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["[/x]", "[bold]x", ":warning: [link=https://x]y", "{x}", "a\\[b]"]
+)
+def test_names_are_printed_as_they_are(monkeypatch, name):
+    """In lines, tables, rules and on a progress bar."""
+    screen = io.StringIO()
+    for terminal in (False, True):
+        shown = plain_console(stderr=True)
+        shown.file, shown._force_terminal, shown.width = screen, terminal, 200
+        shown.print(name)
+        shown.print(Table(name, name, title=name, show_edge=False))
+        shown.rule(name)
+    monkeypatch.setattr("longrope.progress.console", shown)
+    with progress(name, 2) as advance:
+        advance(1, name)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
+    assert sum(name in line for line in lines) >= 9
+    assert sum(line.count(name) for line in lines) >= 12

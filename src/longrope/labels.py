@@ -1,5 +1,6 @@
 """Names of models and of rows in tables, plots and `results.json`."""
 
+import re
 from pathlib import Path
 
 RESULT, WITHOUT = "longrope", "longrope without recovery"
@@ -25,3 +26,8 @@ def display_name(source: str) -> str:
     """Return the name of a model for titles and cards: a hub id, or a local path's last part."""
     path = Path(source)
     return path.resolve().name if path.exists() else source
+
+
+def as_markdown(text: str) -> str:
+    """Return Markdown that shows a text as it is: in one line, its special characters escaped."""
+    return re.sub(r"([\\`*_\[\]<>|~$#&])", r"\\\1", " ".join(text.split()))

@@ -12,12 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-console = Console(stderr=True)
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 _ANNOUNCED_AFTER = 1.5  # seconds that work may take without a word
 _RECENT = 30  # latest pieces of work that the time left is estimated from
 
 Advance = Callable[[int, str], None]
+
+
+def plain_console(stderr: bool) -> Console:
+    """Return a console that prints text as it is: no markup, emoji codes or highlighted numbers."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+console = plain_console(stderr=True)
 
 
 @contextlib.contextmanager
@@ -32,8 +39,9 @@ def progress(what: str, total: int, show: bool = True) -> Iterator[Advance]:
     if not show:
         yield lambda done, note: None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        columns = (*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+        what_column = TextColumn("{task.description}", markup=False)
+        note_column = TextColumn("{task.fields[note]}", markup=False)
+        columns = (what_column, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note_column)
         with Bar(*columns, console=console) as bar:
             task = bar.add_task(what, total=total, note="")
             yield lambda done, note: bar.update(task, completed=done, note=note)
@@ -56,7 +64,7 @@ def announced(what: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    with _after_a_moment(lambda: console.print(f"{what} …", highlight=False, soft_wrap=True)):
+    with _after_a_moment(lambda: console.print(f"{what} …", soft_wrap=True)):
         yield
 
 

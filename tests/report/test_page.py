@@ -78,6 +78,7 @@ def test_nothing_is_fetched_and_nothing_unescaped(run):
 
 def test_markdown_has_the_same_tables(run):
     text = (run / "report.md").read_text()
+    assert text.startswith("# a/\\<model\\> \\& more: 256 → 2,048 tokens (8×)\n")
     assert "| longrope | 10.10 ± 0.50 | 9.80 ± 0.50 | 9.70 ± 0.50 | 9.60 ± 0.50 |" in text
     assert "| none | 10.00 ± 0.50 | 25.00 ± 0.50 | 60.00 ± 0.50 | ∞ ± 0.50 |" in text
     assert "| longrope | 10/10 (72%–100%) | 8/10 (49%–94%) |" in text

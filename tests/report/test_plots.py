@@ -1,3 +1,4 @@
+import html
 import itertools
 import json
 import math
@@ -37,6 +38,28 @@ def test_names_stand_at_the_ends_of_lines_and_apart():
     assert all(after - before > 0.05 for before, after in itertools.pairwise(places))
     assert places[0] >= 0
     assert places[-1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("$\\frac{$.json", "$\\frac{$"),
+        ("a$b$/_c^{.json", "a$b$/_c^{"),
+        ("_searched.json", "./_searched"),
+        ("<b>&.json", "<b>&"),
+    ],
+)
+def test_names_of_files_are_no_markup(tmp_path, file, name):
+    found = rows("perplexity", lambda m, n: n / 4)
+    found = [row | {"method": row["method"].replace("out/rescale.json", file)} for row in found]
+    for figure in (
+        plots.perplexity_figure(found, 256),
+        plots.position_figure([row | {"buckets": [(0, 256, 3.0)]} for row in found], 256),
+        plots.factors_figure({file: yarn()}),
+    ):
+        assert name in {text.get_text() for text in figure.axes[0].texts}
+        assert plots.save_figure(figure, tmp_path / "plot.png").exists()
+        assert html.escape(name) in plots.to_svg(figure)
 
 
 def test_perplexity_is_drawn_as_its_difference_from_yarn_too():

@@ -3,7 +3,7 @@
 from typing import Any
 
 from longrope.checkpoints.manifest import Manifest
-from longrope.labels import RESULT, WITHOUT
+from longrope.labels import RESULT, WITHOUT, as_markdown
 
 
 def model_card(manifest: Manifest, results: dict[str, Any] | None = None) -> str:
@@ -29,7 +29,7 @@ def _front(manifest: Manifest) -> str:
 def _what(manifest: Manifest) -> str:
     long, boundary = manifest.pair.long, manifest.pair.recovery_length
     lines = [
-        f"# {manifest.source}, extended to {long.max_position_embeddings:,} tokens",
+        f"# {as_markdown(manifest.source)}, extended to {long.max_position_embeddings:,} tokens",
         "The rotary position embedding is rescaled by "
         "[LongRoPE](https://arxiv.org/abs/2402.13753), from "
         f"{long.original_max_position_embeddings:,} tokens {long.scale:g}×.",

@@ -100,7 +100,7 @@ def export(
     console.print(f"{out}: {format_}, {manifest.pair.long.max_position_embeddings:,} tokens")
     engine = "llamacpp" if format_.startswith("gguf") else "transformers"
     command = shlex.join(["longrope", "verify", str(out), "--engine", engine, "--source", model])
-    console.print(f"prove it: {command}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"prove it: {command}", soft_wrap=True)
 
 
 @app.command(

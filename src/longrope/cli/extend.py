@@ -127,7 +127,7 @@ def plan(
         elif these.first:
             _print_plan(run, estimated)
             for line in advise_target(run.recipe, run.plan):
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                console.print(line, soft_wrap=True)
         estimated.check()
         if gpus is None:
             check_settings(run, run.plan.stages)
@@ -139,7 +139,7 @@ def plan(
             log.warning("no usable text yet: %s", error)
         if these.first and not json_:
             command = _extend_command(sys.argv, bool(chosen.data), _directory(chosen))
-            console.print(f"Next: {command}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"Next: {command}", soft_wrap=True)
 
 
 @app.command(
@@ -235,7 +235,7 @@ def _print_plan(run: "Run", estimated: "Estimate") -> None:
     """Print a run's plan: the settings that the effort chose, with reasons, then the stages."""
     recipe = run.recipe
     text = ", ".join(recipe.data) or "none given"
-    console.print(f"{recipe.model} to {recipe.target}; text: {text}", highlight=False)
+    console.print(f"{recipe.model} to {recipe.target}; text: {text}")
     if run.choices:
         table = Table("setting", "value", "reason", title=f"Settings of --effort {recipe.effort}")
         for choice in run.choices:
@@ -243,7 +243,7 @@ def _print_plan(run: "Run", estimated: "Estimate") -> None:
         console.print(table)
     console.print(estimated.table())
     for note in estimated.notes:
-        console.print(note, soft_wrap=True, highlight=False)
+        console.print(note, soft_wrap=True)
 
 
 def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: bool) -> None:
@@ -271,7 +271,7 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
     from longrope.report.headline import headline
 
     for line in headline(results):
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
+        console.print(f"- {line}", soft_wrap=True)
     console.print(str(page), soft_wrap=True)
 
 

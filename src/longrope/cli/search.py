@@ -66,7 +66,7 @@ def inspect(
         word for name, value in scaling.items() for word in (option_name(name), str(value))
     ] + ["--trust-remote-code"] * trust_remote_code
     for line in advise_model(info, options):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 @app.command(
@@ -133,7 +133,7 @@ def search(
         return
     state = "done" if result.computed else "already done"
     console.print(f"{state}: {result.forwards:g} forward passes over all windows")
-    console.print(describe_gain(result), soft_wrap=True, highlight=False)
+    console.print(describe_gain(result), soft_wrap=True)
     if options.config.algorithm == "gradient":
         console.print("Starts, on the windows of their comparison (ramp F-G: dimensions above F")
         console.print("rotations are not scaled, below G they are interpolated in full):")

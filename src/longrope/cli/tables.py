@@ -4,10 +4,11 @@ import json
 import math
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
-console = Console()
+from longrope.progress import plain_console
+
+console = plain_console(stderr=False)
 
 
 def print_json(value: Any) -> None:
@@ -89,9 +90,8 @@ def print_differences(rows: list[dict[str, Any]]) -> None:
             "Rows with “(attention factor …)” have the method's own. All other rows share one, so "
             "that they differ in their factors alone.",
             soft_wrap=True,
-            highlight=False,
         )
-    console.print(_best(rows), soft_wrap=True, highlight=False, markup=False)
+    console.print(_best(rows), soft_wrap=True)
 
 
 def _best(rows: list[dict[str, Any]]) -> str:

@@ -99,7 +99,7 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None, run: Run | Non
         for stage in run.plan.stages:
             if run.done(stage.name):
                 if ranks.first:
-                    console.print(f"{stage.name}: done already", highlight=False)
+                    console.print(f"{stage.name}: done already")
                 continue
             if ranks.first:
                 console.rule(stage.name, align="left")
@@ -194,7 +194,7 @@ def _search(run: Run, stage: Stage) -> dict[str, Any]:
         title=stage.name,
     )
     if run.ranks.first:
-        console.print(describe_gain(result), highlight=False)
+        console.print(describe_gain(result))
     forwards = round(result.window_passes)
     return {
         "loss": result.best_loss,

@@ -156,7 +156,7 @@ class Run:
         if self.ranks.first:
             file = self.out / stage.name / "done.json"
             write_atomically(file, json.dumps(record, indent=1) + "\n")
-            console.print(f"{stage.name}: done in {duration(record['seconds'])}", highlight=False)
+            console.print(f"{stage.name}: done in {duration(record['seconds'])}")
         self.ranks.gather(0.0)
 
     def original(self) -> LoadedModel:

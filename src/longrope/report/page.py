@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 
 from longrope.files import content_of, read_json, write_atomically
-from longrope.labels import RESULT
+from longrope.labels import RESULT, as_markdown
 from longrope.report import plots
 from longrope.report.headline import headline
 from longrope.report.sections import Section, all_sections
@@ -49,16 +49,21 @@ def _drawn(section: Section, directory: Path) -> Section:
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    lines = [f"# {content['title']}", "", *(f"- {line}" for line in content["headline"]), ""]
+    lines = [f"# {as_markdown(content['title'])}", ""]
+    lines += [*(f"- {as_markdown(line)}" for line in content["headline"]), ""]
     for section in content["sections"]:
-        lines += [f"## {section.title}", ""]
-        lines += [line for text in section.text for line in (text, "")]
+        lines += [f"## {as_markdown(section.title)}", ""]
+        lines += [line for text in section.text for line in (as_markdown(text), "")]
         for picture in section.figures:
-            lines += [f"![{picture.caption}](images/{picture.file})", ""]
+            lines += [f"![{as_markdown(picture.caption)}](images/{picture.file})", ""]
         for table in section.tables:
-            lines.append(f"| {' | '.join(table.header)} |")
-            lines.append("|" + "---|" * len(table.header))
-            lines += [f"| {' | '.join(row)} |" for row in table.rows] + [""]
+            head, *rows = [
+                f"| {' | '.join(map(as_markdown, row))} |" for row in (table.header, *table.rows)
+            ]
+            lines += [head, "|" + "---|" * len(table.header), *rows, ""]
         if section.code:
-            lines += ["```", section.code.rstrip(), "```", ""]
+            fence = "```"
+            while fence in section.code:
+                fence += "`"
+            lines += [fence, section.code.rstrip(), fence, ""]
     return "\n".join(lines)

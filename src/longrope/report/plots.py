@@ -286,6 +286,8 @@ def _line(name: str) -> dict[str, Any]:
     if not color:  # a file: every search writes a rescale.json, so name the directory
         path = Path(name)
         label = path.stem if path.parent.name == "" else f"{path.parent.name}/{path.stem}"
+        if label.startswith("_"):  # matplotlib takes such labels for none
+            label = f"./{label}"
         return {"label": label, "linewidth": 2.2}
     label = f"{method}, {own_factor[1:-1]}" if own_factor else name
     return {
@@ -345,6 +347,7 @@ def _name_lines(axes: Axes) -> None:
         limit = 1.0 - gap * (len(places) - 1 - index)
         places[index] = min(places[index], limit) if excess > 0 else places[index]
     for (_, label, color), place in zip(ends, places, strict=True):
-        axes.text(
+        name = axes.text(
             1.015, place, label, color=color, fontsize=9, va="center", transform=axes.transAxes
         )
+        name.set_parse_math(False)  # a file's name may have a $

@@ -275,7 +275,7 @@ def _settings(directory: Path, results: dict[str, Any]) -> Section | None:
 
 
 def _loading() -> Section:
-    return Section("Loading the model", [UNKNOWN_KEYS])
+    return Section("Loading the model", [UNKNOWN_KEYS.replace("`", "")])
 
 
 def _reproduce(directory: Path, results: dict[str, Any]) -> Section:

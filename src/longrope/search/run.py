@@ -272,7 +272,7 @@ def _validated(
     forms = sorted(problem.published, key=lambda name: result.starts.get(name, math.inf))
     measured: set[str] = set()
     if store:
-        console.print(f"resuming after {len(store)} validated candidates", highlight=False)
+        console.print(f"resuming after {len(store)} validated candidates")
 
     def measure(rescale: Rescale) -> list[float]:
         key = rescale_key(rescale)
@@ -381,7 +381,7 @@ def _schedule_printer() -> Callable[[Schedule], None]:
                 f"{schedule.averaged_steps} averaged"
             )
         shown.append(schedule)
-        console.print(text, highlight=False)
+        console.print(text)
 
     return show
 
@@ -488,12 +488,12 @@ class _Reporter:
 
     def __call__(self, now: SearchProgress) -> None:
         if now.evaluations == 0:
-            console.print(self.headline, highlight=False)
+            console.print(self.headline)
             return
         if now.replayed:
             self.replayed = now.evaluations
         elif self.replayed:
-            console.print(f"resuming after {self.replayed} evaluations", highlight=False)
+            console.print(f"resuming after {self.replayed} evaluations")
             self.replayed = 0
         if not self.estimated and now.seconds_left is not None:
             self.estimated = True
@@ -501,7 +501,6 @@ class _Reporter:
                 f"{now.total - now.forwards:.0f} forward passes over all windows left, about "
                 f"{duration(now.seconds_left)}{self.then}; it can be stopped and resumed at any "
                 "time",
-                highlight=False,
             )
         if now.replayed and now.forwards < now.total:
             return
