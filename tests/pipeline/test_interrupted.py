@@ -9,21 +9,43 @@ import time
 import pytest
 
 from longrope.files import read_arrays, write_arrays
-from program import history, lines, run, start, succeeds
+from program import MAIN, history, lines, run, start, succeeds
 
 PAPER = ["--population", 4, "--mutations", 2, "--crossovers", 1]
 FAST = ["--algorithm", "gradient"]
 
 
-def test_ctrl_c_is_no_success(small_search, tmp_path):
-    process = start(*small_search, "--out", tmp_path)
+@pytest.mark.parametrize(
+    ("number", "background"),
+    [
+        (signal.SIGINT, False),
+        (signal.SIGTERM, False),
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGHUP, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_stops_with_one_line(small_search, tmp_path, number, background):
+    """Ctrl-C, a scheduler's SIGTERM, also of a job that ignores Ctrl-C, a terminal that closes."""
+    ignoring = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" * background
+    process = start(*small_search, "--out", tmp_path, code=ignoring + MAIN)
     while not (tmp_path / "history.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     done = process.wait()
-    assert done.returncode == 130
-    assert done.stderr.splitlines()[-1].startswith("longrope: stopped; ")
+    assert done.returncode == 128 + number
+    last = done.stderr.splitlines()[-1]
+    assert last == "longrope: stopped; run the same command to resume"
+
+
+@pytest.mark.slow
+def test_nohup_outlives_its_terminal(small_search, tmp_path):
+    code = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + MAIN
+    process = start(*small_search, "--budget", 6, "--out", tmp_path, code=code)
+    while not (tmp_path / "history.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait().returncode == 0
 
 
 @pytest.mark.parametrize(

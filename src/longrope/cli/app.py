@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from longrope.errors import RankLost, first_line, shortened
+from longrope.errors import RankLost, first_line, printable, shortened
 from longrope.version import __version__
 
 # In the order of the work.
@@ -72,6 +73,7 @@ def main() -> None:
     # A finished result is printed also where the terminal lacks some of its characters.
     with contextlib.suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    received = _stop_on_signals()
     handler = logging.StreamHandler()
     handler.setFormatter(_WithOptions(arguments))
     logging.getLogger("longrope").addHandler(handler)
@@ -87,7 +89,7 @@ def main() -> None:
     except ValueError as error:
         _fail(_as_options(str(error), arguments), 2)
     except KeyboardInterrupt:
-        _end(_stopped(arguments), 130)
+        _end(_stopped(arguments), 128 + received[-1])
     except RankLost as error:
         _fail(str(error), 1)
     except BrokenPipeError:  # the reader has seen enough, as `head` has
@@ -98,8 +100,30 @@ def main() -> None:
     except Exception as error:
         _fail(_unexpected(error), 1)
     if code == 130:  # typer's exit code for Ctrl-C
-        _end(_stopped(arguments), code)
+        _end(_stopped(arguments), 128 + received[-1])
     sys.exit(code)
+
+
+def _stop_on_signals() -> list[int]:
+    """Let SIGTERM and SIGHUP stop the program as Ctrl-C does, and return the signals received.
+
+    Schedulers and ``kill`` send SIGTERM, a terminal that is closed sends SIGHUP. Signals that are
+    ignored, as under ``nohup``, stay ignored.
+    """
+    received = [int(signal.SIGINT)]
+
+    def stop(number: int, frame: Any) -> None:
+        received.append(number)
+        ctrl_c = signal.getsignal(signal.SIGINT)
+        if not callable(ctrl_c):  # a shell's background job ignores Ctrl-C
+            raise KeyboardInterrupt
+        ctrl_c(number, frame)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, stop)
+    return received
 
 
 def _refuse_empty(arguments: list[str]) -> None:
@@ -141,7 +165,7 @@ class _WithOptions(logging.Formatter):
         self._arguments = arguments
 
     def format(self, record: logging.LogRecord) -> str:
-        return _as_options(super().format(record), self._arguments)
+        return printable(_as_options(super().format(record), self._arguments))
 
 
 def _stopped(arguments: list[str]) -> str:
@@ -195,7 +219,7 @@ def _fail(message: str, code: int) -> None:
 def _end(message: str, code: int) -> None:
     with contextlib.suppress(OSError):
         if message:
-            print(f"longrope: {message}", file=sys.stderr, flush=True)
+            print(f"longrope: {printable(message)}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     # Other ranks may be blocked in a collective, so exit without waiting for them.
