@@ -129,7 +129,7 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
         "compare", "--target", "2x", "--methods", "none,yarn", *data, "--out", tmp_path
     )
     assert "perplexity" in table
-    (best,) = re.findall(r"Best at 512 tokens: (\w+);", table)
+    (best,) = re.findall(r"Best at 512 tokens of this text: (\w+);", table)
     first = next(line for line in table.splitlines() if line.startswith("│ 512 "))
     assert f" {best} " in first
 

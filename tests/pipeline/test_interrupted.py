@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from kills import killed_at
+from longrope.cli import app
 from longrope.files import read_arrays, write_arrays
 from program import MAIN, history, lines, run, start, succeeds
 
@@ -101,6 +103,42 @@ def test_kill_9_of_a_measurement_costs_what_was_under_way(texts, tmp_path, verb,
             file.write_text(re.sub("true|false", swapped, file.read_text()))
     succeeds(*options, "--out", other)
     assert (other / result).read_text() != (tmp_path / "whole" / result).read_text()
+
+
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["search", "bundled", "--target", "2x", "--windows", 2, "--budget", 4, "--data"],
+        ["compare", "--target", "2x", "--methods", "none,yarn", "--tokens-per-document", 600]
+        + ["--data"],
+        ["evaluate", "needle", "--lengths", "128,256", "--trials", 3, "--data"],
+    ],
+    ids=["search", "compare", "evaluate"],
+)
+def test_a_kill_at_any_write_blocks_nothing(verb, every, texts, tmp_path):
+    """Each start finds what the ones before left; the last leaves the files of a whole run."""
+
+    def start(out):
+        arguments = [*verb, texts, "--chunk-size", 64, "--out", out]
+        app([str(argument) for argument in arguments], standalone_mode=False)
+
+    start(tmp_path / "whole")  # here, so that the children have everything imported
+    steps = every // 2
+    while killed_at(steps, lambda: start(tmp_path / "cut")):
+        steps += every
+    print(steps)
+    assert steps > 5
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def contents(directory):
+    """The content of each file in a directory, without what depends on the time."""
+    return {
+        str(file.relative_to(directory)): re.sub(rb'"seconds": [0-9.e+-]+', b"", file.read_bytes())
+        for file in directory.rglob("*")
+        if file.is_file()
+    }
 
 
 def swapped(answer):

@@ -120,6 +120,14 @@ def test_a_jump_is_named_with_its_cause(length, factor, trained, reached, cause)
     )
 
 
+@pytest.mark.parametrize(("recovered", "harm"), [(10.1, False), (11.04, False), (11.2, True)])
+def test_a_recovery_that_does_harm_is_named(recovered, harm):
+    found = results()
+    found["recovery"][0]["with"] = recovered
+    (line,) = [line for line in headline(found) if line.startswith("Short context")]
+    assert ("worse" in line) == harm
+
+
 def test_few_passkeys_end_what_holds():
     found = results()
     for row in found["passkey"]:

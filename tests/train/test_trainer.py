@@ -202,6 +202,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(
         assert torch.equal(weight, weights(tmp_path)[name]), name
     said = " ".join(capsys.readouterr().err.split())
     assert ("resuming after step 2 of 6; 2 steps are repeated" in said) == bool(checkpoints_left)
+    assert ("no whole checkpoint: 4 steps" in said) == (not checkpoints_left)
     assert "checkpoint-4 is damaged and is not used" in caplog.text
     assert ("starts from its first step" in caplog.text) == (not checkpoints_left)
 

@@ -116,4 +116,4 @@ def _best(rows: list[dict[str, Any]]) -> str:
         if best in (row["method"], row["against"]) and row["better"] is None
     ]
     sure = f"not certain against {', '.join(unsure)}" if unsure else "certain against all others"
-    return f"Best at {longest:,} tokens: {best}; {sure}."
+    return f"Best at {longest:,} tokens of this text: {best}; {sure}."

@@ -32,6 +32,7 @@ from longrope.labels import display_name
 from longrope.models.devices import find_device
 from longrope.models.info import inspect_model
 from longrope.models.target_length import parse_extension
+from longrope.pipeline.advice import advise_target
 from longrope.pipeline.checks import check_extension
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.effort import (
@@ -96,6 +97,7 @@ def extend(recipe: Recipe, out: Path, ranks: Ranks | None = None, run: Run | Non
             raise
         if ranks.first:
             run.remeasure()
+            console.print(advise_target(run.recipe, run.plan)[0], soft_wrap=True)
         for stage in run.plan.stages:
             if run.done(stage.name):
                 if ranks.first:

@@ -12,6 +12,8 @@ from longrope.units import duration, number, ratio
 TOLERANCE = 0.05
 # Retrieval holds at a length if at least this share of the answers is correct.
 RETRIEVED = 0.8
+# Recovery did harm if perplexity is so many times what it is without.
+_WORSE = 1.005
 
 
 def headline(results: dict[str, Any]) -> list[str]:
@@ -155,10 +157,13 @@ def _passkeys(results: dict[str, Any]) -> Iterator[str]:
 
 def _short_context(results: dict[str, Any]) -> Iterator[str]:
     for row in results["recovery"][:1]:
+        pair = row["with"], row["without"]
+        harmed = None not in pair and pair[0] > _WORSE * pair[1]
+        harm = ": the recovered short factors are worse on this text" if harmed else ""
         yield (
             f"Short context: perplexity at {row['length']:,} tokens is {number(row['with'])}, "
             f"{ratio(row['with'], row['original'])} against the original model "
-            f"({number(row['without'])} without recovery)."
+            f"({number(row['without'])} without recovery{harm})."
         )
 
 

@@ -6,6 +6,7 @@ one search window, in turn, so it costs a fraction of an evaluation on all windo
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 import random
@@ -135,6 +136,16 @@ def make_schedule(
     )
 
 
+def _least_budget(problem: Problem, config: GradientSearchConfig, cost: EvaluationCost) -> int:
+    """Return the smallest budget above the given one that leaves a gradient search a step."""
+    budgets = itertools.count(math.floor(config.budget) + 1)
+    return next(
+        budget
+        for budget in budgets
+        if make_schedule(problem, config.model_copy(update={"budget": budget}), cost).steps
+    )
+
+
 def gradient_search(
     evaluate: Evaluate,
     problem: Problem,
@@ -174,9 +185,10 @@ def gradient_search(
     if not schedule.steps:
         if _fixed_dimensions(space) < space.dimensions:
             log.warning(
-                "a budget of %s forward passes leaves no gradient step after the comparison of the "
-                "starts: the best start is the result",
+                "a `budget` of %s forward passes leaves no gradient step after the comparison of "
+                "the starts, so the best start is the result; from %s on there are steps",
                 config.budget,
+                _least_budget(problem, config, cost),
             )
         return
     windows = _window_order(cost.windows, random.Random(seed))

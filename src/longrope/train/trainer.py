@@ -89,6 +89,8 @@ def finetune(
         if resume is not None:
             again = f"; {repeated} steps are repeated" if repeated else ""
             console.print(f"resuming after step {_step(resume)} of {settings.steps}{again}")
+        elif repeated:
+            console.print(f"no whole checkpoint: {repeated} steps are repeated")
     model = loaded.model
     config = copy.deepcopy(model.config)  # training changes it
     precision = settings.precision_on(model.device.type)
