@@ -1,7 +1,7 @@
 """Validate a search's result on windows that it has not seen, and fall back where it does harm.
 
-A result is accepted if it beats the best start and is worse than a published method on no kind of
-text. Otherwise two thirds of the way from the best published method to the result are tried, then
+A result is accepted if it beats the best start by more than the standard error, and is worse than a
+published method on no kind of text. Otherwise two thirds of the way from the best published method to the result are tried, then
 one third, then the best start, then that method.
 """
 
@@ -90,6 +90,10 @@ def validate(
     def mean(name: str) -> float:
         return _weighted(losses[name], kinds)
 
+    def beats_best(name: str) -> bool:
+        gain = np.subtract(losses[best], losses[name])
+        return _weighted(gain, kinds) >= (_standard_error(gain, kinds) or 0.0)
+
     harmless = [name for name in references if not harms(name)]
     best = chosen = min(harmless or methods, key=mean)
     published_best = candidates[min(methods, key=mean)]
@@ -98,7 +102,7 @@ def validate(
         if name not in candidates:
             candidates[name] = _between(published_best, result, share)
             losses[name] = list(measure(candidates[name]))
-        if math.isfinite(mean(name)) and mean(name) <= mean(best) and not harms(name):
+        if math.isfinite(mean(name)) and beats_best(name) and not harms(name):
             chosen = name
             break
     differences = np.subtract(losses[best], losses[chosen])
