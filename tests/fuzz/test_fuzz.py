@@ -31,17 +31,21 @@ from gguf_model import write_gguf
 from longrope.checkpoints.importer import import_pair
 from longrope.checkpoints.manifest import Manifest
 from longrope.checkpoints.run_directory import original_of, short_attention_factor
-from longrope.data.documents import read_documents
+from longrope.data.documents import Document, read_documents
+from longrope.data.windows import tokenize
+from longrope.distributed import Ranks
 from longrope.evaluate.cache import require_same
 from longrope.files import JsonlStore
 from longrope.models.bundled import BUNDLED
 from longrope.models.info import inspect_model
-from longrope.models.load import load_model
+from longrope.models.load import LoadedModel, load_model
 from longrope.pipeline.recipe import load_recipe
 from longrope.pipeline.run_state import recorded_choices
 from longrope.report.figures import draw_figures
 from longrope.report.page import write_page
 from longrope.rope.rescale import Rescale
+from longrope.search.run import SearchOptions, search_documents
+from longrope.search.settings import EvolutionSearchConfig
 
 pytestmark = pytest.mark.slow
 
@@ -218,12 +222,46 @@ def _run_directory(path: Path) -> None:
     (path / "results.json").write_text(json.dumps(results))
 
 
+def _searched(loaded: LoadedModel, out: Path) -> Callable[[], None]:
+    """Run a search of a moment in a directory, and return what runs it again: its result stands."""
+    words = " ".join(f"word{i} of {i * i}" for i in range(400))
+    documents = tokenize([Document("words", words)], loaded.tokenizer)
+    config = EvolutionSearchConfig(windows=1, budget=2, population=2, parents=2, transfer="none")
+
+    def search() -> None:
+        options = SearchOptions("2x", out, seed=0, config=config)
+        found = search_documents(loaded, documents, options, Ranks())
+        assert found.best_loss < float("inf")
+        _check_rescale(found.best)
+        _check_rescale(Rescale.load(out / "rescale.json"))
+
+    search()
+    return search
+
+
+def _cached(loaded: LoadedModel, root: Path) -> tuple[Path, Callable[[], None]]:
+    """Tokenize a document into a cache, and return its file and what reads it."""
+
+    def ids() -> list[int]:
+        (found,) = tokenize([Document("text", "some words of a text")], loaded.tokenizer)
+        return found.ids.tolist()
+
+    os.environ["LONGROPE_CACHE"] = str(root / "cache")  # conftest.py restores it
+    expected = ids()
+    (file,) = (root / "cache").rglob("*.safetensors")
+
+    def read() -> None:
+        assert ids() == expected
+
+    return file, read
+
+
 def _documents(path: Path) -> None:
     for _ in read_documents([str(path)], "text"):
         pass
 
 
-def targets(root: Path, model) -> dict[str, tuple[Path, Callable[[], object]]]:
+def targets(root: Path, model, saved: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     run, checkpoint, gguf = root / "run", root / "checkpoint", root / "model.gguf"
     _run_directory(run)
     shutil.copytree(BUNDLED, checkpoint, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -247,6 +285,9 @@ def targets(root: Path, model) -> dict[str, tuple[Path, Callable[[], object]]]:
     )
     for name, text in (("rows.jsonl", '{"text": "a b c"}\n' * 3), ("rows.csv", "text\na\nb\n")):
         (root / name).write_text(text)
+
+    loaded = load_model(str(saved))
+    search, cached = _searched(loaded, root / "search"), _cached(loaded, root)
 
     def rescale():
         _check_rescale(Rescale.load(run / "rescale.json"))
@@ -282,6 +323,9 @@ def targets(root: Path, model) -> dict[str, tuple[Path, Callable[[], object]]]:
         ),
         "comparison": (run / "compare.json", lambda: draw_figures(run)),
         "results": (run / "results.json", lambda: write_page(run)),
+        "history": (root / "search" / "history.jsonl", search),
+        "state": (root / "search" / "state.json", search),
+        "tokens": cached,
         "rows": (root / "rows.jsonl", lambda: _documents(root / "rows.jsonl")),
         "table": (root / "rows.csv", lambda: _documents(root / "rows.csv")),
     }
@@ -318,8 +362,8 @@ def fuzzed(number: int, file: Path, end: float) -> Iterator[bytes]:
     return itertools.takewhile(lambda _: time.monotonic() < end, made)
 
 
-def test_no_file_ends_in_a_traceback(micro_models, tmp_path, pytestconfig):
-    table = targets(tmp_path, micro_models("llama"))
+def test_no_file_ends_in_a_traceback(micro_models, checkpoints, tmp_path, pytestconfig):
+    table = targets(tmp_path, micro_models("llama"), checkpoints("llama"))
     for kind, (_, read) in table.items():
         assert in_child(read) == ("right", ""), kind
     end = time.monotonic() + pytestconfig.getoption("--fuzz-seconds")

@@ -105,18 +105,16 @@ def test_kill_9_of_a_measurement_costs_what_was_under_way(texts, tmp_path, verb,
     assert (other / result).read_text() != (tmp_path / "whole" / result).read_text()
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "verb",
     [
         ["search", "bundled", "--target", "2x", "--windows", 2, "--budget", 4, "--data"],
-        ["compare", "--target", "2x", "--methods", "none,yarn", "--tokens-per-document", 600]
-        + ["--data"],
         ["evaluate", "needle", "--lengths", "128,256", "--trials", 3, "--data"],
     ],
-    ids=["search", "compare", "evaluate"],
+    ids=["search", "evaluate"],
 )
-def test_a_kill_at_any_write_blocks_nothing(verb, every, texts, tmp_path):
+def test_a_kill_at_any_write_blocks_nothing(verb, texts, tmp_path):
     """Each start finds what the ones before left; the last leaves the files of a whole run."""
 
     def start(out):
@@ -124,11 +122,10 @@ def test_a_kill_at_any_write_blocks_nothing(verb, every, texts, tmp_path):
         app([str(argument) for argument in arguments], standalone_mode=False)
 
     start(tmp_path / "whole")  # here, so that the children have everything imported
-    steps = every // 2
+    steps = 0
     while killed_at(steps, lambda: start(tmp_path / "cut")):
-        steps += every
-    print(steps)
-    assert steps > 5
+        steps += 1
+    assert steps > 15
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

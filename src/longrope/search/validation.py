@@ -1,8 +1,8 @@
 """Validate a search's result on windows that it has not seen, and fall back where it does harm.
 
-A result is accepted if it beats the best start by more than the standard error, and is worse than a
-published method on no kind of text. Otherwise two thirds of the way from the best published method to the result are tried, then
-one third, then the best start, then that method.
+A result is accepted if it beats the best start by more than the standard error, and is worse than
+a published method on no kind of text. Otherwise two thirds of the way from the best published
+method to the result are tried, then one third, then the best start, then that method.
 """
 
 import dataclasses
