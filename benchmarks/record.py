@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longrope.files import write_atomically
+from longrope.files.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

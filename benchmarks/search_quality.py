@@ -35,7 +35,8 @@ from longrope.data.windows import (
 )
 from longrope.distributed import Ranks, ranks
 from longrope.execution import ExecutionConfig
-from longrope.files import read_lines, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.stores import read_lines
 from longrope.models.load import LoadedModel, load_model
 from longrope.models.target_length import parse_extension
 from longrope.rope.apply import rescaled

@@ -24,7 +24,8 @@ from longrope.data.prompts import passkey_prompt
 from longrope.distributed import Ranks
 from longrope.evaluate.perplexity import score
 from longrope.evaluate.retrieval import retrieve
-from longrope.files import JsonlStore, atomic_directory
+from longrope.files.atomic import atomic_directory
+from longrope.files.stores import JsonlStore
 from longrope.models.load import LoadedModel
 from longrope.pipeline.extend import extend, open_run
 from longrope.pipeline.plan import evaluation_lengths

@@ -25,7 +25,7 @@ from longrope.data.encoding import bos_token
 from longrope.data.stdlib import library_texts
 from longrope.data.windows import TokenDocument, tokenize, with_bos
 from longrope.distributed import Ranks
-from longrope.files import JsonlStore
+from longrope.files.stores import JsonlStore
 from longrope.models.load import LoadedModel, load_model
 from longrope.rope.rescale import Rescale
 from longrope.search.objective import Objective

@@ -30,7 +30,7 @@ from longrope.evaluate.compare import perplexity_row, resolve_lengths
 from longrope.evaluate.measure import Measurement, measure_all, model_identity
 from longrope.evaluate.settings import PerplexityConfig
 from longrope.execution import ExecutionConfig
-from longrope.files import require_directory
+from longrope.files.atomic import require_directory
 from longrope.inference.load import load_extended
 from longrope.models.info import ScalingChoice, without_adapters
 from longrope.models.load import LoadedModel, load_model, long_forward, wrap_model

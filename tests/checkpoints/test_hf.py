@@ -14,7 +14,7 @@ from conftest import FAMILIES, pair
 from kills import killed_at
 from longrope.checkpoints.export import ExportOptions, export
 from longrope.checkpoints.fold import why_not_foldable
-from longrope.files import recover
+from longrope.files.atomic import recover
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled

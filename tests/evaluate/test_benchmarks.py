@@ -15,7 +15,7 @@ from longrope.evaluate.local_data import read_dataset
 from longrope.evaluate.settings import BenchmarkConfig
 from longrope.evaluate.statistics import benchmark_difference
 from longrope.execution import ExecutionConfig
-from longrope.files import JsonlStore
+from longrope.files.stores import JsonlStore
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled

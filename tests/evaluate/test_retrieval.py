@@ -19,7 +19,7 @@ from longrope.data.prompts import (
 from longrope.data.windows import TokenDocument
 from longrope.evaluate.retrieval import RetrievalRow, retrieve
 from longrope.evaluate.statistics import retrieval_totals, wilson
-from longrope.files import JsonlStore
+from longrope.files.stores import JsonlStore
 from longrope.layerwise.forward import LongForward
 from longrope.models.load import load_model
 

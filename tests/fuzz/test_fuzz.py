@@ -35,7 +35,7 @@ from longrope.data.documents import Document, read_documents
 from longrope.data.windows import tokenize
 from longrope.distributed import Ranks
 from longrope.evaluate.cache import require_same
-from longrope.files import JsonlStore
+from longrope.files.stores import JsonlStore
 from longrope.models.bundled import BUNDLED
 from longrope.models.info import inspect_model
 from longrope.models.load import LoadedModel, load_model
@@ -49,7 +49,8 @@ from longrope.search.settings import EvolutionSearchConfig
 
 pytestmark = pytest.mark.slow
 
-_MEMORY, _SECONDS = 2 << 30, 10
+_MEMORY, _SECONDS = 2 << 30, 10  # of the processor
+_PATIENCE = 120  # seconds by the clock: other work may keep the processor busy
 _DEEP = "[" * 100_000
 # Values in place of others: of other types, at the ends of their range, and hostile ones.
 _VALUES = [None, True, 0, -1, 1, 2**31, 2**63, 10**400, 1e308, -1e-320, float("nan")]
@@ -160,7 +161,7 @@ def in_child(work: Callable[[], object]) -> tuple[str, str]:
             code = 0
         os._exit(code)
     os.close(writer)
-    deadline = time.monotonic() + 3 * _SECONDS
+    deadline = time.monotonic() + _PATIENCE
     with os.fdopen(reader, "rb") as pipe:
         os.set_blocking(pipe.fileno(), False)
         said = b""

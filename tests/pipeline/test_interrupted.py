@@ -10,7 +10,7 @@ import pytest
 
 from kills import killed_at
 from longrope.cli import app
-from longrope.files import read_arrays, write_arrays
+from longrope.files.stores import read_arrays, write_arrays
 from program import MAIN, history, lines, run, start, succeeds
 
 PAPER = ["--population", 4, "--mutations", 2, "--crossovers", 1]

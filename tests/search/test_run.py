@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from longrope.files import only_process
+from longrope.files.lock import only_process
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost
 from longrope.search.history import SearchIdentity

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from longrope.execution import ExecutionConfig
-from longrope.files import read_lines
+from longrope.files.stores import read_lines
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
 from longrope.train.dataset import LongContextDataset

@@ -17,7 +17,8 @@ from longrope.checkpoints.hf import export_directory, kept_files
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_directory import is_run, original_of
 from longrope.execution import ExecutionConfig
-from longrope.files import read_json, recover, scratch_directory, write_atomically
+from longrope.files.atomic import recover, scratch_directory, write_atomically
+from longrope.files.parse import read_json
 from longrope.labels import display_name
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import load_model

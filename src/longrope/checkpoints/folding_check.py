@@ -10,7 +10,7 @@ import torch
 from longrope.checkpoints.fold import largest_difference, why_not_foldable
 from longrope.checkpoints.manifest import Manifest
 from longrope.execution import ExecutionConfig
-from longrope.files import read_json
+from longrope.files.parse import read_json
 from longrope.models.info import ModelInfo
 from longrope.models.load import load_model
 from longrope.models.weights import stored_tensors

@@ -14,7 +14,8 @@ from longrope.checkpoints.gguf_io import (
 )
 from longrope.checkpoints.llama_gguf import llama_metadata, llama_tensors
 from longrope.checkpoints.manifest import Manifest
-from longrope.files import atomic_file, content_of
+from longrope.files.atomic import atomic_file
+from longrope.files.parse import content_of
 from longrope.models.gguf_file import (
     SCALING_KEYS,
     frequency_divisor,

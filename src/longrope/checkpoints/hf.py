@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from longrope.checkpoints import card
 from longrope.checkpoints.fold import fold_attention_factor
 from longrope.checkpoints.manifest import Manifest
-from longrope.files import atomic_directory, copy_file, read_json
+from longrope.files.atomic import atomic_directory, copy_file
+from longrope.files.parse import read_json
 from longrope.models.config_check import BLOCKS
 from longrope.models.load import LoadedModel
 from longrope.models.meta import build_meta_model

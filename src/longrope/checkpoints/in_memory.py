@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from longrope.files import scratch_directory
+from longrope.files.atomic import scratch_directory
 from longrope.labels import display_name
 from longrope.models.info import without_adapters
 from longrope.models.load import refuse_quantised

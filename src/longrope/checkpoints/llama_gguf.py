@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from longrope.checkpoints.gguf_io import Metadata, Tensor
 from longrope.data.encoding import check_ids
-from longrope.files import content_of, read_json
+from longrope.files.parse import content_of, read_json
 from longrope.models.weights import has_own_head, weight_files
 
 _KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from longrope.errors import shortened
-from longrope.files import read_json, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.parse import read_json
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import UNROTATED, Rescale, default_attention_factor
 

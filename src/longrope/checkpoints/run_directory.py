@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from longrope.files import content_of, read_json, read_yaml, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.parse import content_of, read_json, read_yaml
 
 _PAIR = "pair.json"
 

@@ -74,7 +74,7 @@ def compare(
     from longrope.distributed import Ranks, require_one_process
     from longrope.evaluate import compare as comparing
     from longrope.evaluate.cache import measurement_cache
-    from longrope.files import require_directory
+    from longrope.files.atomic import require_directory
     from longrope.models.info import ModelInfo, inspect_model
     from longrope.models.load import load_model
     from longrope.pipeline.checks import check_evaluation

@@ -394,7 +394,7 @@ def _check(
 ) -> None:
     """Refuse an ``evaluate`` verb that cannot run, before any weights are read."""
     from longrope.evaluate.cache import require_same
-    from longrope.files import require_directory
+    from longrope.files.atomic import require_directory
     from longrope.pipeline.checks import check_evaluation
 
     if these.group_count > 1:
@@ -412,7 +412,7 @@ def _check(
 def _save(
     kind: str, rows: list[dict[str, Any]], of: dict[str, Any], out: Path | None, these: "Ranks"
 ) -> None:
-    from longrope.files import write_atomically
+    from longrope.files.atomic import write_atomically
 
     if not (out and these.first):
         return

@@ -262,7 +262,7 @@ def _extend(chosen: "Recipe", directory: Path, options: dict[str, Any], json_: b
         page = run_extension(chosen, directory, these, run)
         if not these.first:
             return
-    from longrope.files import read_json
+    from longrope.files.parse import read_json
 
     results = read_json(directory / "results.json")
     if json_:

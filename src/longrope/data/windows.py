@@ -13,7 +13,7 @@ import numpy as np
 
 from longrope.data.documents import Document, check_sources, read_documents
 from longrope.data.encoding import check_ids, encode, tokenizer_digest
-from longrope.files import read_arrays, write_arrays
+from longrope.files.stores import read_arrays, write_arrays
 from longrope.progress import progress
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from longrope.data.stdlib import library_texts
 from longrope.data.windows import with_bos
 from longrope.engines.specs import ENGINES, Engine, query, require_engine
 from longrope.execution import ExecutionConfig
-from longrope.files import read_json
+from longrope.files.parse import read_json
 from longrope.inference.load import inspect_weights, load_extended
 from longrope.models.load import LoadedModel, load_model
 from longrope.progress import progress

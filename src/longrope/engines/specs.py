@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from longrope.files import temporary_directory
+from longrope.files.atomic import temporary_directory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from longrope.files import (
-    JsonlStore,
-    delete_leftovers,
-    only_process,
-    read_arrays,
-    read_json,
-    write_arrays,
-)
+from longrope.files.atomic import delete_leftovers
+from longrope.files.lock import only_process
+from longrope.files.parse import read_json
+from longrope.files.stores import JsonlStore, read_arrays, write_arrays
 
 
 class MeasurementCache:

@@ -27,7 +27,9 @@ from longrope.evaluate.measure import (
 from longrope.evaluate.perplexity import Scores, paired_difference
 from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig
 from longrope.evaluate.statistics import benchmark_difference
-from longrope.files import finite_or_none, read_json, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.parse import read_json
+from longrope.files.stores import finite_or_none
 from longrope.models.info import ModelInfo
 from longrope.models.load import LoadedModel
 from longrope.models.target_length import starting_point

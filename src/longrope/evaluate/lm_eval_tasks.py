@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from longrope.evaluate.local_data import local_datasets
-from longrope.files import temporary_directory
+from longrope.files.atomic import temporary_directory
 from longrope.progress import discard_stderr, quiet
 
 REMEDY = "give a directory with local copies as `datasets` (evaluate.benchmarks.datasets)"

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from longrope.errors import first_line
-from longrope.files import read_json
+from longrope.files.parse import read_json
 from longrope.models.bundled import BUNDLED
 from longrope.models.config_check import check_config
 from longrope.models.gguf_file import open_gguf, scaling_of

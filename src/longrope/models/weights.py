@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from longrope.errors import first_line, shortened
-from longrope.files import read_json
+from longrope.files.parse import read_json
 from longrope.models.meta import build_meta_model
 from longrope.progress import quiet
 

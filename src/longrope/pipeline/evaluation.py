@@ -18,7 +18,8 @@ from longrope.evaluate.benchmarks import RULER_TOKENS
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.measure import Measurement, measure
 from longrope.evaluate.settings import BenchmarkConfig, PerplexityConfig, RetrievalConfig
-from longrope.files import JsonlStore, finite_or_none, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.stores import JsonlStore, finite_or_none
 from longrope.labels import RESULT, WITHOUT, fine_tuned, has_extended_weights, method_of
 from longrope.pipeline.costs import Stage
 from longrope.pipeline.plan import evaluation_lengths

@@ -27,7 +27,8 @@ from longrope.checkpoints.run_directory import save_short_attention_factor
 from longrope.data.documents import check_sources
 from longrope.distributed import Ranks, local_device
 from longrope.errors import RankLost
-from longrope.files import only_process, require_directory
+from longrope.files.atomic import require_directory
+from longrope.files.lock import only_process
 from longrope.labels import display_name
 from longrope.models.devices import find_device
 from longrope.models.info import inspect_model

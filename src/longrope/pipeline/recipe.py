@@ -18,7 +18,8 @@ from longrope.base_config import Config
 from longrope.errors import shortened
 from longrope.evaluate.settings import BenchmarkConfig, RetrievalConfig
 from longrope.execution import ExecutionConfig
-from longrope.files import parse_yaml, read_json, read_yaml, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.parse import parse_yaml, read_json, read_yaml
 from longrope.models.bundled import BUNDLED
 from longrope.rope.methods import METHODS
 from longrope.search.settings import GradientSearchConfig, SearchConfig, describe_error

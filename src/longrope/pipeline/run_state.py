@@ -13,7 +13,8 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from longrope.distributed import Ranks
-from longrope.files import content_of, is_temporary, read_json, read_yaml, write_atomically
+from longrope.files.atomic import is_temporary, write_atomically
+from longrope.files.parse import content_of, read_json, read_yaml
 from longrope.models.info import ModelInfo, inspect_model
 from longrope.models.load import LoadedModel, load_model, load_tokenizer
 from longrope.models.target_length import starting_point

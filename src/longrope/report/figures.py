@@ -3,7 +3,8 @@
 import operator
 from pathlib import Path
 
-from longrope.files import content_of, read_json, read_lines
+from longrope.files.parse import content_of, read_json
+from longrope.files.stores import read_lines
 from longrope.report import plots
 from longrope.rope.methods import METHODS
 from longrope.rope.rescale import Rescale

@@ -6,7 +6,8 @@ from typing import Any
 
 import jinja2
 
-from longrope.files import content_of, read_json, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.parse import content_of, read_json
 from longrope.labels import RESULT, as_markdown
 from longrope.report import plots
 from longrope.report.headline import headline

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from longrope.files import write_atomically
+from longrope.files.atomic import write_atomically
 from longrope.labels import method_of
 from longrope.rope.rescale import Rescale
 

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from longrope.checkpoints.card import UNKNOWN_KEYS
 from longrope.evaluate.statistics import retrieval_totals, wilson
-from longrope.files import read_json, read_lines, read_yaml
+from longrope.files.parse import read_json, read_yaml
+from longrope.files.stores import read_lines
 from longrope.labels import RESULT, has_extended_weights
 from longrope.report import plots
 from longrope.report.figures import known_methods

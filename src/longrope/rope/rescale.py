@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from longrope.errors import shortened
-from longrope.files import read_json, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.parse import read_json
 from longrope.rope.parameters import kept_parameters
 from longrope.units import LONGEST
 

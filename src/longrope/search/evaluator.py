@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from longrope.distributed import Ranks
-from longrope.files import append_line, content_of
+from longrope.files.parse import content_of
+from longrope.files.stores import append_line
 from longrope.progress import seconds_left
 from longrope.rope.rescale import Rescale
 from longrope.search.cost import EvaluationCost

@@ -7,7 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from longrope.files import read_json, read_lines, write_atomically
+from longrope.files.atomic import write_atomically
+from longrope.files.parse import read_json
+from longrope.files.stores import read_lines
 from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
 log = logging.getLogger(__name__)

@@ -33,7 +33,9 @@ from longrope.data.windows import (
     search_windows,
 )
 from longrope.distributed import Ranks
-from longrope.files import JsonlStore, only_process, require_directory
+from longrope.files.atomic import require_directory
+from longrope.files.lock import only_process
+from longrope.files.stores import JsonlStore
 from longrope.layerwise.backward import check_gradient_support
 from longrope.layerwise.forward import LongForward
 from longrope.models.compatibility import warn_if_out_of_reach
@@ -395,13 +397,14 @@ def _headline(
 ) -> str:
     original, length = start.original_max_position_embeddings, start.max_position_embeddings
     names = ", ".join(document.name for document in windows.documents)
-    others = len(chosen.searched) - len(windows.ids)
+    count = len(windows.ids)
+    others = len(chosen.searched) - count
     unseen = f" and {len(windows.validation)} for validation" if chosen.unseen else ""
     asked = f"; {others} windows of other kinds of text" if others else ""
     asked += f", {len(questions)} passkey prompts" if questions else ""
     return (
         f"{info.architecture}, {original:,} → {length:,} tokens ({start.scale:g}×); "
-        f"{len(windows.ids)} windows{unseen}, of {names}{asked}"
+        f"{count} window{'s' * (count != 1)}{unseen}, of {names}{asked}"
     )
 
 

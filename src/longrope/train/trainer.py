@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from longrope.distributed import Ranks, detect_lost_ranks, is_lost_rank_error, sharded
-from longrope.files import append_line, atomic_directory, read_lines, write_atomically
+from longrope.files.atomic import atomic_directory, write_atomically
+from longrope.files.stores import append_line, read_lines
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
 from longrope.progress import Advance, console, progress, quiet, seconds_left

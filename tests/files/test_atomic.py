@@ -2,99 +2,18 @@ import errno
 import os
 import shutil
 
-import numpy as np
 import pytest
-from safetensors.numpy import save
-from typing_extensions import TypedDict
 
+from contents import contents, fill
 from kills import killed_at
-from longrope.files import (
-    append_line,
+from longrope.files.atomic import (
     atomic_directory,
-    content_of,
     copy_file,
-    only_process,
-    read_arrays,
-    read_json,
-    read_lines,
-    read_yaml,
     recover,
     require_directory,
     temporary_directory,
-    write_arrays,
     write_atomically,
 )
-
-_HOSTILE = {
-    "": "is not valid JSON",
-    "[1, 2": "is not valid JSON",
-    "[" * 100_000: "nested too deeply",
-    '{"a": ' * 50_000: "nested too deeply",
-    f'{{"n": {"9" * 400}}}': "an integer of 400 digits",
-    f'{{"n": {"9" * 6000}}}': "an integer of 6000 digits",
-    "[1]": r"its content is \[1\]: input should be a valid dict",
-    '{"n": "x", "names": []}': "n is 'x'",
-    '{"n": 1, "names": [1]}': "names.0 is 1",
-    '{"n": 1}': "names is .*field required",
-}
-
-
-class _Content(TypedDict):
-    n: int
-    names: list[str]
-
-
-@pytest.mark.parametrize("text", _HOSTILE, ids=range(len(_HOSTILE)))
-def test_json_is_read_into_checked_values(text, tmp_path):
-    file = tmp_path / "x.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=f"^{file}: .*{_HOSTILE[text]}") as caught:
-        read_json(file, _Content)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 300
-    with pytest.raises(ValueError, match=r"y\.json: No such file"):
-        read_json(tmp_path / "y.json")
-    file.write_text('{"n": 3, "names": ["a"]}')
-    assert read_json(file, _Content) == {"n": 3, "names": ["a"]}
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"x\.json: is not JSON \(not UTF-8"):
-        read_json(file)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (
-            "\n".join(
-                f"a{n}: &x{n} [{', '.join(9 * [f'*x{n - 1}'])}]" if n else "a0: &x0 [1]"
-                for n in range(9)
-            ),
-            "aliases stand for more than",
-        ),
-        ("[" * 50_000, "nested too deeply"),
-        ("a: 1\na: 2", "'a' stands twice, again in line 2"),
-        ("a: !!bool maybe", "maybe"),
-        ("a: 2021-99-99", "month must be in"),
-        ("a: !!python/object:os.system {}", "could not determine a constructor"),
-        ("- 1", "is not a mapping"),
-        ("1: 2", "is not a mapping"),
-    ],
-)
-def test_yaml_is_read_into_a_mapping(text, said, tmp_path):
-    file = tmp_path / "x.yaml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=f"^{file} .*{said}") as caught:
-        read_yaml(file)
-    assert "\n" not in str(caught.value)
-
-
-def test_content_of_other_types_names_the_file(tmp_path):
-    for wrong in (lambda: {}["key"], lambda: None + 1, lambda: [][3], lambda: 1 / 0, lambda: "".x):
-        with (
-            pytest.raises(ValueError, match=f"^{tmp_path}: is damaged .*run it again"),
-            content_of(tmp_path, "run it again"),
-        ):
-            wrong()
 
 
 def test_a_remedy_is_one_that_works(tmp_path, monkeypatch):
@@ -125,32 +44,10 @@ def test_writes_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
 
 
-def test_a_line_cut_short_is_left_out(tmp_path):
-    path = tmp_path / "history.jsonl"
-    append_line(path, {"a": 1})
-    append_line(path, {"a": 0.1 + 0.2})
-    with path.open("a") as file:
-        file.write('{"a": 3')
-    assert read_lines(path) == [{"a": 1}, {"a": 0.30000000000000004}]
-    assert read_lines(tmp_path / "none") == []
-
-
 OLD = {"both": "old", "only-old": "old", "sub/file": "old"}
+
+
 NEW = {"both": "new", "only-new": "new", "sub/file": "new", "other/file": "new"}
-
-
-def fill(directory, files):
-    for name, content in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(content)
-
-
-def contents(directory):
-    return {
-        str(file.relative_to(directory)): file.read_text()
-        for file in directory.rglob("*")
-        if file.is_file()
-    }
 
 
 def replace(path):
@@ -245,46 +142,6 @@ def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_directory_that_was_created_in_vain_is_removed(tmp_path):
-    out = tmp_path / "new" / "run"
-    with only_process(out):
-        assert (out / ".lock").exists()
-    assert not (tmp_path / "new").exists()
-    with only_process(out):
-        (out / "result").write_text("kept")
-    assert {p.name for p in out.iterdir()} == {".lock", "result"}
-    (tmp_path / "there").mkdir()
-    with only_process(tmp_path / "there"):
-        pass
-    assert (tmp_path / "there").exists()
-
-
-def test_what_killed_processes_left_is_deleted_and_nothing_else(tmp_path):
-    """Weights of gigabytes, in a run and in the directories of its stages."""
-    child = os.fork()
-    if not child:
-        os._exit(0)
-    os.waitpid(child, 0)
-    dead = {
-        f".recipe.yaml.longrope-tmp-{child}": "",
-        f"finetune/.model.longrope-tmp-{child}/model.safetensors": "weights",
-        f"evaluate/.cells.jsonl.longrope-tmp-{child}": "",
-        # a number that another process has got since
-        f".old.longrope-tmp-{os.getpid()}": "",
-    }
-    kept = {
-        f".under-way.longrope-tmp-{os.getpid()}": "",
-        f".recipe.yaml.{child}": "",
-        ".model.longrope-tmp-x": "",
-        f"finetune/model.longrope-tmp-{child}": "",
-        f"finetune/model/deep/.theirs.longrope-tmp-{child}": "",
-    }
-    fill(tmp_path, dead | kept)
-    os.utime(tmp_path / f".old.longrope-tmp-{os.getpid()}", (1, 1))
-    with only_process(tmp_path):
-        assert set(contents(tmp_path)) == {*kept, ".lock"}
-
-
 def test_a_file_is_replaced_through_a_link(tmp_path):
     fill(tmp_path, {"disk/real.md": "old"})
     (tmp_path / "card.md").symlink_to("disk/real.md")
@@ -302,27 +159,6 @@ def test_a_copy_shares_nothing_with_the_file(tmp_path):
     with (tmp_path / "copy").open("r+") as file:
         file.write("new")
     assert (tmp_path / "file").read_text() == "old" * 10_000
-
-
-def test_arrays_come_back_or_are_none(tmp_path):
-    path = tmp_path / "a.safetensors"
-    arrays = {"ids": np.arange(6, dtype=np.int32), "of": np.ones((2, 0)), "x": np.eye(3)[:, 1]}
-    write_arrays(path, arrays)
-    found = read_arrays(path)
-    assert found is not None
-    for name, array in arrays.items():
-        assert found[name].dtype == array.dtype
-        assert np.array_equal(found[name], array)
-    whole = path.read_bytes()
-    for place in range(0, len(whole), 7):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
-        assert read_arrays(path) is None, place
-    for content in (b"", whole[:-1], whole[:9], whole + b"0", save(arrays)):
-        path.write_bytes(content)
-        assert read_arrays(path) is None
-    (tmp_path / "b.safetensors").write_bytes(whole)  # another's name
-    assert read_arrays(tmp_path / "b.safetensors") is None
-    assert read_arrays(tmp_path / "none") is None
 
 
 def test_temporary_files_name_tmpdir(tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Files: atomic writes, checked reads, stores that survive a kill, locks."""
