@@ -142,6 +142,22 @@ def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_the_next_write_deletes_what_a_kill_left(tmp_path):
+    """Of the same file only: in a cache, others write beside it."""
+
+    def write():
+        write_atomically(tmp_path / "a.json", "whole")
+
+    steps = 0
+    while killed_at(steps, write):
+        steps += 1
+        other = tmp_path / ".b.json.longrope-tmp-1"
+        other.write_text("of another process, which runs")
+        write()
+        assert contents(tmp_path) == {"a.json": "whole", other.name: other.read_text()}
+    assert steps >= 2
+
+
 def test_a_file_is_replaced_through_a_link(tmp_path):
     fill(tmp_path, {"disk/real.md": "old"})
     (tmp_path / "card.md").symlink_to("disk/real.md")

@@ -257,7 +257,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically in parts: yield a temporary path, sync it, and rename it.
 
     For content written in parts; :func:`write_atomically` takes the whole content. A symbolic
-    link stays, and its target is replaced.
+    link stays, and its target is replaced. What a kill left of an earlier write is deleted.
 
     Raises:
         ValueError: it could not be written; an old file at ``path`` is unchanged.
@@ -266,6 +266,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _temporary(target, within=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(target.parent, f".{target.name}.")
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
