@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from conftest import pair
 from longrope.checkpoints.export import ExportOptions, export
@@ -15,6 +16,7 @@ from longrope.checkpoints.importer import import_pair
 from longrope.engines.check import Reference, verify
 from longrope.execution import ExecutionConfig
 from longrope.models.bundled import BUNDLED
+from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
@@ -89,8 +91,51 @@ def test_a_part_of_a_gguf_file_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match=r" 2 files.*llama-gguf-split --merge"):
         export(options(tmp_path, part, "out.gguf", "gguf"))
     assert not (tmp_path / "out.gguf").exists()
+    for read in (inspect_model, import_pair, load_model):
+        with pytest.raises(ValueError, match=r" 2 files.*llama-gguf-split --merge"):
+            read(str(part))
+    metadata = [item for item in metadata if item[0] != "split.count"]
+    write_file(part, arch, metadata, own)
     with pytest.raises(ValueError, match=r": 1 .*layers\.4\.mlp\.up_proj.*gguf-split"):
         load_model(str(part), original_length=256, rope_scaling="replace")
+
+
+TEMPLATES = {"default": "{{ messages }}", "tool_use": "T {{ messages }}", "with-dash": "D"}
+
+
+@pytest.mark.parametrize("names", [(), ("default",), ("default", "tool_use", "with-dash")])
+@pytest.mark.parametrize("listed", [True, False])
+def test_chat_templates_are_kept(made, tmp_path, names, listed):
+    """One or several, in the tokenizer's config or in files of their own."""
+    import gguf
+
+    source, found = tmp_path / "m", {name: TEMPLATES[name] for name in names}
+    shutil.copytree(BUNDLED, source, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    if listed and names:
+        config = json.loads((source / "tokenizer_config.json").read_text())
+        config["chat_template"] = [{"name": k, "template": v} for k, v in found.items()]
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, template in found.items() if not listed else ():
+        folder = source if name == "default" else source / "additional_chat_templates"
+        folder.mkdir(exist_ok=True)
+        file = "chat_template" if name == "default" else name
+        (folder / f"{file}.jinja").write_text(template)
+    export(options(tmp_path, source, "out.gguf", "gguf"))
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    written = {k: f.contents() for k, f in fields.items() if "chat_template" in k}
+    expected = {f"tokenizer.chat_template.{k.replace('-', '_')}": v for k, v in found.items()}
+    if names:
+        expected["tokenizer.chat_template"] = expected.pop("tokenizer.chat_template.default")
+    if len(names) > 1:
+        expected["tokenizer.chat_templates"] = ["tool_use", "with_dash"]
+    assert written == expected
+    export(options(tmp_path, source, "out", "hf"))
+    templates = [
+        AutoTokenizer.from_pretrained(folder).chat_template for folder in (source, tmp_path / "out")
+    ]
+    assert templates[1] == templates[0]
+    kept = tmp_path / "out" / "additional_chat_templates"
+    assert {file.stem for file in kept.glob("*")} == set(() if listed else names[1:])
 
 
 def test_a_gguf_file_keeps_its_quantisation(made, tmp_path):

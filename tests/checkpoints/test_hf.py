@@ -315,7 +315,7 @@ def test_hard_links_are_refused_where_weights_are_written_anew(source, tmp_path)
 def test_only_what_belongs_goes_into_an_export(source, micro_models, ids, tmp_path):
     """Another index, other weights, records of a training, notes, code that nothing names."""
     stray = ["model.safetensors.index.json", "pytorch_model.bin.index.json", "params.json"]
-    stray += ["trainer_state.json", "all_results.json", "adapter_config.json", "notes.txt"]
+    stray += ["trainer_state.json", "all_results.json", "notes.txt"]
     stray += ["modeling_other.py", "pytorch_model.bin", "consolidated.safetensors", "id_rsa"]
     for name in stray:
         (source / name).write_text('{"weight_map": {"x": "gone.safetensors"}}')

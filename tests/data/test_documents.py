@@ -12,6 +12,15 @@ from hypothesis import strategies as st
 from longrope.data.documents import check_sources, documents_of, read_documents
 from longrope.data.stdlib import HELD_OUT
 
+KINDS = ("txt", "md", "json", "jsonl", "csv", "parquet")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5022784\n"
+
+
+def test_lines_of_windows_end_as_others(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n\r\nthree\r")
+    (document,) = read_documents([str(tmp_path)], field="text")
+    assert document.text == "one\ntwo\n\nthree\r"
+
 
 def test_reads_every_kind(tmp_path):
     import pyarrow
@@ -34,6 +43,7 @@ def test_reads_every_kind(tmp_path):
     ("name", "content", "message"),
     [
         ("empty.txt", b" \n", "empty.txt is empty"),
+        *((f"p.{kind}", LFS_POINTER, "LFS pointer.*git lfs pull") for kind in KINDS),
         ("binary.txt", b"\x00\x01\xff", "binary.txt .*UTF-8"),
         ("latin.txt", "é".encode("latin-1"), "latin.txt .*UTF-8"),
         ("x.jsonl", b'{"text": 1}\n', "x.jsonl: row 1 .*int .*'text'.*`field`"),

@@ -59,15 +59,35 @@ def test_processes_cannot_share_a_sequence_where_layers_have_a_state(checkpoints
         load_model(str(checkpoints("lfm2")), group=SequenceParallelGroup(0, 2))
 
 
-def test_models_differ_by_fingerprint(checkpoints, tmp_path):
+@pytest.mark.parametrize("place", [1, 64, 65, -1])
+def test_models_differ_by_one_number(checkpoints, tmp_path, place):
     other = tmp_path / "other"
     shutil.copytree(checkpoints("llama"), other)
     tensors = load_file(other / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
+    tensors["model.embed_tokens.weight"].view(-1)[place] += 0.01
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    assert (
-        load_model(str(other)).fingerprint() != load_model(str(checkpoints("llama"))).fingerprint()
-    )
+    assert fingerprint(other) != fingerprint(checkpoints("llama"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "differs"),
+    [
+        ("rms_norm_eps", 0.5, True),
+        ("hidden_act", "relu", True),
+        ("use_cache", False, False),
+        ("transformers_version", "4.0", False),
+    ],
+)
+def test_models_differ_by_what_their_config_computes(checkpoints, tmp_path, key, value, differs):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoints("llama"), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {key: value}))
+    assert (fingerprint(other) != fingerprint(checkpoints("llama"))) == differs
+
+
+def fingerprint(folder):
+    return load_model(str(folder)).fingerprint()
 
 
 WITHOUT = {

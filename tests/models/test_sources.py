@@ -10,6 +10,8 @@ import transformers
 
 from conftest import ORIGINAL
 from gguf_model import write_gguf
+from longrope.checkpoints.export import ExportOptions, export
+from longrope.checkpoints.in_memory import saved_model
 from longrope.execution import ExecutionConfig
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
@@ -35,6 +37,48 @@ def test_a_directory_of_something_else_is_named(tmp_path):
         inspect_model(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match=r"run: .*run.model$"):
         inspect_model(str(tmp_path / "run"))
+
+
+def test_an_adapter_beside_whole_weights_is_refused(checkpoints, tmp_path):
+    """transformers adds it to the weights on loading, and an export would leave it out."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoints("llama"), folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with quiet():
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        adapted.save_pretrained(tmp_path / "a")
+    for file in (tmp_path / "a").glob("adapter*"):
+        shutil.copy(file, folder)
+    for read in (inspect_model, load_model, lambda m: export(_export(m, tmp_path))):
+        with pytest.raises(ValueError, match=r"m: has an adapter .*merge_and_unload"):
+            read(str(folder))
+    with quiet():
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with (
+        pytest.raises(ValueError, match=r"adapters .*merge_and_unload"),
+        saved_model(loaded, tokenizer, tmp_path / "out"),
+    ):
+        pass
+
+
+def _export(model, tmp_path):
+    return ExportOptions(model, tmp_path / "out", long_factors="yarn", target="2x")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5022784\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "m.gguf"])
+def test_a_git_lfs_pointer_is_named(checkpoints, tmp_path, name):
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoints("llama"), folder)
+    (folder / name).write_text(POINTER)
+    source = folder / name if name.endswith("gguf") else folder
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        load_model(str(source))
 
 
 @pytest.mark.parametrize(

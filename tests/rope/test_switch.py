@@ -184,6 +184,24 @@ def test_inputs_without_token_ids_or_lengths_are_refused(micro_models, ids):
             model.model(input_ids=ids, past_key_values=stranger)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3"])
+def test_positions_of_packed_documents_are_refused(micro_models, ids, family):
+    """Each document would have to be judged by its own length."""
+    model, whole = micro_models(family), torch.arange(97)[None]
+    packed = torch.cat([torch.arange(50), torch.arange(47)])[None]
+    with torch.no_grad(), switched(model, pair(model)):
+        own = model(input_ids=ids, position_ids=whole.expand(len(ids), -1), use_cache=False)
+        torch.testing.assert_close(own.logits, model(input_ids=ids, use_cache=False).logits)
+        for positions in (packed, whole + 600):
+            with pytest.raises(ValueError, match=r"position_ids .* a row of its own"):
+                model(input_ids=ids[:1], position_ids=positions, use_cache=False)
+        # What stands in the padding does not matter.
+        mask = torch.ones_like(ids[:1])
+        mask[:, :20] = 0
+        padded = torch.cat([torch.ones(20).long(), torch.arange(77)])[None]
+        model(input_ids=ids[:1], position_ids=padded, attention_mask=mask, use_cache=False)
+
+
 def test_a_pair_chooses_by_the_length(micro_models):
     both = pair(micro_models("llama"))
     assert both.recovery_length == RECOVERY

@@ -58,12 +58,6 @@ def export_gguf(source: Path, manifest: Manifest, path: Path) -> None:
     """
     if source.is_file():
         reader = open_gguf(source)
-        parts = reader.fields.get("split.count")
-        if parts is not None and parts.contents() > 1:
-            raise ValueError(
-                f"{source} is one of {parts.contents()} files; join them with llama-gguf-split "
-                "--merge"
-            )
         arch, metadata = read_metadata(reader)
         tensors = read_tensors(reader)
     else:

@@ -175,16 +175,20 @@ def export_directory(
     tied = _is_tied(source, config, trust_remote_code)
     kept = kept_files(source)
     with atomic_directory(path) as directory:
+
+        def place(file: Path) -> Path:
+            target = directory / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return target
+
         for file in kept:
-            copy_file(file, directory / file.name)
+            copy_file(file, place(file))
         weights: Callable[[Path, Path], None] = _link if hard_links else copy_file
         if manifest.folded is not None:
             factor = manifest.pair.long.attention_factor / manifest.folded
             weights = fold_attention_factor(source, config.get_text_config(), factor**2)
         for file in weight_files(source):
-            target = directory / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            weights(file.resolve(), target)
+            weights(file.resolve(), place(file))
         _finish(directory, manifest, config.get_text_config(), tied, results)
         if check is not None:
             check(directory)
@@ -200,6 +204,8 @@ def kept_files(source: Path) -> list[Path]:
     """
     files = [file for file in sorted(source.iterdir()) if file.is_file()]
     kept = [file_inside(source, file.name) for file in files if _KEPT.fullmatch(file.name)]
+    templates = sorted(source.glob("additional_chat_templates/*.jinja"))
+    kept += [file_inside(source, str(file.relative_to(source))) for file in templates]
     if any("auto_map" in read_json(file) for file in kept if file.name.endswith("config.json")):
         kept += [file_inside(source, file.name) for file in files if file.suffix == ".py"]
     if not (source / SINGLE).exists():

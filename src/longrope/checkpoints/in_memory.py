@@ -19,7 +19,7 @@ def saved_model(model: Any, tokenizer: Any, out: Path) -> Iterator[Path]:
         ValueError: no tokenizer, adapters that are not merged, or quantised weights.
     """
     base = without_adapters(model)
-    if base is not model:
+    if base is not model or getattr(base, "_hf_peft_config_loaded", False):
         raise ValueError(
             "model has adapters beside its weights: give model.merge_and_unload() to export it"
         )

@@ -1,6 +1,8 @@
 """Convert a Llama or Mistral checkpoint to GGUF, as llama.cpp's converter does."""
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors import safe_open
 from longrope.checkpoints.gguf_io import Metadata, Tensor
 from longrope.data.encoding import check_ids
 from longrope.files.parse import content_of, read_json
+from longrope.models.gguf_file import require_gguf
 from longrope.models.weights import has_own_head, weight_files
 
 _KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -183,8 +186,22 @@ def _tokenizer(directory: Path, vocabulary: int) -> Metadata:
             items.append(
                 (f"tokenizer.ggml.{_NAMES.get(name, name)}_token_id", number, kinds.UINT32, None)
             )
-    if isinstance(special.chat_template, str):
-        items.append(("tokenizer.chat_template", special.chat_template, kinds.STRING, None))
+    return items + _chat_templates(special.chat_template)
+
+
+def _chat_templates(found: str | Sequence[Mapping[str, str]] | None) -> Metadata:
+    """Return the chat templates of a tokenizer as llama.cpp reads them: one, or one by name."""
+    kinds = require_gguf().GGUFValueType
+    if isinstance(found, str):
+        found = [{"name": "default", "template": found}]
+    named = {re.sub(r"\W", "_", item["name"]): item["template"] for item in found or []}
+    items: Metadata = []
+    if "default" in named:
+        items.append(("tokenizer.chat_template", named.pop("default"), kinds.STRING, None))
+    for name, template in named.items():
+        items.append((f"tokenizer.chat_template.{name}", template, kinds.STRING, None))
+    if named:
+        items.append(("tokenizer.chat_templates", list(named), kinds.ARRAY, kinds.STRING))
     return items
 
 

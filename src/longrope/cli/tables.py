@@ -24,13 +24,17 @@ def print_perplexity(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             f"{row['length']:,}",
             row["method"],
-            _shown(row["perplexity"], ".3f"),
+            _shown(row["perplexity"], ".3f") or "not finite",
             _shown(row["standard_error"], ".3f"),
             _shown(row.get("tail_perplexity"), ".3f"),
             f"{row['tokens']:,}",
             str(row["windows"]),
         )
     console.print(table)
+    if any(row["perplexity"] is None for row in rows):
+        console.print(
+            "not finite: numbers of the model overflow; try --dtype float32", soft_wrap=True
+        )
 
 
 def print_retrieval(rows: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.data.stdlib import SOURCES, library_texts
+from longrope.files.parse import refuse_lfs_pointer
 from longrope.progress import announced
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ def _read(source: str, field: str) -> Iterable[Document]:
 
 
 def _read_file(path: Path, field: str) -> Iterable[Document]:
+    refuse_lfs_pointer(path)
     kind = path.suffix.lower()
     if kind == ".parquet":
         yield from _rows(_parquet_rows(path, field), str(path), field)
@@ -161,7 +163,7 @@ def _read_file(path: Path, field: str) -> Iterable[Document]:
         text = read_text(path)
         if not text.strip():
             raise ValueError(f"{path} is empty; give a document with text")
-        yield Document(path.name, text)
+        yield Document(path.name, text.replace("\r\n", "\n"))  # as Windows ends its lines
 
 
 def read_text(path: Path) -> str:

@@ -18,6 +18,24 @@ _LONGEST_INTEGER = 300  # digits: it still fits a float
 _WRONG_CONTENT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse a Git LFS pointer, which stands in place of a file that was not downloaded.
+
+    Raises:
+        ValueError: ``path`` is such a pointer.
+    """
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(_LFS))
+    except OSError:  # whoever reads it says why
+        return
+    if found == _LFS:
+        raise ValueError(f"{path} is a Git LFS pointer, not the file; run 'git lfs pull' there")
+
+
 def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
     """Read a JSON file into a value of a known type.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.errors import first_line, shortened
+from longrope.files.parse import refuse_lfs_pointer
 from longrope.models.config_check import check_config
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -51,9 +52,11 @@ def open_gguf(path: Path) -> Any:
     The reader itself believes every count in the header, and reads on beyond the file's end.
 
     Raises:
-        ValueError: no such file, not a GGUF file, a damaged header, or sizes no model has.
+        ValueError: no such file, not a GGUF file, one of several files of a model, a damaged
+            header, or sizes no model has.
     """
     gguf = require_gguf()
+    refuse_lfs_pointer(path)
     try:
         _check_header(path)
         reader = gguf.GGUFReader(path)
@@ -65,6 +68,11 @@ def open_gguf(path: Path) -> Any:
             f"{path}: not a GGUF file, or a damaged one ({shortened(first_line(error), 200)})"
         ) from None
     known = value_of(reader)
+    parts = known.get("split.count", 1)
+    if parts != 1:
+        raise ValueError(
+            f"{path} is one of {shortened(parts)} files; join them with llama-gguf-split --merge"
+        )
     sizes = {config: known[name] for name, config in _NAMES.items() if name in known}
     check_config(sizes, str(path))
     return reader

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,19 @@ class LoadedModel:
         return long_forward(self.model, self.execution, self.group)
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of a loaded model: a hash of a sample of every weight."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
+        """Return the fingerprint of a loaded model: a hash of its weights and its config."""
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _NOT_COUNTED}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        with announced("hashing the weights"):
+            for name, tensor in sorted(self.model.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+# Fields of a config that change no loss.
+_NOT_COUNTED = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
 def long_forward(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from longrope.errors import first_line
-from longrope.files.parse import read_json
+from longrope.files.parse import read_json, refuse_lfs_pointer
 from longrope.models.bundled import BUNDLED
 from longrope.models.config_check import check_config
 from longrope.models.gguf_file import open_gguf, scaling_of
@@ -81,6 +81,11 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
             f"{source}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; "
             "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub
+        raise ValueError(
+            f"{source}: comes with an adapter (PEFT) beside whole weights; save what "
+            "merge_and_unload() makes of the two, and give that"
+        )
     return model
 
 
@@ -115,6 +120,9 @@ def _check_config(source: str, path: Path) -> None:
 
 def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
     """Refuse a model source that is no safetensors checkpoint; the error says what it is."""
+    for file in path.iterdir():
+        if file.is_file():
+            refuse_lfs_pointer(file)
     if not (path / "config.json").exists():
         if (path / "adapter_config.json").exists():
             raise ValueError(
@@ -123,6 +131,12 @@ def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
             )
         if (path / "recipe.yaml").exists() and (path / "model").is_dir():
             raise ValueError(f"{path}: is a run; its checkpoint is {path / 'model'}")
+    elif (path / "adapter_config.json").exists():
+        raise ValueError(
+            f"{path}: has an adapter (adapter_config.json) beside whole weights, which "
+            "transformers would add to them; remove its files if they are merged, or give what "
+            "merge_and_unload() makes of the two, saved"
+        )
     if reads_weights:
         weight_files(path)
 

@@ -235,15 +235,15 @@ class Run:
         """Record the model's fingerprint in the run directory, or check that it is the same.
 
         Raises:
-            ValueError: finished stages used other weights.
+            ValueError: finished stages used other weights or another config.
         """
         if not self.ranks.first:
             return
         file, now = self.out / "model.sha256", loaded.fingerprint()
         if file.exists() and file.read_text(encoding="utf-8").strip() != now:
             raise ValueError(
-                f"{self.out}: the weights of {self.recipe.model} have changed since the run "
-                "started; restore them, or give another `out`"
+                f"{self.out}: the weights or the config of {self.recipe.model} have changed since "
+                "the run started; restore them, or give another `out`"
             )
         write_atomically(file, now + "\n")
 

@@ -88,6 +88,24 @@ def applied_rescale(model: nn.Module, length: int) -> Rescale | None:
     return module.rescale if isinstance(module, RescaledRotary) else None
 
 
+def _require_own_positions(
+    position_ids: Tensor, tokens: Tensor, mask: Tensor | None, cached: int
+) -> None:
+    """Refuse position ids for the short/long switch that do not count the tokens of a row.
+
+    Raises:
+        ValueError: several documents are packed in a row, or a row does not begin at position 0.
+    """
+    expected = positions_of(tokens, mask, cached)
+    given = one_axis(position_ids).to(expected.device).expand_as(expected)
+    counted = True if mask is None else mask[:, -tokens.shape[1] :].bool()
+    if (counted & (given != expected)).any():
+        raise ValueError(
+            "position_ids do not count the tokens of each row: the short/long switch chooses "
+            "factors by a row's length; give each document a row of its own, without position_ids"
+        )
+
+
 class _SwitchedRotary(StandIn):
     """Stand-in for a model's rotary module: both rescales, chosen by ``long_rows``."""
 
@@ -148,7 +166,8 @@ class _Switch:
         """Forward pre-hook of the switch: choose factors per row, refill the cache at a crossing.
 
         Raises:
-            ValueError: no token ids or row lengths, or a cache that was filled elsewhere.
+            ValueError: no token ids or row lengths, position ids of packed documents, or a cache
+                that was filled elsewhere.
         """
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
@@ -185,7 +204,9 @@ class _Switch:
                 cache.reset()  # type: ignore[union-attr]
                 given = given | {"position_ids": None, "input_ids": ids}
                 given.pop("cache_position", None)
-        if given.get("position_ids") is None:
+        if given.get("position_ids") is not None:
+            _require_own_positions(given["position_ids"], given["input_ids"], mask, cached)
+        else:
             start = cached if given["input_ids"].shape[1] == new else 0
             given["position_ids"] = positions_of(given["input_ids"], mask, start)
         self.rotary.long_rows = long_rows

@@ -14,7 +14,7 @@ from longrope.search.settings import EvolutionSearchConfig, GradientSearchConfig
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 3  # 1: before the search options were renamed
+SCHEMA = 4  # 1: before the search options were renamed; 3: without the config of the model
 
 
 @dataclasses.dataclass(frozen=True)
