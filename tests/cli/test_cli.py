@@ -101,7 +101,7 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
     assert "already done: 6 forward passes" in succeeds(*small_search, "--out", out, "--budget", 6)
     assert len((out / "history.jsonl").read_text().splitlines()) == 6
 
-    data = ["--data", texts, "--lengths", "256,512"]
+    data = ["--data", texts, "--lengths", "256,512", "--tokens-per-document", 2048]
     rows = {}
     for method in ("yarn", out / "rescale.json"):
         found = json.loads(succeeds("evaluate", "perplexity", "--rescale", method, *data, "--json"))

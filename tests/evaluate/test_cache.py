@@ -44,7 +44,7 @@ def compared(bundled, texts, directory, methods, lengths=(256, 512), **options):
         method_entries(bundled.info, methods, 512),
         512,
         load_documents(bundled.tokenizer, [str(texts)]),
-        PerplexityConfig(lengths=lengths, **options),
+        PerplexityConfig(lengths=lengths, **{"tokens_per_document": 1024, **options}),
         MeasurementCache(directory),
     )
 

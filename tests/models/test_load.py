@@ -133,12 +133,23 @@ def test_original_length_can_be_told(checkpoints):
     assert info.original_read_from == "original_length"
 
 
+def test_an_overflow_in_float16_names_the_dtype(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("llama"), tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 1e6
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e6
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"not finite in float16.*try bfloat16"):
+        load_model(str(tmp_path / "m"), ExecutionConfig(dtype="float16"))
+
+
 def test_nan_weights_are_named(checkpoints, tmp_path):
     shutil.copytree(checkpoints("llama"), tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"not finite; 1 weight tensors.*layers\.1\.mlp\.up_proj"):
+    said = r"not finite in float32; 1 weight tensors.*layers\.1\.mlp\.up_proj\.weight$"
+    with pytest.raises(ValueError, match=said):
         load_model(str(tmp_path / "m"))
 
 

@@ -21,7 +21,7 @@ FAST = ["--algorithm", "gradient"]
     ("number", "background"),
     [
         (signal.SIGINT, False),
-        (signal.SIGTERM, False),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
         (signal.SIGTERM, True),
         pytest.param(signal.SIGHUP, False, marks=pytest.mark.slow),
     ],

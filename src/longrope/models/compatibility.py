@@ -45,7 +45,7 @@ def incompatibility(model: Any, base: Rescale) -> str | None:
     if not before.isfinite().all():
         bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
         which = f"; {len(bad)} weight tensors are not, the first is {bad[0]}" if bad else ""
-        remedy = "" if bad or before.dtype is torch.float32 else "; try float32, or bfloat16"
+        remedy = "; try bfloat16 or float32" if before.dtype is torch.float16 else ""
         dtype = str(before.dtype).removeprefix("torch.")
         return f"its logits are not finite in {dtype}{which}{remedy}"
     with rescaled(model, stretched):
