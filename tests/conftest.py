@@ -32,6 +32,11 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-seconds", type=float, default=60, help="Time of tests/fuzz (60).")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that the other process does not wait for it at the end."""
+    items.sort(key=lambda item: item.name != "test_commands_and_code_run")
+
+
 ORIGINAL = 64
 _SHAPE = {
     "vocab_size": 1536,
