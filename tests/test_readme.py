@@ -17,7 +17,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.timeout(1200)  # minutes of searching, on a slow machine more than ten
+@pytest.mark.timeout(3600)  # half an hour on a slow machine
 @pytest.mark.slow
 def test_commands_and_code_run(tmp_path):
     commands = [line for block in blocks("bash") for line in re.split(r"&&|\n", block)]
@@ -30,7 +30,7 @@ def test_commands_and_code_run(tmp_path):
                 cwd=tmp_path,
                 capture_output=True,
                 text=True,
-                timeout=900,
+                timeout=1800,
             )
             assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "runs/first/compare.json").read_text())["differences"]
@@ -49,7 +49,7 @@ def test_commands_and_code_run(tmp_path):
 def _python(code: str, directory: Path) -> str:
     """Run an example in the directory where the commands ran, and return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

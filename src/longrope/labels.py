@@ -30,4 +30,6 @@ def display_name(source: str) -> str:
 
 def as_markdown(text: str) -> str:
     """Return Markdown that shows a text as it is: in one line, its special characters escaped."""
-    return re.sub(r"([\\`*_\[\]<>|~$#&])", r"\\\1", " ".join(text.split()))
+    # An underscore within a word, as in the name of a task, is no markup.
+    special = r"([\\`*\[\]<>|~$#&]|(?<![^\W_])_|_(?![^\W_]))"
+    return re.sub(special, r"\\\1", " ".join(text.split()))

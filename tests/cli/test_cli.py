@@ -183,10 +183,11 @@ def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):
 def test_documents_may_be_packed(texts, tmp_path):
     out = tmp_path / "packed"
     arguments = ["--target", "16x", "--data", texts, "--pack"]
-    summary = json.loads(succeeds("search", *arguments, "--budget", 4, "--out", out, "--json"))
+    short = ["--budget", 4, "--windows", 1, "--transfer", "none", "--json"]
+    summary = json.loads(succeeds("search", *arguments, *short, "--out", out))
     assert summary["forwards"] <= 4
-    methods = f"yarn,{out / 'rescale.json'}"
-    rows = json.loads(succeeds("compare", *arguments, "--methods", methods, "--json"))["perplexity"]
+    methods = ["--methods", f"yarn,{out / 'rescale.json'}", "--tokens-per-document", 4096]
+    rows = json.loads(succeeds("compare", *arguments, *methods, "--json"))["perplexity"]
     assert {(row["length"], row["documents"]) for row in rows} == {(4096, 1)}
 
 

@@ -76,7 +76,18 @@ def test_kill_9_costs_one_evaluation(small_search, tmp_path, algorithm, after):
 @pytest.mark.parametrize(
     ("verb", "result"),
     [
-        (["compare", "--target", "2x", "--methods", "none,pi,ntk,yarn"], "compare.json"),
+        (
+            [
+                "compare",
+                "--target",
+                "2x",
+                "--methods",
+                "none,pi,ntk",
+                "--tokens-per-document",
+                2048,
+            ],
+            "compare.json",
+        ),
         (["evaluate", "passkey", "--lengths", "256,512", "--trials", 40], "passkey.json"),
     ],
 )
