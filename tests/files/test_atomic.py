@@ -1,4 +1,5 @@
 import errno
+import itertools
 import os
 import shutil
 
@@ -68,22 +69,27 @@ def cannot_be_renamed(path, code, monkeypatch):
     monkeypatch.setattr(os, "rename", refuse)
 
 
-@pytest.mark.parametrize("mounted", [False, True])
-def test_a_directory_survives_a_kill_at_any_step(tmp_path, monkeypatch, mounted):
-    place, steps, seen = tmp_path / "parent" / "out", 0, []
-    if mounted:
-        cannot_be_renamed(place, errno.EXDEV, monkeypatch)
-    while True:
+def killed_replacements(place, every=1):
+    """Replace the old files by the new ones, each time killed at a later step; yield after each."""
+    for step in itertools.count(0, every):
         shutil.rmtree(place.parent, ignore_errors=True)
         fill(place, OLD)
-        if not killed_at(steps, lambda: replace(place)):
-            break
+        if not killed_at(step, lambda: replace(place)):
+            return
+        yield
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_directory_survives_a_kill_at_any_step(tmp_path, monkeypatch, mounted):
+    place, seen = tmp_path / "parent" / "out", []
+    if mounted:
+        cannot_be_renamed(place, errno.EXDEV, monkeypatch)
+    for _ in killed_replacements(place):
         recover(place)
         seen.append(contents(place))
         assert seen[-1] in (OLD, NEW)
         assert os.listdir(place.parent) == ["out"]
-        steps += 1
-    assert steps > 10
+    assert len(seen) > 10
     assert seen == sorted(seen, key=lambda found: found == NEW)  # once new, it stays so
     assert OLD in seen and NEW in seen
     assert contents(place) == NEW
@@ -92,20 +98,15 @@ def test_a_directory_survives_a_kill_at_any_step(tmp_path, monkeypatch, mounted)
 
 @pytest.mark.parametrize("mounted", [False, True])
 def test_a_kill_in_recovery_loses_nothing(tmp_path, monkeypatch, mounted):
-    place, steps = tmp_path / "parent" / "out", 0
+    place = tmp_path / "parent" / "out"
     if mounted:
         cannot_be_renamed(place, errno.EXDEV, monkeypatch)
-    while True:
-        shutil.rmtree(place.parent, ignore_errors=True)
-        fill(place, OLD)
-        if not killed_at(steps, lambda: replace(place)):
-            break
+    for _ in killed_replacements(place, every=3):
         again = 0
         while killed_at(again, lambda: recover(place)):
             again += 2
         assert contents(place) in (OLD, NEW)
         assert os.listdir(place.parent) == ["out"]
-        steps += 3
 
 
 @pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV, errno.EACCES])

@@ -137,11 +137,11 @@ def test_a_kill_at_any_write_blocks_nothing(verb, texts, tmp_path):
     while killed_at(steps, lambda: start(tmp_path / "cut")):
         steps += 1
     assert steps > 15
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
 
 
-def contents(directory):
-    """The content of each file in a directory, without what depends on the time."""
+def without_times(directory):
+    """The content of each file in a directory, less the seconds that its work took."""
     return {
         str(file.relative_to(directory)): re.sub(rb'"seconds": [0-9.e+-]+', b"", file.read_bytes())
         for file in directory.rglob("*")

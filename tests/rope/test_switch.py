@@ -195,7 +195,7 @@ def test_positions_of_packed_documents_are_refused(micro_models, ids, family):
         for positions in (packed, whole + 600):
             with pytest.raises(ValueError, match=r"position_ids .* a row of its own"):
                 model(input_ids=ids[:1], position_ids=positions, use_cache=False)
-        # What stands in the padding does not matter.
+        # Position ids of padding are not checked.
         mask = torch.ones_like(ids[:1])
         mask[:, :20] = 0
         padded = torch.cat([torch.ones(20).long(), torch.arange(77)])[None]

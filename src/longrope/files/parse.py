@@ -16,8 +16,7 @@ from longrope.errors import shortened
 _LONGEST_INTEGER = 300  # digits: it still fits a float
 # Raised by code that meets content of other types than it expects.
 _WRONG_CONTENT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-
-
+# How a Git LFS pointer begins.
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 

@@ -12,7 +12,7 @@ from longrope.units import duration, number, ratio
 TOLERANCE = 0.05
 # Retrieval holds at a length if at least this share of the answers is correct.
 RETRIEVED = 0.8
-# Recovery did harm if perplexity is so many times what it is without.
+# Recovery counts as harmful if it raises perplexity by more than this factor.
 _WORSE = 1.005
 
 
