@@ -4,6 +4,8 @@ import os
 import sys
 import traceback
 
+import torch
+
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 
 
@@ -11,6 +13,7 @@ def killed_at(step: int, work) -> bool:
     """Do the work in a child that dies before its ``step``th change; False if it had fewer."""
     child = os.fork()
     if not child:
+        torch.set_num_threads(1)  # makes the child's pool before its threads race to make it
         left = step
 
         def change() -> None:

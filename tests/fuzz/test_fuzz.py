@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -140,6 +141,7 @@ def in_child(work: Callable[[], object]) -> tuple[str, str]:
     if child == 0:
         os.close(reader)
         code, said = 1, ""
+        torch.set_num_threads(1)  # makes the child's pool before its threads race to make it
         try:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
