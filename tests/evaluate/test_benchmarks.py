@@ -205,7 +205,8 @@ def test_ruler_makes_its_texts_at_the_lengths_asked(bundled, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("task", [pytest.param("ruler_cwe", marks=pytest.mark.slow), "ruler_vt"])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["ruler_cwe", "ruler_vt"])
 def test_ruler_asks_every_model_the_same(bundled, task):
     texts = []
     for _ in range(2):

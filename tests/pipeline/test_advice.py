@@ -45,6 +45,7 @@ def test_a_model_that_cannot_be_extended_gets_no_advice(info):
     assert advise_model(dataclasses.replace(info, extendable=False)) == []
 
 
+@pytest.mark.slow
 def test_the_commands_of_inspect_run(tmp_path):
     commands = [line for line in advise_model(inspect_model("bundled")) if line.startswith("  ")]
     export, search, plan = [shlex.split(line)[1:] for line in commands]

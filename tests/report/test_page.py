@@ -128,6 +128,15 @@ def test_a_recovery_that_does_harm_is_named(recovered, harm):
     assert ("worse" in line) == harm
 
 
+def test_learning_the_text_is_not_taken_for_longer_context():
+    found = results()
+    own = [row for row in found["perplexity"] if row["method"] == "longrope"]
+    for row, value in zip(own, (8.0, 8.3, 8.5, 8.7), strict=True):  # the original has 10
+        row["perplexity"] = value
+    assert holds_to(found)[0] == 512
+    assert "above the extended model's at 256" in headline(found)[0]
+
+
 def test_few_passkeys_end_what_holds():
     found = results()
     for row in found["passkey"]:

@@ -33,15 +33,17 @@ def headline(results: dict[str, Any]) -> list[str]:
 def holds_to(results: dict[str, Any]) -> tuple[int | None, str]:
     """Return the largest length up to which the result holds, and what fails beyond.
 
-    It holds where perplexity is at most 5% above the original model's at the original length, on
-    the same tokens, and at least 80% of the passkeys are found. Passkeys do not count if the
-    original model does not find them either.
+    It holds where perplexity is at most 5% above that at the original length, on the same tokens,
+    and at least 80% of the passkeys are found. At the original length the lower perplexity counts,
+    the original model's or the result's: training that lowers perplexity at every length has
+    learned the text, and that is no longer context. Passkeys do not count if the original model
+    does not find them either.
 
     Returns:
         The length in tokens, None if there is none; and a sentence, empty if nothing fails.
     """
     perplexity = _by_method(results["perplexity"])
-    base = perplexity["none"][results["original_length"]]
+    base = _base(results, perplexity)
     asked = _found(results, RESULT) if _finds_passkeys(results) else {}
     reached = None
     for length, value in sorted(perplexity[RESULT].items()):
@@ -52,6 +54,13 @@ def holds_to(results: dict[str, Any]) -> tuple[int | None, str]:
             return reached, f"At {length:,} tokens {correct} of {trials} passkeys are found."
         reached = length
     return reached, ""
+
+
+def _base(results: dict[str, Any], perplexity: dict[str, dict[int, float | None]]) -> float | None:
+    """Return the perplexity at the original length that the longer ones are judged by."""
+    length = results["original_length"]
+    values = perplexity["none"][length], perplexity[RESULT].get(length)
+    return min((value for value in values if value is not None), default=None)
 
 
 def _found(results: dict[str, Any], method: str) -> dict[int, tuple[int, int]]:
@@ -77,7 +86,8 @@ def _answer(results: dict[str, Any], perplexity: dict[str, dict[int, float | Non
     own, base = perplexity[RESULT][target], perplexity["none"][original]
     reached, failing = holds_to(results)
     asked = bool(_found(results, RESULT)) and _finds_passkeys(results)
-    means = f"perplexity at most {TOLERANCE:.0%} above the original model's at {original:,}"
+    whose = "the extended model's" if _base(results, perplexity) != base else "the original model's"
+    means = f"perplexity at most {TOLERANCE:.0%} above {whose} at {original:,}"
     means += f", at least {RETRIEVED:.0%} of the passkeys found" if asked else ""
     holds = f"holds up to {reached:,} tokens" if reached else "holds at no length"
     unscaled = ""

@@ -203,7 +203,7 @@ def search_stage(
                 "longrope": __version__,
                 "python": platform.python_version(),
             },
-            report=_Reporter(headline, bool(chosen.unseen), advance)
+            report=_Reporter(headline, chosen.validation_cost, advance)
             if ranks.first
             else lambda now: None,
             show=_schedule_printer() if ranks.first else lambda schedule: None,
@@ -227,6 +227,11 @@ class _Chosen:
     searched: list[np.ndarray]
     unseen: list[np.ndarray]
     kinds: list[str]
+
+    @property
+    def validation_cost(self) -> float:
+        """Cost of a usual validation, in forward passes over all search windows."""
+        return _USUAL * sum(map(len, self.unseen)) / sum(map(len, self.searched))
 
 
 def _choose_windows(
@@ -284,12 +289,13 @@ def _validated(
             with rescaled(forward.model, rescale):
                 for index in range(ranks.group_index, len(found), count):
                     (found[index],) = window_losses(forward, [chosen.unseen[index]])
+                    windows_done = len(measured) * len(found) + index + 1
+                    advance(windows_done, f"windows, {len(measured)} candidates done")
             rows = ranks.gather_rows(found)[:: ranks.group.size]
             found = [rows[index % count][index] for index in range(len(found))]
             if ranks.first:
                 store[key] = found
         measured.add(key)
-        advance(len(measured), "candidates")
         return found
 
     def accepted(found: Rescale) -> tuple[Rescale, Validation]:
@@ -306,13 +312,13 @@ def _validated(
 
     with (
         only_process(out) if ranks.first else contextlib.nullcontext(),
-        progress("validate", _CANDIDATES, show=ranks.first) as advance,
+        progress("validate", _MOST * len(chosen.unseen), show=ranks.first) as advance,
     ):
         best, validation = accepted(result.best)
         portable = result.portable
         if portable is not None:
             portable = best if best.portable else accepted(portable)[0]
-        advance(_CANDIDATES, f"chosen: {validation.chosen}")
+        advance(_MOST * len(chosen.unseen), f"chosen: {validation.chosen}")
         if ranks.first:
             best.save(out / "rescale.json")
             if portable is not None:
@@ -474,19 +480,21 @@ def _identity(
     )
 
 
-# Candidates that a validation measures at most: the start, two published methods, and the result
-# and the portable result, each with two between.
-_CANDIDATES = 9
+# Candidates that a validation measures: usually the result, the start and two published methods;
+# at most also the portable result, and two between each result and a method.
+_USUAL, _MOST = 4, 9
 # Number of starts in a progress line.
 _SHOWN = 3
 
 
 class _Reporter:
-    """Reporter of a search run: its headline, the estimated time, then the best loss so far."""
+    """Reporter of a search run: its headline, the estimated time, then the best loss so far.
 
-    def __init__(self, headline: str, validates: bool, advance: Advance):
-        self.headline, self.advance = headline, advance
-        self.then = ", and a validation" if validates else ""
+    ``validation`` is the cost of the validation that follows, in forward passes over all windows.
+    """
+
+    def __init__(self, headline: str, validation: float, advance: Advance):
+        self.headline, self.validation, self.advance = headline, validation, advance
         self.estimated, self.replayed = False, 0
 
     def __call__(self, now: SearchProgress) -> None:
@@ -498,12 +506,15 @@ class _Reporter:
         elif self.replayed:
             console.print(f"resuming after {self.replayed} evaluations")
             self.replayed = 0
-        if not self.estimated and now.seconds_left is not None:
+        left, seconds = now.total - now.forwards, now.seconds_left
+        if seconds is not None and left > 0:
+            seconds *= 1 + self.validation / left
+        if not self.estimated and seconds is not None:
             self.estimated = True
+            then = " with the validation" if self.validation else ""
             console.print(
-                f"{now.total - now.forwards:.0f} forward passes over all windows left, about "
-                f"{duration(now.seconds_left)}{self.then}; it can be stopped and resumed at any "
-                "time",
+                f"{left:.0f} forward passes over all windows left, about {duration(seconds)}{then};"
+                " it can be stopped and resumed at any time",
             )
         if now.replayed and now.forwards < now.total:
             return
@@ -514,5 +525,6 @@ class _Reporter:
         else:
             name, loss = now.best_start
             text = f"best {now.best:.4f} nats/token (start: {name} {loss:.4f})"
-        left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
-        self.advance(int(now.forwards), text + left)
+        self.advance(
+            int(now.forwards), text if seconds is None else f"{text}, {duration(seconds)} left"
+        )
