@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
 
 import longrope
 from longrope.data.windows import load_documents
+from longrope.models.bundled import BUNDLED
 from longrope.models.load import load_tokenizer
 from longrope.rope.rescale import Rescale
 from program import interpreter, refused, run, succeeds
@@ -44,6 +46,23 @@ def test_version_and_usage():
     assert places == sorted(places)
     for bare in (["plan"], ["search"], ["inspect"], ["evaluate"], ["evaluate", "passkey"]):
         assert "Usage:" in succeeds(*bare)
+
+
+def test_a_published_scaled_model_is_measured_as_it_is(texts, tmp_path):
+    shutil.copytree(BUNDLED, tmp_path / "published")
+    config = json.loads((tmp_path / "published/config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+    config["rope_parameters"] = {"rope_theta": 1e4} | yarn
+    (tmp_path / "published/config.json").write_text(json.dumps(config))
+    how = ["--data", texts, "--lengths", "256,512", "--tokens-per-document", 512, "--json"]
+
+    def measured(*arguments):
+        found = json.loads(succeeds("evaluate", "perplexity", *arguments, *how))["perplexity"]
+        return [row["perplexity"] for row in found]
+
+    published = measured(tmp_path / "published")
+    assert published == pytest.approx(measured("bundled", "--rescale", "yarn"), rel=1e-4)
+    assert published[1] < 0.7 * measured("bundled")[1]
 
 
 def test_a_key_of_the_recipe_can_be_set(tmp_path):

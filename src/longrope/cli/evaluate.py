@@ -60,8 +60,8 @@ class _Subject(ScalingOptions):
     execution: ExecutionConfig
     rescale: str | None = pydantic.Field(
         default=None,
-        description="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default the factors "
-        "of an extended model, else none.",
+        description="none, pi, ntk, dynamic-ntk, yarn, or a rescale file; by default the scaling "
+        "that the model has.",
     )
     target: str | None = pydantic.Field(
         default=None,
@@ -86,6 +86,8 @@ class _Subject(ScalingOptions):
         if self.rescale is None and self.rope_scaling is None:
             self._refuse_options_of_a_method()
             info, pair = inspect_extended(self.model, **how)
+            if pair is None and info.rope_scaling:  # a published method's: measured as it is
+                info = inspect_weights(self.model, rope_scaling="keep", **how)
         else:
             scaling = self.rope_scaling
             info, pair = inspect_weights(self.model, rope_scaling=scaling, **how), None
