@@ -54,6 +54,25 @@ def test_llama_cpp_applies_the_factors(form, made, tmp_path):
     assert min(line.distances["none"] for line in verdict.lines) > 0.3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["rope.scale_linear", "rope.scaling.factor"])
+def test_llama_cpp_applies_no_scaling_of_the_source(made, tmp_path, key):
+    """A factor without a type is linear scaling to llama.cpp, beside other factors too."""
+    import gguf
+
+    export(options(tmp_path, "bundled", "clean.gguf", "gguf-static"))
+    reader = gguf.GGUFReader(tmp_path / "clean.gguf")
+    arch, metadata = read_metadata(reader)
+    scaled = (f"llama.{key}", 4.0, gguf.GGUFValueType.FLOAT32, None)
+    metadata = [item for item in metadata if ".rope.scaling." not in item[0]] + [scaled]
+    tensors = [t for t in read_tensors(reader) if t.name != "rope_freqs.weight"]
+    write_file(tmp_path / "source.gguf", arch, metadata, tensors)
+    export(options(tmp_path, tmp_path / "source.gguf", "model.gguf", "gguf-static"))
+    verdict = verify(Reference(str(tmp_path / "model.gguf")), "llamacpp", prompts=1)
+    assert {line.applied for line in verdict.lines} == {"long"}, verdict
+    assert max(line.largest for line in verdict.lines) < 0.2
+
+
 def test_weights_are_the_checkpoints_own(made, tmp_path):
     """Read back by transformers, which does not know of the factors."""
     import torch
