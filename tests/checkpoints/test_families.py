@@ -21,6 +21,7 @@ from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
 from longrope.rope.pair import RescalePair
+from longrope.rope.rescale import default_attention_factor
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,40 @@ def test_the_length_is_written_under_the_family_s_own_name(micro_models):
     known = transformers.BailingHybridConfig()
     found = scaled_config(known.to_dict(), pair(micro_models("llama")), known)
     assert type(known)(**found).max_position_embeddings == 512
+
+
+def test_version_4_finds_the_factors_of_full_attention(checkpoints, micro_models, tmp_path):
+    """benchmarks/architectures_legacy.py compares version 4's logits."""
+    made = pair(micro_models("gemma3"))
+    named = files(made, tmp_path / "factors")
+    export(ExportOptions(str(checkpoints("gemma3")), tmp_path / "out", **named))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_scaling"]["long_factor"] == list(made.long.factors)
+    assert config["rope_scaling"]["rope_type"] == "longrope"
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
+    read = transformers.AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
+    assert read["full_attention"]["long_factor"] == list(made.long.factors)
+    assert (read["sliding_attention"]["rope_type"], read["sliding_attention"]["rope_theta"]) == (
+        "default",
+        1e4,
+    )
+
+
+def test_phi_3_has_the_three_keys_that_version_4_demands(checkpoints, micro_models, ids, tmp_path):
+    """If it computes the same attention factor from them; else it shall refuse the export."""
+    model = micro_models("phi3")
+    for factor, short in ((default_attention_factor(80, 512), True), (1.1, False)):
+        both = pair(model)
+        made = RescalePair(*(r.replace(attention_factor=factor) for r in (both.short, both.long)))
+        out = tmp_path / f"{factor}"
+        export(ExportOptions(str(checkpoints("phi3")), out, **files(made, tmp_path / "factors")))
+        found = json.loads((out / "config.json").read_text())["rope_scaling"]
+        assert (found.keys() == {"type", "short_factor", "long_factor"}) == short
+        assert import_pair(str(out)) == made
+        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        with rescaled(model, made.long):
+            expected = logits(model, ids[:, :81])
+        torch.testing.assert_close(logits(loaded, ids[:, :81]), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_what_version_4_wrote_of_layered_scaling_does_not_stay(

@@ -52,7 +52,7 @@ def test_reads_every_kind(tmp_path):
         ("x.jsonl", b'{"other": "a"}\n', r"no field 'text'.*`field` .*: other"),
         ("x.parquet", b"PAR1", "x.parquet .*Parquet"),
         ("blank.jsonl", b'{"text": " "}\n', r"data='.*blank.jsonl' .*no text"),
-        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 .*no field 'text'.*: a, b"),
+        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 .*no field 'text'.*no fields with text"),
         ("x.json", b"[1,\n 2", "x.json is not valid JSON .*line 2"),
     ],
 )
@@ -190,6 +190,13 @@ def test_a_folder_uses_no_row_of_a_damaged_file(tmp_path, caplog):
         ("a.txt", b"one\xff", "a.txt is not UTF-8 text .byte 3 is 0xff"),
         ("a.jsonl", b'{"text": ["a"]}', "row 1 has list in the field 'text'"),
         ("a.jsonl", b'{"text": 1.5}', "row 1 has float in the field 'text'"),
+        ("a.jsonl", b'{"a": "x", "b": 1}', r"no field 'text'.*it has: a\)"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user"}]}',
+            "chat in the field 'messages'; .*apply_chat",
+        ),
+        ("a.json", b'{"text": [{"from": "human"}]}', "chat in the field 'text'; .*apply_chat"),
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "a.jsonl: line 1 is not valid JSON .*digits"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1 is not valid JSON .nested too deeply"),
         ("a.csv", b'text\n"a', "a.csv: line 2 is not valid CSV"),
@@ -204,6 +211,28 @@ def test_messages_name_the_real_problem(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_documents([str(tmp_path / name)])
+
+
+def test_a_dataset_that_was_saved_to_disk(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    one, other = (Dataset.from_dict({"text": [f"{name} 1", f"{name} 2"]}) for name in "ab")
+    one.save_to_disk(tmp_path / "one")
+    splits = {"train": {"test": other, "train": one}, "only": {"test": one}}
+    for name, found in splits.items():
+        DatasetDict(found).save_to_disk(tmp_path / name)
+        assert [d.text for d in documents_of(DatasetDict(found))] == ["a 1", "a 2"]
+    for name in ("one", *splits):
+        assert [d.text for d in read_documents([str(tmp_path / name)])] == ["a 1", "a 2"]
+    unclear = DatasetDict({"x": one, "y": other})
+    unclear.save_to_disk(tmp_path / "unclear")
+    for read in (documents_of, lambda found: read_documents([str(tmp_path / "unclear")])):
+        with pytest.raises(ValueError, match="the splits x, y, and no train"):
+            read(unclear)
+    assert len(read_documents([str(tmp_path / "unclear/y")])) == 2
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"cut")
+    with pytest.raises(ValueError, match="one is not a whole dataset"):
+        read_documents([str(tmp_path / "one")])
 
 
 def test_parquet_of_another_type_or_cut_short(tmp_path):

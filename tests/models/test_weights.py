@@ -100,6 +100,21 @@ def test_an_index_without_safetensors_is_refused(weight_map, said, model, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_link_to_a_file_that_the_hubs_cache_lost_is_named(model, tmp_path):
+    snapshot = tmp_path / "models--a--b/snapshots/1"
+    shutil.copytree(model, snapshot)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    with pytest.raises(ValueError, match=r"is a link to \.\./\.\./blobs/abc, which is missing"):
+        weight_files(snapshot)
+
+
+def test_a_missing_index_is_named(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"parts of the weights, but no model\.safetensors\.index"):
+        weight_files(sharded)
+
+
 def test_shards_in_folders_of_the_model_are_read_and_kept(sharded, micro_models, tmp_path):
     file = sharded / "model.safetensors.index.json"
     index = json.loads(file.read_text())

@@ -1,6 +1,7 @@
 """Write Hugging Face checkpoints that transformers, vLLM, SGLang and mlx-lm load with factors."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from longrope.models.weights import (
 from longrope.progress import quiet
 from longrope.rope.pair import RescalePair
 from longrope.rope.parameters import kept_parameters
-from longrope.rope.rescale import UNROTATED
+from longrope.rope.rescale import UNROTATED, default_attention_factor
 from longrope.rope.rotary import find_rotary, unscaled_parameters
 
 # Files of a checkpoint beside its weights: configs, tokenizer, chat template, licence.
@@ -42,6 +43,11 @@ _KEPT = re.compile(
     re.IGNORECASE,
 )
 _FULL, _TIED = "full_attention", "tie_word_embeddings"
+# Version 4 of transformers, and a model's own code, demand a ``rope_scaling`` of three keys in
+# these, and compute the attention factor. With another one they refuse the export.
+_THREE_KEYS = {"phi3", "phi4_multimodal"}
+# In these ``rope_scaling`` is that of full attention, in version 4 and in version 5.
+_FULL_IS_SCALED = {"gemma3_text", "gemma3n_text", "olmo3"}
 # Fields that hold the length that a model was made for.
 _LENGTHS = {
     *("max_position_embeddings", "n_positions", "n_ctx", "max_length", "model_max_length"),
@@ -82,18 +88,22 @@ def scaled_config(config: dict[str, Any], pair: RescalePair, known: Any) -> dict
         named: long.max_position_embeddings,
         "original_max_position_embeddings": boundary,
     }
-    if _FULL in rope:
-        changed["rope_parameters"] = rope | {_FULL: longrope}
-        # Written by version 4; version 5 would let it override the above.
-        text = {key: value for key, value in text.items() if key != "rope_scaling"}
+    factor = long.attention_factor
+    engines = {"type": "longrope", "short_mscale": factor, "long_mscale": factor}
+    scaling = longrope | engines
+    if known.model_type in _THREE_KEYS and math.isclose(
+        factor, default_attention_factor(boundary, long.max_position_embeddings)
+    ):
+        scaling = {key: scaling[key] for key in ("type", "short_factor", "long_factor")}
+    version4 = {"rope_scaling": scaling, "rope_theta": long.rope_theta}
+    if _FULL not in rope:
+        changed |= {"rope_parameters": longrope} | version4
     else:
-        factor = long.attention_factor
-        engines = {"type": "longrope", "short_mscale": factor, "long_mscale": factor}
-        changed |= {
-            "rope_parameters": longrope,
-            "rope_scaling": longrope | engines,
-            "rope_theta": long.rope_theta,
-        }
+        changed["rope_parameters"] = rope | {_FULL: longrope}
+        # Version 5 would let that of version 4 override the above.
+        text = {key: value for key, value in text.items() if key != "rope_scaling"}
+        if known.model_type in _FULL_IS_SCALED:
+            changed |= version4 | {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
     # transformers' longrope reads head_dim, which Mixtral leaves out and Gemma 4 has several of.
     if known.to_dict().get("head_dim", 0) is None:
         changed["head_dim"] = known.hidden_size // known.num_attention_heads

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.data.stdlib import SOURCES, library_texts
+from longrope.errors import first_line
 from longrope.files.parse import refuse_lfs_pointer
 from longrope.progress import announced
 
@@ -81,7 +82,7 @@ def documents_of(texts: Any, field: str = "text") -> list[Document]:
     if isinstance(texts, str | Path):
         return read_documents([str(texts)], field)
     if hasattr(texts, "column_names"):
-        return list(_rows(texts, "texts", field))
+        return list(_rows(_one_split(texts, "texts"), "texts", field))
     items = list(texts)
     if items and all(isinstance(item, Path) for item in items):
         return read_documents([str(item) for item in items], field)
@@ -127,6 +128,8 @@ def _read(source: str, field: str) -> Iterable[Document]:
     path = Path(source)
     if not source.strip():
         check_sources([source])
+    elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        yield from _read_saved_dataset(path, field)
     elif path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.is_file()]
         for file in files:
@@ -265,6 +268,37 @@ def _parquet_rows(path: Path, field: str) -> Iterable[Any]:
         raise _no_field(str(path), field, names)
 
 
+def _read_saved_dataset(path: Path, field: str) -> Iterable[Document]:
+    """Read the documents of a directory that ``datasets``' ``save_to_disk`` wrote."""
+    try:
+        from datasets import load_from_disk  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError(
+            f"{path} was written by datasets' save_to_disk; to read it: pip install "
+            "'longrope[datasets]'"
+        ) from None
+    try:
+        rows = load_from_disk(str(path))
+    except Exception as error:  # the library raises a dozen types
+        raise ValueError(f"{path} is not a whole dataset ({first_line(error)})") from None
+    yield from _rows(_one_split(rows, str(path)), str(path), field)
+
+
+def _one_split(rows: Any, where: str) -> Any:
+    """Return a dataset, or the one of a ``DatasetDict`` that is for training.
+
+    Raises:
+        ValueError: it has several splits, and none of them is called train.
+    """
+    if not isinstance(rows.column_names, dict):  # of one dataset
+        return rows
+    if "train" in rows:
+        return rows["train"]
+    if len(rows) == 1:
+        return next(iter(rows.values()))
+    raise ValueError(f"{where} has the splits {', '.join(rows)}, and no train; give one of them")
+
+
 def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
     try:
         from datasets import load_dataset  # type: ignore[import-not-found]
@@ -273,7 +307,6 @@ def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
             f"data={source!r}: no such file or directory; to read it as a dataset of the hub: "
             "pip install 'longrope[datasets]'"
         ) from None
-    from longrope.errors import first_line
     from longrope.progress import quiet  # it imports transformers
 
     name, _, split = source.partition(":")
@@ -297,7 +330,13 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
                 f"{where}: row {number} is not an object; every row must have a field {field!r}"
             )
         if field not in row:
-            raise _no_field(f"{where}: row {number}", field, row)
+            texts = [name for name, value in row.items() if isinstance(value, str)]
+            turns = next((name for name, value in row.items() if _is_chat(value)), None)
+            if turns and not texts:
+                raise _chat(f"{where}: row {number}", turns)
+            raise _no_field(f"{where}: row {number}", field, texts)
+        if _is_chat(row[field]):
+            raise _chat(f"{where}: row {number}", field)
         if not isinstance(row[field], str):
             raise ValueError(
                 f"{where}: row {number} has {type(row[field]).__name__} in the field {field!r}; "
@@ -311,7 +350,18 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
 def _no_field(where: str, field: str, names: Iterable[str]) -> ValueError:
     return ValueError(
         f"{where} has no field {field!r}; set `field` to the one that holds the text (it has: "
-        f"{', '.join(map(str, names)) or 'no fields'})"
+        f"{', '.join(map(str, names)) or 'no fields with text'})"
+    )
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
+
+
+def _chat(where: str, field: str) -> ValueError:
+    return ValueError(
+        f"{where} has the turns of a chat in the field {field!r}; write each chat as one text "
+        "first, with the tokenizer's apply_chat_template(turns, tokenize=False)"
     )
 
 

@@ -39,7 +39,10 @@ class Engine:
 ENGINES = {
     "transformers": Engine("transformers", "transformers", "pip install transformers torch"),
     "transformers-legacy": Engine(
-        "transformers", "transformers", "pip install 'transformers<5' torch accelerate"
+        "transformers",
+        "transformers",
+        "pip install 'transformers<5' torch accelerate",
+        instead="use transformers 5",
     ),
     "vllm": Engine(
         "vllm",

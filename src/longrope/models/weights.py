@@ -1,5 +1,6 @@
 """The weight files of a model's directory: which they are, and what is in them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{directory}: its weights are pickled (.bin), which may run any code and is not "
                 "read; load it in transformers and save it again, which writes safetensors"
             )
+        for name in (SINGLE, INDEX):
+            if (directory / name).is_symlink():
+                raise ValueError(
+                    f"{directory / name}: is a link to {os.readlink(directory / name)}, which is "
+                    "missing; download the model again"
+                )
+        if any(directory.glob("model-*-of-*.safetensors")):
+            raise ValueError(
+                f"{directory}: has parts of the weights, but no {INDEX}; download that file too"
+            )
         raise ValueError(f"{directory}: has no {SINGLE}; save the model in that form")
     index = file_inside(directory, INDEX)
     files = []
@@ -41,7 +52,7 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{index}: names {name!r}, but only safetensors are read; load the model in "
                 "transformers and save it again, which writes safetensors"
             )
-        if not file.is_file():
+        if not file.is_file():  # nor a link to one
             raise ValueError(f"{file}: is missing, though {index.name} names it")
         files.append(file)
     return files

@@ -9,7 +9,8 @@ LENGTH = "original_max_position_embeddings"
 BY_POSITION = "llama_4_scaling_beta"
 _SCALING = {
     *("rope_type", "type", "factor", "attention_factor", LENGTH, "truncate", "finetuned"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attn_factor", "extrapolation_factor"),
+    *("low_freq_factor", "high_freq_factor"),
     *("short_factor", "long_factor", "short_mscale", "long_mscale"),
 }
 
