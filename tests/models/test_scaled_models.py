@@ -90,7 +90,7 @@ def test_replaced_scaling_starts_over(scaled, micro_models, ids, kind):
 def test_linear_scaling_does_not_say_what_it_was(scaled):
     info = inspect_model(scaled("linear"), rope_scaling="replace")
     assert not info.extendable
-    assert "give original_length" in info.reason
+    assert "give `original_length`" in info.reason
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3", "longrope", "linear"])

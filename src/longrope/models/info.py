@@ -122,7 +122,7 @@ class ModelInfo:
                 f"{self.source}: its scores grow with the position in units of "
                 f"original_max_position_embeddings ({self.boundary:,}), which in a checkpoint is "
                 f"also the length that short factors apply up to ({boundary:,}): these must be "
-                "equal, as with rope_scaling='replace' and no original_length"
+                "equal, as with rope_scaling='replace' and no `original_length`"
             )
         if existing != "replace" and (self.rope_scaling or {}).get("mscale_all_dim"):
             raise ValueError(
@@ -327,11 +327,11 @@ def _with_original_length(
     elif kind == "linear" and existing == "replace":
         reason = reason or (
             "its config does not hold the length before its linear scaling by "
-            f"{scaling['factor']:g}; give original_length"  # type: ignore[index]
+            f"{scaling['factor']:g}; give `original_length`"  # type: ignore[index]
         )
     if original is None:
         reason = (
-            reason or "its config does not hold the length that it handles; give original_length"
+            reason or "its config does not hold the length that it handles; give `original_length`"
         )
     if existing != "replace" and (field := ignored_scaling(site.parameters)):
         reason = reason or (

@@ -193,5 +193,5 @@ def refuse_scaled_gguf(source: str) -> None:
         raise ValueError(
             f"{path}: its RoPE is scaled already ({found}), which transformers drops when it "
             "reads GGUF; give the Hugging Face checkpoint, or start over with "
-            "rope_scaling='replace' and original_length"
+            "rope_scaling='replace' and `original_length`"
         )
