@@ -200,6 +200,56 @@ def test_an_extended_model_generates_across_the_boundary(finished, tmp_path, cap
         longrope.from_pretrained("bundled")
 
 
+def test_a_model_of_a_run_is_measured_under_its_factors_and_restored(finished, texts, tmp_path):
+    out, _ = finished
+    model = longrope.from_pretrained(out, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    plain, pair = longrope.load_extended(str(out), longrope.ExecutionConfig(dtype="float32"))
+    ids = torch.randint(3, 1500, (1, 700), generator=torch.Generator().manual_seed(0))
+    lengths = pair.recovery_length, 700
+
+    def logits():
+        with torch.no_grad():
+            return [model(input_ids=ids[:, :n]).logits for n in lengths]
+
+    before = logits()
+    text, asked = Path(texts), {"tokens_per_document": 512}
+    rows = longrope.perplexity(model, tokenizer, text, lengths=[128, 512], **asked)
+    assert longrope.perplexity(str(out), texts=text, lengths=[128, 512], **asked) == rows
+    for row, length in zip(rows, (128, 512), strict=True):
+        (expected,) = longrope.perplexity(
+            *(plain.model, tokenizer, text),
+            lengths=[length],
+            rescale=pair.choose(length),
+            **asked,
+        )
+        assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    for found, n in zip(before, lengths, strict=True):
+        losses = -found[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:n, None])[..., 0]
+        assert_close(longrope.token_losses(model, ids[:, :n]), losses, atol=1e-4, rtol=1e-4)
+    longrope.apply_rescale(model, longrope.methods.yarn(plain.info, target_length=1024))
+    assert not torch.equal(logits()[1], before[1])
+    longrope.remove_rescale(model)
+    search = {"target_length": 512, "texts": text, "output_dir": tmp_path / "search"}
+    with pytest.raises(ValueError, match=r"rope_scaling='keep'.*'replace'"):
+        longrope.search_factors(model, tokenizer, **search)
+    least = longrope.GradientSearchConfig(windows=1, budget=4, transfer="none")
+    longrope.search_factors(model, tokenizer, rope_scaling="replace", config=least, **search)
+    for found, expected in zip(logits(), before, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_an_extension_reads_paths(model, tmp_path):
+    extend = {"target_length": "2x", "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"model is a LlamaForCausalLM in memory.*save_pretrained"):
+        longrope.extend(model, data="python-library", **extend)
+    for text in ("word " * 1000, "a line\nand another", 5):
+        with pytest.raises(ValueError, match=r"data has .*, which is no path") as refused:
+            longrope.extend("bundled", data=[text], **extend)
+        assert len(str(refused.value)) < 300
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_extension_exports_and_verifies(finished, arguments, tmp_path):
     out, _ = finished
     assert longrope.extend(output_dir=out, recipe=str(arguments[1])) == out  # all of it is done
@@ -260,6 +310,12 @@ def test_perplexity_is_that_of_the_factors_that_are_applied(model, tokenizer, te
     longrope.apply_rescale(model, yarn)
     (applied,) = longrope.perplexity(model, tokenizer, texts_in_memory, **asked)
     assert applied == named
+    packed = longrope.perplexity(
+        model, tokenizer, [text[:900] for text in texts_in_memory], pack=True, **asked
+    )
+    assert packed[0]["tokens"] == 1024
+    with pytest.raises(ValueError, match="lengths is '4x'"):
+        longrope.perplexity(model, tokenizer, texts_in_memory, lengths="4x")
     assert applied["perplexity"] < 0.5 * unscaled["perplexity"]
     assert longrope.perplexity(
         model, tokenizer, texts_in_memory, rescale=longrope.methods.pi(model, "4x"), **asked

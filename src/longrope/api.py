@@ -20,25 +20,29 @@ from longrope.checkpoints.export import export as export_checkpoint
 from longrope.checkpoints.in_memory import saved_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.data.documents import documents_of
+from longrope.data.encoding import bos_token
+from longrope.data.windows import pack as join
 from longrope.data.windows import tokenize
-from longrope.distributed import ranks
+from longrope.distributed import Ranks, ranks
 from longrope.engines.check import Reference, Verdict
 from longrope.engines.check import verify as verify_export
 from longrope.engines.specs import require_engine
+from longrope.errors import shortened
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.compare import perplexity_row, resolve_lengths
 from longrope.evaluate.measure import Measurement, measure_all, model_identity
 from longrope.evaluate.settings import PerplexityConfig
 from longrope.execution import ExecutionConfig
 from longrope.files.atomic import require_directory
-from longrope.inference.load import load_extended
+from longrope.inference.load import inspect_to_measure, load_extended
 from longrope.models.info import ScalingChoice, without_adapters
 from longrope.models.load import LoadedModel, load_model, long_forward, wrap_model
 from longrope.models.sources import read_pretrained
 from longrope.pipeline.extend import extend as run_extension
 from longrope.pipeline.recipe import Recipe, load_recipe, make_recipe
+from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
-from longrope.rope.switch import applied_rescale, apply_pair
+from longrope.rope.switch import Applied, apply_pair, without_rescales
 from longrope.search.evaluator import SearchResult
 from longrope.search.history import require_search_directory
 from longrope.search.run import SearchOptions, search_documents
@@ -111,8 +115,14 @@ def search_factors(
     )
     require_directory(options.out)
     require_search_directory(options.out)
-    with _prepared(model, tokenizer, execution, rope_scaling, original_length) as prepared:
-        loaded, these = prepared
+    choice = {"rope_scaling": rope_scaling, "original_length": original_length}
+    with _prepared(model, tokenizer, execution, choice) as (loaded, these, applied):
+        if applied.pair and rope_scaling != "replace":
+            raise ValueError(
+                "model has the factors of its extension; to extend it further, give the path of "
+                "its checkpoint with rope_scaling='keep', or search anew from its original length "
+                "with rope_scaling='replace'"
+            )
         documents = tokenize(documents_of(texts, field), loaded.tokenizer)
         return search_documents(loaded, documents, options, these)
 
@@ -123,7 +133,7 @@ def token_losses(
     """Python API to score tokens: the loss of every token, by the long forward pass.
 
     Args:
-        model: a transformers model in memory, with or without a rescale.
+        model: a transformers model in memory, with or without factors applied.
         input_ids: token ids, shape (batch, tokens).
 
     Returns:
@@ -140,7 +150,11 @@ def token_losses(
         torch.Size([1, 296])
     """
     base = without_adapters(model)
-    with _evaluating(base):
+    with (
+        _evaluating(base),
+        without_rescales(base) as applied,
+        rescaled(base, applied.at(input_ids.shape[1])),
+    ):
         return long_forward(base, execution or ExecutionConfig()).losses(input_ids)
 
 
@@ -152,6 +166,7 @@ def perplexity(
     lengths: Sequence[int | str],
     rescale: Rescale | None = None,
     tokens_per_document: int | None = None,
+    pack: bool = False,
     field: str = "text",
     rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
@@ -160,12 +175,13 @@ def perplexity(
     """Python API of ``longrope evaluate perplexity``: the same tokens at every length.
 
     Args:
-        model: as of :func:`search_factors`.
+        model: as of :func:`search_factors`; also a run of :func:`extend` or an export.
         texts: a list of strings, a ``datasets.Dataset``, or paths; each text at least as long as
             the longest length.
         lengths: window lengths in tokens, or such as ``"8k"`` or ``"2x"``.
-        rescale: factors to measure under; by default those that are applied to the model.
+        rescale: factors to measure under; by default those that the model has.
         tokens_per_document: tokens to score per document; by default all.
+        pack: join texts into one, with BOS and EOS between them.
 
     Returns:
         A row per length with ``length``, ``perplexity``, ``standard_error``, ``tokens`` and
@@ -182,23 +198,26 @@ def perplexity(
         >>> rows[0]["perplexity"] < 20
         True
     """
-    with _prepared(model, tokenizer, execution, rope_scaling, original_length) as prepared:
-        loaded, _ = prepared
+    if isinstance(lengths, str | int):
+        raise ValueError(f"lengths is {lengths!r}; give a list, such as [{lengths!r}]")
+    choice = {"rope_scaling": rope_scaling, "original_length": original_length}
+    prepared = _prepared(model, tokenizer, execution, choice, as_it_is=rescale is None)
+    with prepared as (loaded, _, applied):
         info = loaded.info
         measured, _ = resolve_lengths(info, tuple(map(str, lengths)), None)
         config = PerplexityConfig.make(
             {"lengths": tuple(measured), "tokens_per_document": tokens_per_document}
         )
         documents = tokenize(documents_of(texts, field), loaded.tokenizer)
+        if pack:
+            bos, eos = bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id
+            documents = [join(documents, bos, eos)]
         searched = set(rescale.searched_documents) if rescale else set()
         if any(searched & set(document.sha256) for document in documents):
             log.warning("some of the texts were used by the search for these factors")
         original = info.original_max_position_embeddings or 0
         unscaled = info.rescale("none", max(*measured, original))
-        factors = {
-            length: rescale or applied_rescale(loaded.model, length) or unscaled
-            for length in measured
-        }
+        factors = {length: rescale or applied.at(length) or unscaled for length in measured}
         identity = model_identity(loaded)
         wanted = [
             Measurement(
@@ -268,7 +287,8 @@ def extend(
     The same call resumes an interrupted run.
 
     Args:
-        model: a directory, hub id or GGUF file; by default the recipe's.
+        model: a directory, hub id or GGUF file (save a model in memory first); by default the
+            recipe's.
         target_length: tokens, or such as ``"512k"`` or ``"64x"``; by default the recipe's.
         data: files, directories or datasets; by default the recipe's.
         output_dir: the run's directory.
@@ -282,7 +302,19 @@ def extend(
         ValueError: the recipe cannot work, memory or text is too small, or the directory holds
             another run.
     """
-    sources = [data] if isinstance(data, str | Path) else data
+    if not isinstance(model, str | Path | None):
+        raise ValueError(
+            f"model is a {type(model).__name__} in memory, and an extension reads a checkpoint: "
+            "save it with model.save_pretrained(DIR) and tokenizer.save_pretrained(DIR), and give "
+            "DIR"
+        )
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    for source in sources:
+        if not isinstance(source, str | Path) or len(str(source)) > 1024 or "\n" in str(source):
+            raise ValueError(
+                f"data has {shortened(source)}, which is no path; write the texts to files, such "
+                "as one of JSON lines, and give that"
+            )
     given: dict[str, Any] = {
         "model": None if model is None else str(model),
         "target": None if target_length is None else str(target_length),
@@ -396,24 +428,40 @@ def _prepared(
     model: Any,
     tokenizer: Any,
     execution: ExecutionConfig | None,
-    rope_scaling: ScalingChoice | None,
-    original_length: int | None,
-) -> Iterator[tuple[LoadedModel, Any]]:
-    """Load the model of an API call, or verify the one in memory; join the launch's processes."""
+    choice: dict[str, Any],
+    *,
+    as_it_is: bool = False,
+) -> Iterator[tuple[LoadedModel, Ranks, Applied]]:
+    """Load the model of an API call, or verify the one in memory; join the launch's processes.
+
+    The factors that are applied to the model are taken out for the ``with`` block and returned.
+
+    Args:
+        choice: ``rope_scaling`` and ``original_length``.
+        as_it_is: read the factors of a run or checkpoint with it.
+    """
     execution = execution or ExecutionConfig()
-    choice: dict[str, Any] = {
-        "rope_scaling": rope_scaling,
-        "original_length": original_length,
-    }
     with ranks(execution.sequence_parallel) as these:
         if isinstance(model, str | Path):
-            yield load_model(str(model), execution, group=these.group, **choice), these
+            source, info, pair = str(model), None, None
+            if as_it_is:
+                trusted = execution.trust_remote_code
+                info, pair = inspect_to_measure(source, trust_remote_code=trusted, **choice)
+                source, choice = info.source, {}
+            loaded = load_model(source, execution, group=these.group, info=info, **choice)
+            yield loaded, these, Applied(pair)
             return
         if tokenizer is None:
             raise ValueError("tokenizer is missing; give the tokenizer of the model in memory")
-        with _evaluating(model):
-            loaded = wrap_model(model, tokenizer, execution, **choice)
-            yield dataclasses.replace(loaded, group=these.group), these
+        base = without_adapters(model)
+        with _evaluating(base), without_rescales(base) as applied:
+            if applied.pair:
+                length = choice["original_length"]
+                length = length or applied.pair.long.original_max_position_embeddings
+                choice = {"original_length": length}
+            unscaled = applied.pair is not None
+            loaded = wrap_model(model, tokenizer, execution, loaded_unscaled=unscaled, **choice)
+            yield dataclasses.replace(loaded, group=these.group), these, applied
 
 
 @contextlib.contextmanager

@@ -309,7 +309,7 @@ def _portable(file: Path, rescale: Rescale) -> str:
     """Return the advice to export the ``portable.json`` beside a file, with its loss, if any."""
     beside = file.with_name("portable.json")
     if not beside.exists():
-        return ""
+        return "give the portable factors of the search, or "
     best, without = (r.provenance.get("loss") for r in (rescale, Rescale.load(beside)))
     if best is None or without is None:
         return ""

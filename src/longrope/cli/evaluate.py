@@ -77,22 +77,20 @@ class _Subject(ScalingOptions):
 
     def inspect(self) -> "tuple[ModelInfo, RescalePair | None]":
         """Inspect the verb's model, and read its own factors where the options name no others."""
-        from longrope.inference.load import inspect_extended, inspect_weights
+        from longrope.inference.load import inspect_to_measure, inspect_weights
 
         how: dict[str, Any] = {
+            "rope_scaling": self.rope_scaling,
             "original_length": self.original_length,
             "trust_remote_code": self.execution.trust_remote_code,
         }
-        if self.rescale is None and self.rope_scaling is None:
-            self._refuse_options_of_a_method()
-            info, pair = inspect_extended(self.model, **how)
-            if pair is None and info.rope_scaling:  # a published method's: measured as it is
-                info = inspect_weights(self.model, rope_scaling="keep", **how)
-        else:
-            scaling = self.rope_scaling
-            info, pair = inspect_weights(self.model, rope_scaling=scaling, **how), None
+        if self.rescale is None:
+            if self.rope_scaling is None:
+                self._refuse_options_of_a_method()
+            return inspect_to_measure(self.model, **how)
+        info = inspect_weights(self.model, **how)
         info.require_extendable()
-        return info, pair
+        return info, None
 
     def _refuse_options_of_a_method(self) -> None:
         """Refuse a verb's options for methods if the model has factors of its own."""

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from pathlib import Path
+from typing import Any
 
 from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.importer import find_pair
@@ -78,6 +79,34 @@ def inspect_extended(
         original_length=original_length,
         trust_remote_code=trust_remote_code,
     )
+    return info, pair
+
+
+def inspect_to_measure(
+    source: str,
+    *,
+    rope_scaling: ScalingChoice | None = None,
+    original_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[ModelInfo, RescalePair | None]:
+    """Inspect a model to measure as it is: with its pair of factors, or its published scaling.
+
+    Arguments and results are those of :func:`inspect_extended`.
+
+    Raises:
+        ValueError: no such model, or one that cannot be rescaled.
+    """
+    how: dict[str, Any] = {
+        "original_length": original_length,
+        "trust_remote_code": trust_remote_code,
+    }
+    if rope_scaling is not None:
+        info, pair = inspect_weights(source, rope_scaling=rope_scaling, **how), None
+    else:
+        info, pair = inspect_extended(source, **how)
+        if pair is None and info.rope_scaling:
+            info = inspect_weights(source, rope_scaling="keep", **how)
+    info.require_extendable()
     return info, pair
 
 

@@ -159,6 +159,7 @@ def wrap_model(
     *,
     rope_scaling: ScalingChoice | None = None,
     original_length: int | None = None,
+    loaded_unscaled: bool = False,
 ) -> LoadedModel:
     """Verify that a model in memory can be extended, and return it as a :class:`LoadedModel`.
 
@@ -168,6 +169,7 @@ def wrap_model(
         model: a transformers model, or PEFT's wrapper of one; on one device.
         execution: chunk size, offloaded activations and sequence parallelism. Device, dtype and
             offloaded weights are the model's own.
+        loaded_unscaled: the model was loaded without the scaling that its config has.
 
     Raises:
         ValueError: the model cannot be extended, is quantised, is spread over devices, or an
@@ -180,7 +182,9 @@ def wrap_model(
                 f"{name} is {getattr(execution, name)!r}, but the model is in memory already: load "
                 "it so, or give its path"
             )
-    if rope_scaling == "replace":
+    if loaded_unscaled:
+        rope_scaling = "replace"
+    elif rope_scaling == "replace":
         raise ValueError(
             "rope_scaling is 'replace', which needs the model without its scaling: give its "
             "path instead of the model in memory"

@@ -48,6 +48,8 @@ def advise_target(recipe: Recipe, plan: ContextPlan) -> list[str]:
         )
     elif plan.trained is None:
         way = f"{scale:g}x: up to {STEP}x searched factors suffice, and nothing is trained."
+    elif scale <= STEP:
+        way = f"{scale:g}x: searched factors suffice, and the model is trained as asked."
     else:
         way = f"{scale:g}x: beyond {STEP}x factors alone do not suffice, so the model is trained."
     return [way, _text_needed(recipe, plan)]

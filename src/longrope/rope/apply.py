@@ -55,6 +55,7 @@ class RescaledRotary(StandIn):
         self._layout = column_layout(site)
         self._complex = is_complex(site)
         self.hooks: tuple[Any, ...] = ()
+        self.before: tuple[nn.Module, ...] = ()  # in a tuple, as the original is
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Rotation]]:
@@ -179,15 +180,15 @@ def rescaled(model: nn.Module, rescale: Rescale | None, *, always: bool = False)
         yield
         return
     site = rotary_to_rescale(model, rescale)
-    before = getattr(site.owner, site.name)  # an outer rescale, perhaps
-    if not always and before is site.module and changes_nothing(site, rescale):
+    untouched = getattr(site.owner, site.name) is site.module
+    if not always and untouched and changes_nothing(site, rescale):
         yield
         return
     _install(model, site, rescale)
     try:
         yield
     finally:
-        _uninstall(site, before)
+        _uninstall(site)
 
 
 def apply_rescale(model: nn.Module, rescale: Rescale) -> None:
@@ -212,10 +213,13 @@ def apply_rescale(model: nn.Module, rescale: Rescale) -> None:
 
 
 def remove_rescale(model: nn.Module) -> None:
-    """Remove what :func:`apply_rescale` put into a model; without it, do nothing."""
+    """Remove what :func:`apply_rescale` put into a model; without it, do nothing.
+
+    A model of ``longrope.from_pretrained`` has its own factors again.
+    """
     site = find_rotary(model)
     if site is not None and isinstance(getattr(site.owner, site.name), RescaledRotary):
-        _uninstall(site, site.module)
+        _uninstall(site)
 
 
 def rotary_to_rescale(model: nn.Module, *rescales: Rescale) -> RotarySite:
@@ -241,14 +245,16 @@ def _install(model: nn.Module, site: RotarySite, rescale: Rescale) -> None:
         module.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
         for module in dict.fromkeys((model, site.owner))
     )
+    rotary.before = (getattr(site.owner, site.name),)  # an outer rescale, perhaps
     setattr(site.owner, site.name, rotary)
 
 
-def _uninstall(site: RotarySite, before: nn.Module) -> None:
+def _uninstall(site: RotarySite) -> None:
     """Put back the module that was there before a rescaled rotary module, and remove its hooks."""
-    for hook in getattr(site.owner, site.name).hooks:
+    rotary = getattr(site.owner, site.name)
+    for hook in rotary.hooks:
         hook.remove()
-    setattr(site.owner, site.name, before)
+    setattr(site.owner, site.name, rotary.before[0])
 
 
 @contextlib.contextmanager

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from longrope.compat import cache_name
 from longrope.rope.apply import (
     RescaledRotary,
+    apply_rescale,
     one_axis,
     positions_of,
+    remove_rescale,
     rotary_to_rescale,
 )
 from longrope.rope.pair import RescalePair
@@ -76,16 +78,48 @@ def apply_pair(model: nn.Module, pair: RescalePair) -> Callable[[], None]:
         if generate is not None:
             del model.generate
 
+    switch.rotary.remove = remove
     return remove
 
 
-def applied_rescale(model: nn.Module, length: int) -> Rescale | None:
-    """Return the rescale that a model's rotary module applies at a length; None for its own."""
+@dataclass(frozen=True)
+class Applied:
+    """What was applied to a model: a pair that it switches between, and a rescale over that."""
+
+    pair: RescalePair | None = None
+    rescale: Rescale | None = None
+
+    def at(self, length: int) -> Rescale | None:
+        """Return the rescale that applies to a sequence of a length; None for the model's own."""
+        return self.rescale or (self.pair.choose(length) if self.pair else None)
+
+
+@contextlib.contextmanager
+def without_rescales(model: nn.Module) -> Iterator[Applied]:
+    """Take the applied factors out of a model for a ``with`` block, and return them.
+
+    These are what :func:`apply_pair` and :func:`longrope.rope.apply.apply_rescale` put in.
+    """
     site = find_rotary(model)
-    module = None if site is None else getattr(site.owner, site.name)
-    if isinstance(module, _SwitchedRotary):
-        return RescalePair(module.short.rescale, module.long.rescale).choose(length)
-    return module.rescale if isinstance(module, RescaledRotary) else None
+    if site is None:
+        yield Applied()
+        return
+    over = getattr(site.owner, site.name)
+    remove_rescale(model)
+    switch = getattr(site.owner, site.name)
+    applied = Applied(
+        switch.pair if isinstance(switch, _SwitchedRotary) else None,
+        over.rescale if isinstance(over, RescaledRotary) else None,
+    )
+    if applied.pair:
+        switch.remove()
+    try:
+        yield applied
+    finally:
+        if applied.pair:
+            apply_pair(model, applied.pair)
+        if applied.rescale:
+            apply_rescale(model, applied.rescale)
 
 
 def _require_own_positions(
@@ -112,6 +146,7 @@ class _SwitchedRotary(StandIn):
     def __init__(self, pair: RescalePair, site: RotarySite):
         super().__init__(site.module)
         self.config, self.rope_type = site.module.config, "longrope"
+        self.pair, self.remove = pair, lambda: None
         self.short, self.long = (RescaledRotary(site, r) for r in (pair.short, pair.long))
         self.long_rows = torch.zeros(1, dtype=torch.bool)
 
