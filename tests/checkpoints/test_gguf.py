@@ -247,6 +247,27 @@ def test_an_architecture_without_factor_tensors_is_refused(made, tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_frequencies_in_the_weights_are_left_out(checkpoints, micro_models, tmp_path):
+    """As checkpoints of 2023 have them; llama.cpp has no such tensor in its Llama."""
+    import gguf
+    from safetensors.numpy import load_file, save_file
+
+    made = pair(micro_models("llama"))
+    made.long.save(tmp_path / "long.json")
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    found = []
+    for name in ("plain.gguf", "old.gguf"):
+        how = {"long_factors": str(tmp_path / "long.json")}
+        export(ExportOptions(str(source), tmp_path / name, "gguf-static", **how))
+        found.append({t.name for t in gguf.GGUFReader(tmp_path / name).tensors})
+        tensors = load_file(source / "model.safetensors")
+        for layer in range(2):
+            key = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+            tensors[key] = np.ones(8, dtype=np.float32)
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert found[0] == found[1]
+
+
 def test_a_checkpoint_that_only_llama_cpps_converter_knows_is_refused(
     checkpoints, micro_models, tmp_path
 ):

@@ -62,6 +62,22 @@ def test_the_factors_compute_what_transformers_does(kind, scaled, micro_models):
         assert (ours(input_ids=ids).logits - expected).abs().max() > 0.1
 
 
+def test_dynamic_scaling_starts_from_the_length_in_the_config(scaled):
+    """As in transformers, which does not read an original length there."""
+    directory = scaled("dynamic")
+    config = json.loads((directory / "config.json").read_text())
+    config["max_position_embeddings"] = 128
+    config["rope_parameters"]["original_max_position_embeddings"] = 64
+    (directory / "config.json").write_text(json.dumps(config))
+    imported = import_pair(str(directory)).long
+    assert imported.max_position_embeddings == 512
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).model.rotary_emb
+    theirs(torch.zeros(1), torch.arange(512)[None])  # which computes the frequencies at 512
+    torch.testing.assert_close(
+        torch.tensor(imported.inv_freq).float(), theirs.inv_freq.float(), rtol=1e-5, atol=0
+    )
+
+
 def test_csv_to_checkpoint_and_back(checkpoints, micro_models, tmp_path):
     factors = [1.0, 1.1, 1.7, math.e, 3.3, 5.9, 7.25, 8.0]
     (tmp_path / "8x.csv").write_text(",".join(map(repr, factors)))

@@ -1,7 +1,10 @@
+import bz2
 import csv
+import gzip
 import io
 import json
 import logging
+import lzma
 import re
 import sys
 
@@ -211,6 +214,16 @@ def test_messages_name_the_real_problem(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_documents([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "compress"), [("gzip", gzip.compress), ("xz", lzma.compress), ("bzip2", bz2.compress)]
+)
+def test_a_compressed_file_is_named(tmp_path, kind, compress):
+    file = tmp_path / "a.jsonl.z"
+    file.write_bytes(compress(b'{"text": "a"}\n' * 100))
+    with pytest.raises(ValueError, match=rf"a\.jsonl\.z is compressed \({kind}\)"):
+        read_documents([str(file)])
 
 
 def test_a_dataset_that_was_saved_to_disk(tmp_path):

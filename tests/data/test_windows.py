@@ -30,6 +30,22 @@ def document(name: str, tokens: int) -> TokenDocument:
     return TokenDocument(name, (name,), np.arange(tokens, dtype=np.int32) % 1000)
 
 
+def test_a_document_that_begins_with_bos_has_no_second_one(tokenizer):
+    """A chat template writes it into the text."""
+    texts = [
+        "import os\n",
+        "<|bos|>import os\n",
+        "<|bos|><|bos|>import os\n",
+        "a<|bos|>b",
+        "<|bos|>",
+    ]
+    plain, *begun, within, alone = tokenize([Document(t, t) for t in texts], tokenizer)
+    for document in begun:
+        assert document.ids.tolist() == plain.ids.tolist()
+    assert within.ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert len(alone) == 0
+
+
 def test_tokens_are_cached_and_exact(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("LONGROPE_CACHE", str(tmp_path))
     documents = [Document("a", "def f(x): return 12"), Document("b", "import os")]

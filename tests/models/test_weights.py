@@ -171,6 +171,19 @@ def test_missing_weights_are_refused(lost, form, model, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_names_of_a_compiled_or_wrapped_model_are_said(prefix, model, tmp_path):
+    file = model / "model.safetensors"
+    tensors = {f"{prefix}{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    for refused in (
+        lambda: export(ExportOptions(str(model), tmp_path / "out", **YARN)),
+        lambda: load_model(str(model)),
+    ):
+        with pytest.raises(ValueError, match=rf"named {prefix}….*take '{prefix}' off"):
+            refused()
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *FOR_PICTURES])
 def test_whole_weights_of_every_family_pass(family, checkpoints, micro_models):
     """Names in a checkpoint are not always those of the model, as for experts."""

@@ -87,11 +87,11 @@ def _both_sets(site: RotarySite, longest: int) -> RescalePair:
 def _of_site(site: RotarySite, longest: int) -> Rescale:
     """Import the scaling of a rotary module as factors on the unscaled frequencies."""
     parameters, kind = site.parameters, site.rope_type
-    original = parameters.get("original_max_position_embeddings") or longest
-    longest = scaled_length(parameters, longest)
+    before, longest = longest, scaled_length(parameters, longest)
+    original = parameters.get("original_max_position_embeddings") or before
     theta = float(parameters["rope_theta"])
-    if kind == "dynamic":
-        return dynamic_ntk(theta, 2 * len(site.inv_freq), original, longest, length=longest)
+    if kind == "dynamic":  # as in transformers, it starts from max_position_embeddings
+        return dynamic_ntk(theta, 2 * len(site.inv_freq), before, longest, length=longest)
     return Rescale(
         tuple(existing_factors(site).tolist()),
         rope_theta=theta,

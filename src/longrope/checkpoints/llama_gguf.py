@@ -26,6 +26,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_FREQUENCIES = "rotary_emb.inv_freq"  # a tensor of checkpoints of 2023
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
@@ -85,6 +86,8 @@ def llama_tensors(directory: Path) -> list[Tensor]:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 if name == "lm_head.weight" and tied:
+                    continue
+                if name.endswith(_FREQUENCIES):
                     continue
                 theirs = named.get_name(name, try_suffixes=(".weight", ".bias"))
                 if theirs is None:

@@ -27,6 +27,14 @@ log = logging.getLogger(__name__)
 
 _FILES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 _TABLES = {".csv": ",", ".tsv": "\t"}  # and their delimiters
+# How compressed files begin.
+_COMPRESSED = {
+    "gzip": b"\x1f\x8b",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "xz": b"\xfd7zXZ",
+    "bzip2": b"BZh",
+    "zip": b"PK\x03\x04",
+}
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -180,6 +188,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
+        kinds = (kind for kind, start in _COMPRESSED.items() if error.object.startswith(start))
+        if kind := next(kinds, None):
+            raise ValueError(f"{path} is compressed ({kind}); decompress it first") from None
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start:,} is 0x{error.object[error.start]:02x}"
             "); give text, JSON, JSONL, CSV, TSV or Parquet files"

@@ -25,8 +25,25 @@ _TRIED = 8  # cuts of a kind, before the piece is made longer
 
 def bos_token(tokenizer: Any) -> int | None:
     """Return the id of the one token that the tokenizer puts before a text, else None."""
-    before = _tokens_before(tokenizer)
+    before = tokens_before(tokenizer)
     return before[0] if len(before) == 1 else None
+
+
+def tokens_before(tokenizer: Any) -> list[int]:
+    """Return the special tokens that the tokenizer puts before a text."""
+    whole, bare = tokenizer("a")["input_ids"], _ids(tokenizer, "a")
+    starts = range(len(whole) - len(bare) + 1)
+    return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
+
+
+def without_start(ids: np.ndarray, before: list[int]) -> np.ndarray:
+    """Return a document's token ids without the :func:`tokens_before` that it begins with.
+
+    A chat template may have written them into the text.
+    """
+    while before and ids[: len(before)].tolist() == before:
+        ids = ids[len(before) :]
+    return ids
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -34,7 +51,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
     A text that begins with BOS gets no second one.
     """
-    before, ids = _tokens_before(tokenizer), encode(tokenizer, [text])[0].tolist()
+    before, ids = tokens_before(tokenizer), encode(tokenizer, [text])[0].tolist()
     return ids if before and ids[: len(before)] == before else before + ids
 
 
@@ -98,13 +115,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     split = getattr(tokenizer, "split_special_tokens", False)
     kind = [__version__, *libraries, type(tokenizer).__name__, str(split), described]
     return hashlib.sha256("\n".join(kind).encode() + content).hexdigest()
-
-
-def _tokens_before(tokenizer: Any) -> list[int]:
-    """Return the special tokens that the tokenizer puts before a text."""
-    whole, bare = tokenizer("a")["input_ids"], _ids(tokenizer, "a")
-    starts = range(len(whole) - len(bare) + 1)
-    return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
 
 
 def _ids(tokenizer: Any, texts: Any) -> Any:

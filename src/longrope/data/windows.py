@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from longrope.data.documents import Document, check_sources, read_documents
-from longrope.data.encoding import check_ids, encode, tokenizer_digest
+from longrope.data.encoding import (
+    check_ids,
+    encode,
+    tokenizer_digest,
+    tokens_before,
+    without_start,
+)
 from longrope.files.stores import read_arrays, write_arrays
 from longrope.progress import progress
 
@@ -48,7 +54,9 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
     characters = sum(len(document.text) for document in documents)
     with progress("tokenize", len(documents), show=characters >= _SHOWN * _BATCH) as advance:
         for batch in batches:
-            key = hashlib.sha256(" ".join([kind, *(d.sha256 for d in batch)]).encode()).hexdigest()
+            key = hashlib.sha256(
+                " ".join([_CACHED, kind, *(d.sha256 for d in batch)]).encode()
+            ).hexdigest()
             file = cache / f"{key}.safetensors" if cache else None
             rows = _load_ids(file, len(batch)) if file else None
             if rows is None:
@@ -56,6 +64,8 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
                 rows = encode(
                     tokenizer, texts, lambda n, done=done: advance(done, f"{n:,} characters more")
                 )
+                before = tokens_before(tokenizer)
+                rows = [without_start(ids, before) for ids in rows]
                 if file and not _save_ids(file, rows):
                     cache = None
             result += [
@@ -64,6 +74,9 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
             ]
             advance(len(result), "documents")
     return result
+
+
+_CACHED = "2"  # the form of the cached tokens: without BOS
 
 
 def _cache_directory() -> Path | None:

@@ -13,7 +13,7 @@ from longrope.files.parse import read_json, refuse_lfs_pointer
 from longrope.models.bundled import BUNDLED
 from longrope.models.config_check import check_config
 from longrope.models.gguf_file import open_gguf, scaling_of
-from longrope.models.weights import weight_files
+from longrope.models.weights import require_tensors, weight_files
 from longrope.progress import discard_stderr
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -76,11 +76,7 @@ def read_pretrained(auto: Any, source: str, trust_remote_code: bool, **options: 
         missing = isinstance(error, OSError) and not path.exists()
         what = "no such directory, nor read from the hub" if missing else "cannot be loaded"
         raise ValueError(f"{source}: {what}: {first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{source}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; "
-            "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
-        )
+    require_tensors(source, report)
     if getattr(model, "_hf_peft_config_loaded", False):  # of the hub
         raise ValueError(
             f"{source}: comes with an adapter (PEFT) beside whole weights; save what "

@@ -130,11 +130,29 @@ def check_weights(directory: Path, config: Any, trust_remote_code: bool) -> None
             )
     except Exception as error:  # tensors that do not fit each other
         raise ValueError(f"{directory}: its weights are not whole: {first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
+    require_tensors(str(directory), report)
+
+
+def require_tensors(source: str, report: Any) -> None:
+    """Check, in what transformers reports of loading, that no tensor of a model is missing.
+
+    Raises:
+        ValueError: one is; names it, or what stands before the names in the file.
+    """
+    missing, others = (sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    if not missing:
+        return
+    ends = (name.removesuffix(part) for name in others for part in missing if name.endswith(part))
+    before = next((start for start in ends if start.endswith(".")), None)
+    if before:
         raise ValueError(
-            f"{directory}: {len(missing)} of the model's tensors are missing, such as {missing[0]};"
-            " give the whole of it"
+            f"{source}: its tensors are named {before}… (as those of a compiled or wrapped model); "
+            f"take {before!r} off the names and save the file again"
         )
+    raise ValueError(
+        f"{source}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; "
+        "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
+    )
 
 
 def has_own_head(directory: Path, names: Sequence[str] = (_HEAD, _EMBEDDINGS)) -> bool:
