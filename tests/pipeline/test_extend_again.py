@@ -6,6 +6,9 @@ import shutil
 import pytest
 import yaml
 
+import longrope.pipeline.extend  # noqa: F401 (so that forked children need not)
+from kills import killed_at
+from longrope.cli import app
 from longrope.rope.rescale import Rescale
 from program import lines, start
 from whole_run import STAGES, evaluated, results, run
@@ -59,7 +62,27 @@ def test_killed_it_ends_the_same(finished, arguments, tmp_path, signs, surely):
     # The others may be over before the signal.
     assert surely <= set(within), within
     run(*arguments, "--out", out)
-    whole, _ = finished
+    assert_same(out, finished[0])
+
+
+@pytest.mark.slow
+def test_killed_at_its_writes_it_ends_the_same(finished, arguments, tmp_path, request):
+    """Each start finds what the ones before left; with --kill-stride 1 they die at every write."""
+    out, stride = tmp_path / "killed", request.config.getoption("--kill-stride")
+
+    def extend():
+        app(["extend", *map(str, arguments), "--out", str(out)], standalone_mode=False)
+
+    writes = 0
+    while killed_at(writes, extend):
+        writes += stride
+    assert writes > 10
+    assert_same(out, finished[0])
+    assert not list(tmp_path.rglob("*longrope-tmp*"))
+
+
+def assert_same(out, whole):
+    """Compare what a run computed with that of a run that nothing interrupted."""
     assert results(out) == results(whole)
     for name in ("rescale.json", "short.json"):
         assert Rescale.load(out / name) == Rescale.load(whole / name)
