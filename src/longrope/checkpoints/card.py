@@ -79,7 +79,7 @@ def _results(results: dict[str, Any], static: bool) -> str:
 
 
 def _huggingface(manifest: Manifest) -> str:
-    target, boundary = manifest.pair.long.max_position_embeddings, manifest.pair.recovery_length
+    target, boundary = manifest.pair.long.max_position_embeddings, manifest.written.recovery_length
     text = _ENGINES_DUAL if manifest.switches else _ENGINES_STATIC
     text = text.format(target=target, boundary=boundary)
     text += f"\n\n{UNKNOWN_KEYS}"
@@ -113,7 +113,7 @@ def _factors(manifest: Manifest) -> str:
 UNKNOWN_KEYS = (
     "When transformers loads the model, it may warn of unrecognized keys in `rope_parameters`: "
     "`short_mscale` and `long_mscale`. vLLM reads the attention factor from these; transformers "
-    "reads it from `attention_factor`. The warning is harmless."
+    "reads it from `attention_factor`. The warning is harmless, in vLLM too."
 )
 
 _ENGINES_DUAL = """## Engines
@@ -130,7 +130,8 @@ _ENGINES_DUAL = """## Engines
   {boundary:,}.
 - **mlx-lm**: always the long factors, also for short texts.
 - **SGLang**: chooses for a batch, and not again for cached keys.
-- `longrope verify DIR --engine vllm` (or transformers, mlx) shows which factors it applies.
+- `longrope verify DIR --engine vllm --engine-python ENV/bin/python` (or mlx, or transformers, which
+  needs no other Python) shows which factors it applies.
 - Where short texts matter less than simplicity: `longrope export --format hf-static`."""
 
 _ENGINES_STATIC = """## Engines
@@ -139,9 +140,10 @@ The same factors at every length, so nothing switches. Short texts pay for it: t
 of their own.
 
 - **transformers** and **mlx-lm** load it as it is.
-- **vLLM**: `vllm serve DIR --max-model-len {target}`.
+- **vLLM**: `vllm serve DIR --max-model-len {target}`. Without it the context is {boundary:,}.
 - **SGLang**: `python -m sglang.launch_server --model-path DIR --context-length {target}`.
-- `longrope verify DIR --engine vllm` (or transformers, mlx) shows which factors it applies."""
+- `longrope verify DIR --engine vllm --engine-python ENV/bin/python` (or mlx, or transformers, which
+  needs no other Python) shows which factors it applies."""
 
 _MLX = """
 
