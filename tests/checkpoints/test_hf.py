@@ -372,11 +372,8 @@ def test_no_place_keeps_the_old_length(family, checkpoints, tmp_path):
         if not path.startswith(".model.")  # the ids of tokens
     }
     inside, original = ".text_config" if nested else "", "original_max_position_embeddings"
-    scaled = (
-        ["rope_parameters.full_attention."]
-        if "gemma3" in family
-        else ["rope_parameters.", "rope_scaling."]
-    )
+    full = "full_attention." if "gemma3" in family else ""
+    scaled = [f"rope_parameters.{full}", "rope_scaling."]
     kept = {"generation_config.json.max_new_tokens"}  # of what is generated, not of a context
     kept |= {f"longrope.json.{which}.{original}" for which in ("long", "short")}
     kept |= {"longrope.json.short.max_position_embeddings"}
