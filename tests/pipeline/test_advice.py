@@ -59,6 +59,7 @@ def test_the_commands_of_inspect_run(tmp_path):
         succeeds(*words, *options, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_plan_ends_with_the_command_that_does_it(texts, tmp_path):
     asked = ["bundled", "--target", "16x", "--data", texts, "--effort", "quick"]
     done = run("plan", *asked, "--gpus", "1x80GB", "--set", "finetune.steps=5", cwd=tmp_path)

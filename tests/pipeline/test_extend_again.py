@@ -40,15 +40,12 @@ EVERY_STAGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signs", "surely"),
     [
         ([TRAINING, EVALUATION], {"finetune", "evaluate"}),
-        pytest.param(
-            EVERY_STAGE,
-            {"search", "finetune", "second-search", "final-finetune", "evaluate"},
-            marks=pytest.mark.slow,
-        ),
+        (EVERY_STAGE, {"search", "finetune", "second-search", "final-finetune", "evaluate"}),
     ],
     ids=["two-stages", "every-stage"],
 )

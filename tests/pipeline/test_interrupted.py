@@ -28,10 +28,13 @@ FAST = ["--algorithm", "gradient"]
 )
 def test_a_signal_stops_with_one_line(small_search, tmp_path, number, background):
     """Ctrl-C, a scheduler's SIGTERM, also of a job that ignores Ctrl-C, a terminal that closes."""
-    # The tests may themselves run in the background, which ignores what it hands on.
-    asked = [(int(number), "DFL"), *([(int(signal.SIGINT), "IGN")] if background else [])]
-    set_up = "".join(f"signal.signal({n}, signal.SIG_{how})\n" for n, how in asked)
-    process = start(*small_search, "--out", tmp_path, code="import signal\n" + set_up + MAIN)
+    # The tests may themselves run in the background, which hands on what it ignores.
+    set_up = (
+        "import signal\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"
+        f"signal.signal(signal.SIGINT, signal.{'SIG_IGN' if background else 'default_int_handler'})\n"
+    )
+    process = start(*small_search, "--out", tmp_path, code=set_up + MAIN)
     while not (tmp_path / "history.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.02)
