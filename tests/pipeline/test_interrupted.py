@@ -29,10 +29,11 @@ FAST = ["--algorithm", "gradient"]
 def test_a_signal_stops_with_one_line(small_search, tmp_path, number, background):
     """Ctrl-C, a scheduler's SIGTERM, also of a job that ignores Ctrl-C, a terminal that closes."""
     # The tests may themselves run in the background, which hands on what it ignores.
+    interrupt = "SIG_IGN" if background else "default_int_handler"
     set_up = (
         "import signal\n"
         f"signal.signal({int(number)}, signal.SIG_DFL)\n"
-        f"signal.signal(signal.SIGINT, signal.{'SIG_IGN' if background else 'default_int_handler'})\n"
+        f"signal.signal(signal.SIGINT, signal.{interrupt})\n"
     )
     process = start(*small_search, "--out", tmp_path, code=set_up + MAIN)
     while not (tmp_path / "history.jsonl").exists():
