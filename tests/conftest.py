@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption("--fuzz-seconds", type=float, default=60, help="Time of tests/fuzz (60).")
     parser.addoption(
-        "--kill-stride", type=int, default=25, help="More writes before each kill of a run (25)."
+        "--kill-stride", type=int, default=50, help="More writes before each kill of a run (50)."
     )
 
 
