@@ -118,9 +118,10 @@ UNKNOWN_KEYS = (
 
 _ENGINES_DUAL = """## Engines
 
-- **transformers** (4.4x to 5.x): loads it as it is. It picks one set for a whole batch, and its
-  `generate` keeps cached keys when a sequence passes {boundary:,} tokens (only Phi3 starts over),
-  so what it writes beyond is wrong. Keep prompt and answer on one side, or use longrope's runtime:
+- **transformers** 5, and 4 for most architectures: loads it as it is (`longrope verify DIR --engine
+  transformers-legacy` asks version 4). It picks one set for a whole batch, and its `generate` keeps
+  cached keys when a sequence passes {boundary:,} tokens (only Phi3 starts over), so what it writes
+  beyond is wrong. Keep prompt and answer on one side, or use longrope's runtime:
 
       import longrope
       model = longrope.from_pretrained("this directory")

@@ -306,13 +306,13 @@ def _rescale(name: str, options: ExportOptions, factors: _Factors, info: ModelIn
 
 
 def _portable(file: Path, rescale: Rescale) -> str:
-    """Return the advice to export the ``portable.json`` beside a file, with its loss, if any."""
+    """Return the advice to export a search's portable factors: the file beside, if there is one."""
     beside = file.with_name("portable.json")
     if not beside.exists():
         return "give the portable factors of the search, or "
     best, without = (r.provenance.get("loss") for r in (rescale, Rescale.load(beside)))
     if best is None or without is None:
-        return ""
+        return f"give {beside}, or "
     return (
         f"give {beside}, the best factors with 0 ({without - best:+.4f} nats/token on the search "
         "windows), or "

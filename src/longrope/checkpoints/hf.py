@@ -43,11 +43,11 @@ _KEPT = re.compile(
     re.IGNORECASE,
 )
 _FULL, _TIED = "full_attention", "tie_word_embeddings"
-# Version 4 of transformers, and a model's own code, demand a ``rope_scaling`` of three keys in
-# these, and compute the attention factor. With another one they refuse the export.
-_THREE_KEYS = {"phi3", "phi4_multimodal"}
+# Version 4 of transformers, and the model's own code, demand a ``rope_scaling`` of three keys, and
+# compute the attention factor. If it is another one, the full set makes them refuse the export.
+_THREE_KEYS = {"phi3"}
 # In these ``rope_scaling`` is that of full attention, in version 4 and in version 5.
-_FULL_IS_SCALED = {"gemma3_text", "gemma3n_text", "olmo3"}
+_FULL_IS_SCALED = {"gemma3_text", "olmo3"}
 # Fields that hold the length that a model was made for.
 _LENGTHS = {
     *("max_position_embeddings", "n_positions", "n_ctx", "max_length", "model_max_length"),

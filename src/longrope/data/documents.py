@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -279,17 +280,19 @@ def _parquet_rows(path: Path, field: str) -> Iterable[Any]:
         raise _no_field(str(path), field, names)
 
 
+def _datasets(needed: str) -> Any:
+    """Import the library ``datasets``, or say what it is needed for and how to install it."""
+    try:
+        return importlib.import_module("datasets")
+    except ImportError:
+        raise ValueError(f"{needed}: pip install 'longrope[datasets]'") from None
+
+
 def _read_saved_dataset(path: Path, field: str) -> Iterable[Document]:
     """Read the documents of a directory that ``datasets``' ``save_to_disk`` wrote."""
+    datasets = _datasets(f"{path} was written by datasets' save_to_disk; to read it")
     try:
-        from datasets import load_from_disk  # type: ignore[import-not-found]
-    except ImportError:
-        raise ValueError(
-            f"{path} was written by datasets' save_to_disk; to read it: pip install "
-            "'longrope[datasets]'"
-        ) from None
-    try:
-        rows = load_from_disk(str(path))
+        rows = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises a dozen types
         raise ValueError(f"{path} is not a whole dataset ({first_line(error)})") from None
     yield from _rows(_one_split(rows, str(path)), str(path), field)
@@ -311,19 +314,15 @@ def _one_split(rows: Any, where: str) -> Any:
 
 
 def _read_hub_dataset(source: str, field: str) -> Iterable[Document]:
-    try:
-        from datasets import load_dataset  # type: ignore[import-not-found]
-    except ImportError:
-        raise ValueError(
-            f"data={source!r}: no such file or directory; to read it as a dataset of the hub: "
-            "pip install 'longrope[datasets]'"
-        ) from None
+    datasets = _datasets(
+        f"data={source!r}: no such file or directory; to read it as a dataset of the hub"
+    )
     from longrope.progress import quiet  # it imports transformers
 
     name, _, split = source.partition(":")
     try:
         with quiet():
-            rows = load_dataset(name, split=split or "train")
+            rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen types
         raise ValueError(
             f"data={source!r}: no such file or directory, and the hub has no readable dataset of "

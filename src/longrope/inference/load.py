@@ -100,12 +100,9 @@ def inspect_to_measure(
         "original_length": original_length,
         "trust_remote_code": trust_remote_code,
     }
-    if rope_scaling is not None:
-        info, pair = inspect_weights(source, rope_scaling=rope_scaling, **how), None
-    else:
-        info, pair = inspect_extended(source, **how)
-        if pair is None and info.rope_scaling:
-            info = inspect_weights(source, rope_scaling="keep", **how)
+    info, pair = inspect_extended(source, rope_scaling=rope_scaling, **how)
+    if pair is None and rope_scaling is None and info.rope_scaling:
+        info = inspect_weights(source, rope_scaling="keep", **how)
     info.require_extendable()
     return info, pair
 

@@ -137,7 +137,8 @@ def require_tensors(source: str, report: Any) -> None:
     """Check, in what transformers reports of loading, that no tensor of a model is missing.
 
     Raises:
-        ValueError: one is; names it, or what stands before the names in the file.
+        ValueError: a tensor is missing. The message names it, or the prefix that all names in the
+            file have.
     """
     missing, others = (sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     if not missing:

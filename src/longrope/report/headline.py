@@ -36,8 +36,8 @@ def holds_to(results: dict[str, Any]) -> tuple[int | None, str]:
     It holds where perplexity is at most 5% above that at the original length, on the same tokens,
     and at least 80% of the passkeys are found. At the original length the lower perplexity counts,
     the original model's or the result's: training that lowers perplexity at every length has
-    learned the text, and that is no longer context. Passkeys do not count if the original model
-    does not find them either.
+    learned the text, which does not make the context longer. Passkeys do not count if the original
+    model does not find them either.
 
     Returns:
         The length in tokens, None if there is none; and a sentence, empty if nothing fails.

@@ -507,8 +507,8 @@ class _Reporter:
             console.print(f"resuming after {self.replayed} evaluations")
             self.replayed = 0
         left, seconds = now.total - now.forwards, now.seconds_left
-        if seconds is not None and left > 0:
-            seconds *= 1 + self.validation / left
+        if seconds is not None and self.validation:  # after the last pass the rate is not known
+            seconds = seconds * (1 + self.validation / left) if left > 0 else None
         if not self.estimated and seconds is not None:
             self.estimated = True
             then = " with the validation" if self.validation else ""
