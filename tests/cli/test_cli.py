@@ -103,6 +103,7 @@ def test_inspect_tells_why_not(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_search_evaluate_compare_report(small_search, texts, tmp_path):
     out = tmp_path / "search"
     summary = json.loads(succeeds(*small_search, "--out", out, "--budget", 6, "--json"))
@@ -159,6 +160,7 @@ def test_search_evaluate_compare_report(small_search, texts, tmp_path):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_one_large_file_serves_a_search_and_a_comparison(texts, tmp_path):
     """The search takes windows of its first half, compare all of its second."""
     book, out = tmp_path / "book.txt", tmp_path / "search"

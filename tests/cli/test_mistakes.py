@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from longrope.rope.rescale import Rescale
 from program import MAIN, each_refused, refused, run, succeeds
 
@@ -208,6 +210,7 @@ def test_retrieval_and_generation(tmp_path):
         assert re.search(message, line.replace("No such", "no such")), line
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     """What cannot fit is not begun, and no weight is read."""
     search = ["search", *LIBRARY, "--target", "1000000x", "--device", "cpu"]

@@ -87,7 +87,7 @@ def likelihoods(monkeypatch):
     ("task", "long"),
     [
         pytest.param("arc_challenge", None, marks=pytest.mark.slow),
-        ("arc_challenge", 16),
+        pytest.param("arc_challenge", 16, marks=pytest.mark.slow),
         ("hellaswag", None),
         pytest.param("hellaswag", 16, marks=pytest.mark.slow),
     ],

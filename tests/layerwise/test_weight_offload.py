@@ -130,9 +130,8 @@ def test_host_memory_does_not_hold_the_weights(tmp_path):
     assert int(done.stdout) < size / 2
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["gradient", pytest.param("evolution", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["gradient", "evolution"])
 def test_a_search_finds_the_same(texts, tmp_path, algorithm):
     search = ["search", "bundled", "--target", "2x", "--data", texts, "--windows", 2]
     search += ["--budget", 4, "--algorithm", algorithm, "--chunk-size", 200, "--dtype", "float32"]

@@ -94,6 +94,7 @@ def assert_same(out, whole):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_share_the_evaluation(finished, arguments, tmp_path):
     whole, _ = finished
     out = tmp_path / "out"

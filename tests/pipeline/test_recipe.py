@@ -84,10 +84,8 @@ def test_every_recipe_is_here():
     assert {path.stem for path in RECIPES.glob("*.yaml")} == set(SHAPES)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "bundled" else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
 def test_runs_end_to_end_on_two_layers(name, texts, tmp_path):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny(name))
