@@ -1,5 +1,8 @@
 """The short/long switch: each row by its own length, and exact across the boundary."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
@@ -8,7 +11,7 @@ from conftest import RECOVERY, pair
 from longrope.compat import cache_name
 from longrope.rope.apply import rescaled
 from longrope.rope.rotary import find_rotary
-from longrope.rope.switch import switched
+from longrope.rope.switch import remove_pair, switched
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi3", "gemma3", "gpt_neox", "cohere"]
 FAMILIES += ["deepseek_v2", "gemma4", "lfm2", "qwen3_5"]
@@ -200,6 +203,43 @@ def test_positions_of_packed_documents_are_refused(micro_models, ids, family):
         mask[:, :20] = 0
         padded = torch.cat([torch.ones(20).long(), torch.arange(77)])[None]
         model(input_ids=ids[:1], position_ids=padded, attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "pickle"],
+)
+def test_a_copy_of_a_switched_model_generates_with_its_own_weights(micro_models, ids, copied):
+    model, options = micro_models("llama"), {"max_new_tokens": 12, "do_sample": False}
+    with switched(model, pair(model)):
+        twin = copied(model)
+        first = model.generate(ids, eos_token_id=None, **options)
+        assert torch.equal(twin.generate(ids, eos_token_id=None, **options), first)
+        with torch.no_grad():
+            twin.get_output_embeddings().weight.neg_()
+        assert not torch.equal(twin.generate(ids, eos_token_id=None, **options), first)
+        remove_pair(twin)
+        assert torch.equal(model.generate(ids, eos_token_id=None, **options), first)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.neg_()
+    plain = model.generate(ids, eos_token_id=None, **options)
+    assert torch.equal(twin.generate(ids, eos_token_id=None, **options), plain)
+
+
+def test_a_copied_cache_continues_a_common_prefix(micro_models, ids):
+    """As in the recipe of transformers' documentation for a prompt that many requests share."""
+    model = micro_models("llama")
+    prefix, rest, name = ids[:, : RECOVERY - 4], ids[:, RECOVERY - 4 :], cache_name(model)
+    with torch.no_grad(), switched(model, pair(model)):
+        cache = DynamicCache()
+        model(prefix, **{name: cache})
+        for tokens in (rest[:, :3], rest, rest.flip(1)):  # two of them cross the boundary
+            expected = model(torch.cat([prefix, tokens], dim=1), use_cache=False).logits
+            found = model(tokens, **{name: copy.deepcopy(cache)}).logits
+            torch.testing.assert_close(found, expected[:, -tokens.shape[1] :])
+    with switched(model, pair(model, RECOVERY - 1)), pytest.raises(ValueError, match=name):
+        model(rest, **{name: cache})
 
 
 def test_a_pair_chooses_by_the_length(micro_models):

@@ -7,9 +7,9 @@ the cost of one more prefill per row.
 """
 
 import contextlib
+import functools
 import inspect
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,44 +42,49 @@ def switched(model: nn.Module, pair: RescalePair) -> Iterator[None]:
         ValueError: the model has no rotary embedding that can be rescaled, or a rescale does not
             fit. Later, ``generate`` raises for generation modes that cannot be exact.
     """
-    remove = apply_pair(model, pair)
+    apply_pair(model, pair)
     try:
         yield
     finally:
-        remove()
+        remove_pair(model)
 
 
-def apply_pair(model: nn.Module, pair: RescalePair) -> Callable[[], None]:
+def apply_pair(model: nn.Module, pair: RescalePair) -> None:
     """Switch a model between both rescales of a pair, by each row's length, until further notice.
 
-    Returns:
-        A function that restores the model.
+    A copy of the model (``copy.deepcopy``, pickle) switches by itself.
 
     Raises:
         ValueError: as :func:`switched`.
     """
     site = rotary_to_rescale(model, pair.short, pair.long)
-    before, generate = getattr(site.owner, site.name), getattr(model, "generate", None)
     switch = _Switch(pair, site)
+    rotary = switch.rotary
     around = model if model is not site.owner else None
-    hooks = (
+    rotary.hooks = (
         *([around.register_forward_pre_hook(switch.note, with_kwargs=True)] if around else []),
         site.owner.register_forward_pre_hook(switch.before, with_kwargs=True),
         site.owner.register_forward_hook(switch.after, with_kwargs=True),
     )
-    setattr(site.owner, site.name, switch.rotary)
+    rotary.before = (getattr(site.owner, site.name), model.__dict__.get("generate"))
+    setattr(site.owner, site.name, rotary)
+    if hasattr(model, "generate"):
+        model.generate = functools.partial(switch.generate, model.generate)  # type: ignore[assignment]
+
+
+def remove_pair(model: nn.Module) -> None:
+    """Remove what :func:`apply_pair` put into a model."""
+    site = find_rotary(model)
+    assert site is not None
+    rotary = getattr(site.owner, site.name)
+    assert isinstance(rotary, _SwitchedRotary)
+    for hook in rotary.hooks:
+        hook.remove()
+    module, generate = rotary.before
+    setattr(site.owner, site.name, module)
+    model.__dict__.pop("generate", None)
     if generate is not None:
-        model.generate = lambda *a, **k: switch.generate(generate, *a, **k)  # type: ignore[assignment]
-
-    def remove() -> None:
-        setattr(site.owner, site.name, before)
-        for hook in hooks:
-            hook.remove()
-        if generate is not None:
-            del model.generate
-
-    switch.rotary.remove = remove
-    return remove
+        model.generate = generate
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def without_rescales(model: nn.Module) -> Iterator[Applied]:
         over.rescale if isinstance(over, RescaledRotary) else None,
     )
     if applied.pair:
-        switch.remove()
+        remove_pair(model)
     try:
         yield applied
     finally:
@@ -146,7 +151,9 @@ class _SwitchedRotary(StandIn):
     def __init__(self, pair: RescalePair, site: RotarySite):
         super().__init__(site.module)
         self.config, self.rope_type = site.module.config, "longrope"
-        self.pair, self.remove = pair, lambda: None
+        self.pair = pair
+        self.hooks: tuple[Any, ...] = ()
+        self.before: tuple[Any, ...] = ()  # the rotary module and `generate` before the pair
         self.short, self.long = (RescaledRotary(site, r) for r in (pair.short, pair.long))
         self.long_rows = torch.zeros(1, dtype=torch.bool)
 
@@ -164,10 +171,14 @@ class _SwitchedRotary(StandIn):
 
 @dataclass
 class _Filled:
-    """Contents of a cache: token ids (batch, tokens), and which rows used long factors."""
+    """Contents of a cache: token ids (batch, tokens), and which rows used a pair's long factors."""
 
     ids: Tensor
     long_rows: Tensor
+    pair: RescalePair
+
+
+_FILLED = "longrope_filled"  # attribute of a cache, so that a copy of the cache has it too
 
 
 class _Switch:
@@ -177,7 +188,6 @@ class _Switch:
         self.recovery_length = pair.recovery_length
         self.rotary = _SwitchedRotary(pair, site)
         self.announced: Tensor | None = None  # lengths of the prompts passed to generate()
-        self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
         self._call: tuple[Tensor, int] | None = None  # all ids, and how many are new
         self._model_inputs: dict[str, Any] = {}  # inputs of the model around the decoder
 
@@ -228,8 +238,8 @@ class _Switch:
         new = ids.shape[1]
         long_rows = self._judge(ids, mask, cached)
         if cached:
-            filled = self._filled.get(cache)
-            if filled is None or filled.ids.shape[1] != cached:
+            filled: _Filled | None = getattr(cache, _FILLED, None)
+            if filled is None or filled.pair != self.rotary.pair or filled.ids.shape[1] != cached:
                 raise ValueError(
                     f"{name}: its {cached} tokens were not all cached under this switch: "
                     "start from an empty cache"
@@ -255,7 +265,7 @@ class _Switch:
         self._call = None
         cache = getattr(output, cache_name(decoder), None)
         if cache is not None:
-            self._filled[cache] = _Filled(ids, self.rotary.long_rows)
+            setattr(cache, _FILLED, _Filled(ids, self.rotary.long_rows, self.rotary.pair))
         output.last_hidden_state = output.last_hidden_state[:, -new:]
         return output
 
