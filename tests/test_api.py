@@ -8,10 +8,11 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import longrope
 from longrope.models.bundled import BUNDLED
@@ -117,6 +118,9 @@ def test_texts_as_people_have_them(tokenizer, texts, texts_in_memory, tmp_path):
         longrope.perplexity("bundled", texts=[str(files[0])], **asked)
     with pytest.raises(ValueError, match="texts is empty"):
         longrope.perplexity("bundled", texts=[], **asked)
+    for table in (dataset.to_dict(), dataset.to_pandas()):
+        with pytest.raises(ValueError, match=f"texts is a {type(table).__name__}"):
+            longrope.perplexity("bundled", texts=table, **asked)
 
 
 def test_a_rescale_is_applied_and_removed(model):
@@ -159,6 +163,8 @@ def test_what_cannot_be_done_in_memory_is_refused(model, tokenizer, texts, tmp_p
     model.model.layers[0].to("meta")
     with pytest.raises(ValueError, match="spread over cpu, meta"):
         search(model)
+    with pytest.raises(ValueError, match="spread over cpu, meta"):
+        longrope.token_losses(model, torch.arange(3, 40)[None])
 
 
 def test_an_extended_model_generates_across_the_boundary(finished, tmp_path, caplog):
@@ -320,6 +326,49 @@ def test_perplexity_is_that_of_the_factors_that_are_applied(model, tokenizer, te
     assert longrope.perplexity(
         model, tokenizer, texts_in_memory, rescale=longrope.methods.pi(model, "4x"), **asked
     ) != [applied]
+
+
+SCALINGS = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "short_factor": [1.0] * 32,
+        "long_factor": np.linspace(1, 4, 32).tolist(),
+        "original_max_position_embeddings": 256,
+        "attention_factor": 1.1,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_model_with_its_own_scaling_is_measured_as_transformers_computes_it(
+    kind, tokenizer, texts_in_memory, tmp_path
+):
+    """Also in chunks: dynamic kinds choose their factors by the positions of a whole sequence."""
+    config = AutoConfig.from_pretrained(BUNDLED)
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0} | SCALINGS[kind]
+    config.max_position_embeddings = 256 if kind == "dynamic" else 1024
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, config=config, dtype=torch.float32).eval()
+    tokens = tokenizer(texts_in_memory[0], add_special_tokens=False)["input_ids"][:1024]
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokens]])
+    for length in (200, 1025):
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, :length], use_cache=False).logits[:, :-1]
+        expected = -logits.log_softmax(-1).gather(-1, ids[:, 1:length, None])[..., 0]
+        for chunk in (64, 2048):
+            execution = longrope.ExecutionConfig(chunk_size=chunk)
+            found = longrope.token_losses(model, ids[:, :length], execution=execution)
+            assert_close(found, expected, atol=2e-3, rtol=1e-3)
+    asked = {"lengths": [1024], "tokens_per_document": 1024}
+    (row,) = longrope.perplexity(model, tokenizer, texts_in_memory[:1], **asked)
+    # dynamic scaling differs by the BOS, which is no token of the length
+    tolerance = 3e-3 if kind == "dynamic" else 1e-4
+    assert row["perplexity"] == pytest.approx(expected.mean().exp().item(), rel=tolerance)
+    if kind != "dynamic":
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        (by_path,) = longrope.perplexity(tmp_path, texts=texts_in_memory[:1], **asked)
+        assert by_path["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
 
 
 def test_a_model_in_memory_is_exported(model, tokenizer, tmp_path):

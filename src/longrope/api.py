@@ -35,12 +35,19 @@ from longrope.evaluate.settings import PerplexityConfig
 from longrope.execution import ExecutionConfig
 from longrope.files.atomic import require_directory
 from longrope.inference.load import inspect_to_measure, load_extended
-from longrope.models.info import ScalingChoice, without_adapters
-from longrope.models.load import LoadedModel, load_model, long_forward, wrap_model
+from longrope.models.info import ScalingChoice, inspect_model, without_adapters
+from longrope.models.load import (
+    LoadedModel,
+    load_model,
+    long_forward,
+    require_one_device,
+    wrap_model,
+)
 from longrope.models.sources import read_pretrained
 from longrope.pipeline.extend import extend as run_extension
 from longrope.pipeline.recipe import Recipe, load_recipe, make_recipe
 from longrope.rope.apply import rescaled
+from longrope.rope.own_scaling import own_rescale
 from longrope.rope.rescale import Rescale
 from longrope.rope.switch import Applied, apply_pair, without_rescales
 from longrope.search.evaluator import SearchResult
@@ -140,7 +147,7 @@ def token_losses(
         Losses in nats, shape (batch, tokens − 1), float32 on the CPU.
 
     Raises:
-        ValueError: the model's layers cannot run one after the other.
+        ValueError: the model's layers cannot run one after the other, or are on several devices.
 
     Example:
         >>> import torch
@@ -150,6 +157,7 @@ def token_losses(
         torch.Size([1, 296])
     """
     base = without_adapters(model)
+    require_one_device(base)
     with (
         _evaluating(base),
         without_rescales(base) as applied,
@@ -438,7 +446,7 @@ def _prepared(
 
     Args:
         choice: ``rope_scaling`` and ``original_length``.
-        as_it_is: read the factors of a run or checkpoint with it.
+        as_it_is: the model is to be measured under its own scaling, if it has any.
     """
     execution = execution or ExecutionConfig()
     with ranks(execution.sequence_parallel) as these:
@@ -455,11 +463,15 @@ def _prepared(
             raise ValueError("tokenizer is missing; give the tokenizer of the model in memory")
         base = without_adapters(model)
         with _evaluating(base), without_rescales(base) as applied:
+            unscaled = applied.pair is not None
             if applied.pair:
                 length = choice["original_length"]
                 length = length or applied.pair.long.original_max_position_embeddings
                 choice = {"original_length": length}
-            unscaled = applied.pair is not None
+            elif as_it_is and choice["rope_scaling"] is None:
+                unscaled = own_rescale(base, 1) is not None
+                if not unscaled and inspect_model(base).rope_scaling:
+                    choice = choice | {"rope_scaling": "keep"}
             loaded = wrap_model(model, tokenizer, execution, loaded_unscaled=unscaled, **choice)
             yield dataclasses.replace(loaded, group=these.group), these, applied
 

@@ -331,3 +331,25 @@ def test_no_rope_is_refused(ids):
     rescale = methods.pi(1e4, 16, 64, 128)
     with pytest.raises(ValueError, match="no rotary"), rescaled(model, rescale):
         pass
+
+
+class Wrapper(torch.nn.Module):
+    """A wrapper that hides the names of arguments, as torch.compile's, DDP and PEFT's do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_a_wrapped_model_computes_positions_from_the_mask(micro_models, ids):
+    model, row = micro_models("gemma3_whole"), ids[:1, :30]
+    padded = torch.cat([torch.full((1, 5), 2), row], dim=1)
+    mask = (torch.arange(35) >= 5).long()[None]
+    with torch.no_grad(), rescaled(Wrapper(model), a_rescale(model)):
+        expected = model(row, use_cache=False).logits
+        found = Wrapper(model)(padded, attention_mask=mask, use_cache=False).logits[:, 5:]
+    assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not model._forward_pre_hooks

@@ -10,10 +10,10 @@ from longrope.checkpoints.run_directory import is_run, short_attention_factor
 from longrope.models.meta import build_meta_model
 from longrope.models.sources import read_pretrained
 from longrope.progress import quiet
-from longrope.rope.methods import dynamic_ntk
+from longrope.rope.own_scaling import own_pair
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
-from longrope.rope.rotary import UNSCALED, RotarySite, existing_factors, scaled_length
+from longrope.rope.rotary import UNSCALED
 
 
 def import_pair(source: str, *, trust_remote_code: bool = False) -> RescalePair:
@@ -52,54 +52,13 @@ def _of_config(source: str, trust_remote_code: bool, only: str | None = None) ->
         site = build_meta_model(source, config, trust_remote_code)[1]
     if site is None or site.rope_type in UNSCALED or only not in (None, site.rope_type):
         return None
-    longest = site.module.config.max_position_embeddings
     try:
-        if site.rope_type == "longrope":
-            return _both_sets(site, longest)
-        rescale = _of_site(site, longest)
+        return own_pair(site)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{source}: its {site.rope_type} scaling cannot be read ({error}); correct its "
             "rope_parameters (rope_scaling in older configs)"
         ) from None
-    return RescalePair(rescale, rescale)
-
-
-def _both_sets(site: RotarySite, longest: int) -> RescalePair:
-    """Import ``longrope`` scaling: the factors of its config, and the lengths that apply."""
-    parameters = site.parameters
-    recovery = parameters["original_max_position_embeddings"]
-    shared = {
-        "rope_theta": float(parameters["rope_theta"]),
-        "original_max_position_embeddings": recovery,
-        "attention_factor": site.attention_factor,
-    }
-    return RescalePair(
-        Rescale(tuple(parameters["short_factor"]), max_position_embeddings=recovery, **shared),
-        Rescale(
-            tuple(parameters["long_factor"]),
-            max_position_embeddings=max(longest, recovery),
-            **shared,
-        ),
-    )
-
-
-def _of_site(site: RotarySite, longest: int) -> Rescale:
-    """Import the scaling of a rotary module as factors on the unscaled frequencies."""
-    parameters, kind = site.parameters, site.rope_type
-    before, longest = longest, scaled_length(parameters, longest)
-    original = parameters.get("original_max_position_embeddings") or before
-    theta = float(parameters["rope_theta"])
-    if kind == "dynamic":  # as in transformers, it starts from max_position_embeddings
-        return dynamic_ntk(theta, 2 * len(site.inv_freq), before, longest, length=longest)
-    return Rescale(
-        tuple(existing_factors(site).tolist()),
-        rope_theta=theta,
-        original_max_position_embeddings=original,
-        max_position_embeddings=max(longest, original),
-        attention_factor=site.attention_factor,
-        provenance={"method": kind},
-    )
 
 
 def find_pair(source: str, trust_remote_code: bool = False) -> RescalePair | None:

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def documents_of(texts: Any, field: str = "text") -> list[Document]:
             ``datasets.Dataset`` with a text ``field``.
 
     Raises:
-        ValueError: no text, or a string in the list that is the path of a file.
+        ValueError: no text, a table or a dict, or a string in the list that is the path of a file.
     """
     if isinstance(texts, str) and ("\n" in texts or len(texts) > 1024):
         raise ValueError("texts is a string, which is taken as a path; give a list of strings")
@@ -92,6 +92,10 @@ def documents_of(texts: Any, field: str = "text") -> list[Document]:
         return read_documents([str(texts)], field)
     if hasattr(texts, "column_names"):
         return list(_rows(_one_split(texts, "texts"), "texts", field))
+    if isinstance(texts, Mapping | bytes) or hasattr(texts, "columns"):
+        raise ValueError(
+            f"texts is a {type(texts).__name__}; give a list of strings, such as one column of it"
+        )
     items = list(texts)
     if items and all(isinstance(item, Path) for item in items):
         return read_documents([str(item) for item in items], field)

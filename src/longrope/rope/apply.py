@@ -22,6 +22,7 @@ from longrope.rope.rotary import (
     column_layout,
     cosines_and_sines,
     find_rotary,
+    inside_wrappers,
     is_complex,
 )
 from longrope.stand_in import StandIn
@@ -243,7 +244,7 @@ def _install(model: nn.Module, site: RotarySite, rescale: Rescale) -> None:
     # In multimodal models the decoder does not get the mask, so the model is hooked too.
     rotary.hooks = tuple(
         module.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
-        for module in dict.fromkeys((model, site.owner))
+        for module in dict.fromkeys((inside_wrappers(model), site.owner))
     )
     rotary.before = (getattr(site.owner, site.name),)  # an outer rescale, perhaps
     setattr(site.owner, site.name, rotary)

@@ -80,6 +80,16 @@ def find_rotary(model: nn.Module) -> RotarySite | None:
     return next(own, None) or next(_rotary_sites(model), None)
 
 
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside wrappers: those of torch.compile, DDP or PEFT.
+
+    Wrappers hide the names of arguments.
+    """
+    from transformers import PreTrainedModel
+
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
 def _rotary_sites(model: nn.Module) -> Iterator[RotarySite]:
     """Yield every rotary embedding of a model."""
     for owner in model.modules():

@@ -25,9 +25,10 @@ from longrope.rope.apply import (
     remove_rescale,
     rotary_to_rescale,
 )
+from longrope.rope.own_scaling import own_rescale
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
-from longrope.rope.rotary import RotarySite, find_rotary
+from longrope.rope.rotary import RotarySite, find_rotary, inside_wrappers
 from longrope.stand_in import StandIn
 
 # Prefixes of multimodal inputs.
@@ -57,6 +58,7 @@ def apply_pair(model: nn.Module, pair: RescalePair) -> None:
     Raises:
         ValueError: as :func:`switched`.
     """
+    model = inside_wrappers(model)
     site = rotary_to_rescale(model, pair.short, pair.long)
     switch = _Switch(pair, site)
     rotary = switch.rotary
@@ -74,6 +76,7 @@ def apply_pair(model: nn.Module, pair: RescalePair) -> None:
 
 def remove_pair(model: nn.Module) -> None:
     """Remove what :func:`apply_pair` put into a model."""
+    model = inside_wrappers(model)
     site = find_rotary(model)
     assert site is not None
     rotary = getattr(site.owner, site.name)
@@ -89,14 +92,21 @@ def remove_pair(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Applied:
-    """What was applied to a model: a pair that it switches between, and a rescale over that."""
+    """What was applied to a model: a pair that it switches between, and a rescale over that.
+
+    Args:
+        model: the model itself, if its own scaling may depend on the length.
+    """
 
     pair: RescalePair | None = None
     rescale: Rescale | None = None
+    model: nn.Module | None = None
 
     def at(self, length: int) -> Rescale | None:
-        """Return the rescale that applies to a sequence of a length; None for the model's own."""
-        return self.rescale or (self.pair.choose(length) if self.pair else None)
+        """Return the rescale for a sequence of a length; None for scaling of a fixed kind."""
+        if self.rescale or self.pair:
+            return self.rescale or (self.pair and self.pair.choose(length))
+        return None if self.model is None else own_rescale(self.model, length)
 
 
 @contextlib.contextmanager
@@ -115,6 +125,7 @@ def without_rescales(model: nn.Module) -> Iterator[Applied]:
     applied = Applied(
         switch.pair if isinstance(switch, _SwitchedRotary) else None,
         over.rescale if isinstance(over, RescaledRotary) else None,
+        model,
     )
     if applied.pair:
         remove_pair(model)
