@@ -40,7 +40,6 @@ from longrope.models.load import (
     LoadedModel,
     load_model,
     long_forward,
-    require_one_device,
     wrap_model,
 )
 from longrope.models.sources import read_pretrained
@@ -147,7 +146,7 @@ def token_losses(
         Losses in nats, shape (batch, tokens − 1), float32 on the CPU.
 
     Raises:
-        ValueError: the model's layers cannot run one after the other, or are on several devices.
+        ValueError: the model's layers cannot run one after the other, or are not in memory.
 
     Example:
         >>> import torch
@@ -157,7 +156,6 @@ def token_losses(
         torch.Size([1, 296])
     """
     base = without_adapters(model)
-    require_one_device(base)
     with (
         _evaluating(base),
         without_rescales(base) as applied,

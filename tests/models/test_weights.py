@@ -163,6 +163,7 @@ def test_missing_weights_are_refused(lost, form, model, tmp_path):
         save_file(kept, file, metadata={"format": "pt"})
     said = {
         "everything": f"{len(tensors)} of the model's tensors are missing",
+        "lm_head.weight": r"it has no output head \(lm_head\.weight\)",
         "the end": r"model\.safetensors: is not a whole safetensors file",
     }.get(lost, f"1 of the model's tensors are missing, such as {lost}")
     out = tmp_path / f"out.{form}"

@@ -85,7 +85,8 @@ class LongForward:
             same layer, and they exchange keys and values.
 
     Raises:
-        ValueError: the chunk size is below 1, or the model's layers are not found.
+        ValueError: the chunk size is below 1, the model's layers are not found, or its embeddings
+            are not in memory.
     """
 
     def __init__(
@@ -102,6 +103,11 @@ class LongForward:
         self.model = model
         self.decoder, self._layers_name = find_layers(model)
         self.device = next(model.parameters()).device
+        if self.device.type == "meta":
+            raise ValueError(
+                "model has no embeddings in memory (offloaded by accelerate, perhaps): load it on "
+                "one device, or give its path with offload_weights"
+            )
         self.chunk_size = chunk_size or default_chunk_size(self.device.type)
         self.vocabulary = len(model.get_input_embeddings().weight)
         self.head_rows = head_rows(self.vocabulary, self.device.type)

@@ -190,27 +190,18 @@ def wrap_model(
             "path instead of the model in memory"
         )
     refuse_quantised(base)
-    require_one_device(base)
+    places = {parameter.device for parameter in base.parameters()}
+    if len(places) > 1 or torch.device("meta") in places:
+        raise ValueError(
+            f"model is spread over {', '.join(sorted(map(str, places)))}: load it on one device, "
+            "or give its path with offload_weights"
+        )
     info = inspect_model(base, rope_scaling=rope_scaling, original_length=original_length)
     info.require_extendable()
     assert info.original_max_position_embeddings
     unextended = info.rescale("none", info.original_max_position_embeddings)
     dataclasses.replace(info, reason=incompatibility(base, unextended)).require_extendable()
     return LoadedModel(base, tokenizer, info, execution)
-
-
-def require_one_device(model: Any) -> None:
-    """Refuse a loaded model whose weights are on several devices, or not in memory.
-
-    Raises:
-        ValueError: names the devices.
-    """
-    places = {parameter.device for parameter in model.parameters()}
-    if len(places) > 1 or torch.device("meta") in places:
-        raise ValueError(
-            f"model is spread over {', '.join(sorted(map(str, places)))}: load it on one device, "
-            "or give its path with offload_weights"
-        )
 
 
 def refuse_quantised(model: Any) -> None:

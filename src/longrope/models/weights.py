@@ -150,6 +150,12 @@ def require_tensors(source: str, report: Any) -> None:
             f"{source}: its tensors are named {before}… (as those of a compiled or wrapped model); "
             f"take {before!r} off the names and save the file again"
         )
+    if len(missing) == 1 and missing[0].split(".")[-2] in ("lm_head", "embed_out", "output"):
+        raise ValueError(
+            f"{source}: it has no output head ({missing[0]}), as embedding and classification "
+            "models do not; give a language model, or set tie_word_embeddings to true in its "
+            "config.json if its embeddings are the head"
+        )
     raise ValueError(
         f"{source}: {len(missing)} of the model's tensors are missing, such as {missing[0]}; "
         "give the whole of it (a GGUF file in parts: llama-gguf-split --merge joins them)"
