@@ -55,7 +55,9 @@ def test_reads_every_kind(tmp_path):
         ("x.jsonl", b'{"other": "a"}\n', r"no field 'text'.*`field` .*: other"),
         ("x.parquet", b"PAR1", "x.parquet .*Parquet"),
         ("blank.jsonl", b'{"text": " "}\n', r"data='.*blank.jsonl' .*no text"),
-        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 .*no field 'text'.*no fields with text"),
+        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 .*no field 'text'.*a \(a list\), b \(a int\)"),
+        ("x.json", b'{"data": [{"text": "a"}]}', r"no field 'text'.*data \(a list\)"),
+        ("part-0", b'{"text": "a"}\n{"text": "b"}\n', r"call the file part-0\.jsonl"),
         ("x.json", b"[1,\n 2", "x.json is not valid JSON .*line 2"),
     ],
 )
@@ -285,3 +287,20 @@ def test_an_empty_source_is_not_the_current_directory(source, tmp_path, monkeypa
     for read in (lambda: read_documents([source]), lambda: check_sources([source])):
         with pytest.raises(ValueError, match=f"data is '{source}'; give a file"):
             read()
+
+
+def test_a_text_counts_once_however_it_is_given(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same")
+    dataset = datasets.Dataset.from_dict({"text": ["the same"] * 4 + ["another"]})
+    assert len(documents_of(str(tmp_path))) == 1
+    assert len(documents_of(["the same"] * 3)) == 1
+    assert [document.text for document in documents_of(dataset)] == ["the same", "another"]
+
+
+def test_a_cloned_dataset_is_its_rows(tmp_path):
+    (tmp_path / "README.md").write_text("about the dataset")
+    assert [d.text for d in read_documents([str(tmp_path)])] == ["about the dataset"]
+    (tmp_path / "train.jsonl").write_text('{"text": "a row"}')
+    assert [d.text for d in read_documents([str(tmp_path)])] == ["a row"]

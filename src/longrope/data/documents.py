@@ -26,7 +26,8 @@ from longrope.progress import announced
 
 log = logging.getLogger(__name__)
 
-_FILES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+_FILES_OF_ROWS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+_FILES = (".txt", ".md", *_FILES_OF_ROWS)
 _TABLES = {".csv": ",", ".tsv": "\t"}  # and their delimiters
 # How compressed files begin.
 _COMPRESSED = {
@@ -36,6 +37,7 @@ _COMPRESSED = {
     "bzip2": b"BZh",
     "zip": b"PK\x03\x04",
 }
+_ABOUT = ("README", "LICENSE", "LICENCE")  # in a dataset, these are about its rows
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -65,19 +67,26 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     Raises:
         ValueError: a missing source, a file that is not text, a missing field, or no text.
     """
-    documents: dict[str, Document] = {}
+    documents: list[Document] = []
     for source in sources:
         with announced(f"reading {Path(source).name or source}"):
             found = list(_read(source, field))
         if not found:
             raise ValueError(f"data={source!r} contains no text; give documents with text")
-        for document in found:
-            documents.setdefault(document.sha256, document)
-    return list(documents.values())
+        documents += found
+    return _each_once(documents)
+
+
+def _each_once(documents: Iterable[Document]) -> list[Document]:
+    """Keep the first of documents with the same text, so that no text serves two purposes."""
+    found: dict[str, Document] = {}
+    for document in documents:
+        found.setdefault(document.sha256, document)
+    return list(found.values())
 
 
 def documents_of(texts: Any, field: str = "text") -> list[Document]:
-    """Return documents from texts in memory, or from files.
+    """Return documents from texts in memory, or from files; those with the same text once.
 
     Args:
         texts: one path or several, a list of strings (each is one document), or a
@@ -91,7 +100,7 @@ def documents_of(texts: Any, field: str = "text") -> list[Document]:
     if isinstance(texts, str | Path):
         return read_documents([str(texts)], field)
     if hasattr(texts, "column_names"):
-        return list(_rows(_one_split(texts, "texts"), "texts", field))
+        return _each_once(_rows(_one_split(texts, "texts"), "texts", field))
     if isinstance(texts, Mapping | bytes) or hasattr(texts, "columns"):
         raise ValueError(
             f"texts is a {type(texts).__name__}; give a list of strings, such as one column of it"
@@ -111,7 +120,7 @@ def documents_of(texts: Any, field: str = "text") -> list[Document]:
             documents.append(Document(f"texts[{number}]", _without_surrogates(item)))
     if not documents:
         raise ValueError("texts is empty; give documents with text")
-    return documents
+    return _each_once(documents)
 
 
 def check_sources(sources: Sequence[str], name: str = "data") -> None:
@@ -145,8 +154,12 @@ def _read(source: str, field: str) -> Iterable[Document]:
         yield from _read_saved_dataset(path, field)
     elif path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.is_file()]
+        rows = any(file.suffix.lower() in _FILES_OF_ROWS for file in files)
         for file in files:
             if any(part.startswith(".") for part in file.relative_to(path).parts):
+                continue
+            if file.stem.upper() in _ABOUT and rows:
+                log.info("skipped %s, which is about the rows beside it", file)
                 continue
             try:
                 found = list(_read_file(file, field))
@@ -179,6 +192,11 @@ def _read_file(path: Path, field: str) -> Iterable[Document]:
         text = read_text(path)
         if not text.strip():
             raise ValueError(f"{path} is empty; give a document with text")
+        if _is_row(text.lstrip().partition("\n")[0], field):
+            raise ValueError(
+                f"{path}: its first line is a JSON object with the field {field!r}; call the file "
+                f"{path.name}.jsonl to read that field"
+            )
         yield Document(path.name, text.replace("\r\n", "\n"))  # as Windows ends its lines
 
 
@@ -233,6 +251,14 @@ def _is_json(text: str) -> bool:
     with contextlib.suppress(ValueError):
         _parse_json(text, "")
         return True
+    return False
+
+
+def _is_row(line: str, field: str) -> bool:
+    """Return whether a line of text is a JSON object with the field."""
+    with contextlib.suppress(ValueError):
+        row = _parse_json(line, "")
+        return isinstance(row, dict) and field in row
     return False
 
 
@@ -348,7 +374,8 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
             turns = next((name for name, value in row.items() if _is_chat(value)), None)
             if turns and not texts:
                 raise _chat(f"{where}: row {number}", turns)
-            raise _no_field(f"{where}: row {number}", field, texts)
+            others = [f"{name} (a {type(value).__name__})" for name, value in row.items()]
+            raise _no_field(f"{where}: row {number}", field, texts or others)
         if _is_chat(row[field]):
             raise _chat(f"{where}: row {number}", field)
         if not isinstance(row[field], str):
@@ -364,12 +391,13 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
 def _no_field(where: str, field: str, names: Iterable[str]) -> ValueError:
     return ValueError(
         f"{where} has no field {field!r}; set `field` to the one that holds the text (it has: "
-        f"{', '.join(map(str, names)) or 'no fields with text'})"
+        f"{', '.join(map(str, names)) or 'no fields'})"
     )
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
+    turns = isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
+    return turns and bool({"role", "from", "content"} & value[0].keys())
 
 
 def _chat(where: str, field: str) -> ValueError:
