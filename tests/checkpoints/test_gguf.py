@@ -192,6 +192,44 @@ def test_a_gguf_file_keeps_its_quantisation(made, tmp_path):
     assert after["blk.0.attn_q.weight"].kind == kinds.Q8_0
 
 
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_a_gguf_file_keeps_its_alignment(made, tmp_path, alignment):
+    import gguf
+
+    export(options(tmp_path, "bundled", "plain.gguf", "gguf"))
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    arch, metadata = read_metadata(reader)
+    key = ("general.alignment", alignment, gguf.GGUFValueType.UINT32, None)
+    write_file(tmp_path / "aligned.gguf", arch, [*metadata, key], read_tensors(reader))
+    export(ExportOptions(str(tmp_path / "aligned.gguf"), tmp_path / "out.gguf", "gguf"))
+    before = {tensor.name: tensor for tensor in reader.tensors}
+    found = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert found.alignment == alignment
+    assert {tensor.name for tensor in found.tensors} == before.keys()
+    for tensor in found.tensors:
+        assert tensor.data_offset % alignment == 0
+        np.testing.assert_array_equal(tensor.data, before[tensor.name].data)
+
+
+def test_an_export_is_exported_with_its_own_factors(made, tmp_path):
+    """From one form to another and back."""
+    export(options(tmp_path, "bundled", "one", "hf"))
+    chain = [("two.gguf", "gguf"), ("three", "hf"), ("four", "hf-static"), ("five.gguf", "gguf")]
+    source = "one"
+    for name, form in chain:
+        export(ExportOptions(str(tmp_path / source), tmp_path / name, form, dtype="float32"))
+        known = RescalePair(made.long, made.long) if name == "five.gguf" else made
+        assert import_pair(str(tmp_path / name)).long == known.long
+        source = name
+    one, three = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("one", "three"))
+    for key in ("rope_parameters", "rope_scaling", "max_position_embeddings", "rope_theta"):
+        assert one[key] == three[key]
+    for name in ("short_factors", "target"):
+        asked = ExportOptions(str(tmp_path / "one"), tmp_path / "no", **{name: "yarn"})
+        with pytest.raises(ValueError, match=f"{name} is yarn, and .*one has its own factors"):
+            export(asked)
+
+
 @pytest.mark.parametrize("form", ["hf", "hf-static", "gguf", "gguf-static"])
 def test_an_export_comes_back_exactly(form, made, tmp_path):
     name = "out.gguf" if form.startswith("gguf") else "out"

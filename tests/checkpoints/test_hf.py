@@ -14,7 +14,9 @@ from conftest import FAMILIES, pair
 from kills import killed_at
 from longrope.checkpoints.export import ExportOptions, export
 from longrope.checkpoints.fold import why_not_foldable
+from longrope.execution import ExecutionConfig
 from longrope.files.atomic import recover
+from longrope.inference.load import load_extended
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
 from longrope.rope.apply import rescaled
@@ -64,6 +66,16 @@ def test_a_folded_attention_factor_gives_the_same_logits(
         found = logits(loaded, ids[:, :tokens])
         torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
         assert (dropped - expected).abs().max() > 20 * (found - expected).abs().max()
+    # Its own factors fit the weights; others would count the folded factor twice.
+    again = load_extended(str(tmp_path / "out"), ExecutionConfig(dtype="float32"))
+    with rescaled(again[0].model, again[1].long):
+        again_found = logits(again[0].model, ids[:, :81])
+    torch.testing.assert_close(again_found, found, atol=2e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="give the model that it was exported from"):
+        inspect_model(str(tmp_path / "out"), rope_scaling="replace").require_extendable()
+    for factors in ({}, files(made, tmp_path)):
+        with pytest.raises(ValueError, match="give the model that it was exported from"):
+            export(ExportOptions(str(tmp_path / "out"), tmp_path / "again", **factors))
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,15 @@ def model64():
 
 @torch.no_grad()
 def brute_force(model, docs, length, bos):
-    """Mean loss over every whole window, one plain float64 forward each."""
+    """Mean loss over every whole window, one plain float64 forward each.
+
+    A BOS counts as one of the window's tokens, so the last one does not fit.
+    """
     total, count = 0.0, 0
     for document in docs:
         for start in range(0, len(document) - length + 1, length):
             window = document.ids[start : start + length].tolist()
-            ids = torch.tensor([([bos] if bos is not None else []) + window])
+            ids = torch.tensor([window if bos is None else [bos, *window[:-1]]])
             probabilities = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
             for position in range(1, ids.shape[1]):
                 total -= probabilities[position - 1, ids[0, position]].item()
@@ -70,11 +73,14 @@ def test_lengths_must_tile(model64):
         score(LongForward(model64), documents(200), 24, bos=0, lengths=[24, 64])
 
 
-def test_a_sliding_window_scores_every_token_once_with_more_context(model64):
+@pytest.mark.parametrize("bos", [None, 0])
+def test_a_sliding_window_scores_every_token_once_with_more_context(model64, bos):
     docs = documents(128)
     forward = LongForward(model64)
-    found = score(forward, docs, 64, bos=None, stride=16)
+    found = score(forward, docs, 64, bos=bos, stride=16)
     assert found.tokens == 127
+    if bos is not None:
+        return
     # The second window's last 16 tokens, each with at least 48 before it.
     whole = forward.losses(torch.from_numpy(docs[0].ids[16:80].astype(np.int64))[None])[0]
     np.testing.assert_allclose(found.documents[0][1, 48:], whole[47:].double())
@@ -105,7 +111,7 @@ def test_a_loss_that_is_nan_is_not_left_out(monkeypatch, model64):
 
     monkeypatch.setattr(forward, "losses", broken)
     found = score(forward, documents(100, 64), 64, bos=0)
-    assert found.tokens == 2 * 64
+    assert found.tokens == 2 * 63
     assert found.mean == found.perplexity == math.inf
     assert found.standard_error is None
     assert paired_difference(found, found).better is None

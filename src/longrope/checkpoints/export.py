@@ -14,6 +14,7 @@ from longrope.checkpoints import card
 from longrope.checkpoints.folding_check import folding_check, needs_folding, with_folding
 from longrope.checkpoints.gguf import export_gguf
 from longrope.checkpoints.hf import export_directory, kept_files
+from longrope.checkpoints.importer import find_pair, import_pair
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_directory import is_run, original_of
 from longrope.execution import ExecutionConfig
@@ -103,7 +104,9 @@ def export(options: ExportOptions) -> Manifest:
             original_length=options.original_length or before,
         )
     _require_free(options, model)
-    factors = _Factors.of(options, run)
+    trusted = options.trust_remote_code
+    own = not run and options.long_factors is None and find_pair(model, trusted) is not None
+    factors = _Factors.of_checkpoint(options) if own else _Factors.of(options, run)
     info = _inspect(options, model, factors)
     pair = _pair(options, factors, info)
     named = str((original_of(options.model) or {}).get("source", options.model))
@@ -215,7 +218,10 @@ class _Factors:
         own = str(run / "short.json") if run and not options.long_factors else None
         short = options.short_factors or own
         if long is None:
-            raise ValueError("long_factors is missing; give a rescale file, or a run as `model`")
+            raise ValueError(
+                "long_factors is missing; give a rescale file (longrope import writes that of a "
+                "scaled model), a method, or a run as `model`"
+            )
         files = {}
         for name in filter(None, (long, short)):
             if name in METHODS or Path(name).suffix == ".csv":
@@ -226,6 +232,25 @@ class _Factors:
             elif Path(name).is_file():
                 files[name] = Rescale.load(name)
         return cls(long, short, files)
+
+    @classmethod
+    def of_checkpoint(cls, options: ExportOptions) -> "_Factors":
+        """Take the factors that an extended checkpoint has.
+
+        Raises:
+            ValueError: short factors of other origin, or a target.
+        """
+        for name in ("short_factors", "target"):
+            if (value := getattr(options, name)) is not None:
+                raise ValueError(
+                    f"{name} is {value}, and {options.model} has its own factors: leave it out, or "
+                    "give long_factors too"
+                )
+        own = import_pair(options.model, trust_remote_code=options.trust_remote_code)
+        long, short = (f"the {kind} factors of {options.model}" for kind in ("long", "short"))
+        if own.short.factors == own.long.factors:
+            return cls(long, None, {long: own.long})
+        return cls(long, short, {long: own.long, short: own.short})
 
     @property
     def lengths_before(self) -> list[int]:

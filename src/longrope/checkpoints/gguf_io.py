@@ -54,8 +54,11 @@ def read_tensors(reader: Any) -> list[Tensor]:
 
 def write_file(path: Path, arch: str, metadata: Metadata, tensors: list[Tensor]) -> None:
     """Write key-value pairs and tensors to a GGUF file, with one tensor in memory at a time."""
-    writer = require_gguf().GGUFWriter(path, arch)
+    gguf = require_gguf()
+    writer = gguf.GGUFWriter(path, arch)
     for key, value, kind, member in metadata:
+        if key == gguf.Keys.General.ALIGNMENT:
+            writer.data_alignment = value
         writer.add_key_value(key, value, kind, sub_type=member)
     for t in tensors:
         writer.add_tensor_info(t.name, t.shape, t.dtype, t.nbytes, raw_dtype=t.kind)

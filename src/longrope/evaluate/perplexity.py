@@ -132,9 +132,10 @@ def score(
     The active rescale applies. Every document is cut into consecutive whole windows from its start.
 
     Args:
-        bos: id of a token to put before every window, or None.
-        lengths: other lengths to score the same tokens at. Documents are cut to a multiple of
-            the longest. Without a BOS, the first token of a window of any length is not scored.
+        bos: id of a token to put before every window, or None. It is one of the ``length``
+            tokens, so the last token of a window is not scored; without it, the first one.
+        lengths: other lengths to score the same tokens at: those that no window of any of them
+            leaves out. Documents are cut to a multiple of the longest.
         stride: tokens between the starts of overlapping windows; each window scores only tokens
             that the one before did not.
         tokens_per_document: tokens scored of each document, about.
@@ -157,10 +158,10 @@ def score(
         starts = range(0, len(ids) - length + 1, stride or length)
         scores = _window_losses(forward, [ids[start : start + length] for start in starts], bos)
         if stride is not None:
-            scores[1:, : length - stride] = np.nan
-        elif bos is None:
+            scores[1:, : length - stride - (bos is not None)] = np.nan
+        else:
             for other in lengths:
-                scores[:, ::other] = np.nan
+                scores[:, 0 if bos is None else other - 1 :: other] = np.nan
         if known is not None:
             known[name] = scores
         scored.append(scores)
@@ -174,10 +175,13 @@ def _window_losses(
 
     Non-finite losses are infinite.
     """
-    losses = [
-        np.nan_to_num(batch.double().numpy(), nan=np.inf, posinf=np.inf)
-        for batch in forward.batches(np.stack([with_bos(ids, bos) for ids in windows]))
-    ]
-    # Without a BOS, nothing predicts the first token of a window.
-    first = np.full((len(windows), 1 if bos is None else 0), np.nan)
-    return np.concatenate([first, np.concatenate(losses)], axis=1)
+    inputs = windows if bos is None else [with_bos(ids[:-1], bos) for ids in windows]
+    losses = np.concatenate(
+        [
+            np.nan_to_num(batch.double().numpy(), nan=np.inf, posinf=np.inf)
+            for batch in forward.batches(np.stack(inputs))
+        ]
+    )
+    not_scored = np.full((len(windows), 1), np.nan)
+    both = (not_scored, losses) if bos is None else (losses, not_scored)
+    return np.concatenate(both, axis=1)

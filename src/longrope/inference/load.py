@@ -1,6 +1,7 @@
 """Load an extended model together with its pair of rescales."""
 
 import contextlib
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from longrope.checkpoints.importer import find_pair
 from longrope.checkpoints.manifest import Manifest
 from longrope.checkpoints.run_directory import is_run
 from longrope.execution import ExecutionConfig
-from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
+from longrope.models.info import FOLDED, ModelInfo, ScalingChoice, inspect_model
 from longrope.models.load import LoadedModel, load_model
 from longrope.rope.pair import RescalePair
 from longrope.rope.rescale import Rescale
@@ -79,6 +80,8 @@ def inspect_extended(
         original_length=original_length,
         trust_remote_code=trust_remote_code,
     )
+    if pair is not None and info.reason == FOLDED:  # which the pair was written for
+        info = dataclasses.replace(info, extendable=True, reason=None)
     return info, pair
 
 

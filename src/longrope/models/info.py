@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from longrope.attention.shape import attention_shape, explicit_scores
+from longrope.files.parse import read_json
 from longrope.labels import display_name
 from longrope.models.meta import RESCALABLE, build_meta_model, find_rescalable
 from longrope.models.parameters import active_parameters, is_tied
@@ -30,6 +31,11 @@ from longrope.rope.rotary import (
 from longrope.units import LONGEST
 
 ScalingChoice = Literal["keep", "replace"]
+# Why an export with changed weights cannot be extended anew.
+FOLDED = (
+    "an attention factor is folded into its weights; give the model that it was exported from, or "
+    "use rope_scaling='keep'"
+)
 _LENGTH = "max_position_embeddings"
 
 
@@ -227,10 +233,19 @@ def inspect_model(
     if site is None:
         return info
     info = dataclasses.replace(info, replaces_scaling=replaces)
+    if replaces and loaded is None and is_folded(Path(source)) and reason is None:
+        info = dataclasses.replace(info, reason=FOLDED)
     if loaded is not None:
         info = dataclasses.replace(info, dtype=str(loaded.dtype).removeprefix("torch."))
     in_file = loaded is not None or is_in_config_file(source, config.get_text_config(), _LENGTH)
     return _with_original_length(info, site, config, in_file, rope_scaling, original_length)
+
+
+def is_folded(checkpoint: Path) -> bool:
+    """Return whether ``longrope export`` folded an attention factor into a checkpoint's weights."""
+    manifest = checkpoint / "longrope.json"
+    content = read_json(manifest) if manifest.is_file() else None
+    return isinstance(content, dict) and content.get("folded") is not None
 
 
 def without_adapters(model: Any) -> Any:
