@@ -17,8 +17,8 @@ FAST = FinetuneConfig(
 TAUGHT = FAST.model_copy(update={"distill": True})
 
 
-def train(checkpoint, texts, out, settings=FAST, ranks=None, **changes):
-    loaded = load_model(str(checkpoint), ExecutionConfig(dtype="float32"))
+def train(checkpoint, texts, out, settings=FAST, ranks=None, dtype="float32", **changes):
+    loaded = load_model(str(checkpoint), ExecutionConfig(dtype=dtype))
     documents = load_documents(loaded.tokenizer, [str(texts)])
     windows = (
         {"short": 1.5, "short_length": 64, "batch": settings.batch} if settings.distill else {}

@@ -41,11 +41,11 @@ def test_lora_keeps_tied_embeddings_tied(texts, tmp_path, monkeypatch):
     """The bundled model's embeddings are tied to its head; untied, one would be lost."""
     trained = {}
 
-    def keep(model, state, loaded, path):
+    def keep(model, *others):
         ids = torch.arange(100, 160)[None]
         with torch.no_grad():
             trained["at"] = model.eval()(input_ids=ids).logits
-        return saved(model, state, loaded, path)
+        return saved(model, *others)
 
     saved = finetune_module._save
     monkeypatch.setattr(finetune_module, "_save", keep)

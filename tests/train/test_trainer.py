@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from longrope.execution import ExecutionConfig
@@ -58,6 +59,31 @@ def test_leaves_a_plain_checkpoint(trained, checkpoints):
     assert loaded.tokenizer("import os")["input_ids"][0] == 0
     # Gradient checkpointing switches the cache off for the training alone.
     assert loaded.model.config.use_cache is True
+
+
+@pytest.mark.parametrize("precision", ["float32", "pure-bf16"])
+def test_each_tensor_keeps_its_dtype(precision, checkpoints, texts, tmp_path):
+    """A bfloat16 model stays one, and what it holds in float32 is not rounded."""
+    source = shutil.copytree(checkpoints("deepseek_v3"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    bias = "e_score_correction_bias"
+    for name, tensor in tensors.items():
+        value = torch.rand_like(tensor) if name.endswith(bias) else tensor
+        tensors[name] = value.to(torch.float32 if name.endswith(bias) else torch.bfloat16)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    settings = FAST.model_copy(update={"steps": 1, "warmup": 0, "precision": precision})
+    train(source, texts, tmp_path / "out", settings, dtype="auto")
+    found = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    for name, tensor in found.items():
+        # transformers has the routers in float32
+        router = name.endswith("gate.weight")
+        assert tensor.dtype == (torch.float32 if router else tensors[name].dtype)
+    kept = [name for name in tensors if torch.equal(found[name], tensors[name])]
+    assert {name for name in tensors if name.endswith(bias)} <= set(kept) != set(tensors)
+    loaded = load_model(str(tmp_path / "out" / "model"))
+    assert loaded.info.dtype == "bfloat16" and loaded.model.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from longrope.distributed import Ranks, detect_lost_ranks, is_lost_rank_error, sharded
 from longrope.files.atomic import atomic_directory, write_atomically
+from longrope.files.parse import read_json
 from longrope.files.stores import append_line, read_lines
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
@@ -94,8 +95,10 @@ def finetune(
             console.print(f"no whole checkpoint: {repeated} steps are repeated")
     model = loaded.model
     config = copy.deepcopy(model.config)  # training changes it
-    precision = settings.precision_on(model.device.type)
-    model.to(torch.bfloat16 if precision == "pure-bf16" else torch.float32)
+    precision, dtypes = settings.precision_on(model.device.type), _dtypes(loaded)
+    weights = torch.bfloat16 if precision == "pure-bf16" else torch.float32
+    if model.dtype is not weights:  # otherwise what it keeps in float32 stays so
+        model.to(weights)
     if settings.lora is not None:
         torch.manual_seed(seed)  # adapters are initialised before the Trainer seeds
         model = _with_lora(model, settings.lora)
@@ -122,7 +125,7 @@ def finetune(
         model, state = model.merge_and_unload(), None
     if ranks.first:
         model.config = config
-        _save(model, state, loaded, out / "model")
+        _save(model, state, loaded, dtypes, out / "model")
         shutil.rmtree(work, ignore_errors=True)
     if callback.stops:
         raise KeyboardInterrupt
@@ -174,18 +177,36 @@ def _unwrapped(trainer: Trainer) -> Any:
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
 
 
-def _save(model: Any, state: dict[str, Any] | None, loaded: LoadedModel, path: Path) -> None:
-    """Write the model that the Trainer trained, in its original dtype, with its tokenizer."""
-    dtype = getattr(torch, loaded.info.dtype)
+def _dtypes(loaded: LoadedModel) -> dict[str, torch.dtype]:
+    """Return the dtype to save each tensor in: the checkpoint's, but float32 where it keeps that.
+
+    Some architectures keep single tensors in float32, such as the expert biases of DeepSeek-V3.
+    """
+    own, kept = getattr(torch, loaded.info.dtype), torch.float32
+    others = loaded.model.dtype is not kept
+    state = loaded.model.state_dict().items()
+    return {name: kept if others and t.dtype is kept else own for name, t in state}
+
+
+def _save(
+    model: Any,
+    state: dict[str, Any] | None,
+    loaded: LoadedModel,
+    dtypes: dict[str, torch.dtype],
+    path: Path,
+) -> None:
+    """Write the model that the Trainer trained, in its original dtypes, with its tokenizer."""
     state = {
-        name: tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu()
+        name: tensor.detach().cpu().to(dtypes[name]) if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in (state or model.state_dict()).items()
     }
     before = model.config.dtype
-    model.config.dtype = dtype
     with atomic_directory(path) as directory, quiet():
         model.save_pretrained(directory, state_dict=state)
         loaded.tokenizer.save_pretrained(directory)
+        config = directory / "config.json"  # it names the dtype of the training
+        content = read_json(config) | {"dtype": loaded.info.dtype}
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     model.config.dtype = before
 
 
