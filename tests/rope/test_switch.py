@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -240,6 +241,53 @@ def test_a_copied_cache_continues_a_common_prefix(micro_models, ids):
             torch.testing.assert_close(found, expected[:, -tokens.shape[1] :])
     with switched(model, pair(model, RECOVERY - 1)), pytest.raises(ValueError, match=name):
         model(rest, **{name: cache})
+
+
+@pytest.mark.parametrize("pads", [5, RECOVERY])
+def test_padding_counts_as_generate_infers_it(micro_models, ids, pads):
+    """Without an attention mask, tokens of the pad id are padding."""
+    model, row = micro_models("llama"), ids[:1, :20]
+    padded = torch.cat([torch.full((1, pads), 2), row], dim=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    with switched(model, pair(model)):
+        alone = model.generate(row, **options)[:, 20:]
+        given = model.generate(padded, attention_mask=padded.ne(2).long(), **options)
+        inferred = model.generate(padded, **options)
+        no_padding = model.generate(padded, **options | {"eos_token_id": [2, 7]})
+    assert torch.equal(inferred[:, pads + 20 :], alone) and torch.equal(inferred, given)
+    assert not torch.equal(no_padding[:, pads + 20 :], alone)
+
+
+def test_threads_do_not_disturb_each_other(micro_models, ids):
+    """As a server answers several requests, on both sides of the boundary and across it."""
+    model = micro_models("llama")
+    prompts = [ids[:1, :n] for n in (20, RECOVERY - 3, RECOVERY + 9, RECOVERY - 1)] * 4
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    with switched(model, pair(model)):
+        expected = [model.generate(prompt, **options) for prompt in prompts]
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda prompt: model.generate(prompt, **options), prompts))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_hidden_states_are_those_of_the_new_tokens(micro_models, ids):
+    model, name = micro_models("llama"), cache_name(micro_models("llama"))
+    with torch.no_grad(), switched(model, pair(model)):
+        cache = DynamicCache()
+        model(ids[:, :RECOVERY], **{name: cache})
+        found = model(ids[:, RECOVERY:], output_hidden_states=True, **{name: cache})
+        whole = model(ids, output_hidden_states=True, use_cache=False)
+    for ours, expected in zip(found.hidden_states, whole.hidden_states, strict=True):
+        torch.testing.assert_close(ours, expected[:, RECOVERY:])
+
+
+def test_a_rescale_over_a_pair_applies_to_every_length(micro_models, ids):
+    model, options = micro_models("llama"), {"max_new_tokens": 8, "do_sample": False}
+    over, options = pair(model).long.replace(attention_factor=1.3), options | {"num_beams": 2}
+    with rescaled(model, over):
+        expected = model.generate(ids[:1, :20], eos_token_id=None, **options)
+    with switched(model, pair(model)), rescaled(model, over):
+        assert torch.equal(model.generate(ids[:1, :20], eos_token_id=None, **options), expected)
 
 
 def test_a_pair_chooses_by_the_length(micro_models):

@@ -9,6 +9,7 @@ the cost of one more prefill per row.
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -156,8 +157,22 @@ def _require_own_positions(
         )
 
 
+class _Call(threading.local):
+    """What the hooks of a call tell each other; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.prompts: Tensor | None = None  # lengths of the prompts passed to generate()
+        self.model_inputs: dict[str, Any] = {}  # inputs of the model around the decoder
+        self.ids = torch.zeros(1, 0)  # all token ids, cached ones too
+        self.new = 0  # how many of them are new
+        self.long_rows = torch.zeros(1, dtype=torch.bool)  # rows with long factors
+
+    def __reduce__(self) -> Any:  # a copy of the model starts afresh
+        return _Call, ()
+
+
 class _SwitchedRotary(StandIn):
-    """Stand-in for a model's rotary module: both rescales, chosen by ``long_rows``."""
+    """Stand-in for a model's rotary module: both rescales, chosen by the call's ``long_rows``."""
 
     def __init__(self, pair: RescalePair, site: RotarySite):
         super().__init__(site.module)
@@ -166,10 +181,10 @@ class _SwitchedRotary(StandIn):
         self.hooks: tuple[Any, ...] = ()
         self.before: tuple[Any, ...] = ()  # the rotary module and `generate` before the pair
         self.short, self.long = (RescaledRotary(site, r) for r in (pair.short, pair.long))
-        self.long_rows = torch.zeros(1, dtype=torch.bool)
+        self.call = _Call()
 
     def forward(self, x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
-        rows = self.long_rows
+        rows = self.call.long_rows
         if rows.all() or not rows.any():
             return (self.long if rows.all() else self.short)(x, position_ids, *kind, **named)
         positions = one_axis(position_ids).expand(len(rows), -1)
@@ -196,11 +211,14 @@ class _Switch:
     """Hooks of the short/long switch: choose factors per row, refill the cache at a crossing."""
 
     def __init__(self, pair: RescalePair, site: RotarySite):
-        self.recovery_length = pair.recovery_length
+        self.recovery_length, self.site = pair.recovery_length, site
         self.rotary = _SwitchedRotary(pair, site)
-        self.announced: Tensor | None = None  # lengths of the prompts passed to generate()
-        self._call: tuple[Tensor, int] | None = None  # all ids, and how many are new
-        self._model_inputs: dict[str, Any] = {}  # inputs of the model around the decoder
+        self.call = self.rotary.call
+
+    @property
+    def covered(self) -> bool:
+        """Whether another rescale was applied over the pair."""
+        return getattr(self.site.owner, self.site.name) is not self.rotary
 
     def note(self, model: Any, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the switch: note a multimodal model's token ids and mask.
@@ -210,13 +228,15 @@ class _Switch:
         Raises:
             ValueError: the input contains an image, a video or audio.
         """
+        if self.covered:
+            return
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
         for name, value in given.items():
             empty = value is None or (isinstance(value, dict) and not value)
             if name.startswith(_NO_TEXT) and not empty:
                 raise ValueError(f"{name}: the short/long switch supports text only")
-        self._model_inputs = {name: given.get(name) for name in ("input_ids", "attention_mask")}
+        self.call.model_inputs = {name: given.get(name) for name in ("input_ids", "attention_mask")}
 
     def before(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the switch: choose factors per row, refill the cache at a crossing.
@@ -225,9 +245,11 @@ class _Switch:
             ValueError: no token ids or row lengths, position ids of packed documents, or a cache
                 that was filled elsewhere.
         """
+        if self.covered:
+            return args, kwargs
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
-        inputs_of_model, self._model_inputs = self._model_inputs, {}  # for this call only
+        inputs_of_model, self.call.model_inputs = self.call.model_inputs, {}  # for this call only
         if given.get("input_ids") is None and inputs_of_model.get("input_ids") is not None:
             given |= inputs_of_model
             for made in ("inputs_embeds", "per_layer_inputs"):
@@ -265,19 +287,23 @@ class _Switch:
         else:
             start = cached if given["input_ids"].shape[1] == new else 0
             given["position_ids"] = positions_of(given["input_ids"], mask, start)
-        self.rotary.long_rows = long_rows
-        self._call = ids, new
+        self.call.long_rows, self.call.ids, self.call.new = long_rows, ids, new
         return (), given
 
     def after(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook of the switch: note the cache's contents, keep only new hidden states."""
-        assert self._call is not None
-        ids, new = self._call
-        self._call = None
+        if self.covered:
+            return output
+        new = self.call.new
         cache = getattr(output, cache_name(decoder), None)
         if cache is not None:
-            setattr(cache, _FILLED, _Filled(ids, self.rotary.long_rows, self.rotary.pair))
+            filled = _Filled(self.call.ids, self.call.long_rows, self.rotary.pair)
+            setattr(cache, _FILLED, filled)
         output.last_hidden_state = output.last_hidden_state[:, -new:]
+        if getattr(output, "hidden_states", None):
+            output.hidden_states = tuple(hidden[:, -new:] for hidden in output.hidden_states)
+        if getattr(output, "attentions", None):
+            output.attentions = tuple(weights[:, :, -new:] for weights in output.attentions)
         return output
 
     def _judge(self, ids: Tensor, mask: Tensor | None, cached: int) -> Tensor:
@@ -289,8 +315,9 @@ class _Switch:
             lengths = torch.full((ids.shape[0],), cached + ids.shape[1])
         else:
             lengths = mask.long().sum(dim=1).cpu()
-        if self.announced is not None and len(lengths) % len(self.announced) == 0:
-            prompts = self.announced.repeat_interleave(len(lengths) // len(self.announced))
+        prompts = self.call.prompts
+        if prompts is not None and len(lengths) % len(prompts) == 0:
+            prompts = prompts.repeat_interleave(len(lengths) // len(prompts))
             lengths = torch.maximum(lengths, prompts)  # a prompt that is prefilled in chunks
         return lengths > self.recovery_length
 
@@ -300,6 +327,8 @@ class _Switch:
         Raises:
             ValueError: assisted generation, beam search or a static cache.
         """
+        if self.covered:
+            return original(inputs, *args, **options)
         given = options.get("generation_config", args[0] if args else None)
         configs = (given, getattr(original.__self__, "generation_config", None))
 
@@ -332,11 +361,19 @@ class _Switch:
             )
         ids = inputs if inputs is not None else options.get("input_ids")
         mask = options.get("attention_mask")
+        if mask is None and ids is not None:
+            mask = _inferred_mask(ids, option("pad_token_id"), option("eos_token_id"))
         if mask is not None:
-            self.announced = mask.long().sum(dim=1).cpu()
-        elif ids is not None:
-            self.announced = torch.full((ids.shape[0],), ids.shape[1])
+            self.call.prompts = mask.long().sum(dim=1).cpu()
         try:
             return original(inputs, *args, **options)
         finally:
-            self.announced = None
+            self.call.prompts = None
+
+
+def _inferred_mask(ids: Tensor, pad: Any, eos: Any) -> Tensor:
+    """Infer the attention mask of a prompt as ``generate`` does: pad tokens that are no EOS."""
+    ends = torch.as_tensor([] if eos is None else eos).flatten().tolist()
+    if pad is None or int(pad) in ends:
+        return torch.ones_like(ids)
+    return ids.ne(int(pad))
