@@ -100,7 +100,60 @@ def test_models_as_people_have_them(kind, model, tokenizer, texts_in_memory, tmp
     assert len(found.best.factors) == 32
 
 
-def test_texts_as_people_have_them(tokenizer, texts, texts_in_memory, tmp_path):
+# peft reads a property that transformers will drop
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_active_adapter_belongs_to_the_model(model, tokenizer, texts_in_memory, tmp_path):
+    """A search of a model under another adapter is another search."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(model, adapters)
+    model.add_adapter("two", adapters)
+
+    def search():
+        return longrope.search_factors(
+            model,
+            tokenizer,
+            target_length="2x",
+            texts=texts_in_memory,
+            output_dir=tmp_path,
+            config=longrope.GradientSearchConfig(windows=1, budget=4, transfer="none"),
+        )
+
+    first = search()
+    assert search().best == first.best
+    model.set_adapter("two")
+    with pytest.raises(ValueError, match="another search"):
+        search()
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(ValueError, match="another search"):
+        search()
+
+
+def test_the_state_of_torch_changes_no_result(model, tokenizer, texts_in_memory, tmp_path):
+    asked = {"lengths": [512], "tokens_per_document": 512}
+    yarn = longrope.methods.yarn(model, target_length="8x")
+
+    def row():
+        return longrope.perplexity(model, tokenizer, texts_in_memory, rescale=yarn, **asked)[0]
+
+    expected = row()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert row() == expected
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert row() == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+    search = {"target_length": "2x", "texts": texts_in_memory, "output_dir": tmp_path}
+    with torch.inference_mode():
+        assert row() == expected
+        with pytest.raises(ValueError, match=r"outside torch\.inference_mode"):
+            longrope.search_factors(model, tokenizer, **search)
+
+
+def test_texts_as_people_have_them(tokenizer, texts, texts_in_memory, tmp_path, caplog):
     import datasets
 
     files = sorted(Path(texts).glob("*.txt"))
@@ -118,6 +171,13 @@ def test_texts_as_people_have_them(tokenizer, texts, texts_in_memory, tmp_path):
         longrope.perplexity("bundled", texts=[str(files[0])], **asked)
     with pytest.raises(ValueError, match="texts is empty"):
         longrope.perplexity("bundled", texts=[], **asked)
+    caplog.clear()
+    short = longrope.perplexity(
+        "bundled", texts=["a short text", *texts_in_memory], lengths=[256], tokens_per_document=256
+    )
+    assert short[0]["documents"] == len(texts_in_memory)
+    (said,) = (r.getMessage() for r in caplog.records if "left out" in r.getMessage())
+    assert f"1 of {1 + len(texts_in_memory)} documents" in said and "256 tokens" in said
     for table in (dataset.to_dict(), dataset.to_pandas()):
         with pytest.raises(ValueError, match=f"texts is a {type(table).__name__}"):
             longrope.perplexity("bundled", texts=table, **asked)
@@ -201,8 +261,14 @@ def test_an_extended_model_generates_across_the_boundary(finished, tmp_path, cap
         for path in (tmp_path, out / "model")
     )
     long = torch.randint(3, 1500, (1, 600), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert_close(saved(input_ids=long).logits, exported(input_ids=long).logits)
+    longrope.export(out, tmp_path / "run.gguf", format="gguf", dtype="float32")
+    longrope.from_pretrained(tmp_path / "run.gguf", dtype="float32").save_pretrained(tmp_path / "g")
+    of_gguf = AutoModelForCausalLM.from_pretrained(tmp_path / "g", dtype=torch.float32).eval()
+    for n in (boundary, 600):
+        with torch.no_grad():
+            expected = exported(input_ids=long[:, :n]).logits
+            assert_close(saved(input_ids=long[:, :n]).logits, expected)
+            assert_close(of_gguf(input_ids=long[:, :n]).logits, expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="source is 'bundled'"):
         longrope.from_pretrained("bundled")
 

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig
 
 from longrope.checkpoints.export import ExportOptions
 from longrope.checkpoints.export import export as export_checkpoint
+from longrope.checkpoints.hf import scaled_config
 from longrope.checkpoints.in_memory import saved_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.data.documents import documents_of
@@ -110,6 +112,8 @@ def search_factors(
         >>> result.best.max_position_embeddings
         512
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("search_factors computes gradients: call it outside torch.inference_mode")
     options = SearchOptions(
         target=str(target_length),
         out=Path(output_dir),
@@ -247,7 +251,8 @@ def from_pretrained(
 
     Every call uses the right factors: each row of a batch gets short factors up to the boundary
     and long ones beyond it, also while ``generate()`` crosses it, and n̂ is applied.
-    ``transformers.pipeline`` works.
+    ``transformers.pipeline`` works. What ``save_pretrained`` writes is for transformers 5;
+    :func:`export` also writes for version 4 and for engines.
 
     Args:
         source: a run of ``longrope extend``, or a checkpoint with longrope factors.
@@ -269,13 +274,14 @@ def from_pretrained(
             "extend, or apply factors with longrope.apply_rescale"
         )
     apply_pair(loaded.model, pair)
-    if not loaded.info.source.endswith(".gguf"):
-        # The model was loaded without its scaling; what is saved from it must have it.
-        config = read_pretrained(AutoConfig, loaded.info.source, trust_remote_code)
-        exported = config.get_text_config()
-        loaded.model.config.get_text_config().update(
-            {name: value for name in _SCALED if (value := getattr(exported, name, None))}
-        )
+    # The model was loaded without its scaling; what is saved from it must have it.
+    config = loaded.model.config.get_text_config()
+    if loaded.info.source.endswith(".gguf"):
+        exported = scaled_config(config.to_dict(), pair, config)
+    else:
+        exported = read_pretrained(AutoConfig, loaded.info.source, trust_remote_code)
+        exported = exported.get_text_config().to_dict()
+    config.update({name: exported[name] for name in _SCALED if name in exported})
     return loaded.model
 
 
@@ -476,11 +482,15 @@ def _prepared(
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Put the model of an API call into evaluation mode for a ``with`` block."""
+    """Put the model of an API call into evaluation mode for a ``with`` block, without autocast."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

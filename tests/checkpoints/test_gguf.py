@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -209,6 +210,30 @@ def test_a_gguf_file_keeps_its_alignment(made, tmp_path, alignment):
     for tensor in found.tensors:
         assert tensor.data_offset % alignment == 0
         np.testing.assert_array_equal(tensor.data, before[tensor.name].data)
+
+
+def test_an_empty_array_is_left_out(made, tmp_path, monkeypatch):
+    """llama.cpp's converter wrote some; the library reads them, but does not write them."""
+    import gguf
+
+    kinds, pack = gguf.GGUFValueType, gguf.GGUFWriter._pack_val
+
+    def packed(self, value, kind, add_vtype, sub_type=None):
+        if value != []:
+            return pack(self, value, kind, add_vtype, sub_type=sub_type)
+        return struct.pack("<IIQ", kinds.ARRAY, kinds.STRING, 0)
+
+    export(options(tmp_path, "bundled", "plain.gguf", "gguf"))
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    arch, metadata = read_metadata(reader)
+    tags = ("general.tags", [], kinds.ARRAY, kinds.STRING)
+    with monkeypatch.context() as patched:
+        patched.setattr(gguf.GGUFWriter, "_pack_val", packed)
+        write_file(tmp_path / "tags.gguf", arch, [*metadata, tags], read_tensors(reader))
+    assert "general.tags" in gguf.GGUFReader(tmp_path / "tags.gguf").fields
+    export(ExportOptions(str(tmp_path / "tags.gguf"), tmp_path / "out.gguf", "gguf"))
+    found = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert found.keys() == reader.fields.keys()
 
 
 def test_an_export_is_exported_with_its_own_factors(made, tmp_path):

@@ -60,6 +60,8 @@ def test_what_is_evaluated_on_is_never_trained_on(bundled, texts):
     made = splits(bundled, target=512, data=[str(texts)], eval_data=[file])
     assert disjoint(made)
     assert len(made.evaluation) == 1
+    with pytest.raises(ValueError, match="all documents of `data` are in `eval_data` too"):
+        splits(bundled, target=512, data=[file], eval_data=[str(texts)])
 
 
 def test_short_documents_are_joined(bundled, texts):

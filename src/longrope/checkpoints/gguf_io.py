@@ -36,6 +36,8 @@ def read_metadata(reader: Any) -> tuple[str, Metadata]:
         elif not field.name.startswith("GGUF."):
             kind = field.types[0]
             member = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            if member is not None and not field.data:
+                continue  # an empty array, which the library cannot write
             items.append((field.name, field.contents(), kind, member))
     return arch, items
 

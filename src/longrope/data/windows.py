@@ -194,6 +194,17 @@ def join_short_documents(
     return result
 
 
+def warn_of_short(documents: Sequence[TokenDocument], length: int) -> None:
+    """Say how many tokenized documents are left out, because they hold no window of a length."""
+    short = sum(len(document) < length for document in documents)
+    if 0 < short < len(documents):
+        log.warning(
+            "%s of %s documents have fewer than %s tokens and are left out; --pack (pack=True) "
+            "joins them",
+            *(f"{number:,}" for number in (short, len(documents), length)),
+        )
+
+
 def require_length(documents: Sequence[TokenDocument], length: int) -> list[TokenDocument]:
     """Return the tokenized documents that hold a window of ``length`` tokens.
 
@@ -266,6 +277,7 @@ def search_windows(
         ValueError: no document is long enough.
     """
     usable = require_length(documents, length)
+    warn_of_short(documents, length)
     rng = random.Random(seed)
     chosen = _shuffled(usable, rng)
     if spare_half:

@@ -12,7 +12,7 @@ from typing import Any
 
 from longrope.data.encoding import bos_token
 from longrope.data.prompts import Prompt, haystack_lines, needle_prompt, passkey_prompt
-from longrope.data.windows import TokenDocument, check_documents
+from longrope.data.windows import TokenDocument, check_documents, warn_of_short
 from longrope.evaluate.benchmarks import score_benchmark
 from longrope.evaluate.cache import MeasurementCache
 from longrope.evaluate.perplexity import score
@@ -125,8 +125,10 @@ def measure_all(
     """Run several measurements of one model in order, with a progress bar."""
     for one in measurements:
         check_documents(one.documents, loaded.info.vocabulary)
-    found = []
-    show = loaded.group.rank == 0
+    found, show = [], loaded.group.rank == 0
+    for one in measurements[:1] if show else ():
+        if isinstance(one.options, PerplexityConfig):  # the others are on the same documents
+            warn_of_short(one.documents, max(one.options.lengths))
     with progress("evaluate", len(measurements), show=show) as advance:
         for number, one in enumerate(measurements, 1):
             found.append(measure(loaded, one, cache))

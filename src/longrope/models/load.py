@@ -50,7 +50,7 @@ class LoadedModel:
         return long_forward(self.model, self.execution, self.group)
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of a loaded model: a hash of its weights and its config."""
+        """Return the fingerprint of a loaded model: a hash of its weights, config and adapters."""
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in _NOT_COUNTED}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         with announced("hashing the weights"):
@@ -58,6 +58,10 @@ class LoadedModel:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 flat = tensor.detach().cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy())
+        for name, module in self.model.named_modules():  # adapters of PEFT
+            if hasattr(module, "merged_adapters"):
+                used = module.disable_adapters or sorted(module.active_adapters)
+                digest.update(f"{name} {used} {sorted(module.merged_adapters)}".encode())
         return digest.hexdigest()
 
 

@@ -92,6 +92,11 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
         documents = exclude_documents(
             documents, [h for document in evaluation for h in document.sha256]
         )
+        if not documents:
+            raise ValueError(
+                "all documents of `data` are in `eval_data` too, and no text serves two purposes: "
+                "leave out `eval_data`, or give other documents"
+            )
     else:
         evaluation = []
     purposes = 1 + (trained is not None) + (not evaluation)

@@ -144,7 +144,8 @@ def _at_one(site: RotarySite) -> tuple[Any, Any]:
     """Build a rotary module of the same class with real frequencies, and call it at position 1."""
     module = type(site.module)(config=site.module.config)
     extra = () if site.layer_type is None else (site.layer_type,)
-    return module, module(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), *extra)
+    position = torch.ones(1, 1, dtype=torch.long)
+    return module, module(torch.zeros(1, 1, 1, dtype=torch.float32), position, *extra)
 
 
 def is_complex(site: RotarySite) -> bool:
