@@ -20,7 +20,7 @@ from typing import Any
 
 import record
 
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.windows import load_documents, pack
 from longrope.distributed import Ranks
 from longrope.evaluate.cache import MeasurementCache
@@ -176,7 +176,7 @@ def untrained(args: argparse.Namespace, target: str, seeds: list[int]) -> dict[s
     lengths, tokens = resolve_lengths(loaded.info, (target,), target)
     documents = load_documents(loaded.tokenizer, ["python-library-held-out"])
     if args.pack:
-        bos, eos = bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id
+        bos, eos = bos_tokens(loaded.tokenizer), loaded.tokenizer.eos_token_id
         documents = [pack(documents, bos, eos)]
     rows = compare_perplexity(
         loaded,

@@ -22,7 +22,7 @@ import record
 import torch
 import transformers
 
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.windows import load_documents, search_windows
 from longrope.distributed import Ranks, ranks
 from longrope.execution import ExecutionConfig
@@ -60,7 +60,7 @@ def child(args: argparse.Namespace) -> None:
 def _search(config: GradientSearchConfig | EvolutionSearchConfig, these: Ranks, out: Path) -> float:
     loaded = load_model("bundled", ExecutionConfig(dtype="float32", device="cpu"))
     documents = load_documents(loaded.tokenizer, ["python-library"])
-    windows = search_windows(documents, 2048, config.windows, 0, bos_token(loaded.tokenizer))
+    windows = search_windows(documents, 2048, config.windows, 0, bos_tokens(loaded.tokenizer))
     problem = first_search_problem(loaded.info, 2048)
     these.gather(0.0)
     started = time.perf_counter()

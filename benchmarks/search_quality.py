@@ -25,7 +25,7 @@ import record
 from smollm2 import model_path
 
 from longrope.data.documents import check_sources
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.windows import (
     Windows,
     exclude_documents,
@@ -78,7 +78,7 @@ def searched(args: argparse.Namespace, these: Ranks) -> tuple[dict, list[dict[st
     """What was asked, and a row for every search; the first process alone measures held out."""
     execution = ExecutionConfig(dtype=args.dtype, chunk_size=args.chunk)
     loaded = load_model(model_path(args.model), execution)
-    length, bos = parse_extension(args.target, loaded.info), bos_token(loaded.tokenizer)
+    length, bos = parse_extension(args.target, loaded.info), bos_tokens(loaded.tokenizer)
     documents = load_documents(loaded.tokenizer, args.data)
     windows = search_windows(documents, length, args.windows, 0, bos)
     held_out = unseen_windows(loaded, args.data, documents, windows, length, args.held_out)
@@ -127,7 +127,7 @@ def unseen_windows(
         if data == ["python-library"]
         else exclude_documents(documents, searched)
     )
-    bos = bos_token(loaded.tokenizer)
+    bos = bos_tokens(loaded.tokenizer)
     rows = [with_bos(d.ids[:length], bos) for d in others if len(d) >= length]
     return np.stack(rows[:most])
 

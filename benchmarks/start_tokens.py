@@ -14,7 +14,7 @@ from pathlib import Path
 import record
 from smollm2 import model_path
 
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.windows import load_documents
 from longrope.evaluate.perplexity import paired_difference, score
 from longrope.execution import ExecutionConfig
@@ -38,7 +38,7 @@ def main() -> None:
 
     loaded = load_model(model_path(args.model), ExecutionConfig(dtype=args.dtype))
     documents = load_documents(loaded.tokenizer, args.data)
-    bos = bos_token(loaded.tokenizer)
+    bos = bos_tokens(loaded.tokenizer)
     forward = LongForward(loaded.model)
     rows = []
     for length in map(int, args.lengths.split(",")):

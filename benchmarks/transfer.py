@@ -21,7 +21,7 @@ import numpy as np
 import record
 
 from longrope.data.documents import Document
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.stdlib import library_texts
 from longrope.data.windows import TokenDocument, tokenize, with_bos
 from longrope.distributed import Ranks
@@ -117,7 +117,7 @@ class Judge:
     ):
         assert loaded.info.original_max_position_embeddings
         self.kept, self.length = kept, scale * loaded.info.original_max_position_embeddings
-        bos = bos_token(loaded.tokenizer)
+        bos = bos_tokens(loaded.tokenizer)
         self.objectives = {
             kind: Objective(loaded.forward(), windows(documents[kind], self.length, bos))
             for kind in KINDS

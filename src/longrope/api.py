@@ -22,7 +22,7 @@ from longrope.checkpoints.hf import scaled_config
 from longrope.checkpoints.in_memory import saved_model
 from longrope.checkpoints.manifest import Manifest
 from longrope.data.documents import documents_of
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.windows import pack as join
 from longrope.data.windows import tokenize
 from longrope.distributed import Ranks, ranks
@@ -220,7 +220,7 @@ def perplexity(
         )
         documents = tokenize(documents_of(texts, field), loaded.tokenizer)
         if pack:
-            bos, eos = bos_token(loaded.tokenizer), loaded.tokenizer.eos_token_id
+            bos, eos = bos_tokens(loaded.tokenizer), loaded.tokenizer.eos_token_id
             documents = [join(documents, bos, eos)]
         searched = set(rescale.searched_documents) if rescale else set()
         if any(searched & set(document.sha256) for document in documents):

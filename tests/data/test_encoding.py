@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longrope.data import encoding
-from longrope.data.encoding import bos_token, check_ids, encode, encode_prompt, tokenizer_digest
+from longrope.data.encoding import bos_tokens, check_ids, encode, encode_prompt, tokenizer_digest
 from longrope.data.stdlib import library_texts
 from longrope.models.bundled import BUNDLED
 from program import start, succeeds
@@ -46,6 +46,7 @@ TEMPLATES = {
     "<|bos|> $A": [0],
     "<|bos|> $A <|eos|>": [0],
     "<|bos|> $A <|eos|> <|eos|>": [0],
+    "<|bos|> <|eos|> $A": [0, 1],  # as GLM's [gMASK]<sop>
 }
 
 
@@ -54,8 +55,9 @@ def test_prompts_have_the_bos_of_the_tokenizer_and_no_eos(bundled, template, bef
     tokenizer = with_template(bundled, template)
     bare = bundled("import os", add_special_tokens=False)["input_ids"]
     assert encode_prompt(tokenizer, "import os") == before + bare
-    assert bos_token(tokenizer) == (before[0] if before else None)
-    assert encode_prompt(tokenizer, "<|bos|>import os") == [0, *bare]  # never twice
+    assert bos_tokens(tokenizer) == before
+    if before != [0, 1]:
+        assert encode_prompt(tokenizer, "<|bos|>import os") == [0, *bare]  # never twice
     assert encode(tokenizer, ["import os"])[0].tolist() == bare
 
 

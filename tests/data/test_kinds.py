@@ -26,7 +26,7 @@ def places(document, window):
 
 
 def test_a_window_of_each_kind_and_others_from_the_second_half(tokenizer):
-    searched, validated = windows_of_kinds(tokenizer, 2048, 256, seed=0, bos=0)
+    searched, validated = windows_of_kinds(tokenizer, 2048, 256, seed=0, bos=[0])
     assert tuple(searched) == tuple(validated) == KINDS
     for document in kind_documents(tokenizer):
         half = len(document) // 2
@@ -36,21 +36,21 @@ def test_a_window_of_each_kind_and_others_from_the_second_half(tokenizer):
         assert len(starts) == 2
         assert min(starts) >= half
         assert abs(starts[0] - starts[1]) >= 2048
-    again, _ = windows_of_kinds(tokenizer, 2048, 256, seed=0, bos=0)
+    again, _ = windows_of_kinds(tokenizer, 2048, 256, seed=0, bos=[0])
     assert all((again[kind] == searched[kind]).all() for kind in KINDS)
-    other, _ = windows_of_kinds(tokenizer, 2048, 256, seed=1, bos=0)
+    other, _ = windows_of_kinds(tokenizer, 2048, 256, seed=1, bos=[0])
     assert any((other[kind] != searched[kind]).any() for kind in KINDS)
 
 
 def test_kinds_are_joined_for_a_length_that_none_has(tokenizer):
     total = sum(len(document) // 2 for document in kind_documents(tokenizer))
-    searched, validated = windows_of_kinds(tokenizer, total, 4096, seed=0, bos=None)
+    searched, validated = windows_of_kinds(tokenizer, total, 4096, seed=0, bos=[])
     assert list(searched) == list(validated) == ["other kinds"]
     assert len(searched["other kinds"]) == total
-    shorter, _ = windows_of_kinds(tokenizer, 10 * total, 4096, seed=0, bos=None)
+    shorter, _ = windows_of_kinds(tokenizer, 10 * total, 4096, seed=0, bos=[])
     assert total <= len(shorter["other kinds"]) < 1.01 * total
 
 
 def test_texts_no_longer_than_the_original_length_are_left_out(tokenizer):
-    assert windows_of_kinds(tokenizer, 10**7, 10**6, seed=0, bos=None) == ({}, {})
-    assert np.size(windows_of_kinds(tokenizer, 512, 10**6, seed=0, bos=None)[0]["prose"]) == 512
+    assert windows_of_kinds(tokenizer, 10**7, 10**6, seed=0, bos=[]) == ({}, {})
+    assert np.size(windows_of_kinds(tokenizer, 512, 10**6, seed=0, bos=[])[0]["prose"]) == 512

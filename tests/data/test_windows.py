@@ -158,8 +158,8 @@ def test_tokens_need_no_cache(tokenizer, tmp_path, monkeypatch, caplog, where):
         ("HOME", "", "HOME/.cache/longrope/tokens"),
         ("HOME", "HOME/given", "HOME/given/tokens"),
         ("HOME", "~/given", "HOME/given/tokens"),
-        ("", None, None),
-        (None, None, None),
+        ("", [], None),
+        (None, [], None),
         (None, "HOME/given", "HOME/given/tokens"),
     ],
 )
@@ -195,7 +195,7 @@ def test_single_digits(tokenizer):
     length=st.integers(2, 120),
     samples=st.integers(1, 9),
     seed=st.integers(0, 5),
-    bos=st.sampled_from([None, 999_999]),
+    bos=st.sampled_from([[], [999_999], [999_998, 999_999]]),
 )
 def test_search_windows(sizes, length, samples, seed, bos):
     documents = [document(f"d{i}", n) for i, n in enumerate(sizes)]
@@ -205,16 +205,15 @@ def test_search_windows(sizes, length, samples, seed, bos):
             search_windows(documents, length, samples, seed, bos)
         return
     windows = search_windows(documents, length, samples, seed, bos)
-    assert windows.ids.shape[1] == length + (bos is not None)
+    assert windows.ids.shape[1] == length + len(bos)
     assert 1 <= len(windows.ids) <= samples
     # Half of the usable documents stay unseen, and the choice does not hang on their order.
     assert len(windows.documents) <= (len(usable) + 1) // 2
     again = search_windows(documents[::-1], length, samples, seed, bos)
     assert np.array_equal(windows.ids, again.ids)
-    body = windows.ids[:, 1:] if bos is not None else windows.ids
+    body = windows.ids[:, len(bos) :]
     assert (np.diff(body, axis=1) % 1000 == 1).all()  # consecutive tokens of one document
-    if bos is not None:
-        assert (windows.ids[:, 0] == bos).all()
+    assert (windows.ids[:, : len(bos)] == bos).all()
     available = sum(len(d) // length for d in windows.documents)
     assert len(windows.ids) == min(samples, available)
 
@@ -229,7 +228,7 @@ def test_validation_windows_are_not_searched(sizes, samples, validation, spare_h
     documents = [document(f"d{i}", n) for i, n in enumerate(sizes)]
     for number, each in enumerate(documents):
         each.ids[:] += 1000 * number
-    asked = {"length": 20, "samples": samples, "seed": 0, "bos": None, "spare_half": spare_half}
+    asked = {"length": 20, "samples": samples, "seed": 0, "bos": [], "spare_half": spare_half}
     without = search_windows(documents, **asked)
     windows = search_windows(documents, **asked, validation=validation)
     searched = {int(i) for row in windows.ids for i in row}
@@ -254,7 +253,7 @@ def test_validation_prefers_other_documents():
     documents = [document(f"d{i}", 100) for i in range(8)]
     for number, each in enumerate(documents):
         each.ids[:] += 1000 * number
-    windows = search_windows(documents, 20, 2, 0, None, validation=3)
+    windows = search_windows(documents, 20, 2, 0, [], validation=3)
     searched, unseen = (
         {row[0] // 1000 for row in rows} for rows in (windows.ids, windows.validation)
     )
@@ -266,20 +265,20 @@ def test_too_few_tokens_says_how_many_and_what_to_do():
     with pytest.raises(
         ValueError, match=r"must have 2,048, .* has 300 \(500 in all\).*`data`.*pack=True"
     ):
-        search_windows([document("a", 300), document("b", 200)], 2048, 5, 0, None)
+        search_windows([document("a", 300), document("b", 200)], 2048, 5, 0, [])
 
 
 def test_pack_joins_with_bos_and_eos():
-    packed = pack([document("a", 3), document("b", 2)], bos=7, eos=8)
+    packed = pack([document("a", 3), document("b", 2)], bos=[7], eos=8)
     assert packed.ids.tolist() == [7, 0, 1, 2, 8, 7, 0, 1, 8]
     assert packed.sha256 == ("a", "b")
-    assert pack([document("a", 2)], None, None).ids.tolist() == [0, 1]
+    assert pack([document("a", 2)], [], None).ids.tolist() == [0, 1]
 
 
 def test_unseen_is_disjoint():
     documents = [document(name, 5) for name in "abc"]
     assert [d.name for d in exclude_documents(documents, ["b"])] == ["a", "c"]
-    packed = pack(documents[:2], None, None)
+    packed = pack(documents[:2], [], None)
     assert [d.name for d in exclude_documents([packed, documents[2]], ["a"])] == ["c"]
 
 

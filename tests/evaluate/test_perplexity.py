@@ -28,21 +28,21 @@ def model64():
 def brute_force(model, docs, length, bos):
     """Mean loss over every whole window, one plain float64 forward each.
 
-    A BOS counts as one of the window's tokens, so the last one does not fit.
+    BOS tokens count as tokens of the window, so its last ones do not fit.
     """
     total, count = 0.0, 0
     for document in docs:
         for start in range(0, len(document) - length + 1, length):
             window = document.ids[start : start + length].tolist()
-            ids = torch.tensor([window if bos is None else [bos, *window[:-1]]])
+            ids = torch.tensor([[*bos, *window[: length - len(bos)]]])
             probabilities = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            for position in range(1, ids.shape[1]):
+            for position in range(max(len(bos), 1), length):
                 total -= probabilities[position - 1, ids[0, position]].item()
                 count += 1
     return total / count, count
 
 
-@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize("bos", [[], [0], [5, 0]])
 @pytest.mark.parametrize("length", [16, 40, 64])
 def test_equals_brute_force(model64, bos, length):
     docs = documents(200, 64, 131)
@@ -54,7 +54,7 @@ def test_equals_brute_force(model64, bos, length):
     assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-6)
 
 
-@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize("bos", [[], [0], [5, 0]])
 def test_lengths_are_scored_on_the_same_tokens(model64, bos):
     docs = documents(200, 70, 131)
     forward = LongForward(model64)
@@ -70,22 +70,22 @@ def test_lengths_are_scored_on_the_same_tokens(model64, bos):
 
 def test_lengths_must_tile(model64):
     with pytest.raises(ValueError, match="24 does not divide 64"):
-        score(LongForward(model64), documents(200), 24, bos=0, lengths=[24, 64])
+        score(LongForward(model64), documents(200), 24, bos=[0], lengths=[24, 64])
 
 
-@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize("bos", [[], [0], [5, 0]])
 def test_a_sliding_window_scores_every_token_once_with_more_context(model64, bos):
     docs = documents(128)
     forward = LongForward(model64)
     found = score(forward, docs, 64, bos=bos, stride=16)
-    assert found.tokens == 127
-    if bos is not None:
+    assert found.tokens == 128 - max(len(bos), 1)
+    if bos:
         return
     # The second window's last 16 tokens, each with at least 48 before it.
     whole = forward.losses(torch.from_numpy(docs[0].ids[16:80].astype(np.int64))[None])[0]
     np.testing.assert_allclose(found.documents[0][1, 48:], whole[47:].double())
     with pytest.raises(ValueError, match="stride is 65"):
-        score(forward, docs, 64, bos=None, stride=65)
+        score(forward, docs, 64, bos=[], stride=65)
 
 
 def test_the_tail_is_what_lies_beyond():
@@ -96,7 +96,7 @@ def test_the_tail_is_what_lies_beyond():
 
 
 def test_tokens_per_document(model64):
-    found = score(LongForward(model64), documents(200, 100), 32, bos=0, tokens_per_document=64)
+    found = score(LongForward(model64), documents(200, 100), 32, bos=[0], tokens_per_document=64)
     assert found.windows == 4
 
 
@@ -110,7 +110,7 @@ def test_a_loss_that_is_nan_is_not_left_out(monkeypatch, model64):
         return losses
 
     monkeypatch.setattr(forward, "losses", broken)
-    found = score(forward, documents(100, 64), 64, bos=0)
+    found = score(forward, documents(100, 64), 64, bos=[0])
     assert found.tokens == 2 * 63
     assert found.mean == found.perplexity == math.inf
     assert found.standard_error is None

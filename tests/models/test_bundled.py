@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longrope.data.documents import read_documents
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.windows import tokenize
 from longrope.evaluate.perplexity import score
 from longrope.layerwise.forward import LongForward
@@ -47,7 +47,7 @@ def test_passkey_inside_its_window(bundled):
 
 def test_it_breaks_beyond_its_window(bundled):
     documents = tokenize(read_documents(["python-library-held-out"]), bundled.tokenizer)
-    forward, bos = LongForward(bundled.model), bos_token(bundled.tokenizer)
+    forward, bos = LongForward(bundled.model), bos_tokens(bundled.tokenizer)
     options = {"bos": bos, "lengths": [128, 256, 1024], "tokens_per_document": 1024}
     short, whole, beyond = (
         score(forward, documents, length, **options).perplexity for length in (128, 256, 1024)

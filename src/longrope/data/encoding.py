@@ -23,21 +23,15 @@ _CUTS = re.compile(r"(?<=\S\n)(?=\w)"), re.compile(r"(?<=\w)(?=[^\w\n])")
 _TRIED = 8  # cuts of a kind, before the piece is made longer
 
 
-def bos_token(tokenizer: Any) -> int | None:
-    """Return the id of the one token that the tokenizer puts before a text, else None."""
-    before = tokens_before(tokenizer)
-    return before[0] if len(before) == 1 else None
-
-
-def tokens_before(tokenizer: Any) -> list[int]:
-    """Return the special tokens that the tokenizer puts before a text."""
+def bos_tokens(tokenizer: Any) -> list[int]:
+    """Return the special tokens that the tokenizer puts before a text: BOS, two (GLM), or none."""
     whole, bare = tokenizer("a")["input_ids"], _ids(tokenizer, "a")
     starts = range(len(whole) - len(bare) + 1)
     return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
 
 
 def without_start(ids: np.ndarray, before: list[int]) -> np.ndarray:
-    """Return a document's token ids without the :func:`tokens_before` that it begins with.
+    """Return a document's token ids without the :func:`bos_tokens` that it begins with.
 
     A chat template may have written them into the text.
     """
@@ -51,7 +45,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
     A text that begins with BOS gets no second one.
     """
-    before, ids = tokens_before(tokenizer), encode(tokenizer, [text])[0].tolist()
+    before, ids = bos_tokens(tokenizer), encode(tokenizer, [text])[0].tolist()
     return ids if before and ids[: len(before)] == before else before + ids
 
 

@@ -1,7 +1,7 @@
 """Short texts of four kinds, so that a search for one kind of text does not harm the others."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ TOKENS = 16_384
 
 
 def windows_of_kinds(
-    tokenizer: Any, length: int, original: int, seed: int, bos: int | None
+    tokenizer: Any, length: int, original: int, seed: int, bos: Sequence[int]
 ) -> tuple[dict[str, np.ndarray], dict[str, list[np.ndarray]]]:
     """Cut windows of each kind of text: one for a search, and others for its validation.
 
@@ -62,7 +62,7 @@ def kind_documents(tokenizer: Any) -> list[TokenDocument]:
 
 
 def _cut(
-    document: TokenDocument, size: int, count: int, rng: random.Random, bos: int | None
+    document: TokenDocument, size: int, count: int, rng: random.Random, bos: Sequence[int]
 ) -> Iterator[np.ndarray]:
     """Yield up to ``count`` disjoint windows from random places of a text of one kind."""
     starts = rng.sample(range(len(document) // size), k=min(count, len(document) // size))

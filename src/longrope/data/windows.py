@@ -13,10 +13,10 @@ import numpy as np
 
 from longrope.data.documents import Document, check_sources, read_documents
 from longrope.data.encoding import (
+    bos_tokens,
     check_ids,
     encode,
     tokenizer_digest,
-    tokens_before,
     without_start,
 )
 from longrope.files.stores import read_arrays, write_arrays
@@ -64,7 +64,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Any) -> list[TokenDocumen
                 rows = encode(
                     tokenizer, texts, lambda n, done=done: advance(done, f"{n:,} characters more")
                 )
-                before = tokens_before(tokenizer)
+                before = bos_tokens(tokenizer)
                 rows = [without_start(ids, before) for ids in rows]
                 if file and not _save_ids(file, rows):
                     cache = None
@@ -161,13 +161,12 @@ def _save_ids(file: Path, rows: Sequence[np.ndarray]) -> bool:
     return True
 
 
-def pack(documents: Sequence[TokenDocument], bos: int | None, eos: int | None) -> TokenDocument:
+def pack(documents: Sequence[TokenDocument], bos: Sequence[int], eos: int | None) -> TokenDocument:
     """Pack tokenized documents into one, each between BOS and EOS."""
     packed = []
     for document in documents:
-        start = [] if bos is None else [bos]
         end = [] if eos is None else [eos]
-        packed.append(np.concatenate([start, document.ids, end]).astype(np.int32))
+        packed.append(np.concatenate([bos, document.ids, end]).astype(np.int32))
     hashes = tuple(h for document in documents for h in document.sha256)
     name = "+".join(document.name for document in documents[:3])
     more = f" and {len(documents) - 3} more" if len(documents) > 3 else ""
@@ -175,7 +174,7 @@ def pack(documents: Sequence[TokenDocument], bos: int | None, eos: int | None) -
 
 
 def join_short_documents(
-    documents: Sequence[TokenDocument], length: int, bos: int | None, eos: int | None
+    documents: Sequence[TokenDocument], length: int, bos: Sequence[int], eos: int | None
 ) -> list[TokenDocument]:
     """Pack short tokenized documents together, so that each has at least ``length`` tokens.
 
@@ -183,7 +182,7 @@ def join_short_documents(
     """
     result = [document for document in documents if len(document) >= length]
     short: list[TokenDocument] = []
-    tokens, around = 0, (bos is not None) + (eos is not None)
+    tokens, around = 0, len(bos) + (eos is not None)
     for document in documents:
         if len(document) < length:
             short.append(document)
@@ -254,7 +253,7 @@ def search_windows(
     length: int,
     samples: int,
     seed: int,
-    bos: int | None,
+    bos: Sequence[int],
     *,
     validation: int = 0,
     spare_half: bool = True,
@@ -269,7 +268,7 @@ def search_windows(
     Args:
         length: tokens per window.
         samples: windows at most.
-        bos: id of the token before each window, or None.
+        bos: ids of the special tokens before each window, as of ``bos_tokens``.
         validation: validation windows at most; a third of all windows where these are few.
         spare_half: hold out the other half for evaluation; False uses all documents.
 
@@ -299,7 +298,7 @@ def search_windows(
     rows = [
         np.stack([with_bos(document.ids[start:][:length], bos) for document, start in part])
         if part
-        else np.empty((0, length + (bos is not None)), dtype=np.int32)
+        else np.empty((0, length + len(bos)), dtype=np.int32)
         for part in (pieces, unseen)
     ]
     return Windows(rows[0], tuple(d for d in chosen if id(d) in used), rows[1])
@@ -345,9 +344,9 @@ def _halves(document: TokenDocument, gap: int) -> tuple[TokenDocument, TokenDocu
     return halves[0], halves[1]
 
 
-def with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
-    """Return a window's token ids with a BOS in front, if there is one."""
-    return ids if bos is None else np.concatenate([[bos], ids]).astype(ids.dtype)
+def with_bos(ids: np.ndarray, bos: Sequence[int]) -> np.ndarray:
+    """Return a window's token ids with BOS tokens in front."""
+    return np.concatenate([bos, ids]).astype(ids.dtype)
 
 
 def exclude_documents(

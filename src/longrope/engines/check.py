@@ -16,7 +16,7 @@ from longrope.checkpoints.gguf import read_pair
 from longrope.checkpoints.importer import find_pair, import_pair
 from longrope.checkpoints.manifest import FILE as MANIFEST
 from longrope.checkpoints.manifest import Manifest
-from longrope.data.encoding import bos_token, encode
+from longrope.data.encoding import bos_tokens, encode
 from longrope.data.stdlib import library_texts
 from longrope.data.windows import with_bos
 from longrope.engines.specs import ENGINES, Engine, query, require_engine
@@ -299,8 +299,8 @@ def _make_prompts(loaded: LoadedModel, length: int, number: int) -> list[list[in
 
     Each has ``length`` tokens.
     """
-    ids, bos = np.zeros(0, dtype=np.int32), bos_token(loaded.tokenizer)
-    each = length - (bos is not None)
+    ids, bos = np.zeros(0, dtype=np.int32), bos_tokens(loaded.tokenizer)
+    each = length - len(bos)
     for text in library_texts(held_out=True).values():
         ids = np.concatenate([ids, *encode(loaded.tokenizer, [text])])
         if len(ids) >= number * each:

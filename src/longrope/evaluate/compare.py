@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.windows import (
     TokenDocument,
     load_documents,
@@ -210,7 +210,7 @@ def perplexity_documents(
     documents = load_documents(tokenizer, data, field)
     documents = _not_searched_on(documents, methods, exclude=exclude)
     if pack:
-        return [packed(documents, bos_token(tokenizer), tokenizer.eos_token_id)]
+        return [packed(documents, bos_tokens(tokenizer), tokenizer.eos_token_id)]
     return documents
 
 

@@ -13,7 +13,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 
 from longrope.compat import cache_name
-from longrope.data.encoding import bos_token, check_ids, encode, encode_prompt
+from longrope.data.encoding import bos_tokens, check_ids, encode, encode_prompt
 from longrope.evaluate.lm_eval_tasks import generation_settings
 from longrope.inference.generate import generate_tokens
 from longrope.layerwise.forward import BATCH_TOKENS, Continuation
@@ -54,8 +54,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        bos = bos_token(self.tokenizer)
-        return self.eot_token_id if bos is None else bos
+        return next(iter(bos_tokens(self.tokenizer)), self.eot_token_id)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.prompts import Prompt, haystack_lines, needle_prompt, passkey_prompt
 from longrope.data.windows import TokenDocument, check_documents, warn_of_short
 from longrope.evaluate.benchmarks import score_benchmark
@@ -100,7 +100,7 @@ def measure(
                 forward,
                 measurement.documents,
                 length,
-                bos=bos_token(loaded.tokenizer),
+                bos=bos_tokens(loaded.tokenizer),
                 lengths=options.lengths,
                 stride=options.stride,
                 tokens_per_document=options.tokens_per_document,

@@ -121,7 +121,7 @@ def score(
     documents: Sequence[TokenDocument],
     length: int,
     *,
-    bos: int | None,
+    bos: Sequence[int],
     lengths: Sequence[int] = (),
     stride: int | None = None,
     tokens_per_document: int | None = None,
@@ -132,8 +132,8 @@ def score(
     The active rescale applies. Every document is cut into consecutive whole windows from its start.
 
     Args:
-        bos: id of a token to put before every window, or None. It is one of the ``length``
-            tokens, so the last token of a window is not scored; without it, the first one.
+        bos: ids of the special tokens to put before every window. They are among its ``length``
+            tokens, so its last ones are not scored; without them, its first one.
         lengths: other lengths to score the same tokens at: those that no window of any of them
             leaves out. Documents are cut to a multiple of the longest.
         stride: tokens between the starts of overlapping windows; each window scores only tokens
@@ -158,10 +158,11 @@ def score(
         starts = range(0, len(ids) - length + 1, stride or length)
         scores = _window_losses(forward, [ids[start : start + length] for start in starts], bos)
         if stride is not None:
-            scores[1:, : length - stride - (bos is not None)] = np.nan
+            scores[1:, : length - stride - len(bos)] = np.nan
         else:
             for other in lengths:
-                scores[:, 0 if bos is None else other - 1 :: other] = np.nan
+                for place in range(other - len(bos), other) if bos else (0,):
+                    scores[:, place::other] = np.nan
         if known is not None:
             known[name] = scores
         scored.append(scores)
@@ -169,19 +170,19 @@ def score(
 
 
 def _window_losses(
-    forward: LongForward, windows: Sequence[np.ndarray], bos: int | None
+    forward: LongForward, windows: Sequence[np.ndarray], bos: Sequence[int]
 ) -> np.ndarray:
     """Return the loss of every token for a perplexity, shape (windows, length).
 
     Non-finite losses are infinite.
     """
-    inputs = windows if bos is None else [with_bos(ids[:-1], bos) for ids in windows]
+    inputs = [with_bos(ids[: len(ids) - len(bos)], bos) for ids in windows]
     losses = np.concatenate(
         [
             np.nan_to_num(batch.double().numpy(), nan=np.inf, posinf=np.inf)
             for batch in forward.batches(np.stack(inputs))
         ]
     )
-    not_scored = np.full((len(windows), 1), np.nan)
-    both = (not_scored, losses) if bos is None else (losses, not_scored)
+    not_scored = np.full((len(windows), max(len(bos), 1)), np.nan)
+    both = (losses[:, len(bos) - 1 :], not_scored) if bos else (not_scored, losses)
     return np.concatenate(both, axis=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from longrope.errors import first_line
+from longrope.errors import first_line, shortened
 from longrope.files.parse import read_json, refuse_lfs_pointer
 from longrope.models.bundled import BUNDLED
 from longrope.models.config_check import check_config
@@ -153,7 +153,12 @@ def is_in_config_file(source: str, config: Any, key: str) -> bool:
 
 
 def _local_path(source: str) -> Path:
-    return BUNDLED if source == "bundled" else Path(source)
+    path = BUNDLED if source == "bundled" else Path(source)
+    try:
+        path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{shortened(source)}: no such model ({error.strerror})") from None
+    return path
 
 
 def local_copy(source: str) -> Path:

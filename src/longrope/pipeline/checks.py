@@ -149,7 +149,7 @@ def check_text(run: Run, stages: Sequence[Stage]) -> Splits:
     """
     splits = run.splits
     for documents in (splits.search, splits.training, splits.evaluation, splits.other):
-        check_documents(documents, run.info.vocabulary, (splits.bos, splits.eos))
+        check_documents(documents, run.info.vocabulary, (*splits.bos, splits.eos))
     for stage in stages:
         if field := _asks(run.recipe, stage):
             require_room(field, run.tokenizer, stage.length)

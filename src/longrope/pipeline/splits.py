@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.windows import (
     MOST_SPANS,
     TokenDocument,
@@ -36,7 +36,7 @@ class Splits:
     training: tuple[TokenDocument, ...]
     evaluation: tuple[TokenDocument, ...]
     other: tuple[TokenDocument, ...]
-    bos: int | None
+    bos: Sequence[int]
     eos: int | None
 
     def search_windows(self, length: int, samples: int, seed: int, validation: int = 0) -> Windows:
@@ -122,7 +122,7 @@ def split_documents(tokenizer: Any, recipe: Recipe, target: int, trained: int | 
             f"too few tokens left to train on: {left:,} of {total:,}, but one sequence needs "
             f"{trained:,}; the other documents are used for search and evaluation; give more `data`"
         )
-    bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
+    bos, eos = bos_tokens(tokenizer), tokenizer.eos_token_id
     sources = recipe.other_sources
     other = load_documents(tokenizer, sources, recipe.field) if sources else []
     other = exclude_documents(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from longrope.data.documents import check_sources
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.kinds import windows_of_kinds
 from longrope.data.prompts import Prompt
 from longrope.data.windows import (
@@ -126,8 +126,8 @@ def search_documents(
         start_tokens=START_TOKENS if options.start_tokens is None else (options.start_tokens,),
         max_factor=options.config.max_factor,
     )
-    bos, seed = bos_token(loaded.tokenizer), options.seed
-    check_documents(documents, loaded.info.vocabulary, (bos,))
+    bos, seed = bos_tokens(loaded.tokenizer), options.seed
+    check_documents(documents, loaded.info.vocabulary, bos)
     if options.pack:
         documents = random_half(documents, random.Random(seed))
         documents = [pack(documents, bos, loaded.tokenizer.eos_token_id)]
@@ -246,7 +246,7 @@ def _choose_windows(
         return _Chosen(list(windows.ids), [], [])
     original = loaded.info.original_max_position_embeddings or 0
     searched, validated = windows_of_kinds(
-        loaded.tokenizer, length, original, seed, bos_token(loaded.tokenizer)
+        loaded.tokenizer, length, original, seed, bos_tokens(loaded.tokenizer)
     )
     if config.transfer == "validate":
         searched = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from longrope.data.encoding import bos_token
+from longrope.data.encoding import bos_tokens
 from longrope.data.prompts import passkey_prompt, question_tokens, require_room
 from longrope.data.windows import TokenDocument, pack
 
@@ -64,11 +64,11 @@ class LongContextDataset(Dataset):
         self.count, self.reach = count, reach
         self.passkey_share, self.answer_share = passkey_share, answer_share
         self.short, self.short_length, self.batch = short, short_length, batch
-        bos, eos = bos_token(tokenizer), tokenizer.eos_token_id
+        bos, eos = bos_tokens(tokenizer), tokenizer.eos_token_id
         self._shortest = question_tokens(tokenizer)
         if passkey_share:
             require_room("finetune.passkey_share", tokenizer, length)
-        self._start = [] if bos is None else [bos]
+        self._start = bos
         self._end = [] if eos is None else [eos]
         self._room = length - len(self._start) - len(self._end)
         ordered = sorted(documents, key=lambda document: document.sha256)
