@@ -158,8 +158,8 @@ def test_tokens_need_no_cache(tokenizer, tmp_path, monkeypatch, caplog, where):
         ("HOME", "", "HOME/.cache/longrope/tokens"),
         ("HOME", "HOME/given", "HOME/given/tokens"),
         ("HOME", "~/given", "HOME/given/tokens"),
-        ("", [], None),
-        (None, [], None),
+        ("", None, None),
+        (None, None, None),
         (None, "HOME/given", "HOME/given/tokens"),
     ],
 )
