@@ -361,7 +361,7 @@ def export(
         output: directory to write; a ``.gguf`` file for GGUF formats.
         tokenizer: of a model in memory.
         format: ``"hf"``, ``"hf-static"``, ``"gguf"`` or ``"gguf-static"``.
-        long_factors: a rescale, its file, or a method; not needed for a run.
+        long_factors: a rescale, its file, or a method; not needed for a run or an export.
         short_factors: factors for short sequences; without them the long serve every length.
         options: further fields of :class:`longrope.checkpoints.export.ExportOptions`, such as
             ``target`` and ``force``.

@@ -41,8 +41,8 @@ class ExportOptions:
 
     Args:
         model: a run of ``longrope extend``, a checkpoint, a hub id, or a GGUF file.
-        long_factors, short_factors: rescale files, CSV files or methods' names; a run has its
-            own. Without ``short_factors`` the long ones serve every length.
+        long_factors, short_factors: rescale files, CSV files or methods' names; a run and an
+            export have their own. Without ``short_factors`` the long ones serve every length.
         target: target length of a method or a CSV file.
         fold_attention_factor: write the attention factor that engines compute by themselves,
             and fold the rest into the query projections. Only mlx-lm needs it: transformers,

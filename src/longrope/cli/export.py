@@ -37,7 +37,11 @@ def export(
         str, typer.Option("--format", help="hf, hf-static, gguf or gguf-static.")
     ] = "hf",
     long_factors: Annotated[
-        str | None, typer.Option(help="Long factors: a file, or a method with --target.")
+        str | None,
+        typer.Option(
+            help="Long factors: a file, or a method with --target. A run, an export and a "
+            "checkpoint with longrope scaling have their own."
+        ),
     ] = None,
     short_factors: Annotated[
         str | None, typer.Option(help="Short factors; without them the long serve every length.")
