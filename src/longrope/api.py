@@ -38,12 +38,7 @@ from longrope.execution import ExecutionConfig
 from longrope.files.atomic import require_directory
 from longrope.inference.load import inspect_to_measure, load_extended
 from longrope.models.info import ScalingChoice, inspect_model, without_adapters
-from longrope.models.load import (
-    LoadedModel,
-    load_model,
-    long_forward,
-    wrap_model,
-)
+from longrope.models.load import LoadedModel, load_model, long_forward, wrap_model
 from longrope.models.sources import read_pretrained
 from longrope.pipeline.extend import extend as run_extension
 from longrope.pipeline.recipe import Recipe, load_recipe, make_recipe
