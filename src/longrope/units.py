@@ -37,10 +37,15 @@ def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:
     """Check lengths in tokens: each divides the longest, and a stride needs a single one.
 
     Raises:
-        ValueError: a length that does not divide the longest; a stride with several
-            lengths (they would score other tokens), or out of range.
+        ValueError: a length of one token, or that does not divide the longest; a stride with
+            several lengths (they would score other tokens), or out of range.
     """
     longest = max(lengths)
+    if min(lengths) < 2:
+        raise ValueError(
+            f"lengths is {', '.join(map(str, lengths))}; one token predicts nothing: give at least "
+            "2, and write thousands without a comma"
+        )
     for length in lengths:
         if longest % length:
             raise ValueError(

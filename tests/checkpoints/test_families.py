@@ -131,6 +131,23 @@ def test_a_scale_of_all_scores_that_no_checkpoint_can_say_is_refused(scaled, tmp
     assert "mscale_all_dim" not in (out / "config.json").read_text()
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_scale_that_the_architecture_ignores_is_no_reason(family, scaled, ids, tmp_path):
+    """Ministral 3's configs have mscale_all_dim, but only DeepSeek's attention reads it."""
+    source = scaled(FAMILIES[family](), mscale=1.0, mscale_all_dim=1.0)
+    info = inspect_model(source, rope_scaling="keep")
+    asked = {"long_factors": "pi", "target": "512", "rope_scaling": "keep"}
+    boundary = info.boundary or info.original_max_position_embeddings
+    assert not info.scales_scores and boundary
+    export(ExportOptions(source, tmp_path / "out", **asked))
+    loaded = load_model(source, rope_scaling="keep")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad(), rescaled(loaded.model, info.rescale("pi", 512)):
+        expected = loaded.model(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_factors_searched_with_such_a_scale_are_refused_without(scaled, tmp_path):
     source = scaled(FAMILIES["deepseek_v3"](), mscale_all_dim=1.0)
     info = inspect_model(source, rope_scaling="keep")

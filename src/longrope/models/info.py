@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from longrope.attention.shape import attention_shape, explicit_scores
 from longrope.files.parse import read_json
 from longrope.labels import display_name
-from longrope.models.meta import RESCALABLE, build_meta_model, find_rescalable
+from longrope.models.meta import RESCALABLE, build_meta_model, find_rescalable, unscaled
 from longrope.models.parameters import active_parameters, is_tied
 from longrope.models.sources import is_in_config_file, read_pretrained, refuse_scaled_gguf
 from longrope.progress import quiet
@@ -63,6 +63,7 @@ class ModelInfo:
         sliding_layers: attention layers that see only the last ``sliding_window`` tokens.
         rotary_layer_type: the layer type that is rescaled, where each has RoPE parameters.
         replaces_scaling: whether the model is to be loaded without its existing scaling.
+        scales_scores: whether its scaling multiplies all scores, also of dimensions without RoPE.
     """
 
     source: str
@@ -96,6 +97,7 @@ class ModelInfo:
     sliding_window: int | None = None
     rotary_layer_type: str | None = None
     replaces_scaling: bool = False
+    scales_scores: bool = False
 
     @property
     def name(self) -> str:
@@ -130,7 +132,7 @@ class ModelInfo:
                 f"also the length that short factors apply up to ({boundary:,}): these must be "
                 "equal, as with rope_scaling='replace' and no `original_length`"
             )
-        if existing != "replace" and (self.rope_scaling or {}).get("mscale_all_dim"):
+        if existing != "replace" and self.scales_scores:
             raise ValueError(
                 f"{self.source}: its scaling multiplies all scores (mscale_all_dim), which no "
                 "checkpoint with longrope factors can express; search again with "
@@ -221,6 +223,12 @@ def inspect_model(
         )
         scaled = site is not None and site.rope_type not in UNSCALED
         scaling = site.parameters if site and scaled else None
+        scales_scores = False
+        if site and scaling and scaling.get("mscale_all_dim"):  # which some architectures ignore
+            kind = type(model)
+            plain = unscaled(config, site.layer_type)
+            plain = build_meta_model(source, plain, trust_remote_code, kind)[0]
+            scales_scores = _score_scales(model) != _score_scales(plain)
         replaces = rope_scaling == "replace" and scaling is not None
         if replaces and site and site.rope_type in RESCALABLE:
             site, reason = find_rescalable(model, replace_scaling=True)
@@ -232,13 +240,19 @@ def inspect_model(
         ) from error
     if site is None:
         return info
-    info = dataclasses.replace(info, replaces_scaling=replaces)
+    info = dataclasses.replace(info, replaces_scaling=replaces, scales_scores=scales_scores)
     if replaces and loaded is None and is_folded(Path(source)) and reason is None:
         info = dataclasses.replace(info, reason=FOLDED)
     if loaded is not None:
         info = dataclasses.replace(info, dtype=str(loaded.dtype).removeprefix("torch."))
     in_file = loaded is not None or is_in_config_file(source, config.get_text_config(), _LENGTH)
     return _with_original_length(info, site, config, in_file, rope_scaling, original_length)
+
+
+def _score_scales(model: nn.Module) -> list[float]:
+    """Return what each attention layer multiplies its scores with."""
+    scales = (getattr(module, "scaling", None) for module in model.modules())
+    return [scale for scale in scales if isinstance(scale, float)]
 
 
 def is_folded(checkpoint: Path) -> bool:
