@@ -1,14 +1,19 @@
 """The base of every configuration, and its errors in one line. Imports no torch."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from longrope.errors import shortened
 
 _LARGEST = 2**63 - 1  # torch and numpy hold no larger integer
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation is bool or any(map(_takes_bool, get_args(annotation)))
 
 
 class Config(BaseModel):
@@ -18,9 +23,12 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _within_64_bits(cls, value: Any, info: ValidationInfo) -> Any:
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, int) and abs(value) > _LARGEST:
             raise ValueError(f"{info.field_name} is {shortened(value)}, which is too large")
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and not _takes_bool(field.annotation):  # YAML's on and off
+            raise PydanticCustomError("bool", "give another value, or leave it out")
         return value
 
     @classmethod

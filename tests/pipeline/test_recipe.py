@@ -157,6 +157,8 @@ def aliases(depth: int, start: str, use: str) -> str:
         ("- target", "recipe=.* mapping"),
         ("target: 8x\nfinetune: {stesp: 3}", "no key 'finetune.stesp'"),
         ("target: 8x\nexecution: {chunk_size: 0}", "execution.chunk_size is 0"),
+        ("target: 8x\nfinetune: {steps: on}", "finetune.steps is True"),
+        ("target: 8x\nseed: off", "seed is False"),
         ("target: 8x\nfinetune: {learning_rate: .inf}", "finetune.learning_rate is inf"),
         ("target: 8x\nfinetune: {schedule: wave}", "finetune.schedule is 'wave': .*'cosine'"),
         ("target: 8x\nmodel: !!python/object/apply:os.getcwd []", "recipe=.*valid YAML"),
