@@ -199,6 +199,7 @@ def test_retrieval_and_generation(tmp_path):
         ("evaluate", "benchmarks", "--tasks", "mmlu", "--limit", 0): "--limit is 0",
         ("generate", "bundled", "--max-new-tokens", 0): "--max-new-tokens is 0",
         ("generate", "bundled"): "--prompt is empty",
+        (*base, 512, "--lengths=1024"): "--lengths is given 2 times",
         ("generate", "runs/nowhere", "--prompt", "a"): "runs/nowhere: no such .*hub",
         ("generate", "bundled", "--prompt-file", tmp_path / "x"): "/x .*no such",
         ("extend", tmp_path, "--seed", 1): "--target is missing",

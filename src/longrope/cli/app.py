@@ -55,6 +55,7 @@ def _program(
     pass
 
 
+_LISTS = ("--lengths", "--methods", "--tasks")  # options that take values with commas
 _RESUMED = ("demo", "search", "extend", "evaluate", "compare")
 # click's class; some versions of typer ship their own copy
 _UsageError: Any = typer.BadParameter.__base__
@@ -82,6 +83,7 @@ def main() -> None:
     code = 0
     try:
         _refuse_empty(arguments)
+        _refuse_twice(arguments)
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
     except _UsageError as error:
@@ -136,6 +138,16 @@ def _refuse_empty(arguments: list[str]) -> None:
             continue
         if name != "--prompt":
             raise ValueError(f"{name} is empty; give a value, or leave it out")
+
+
+def _refuse_twice(arguments: list[str]) -> None:
+    """Refuse a list that is given twice, of which only the last value would count."""
+    for name in _LISTS:
+        given = sum(a == name or a.startswith(f"{name}=") for a in arguments)
+        if given > 1:
+            raise ValueError(
+                f"{name} is given {given} times; give it once, with commas between its values"
+            )
 
 
 def _unexpected(error: Exception) -> str:
