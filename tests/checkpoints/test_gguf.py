@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from conftest import pair
@@ -210,6 +211,25 @@ def test_a_gguf_file_keeps_its_alignment(made, tmp_path, alignment):
     for tensor in found.tensors:
         assert tensor.data_offset % alignment == 0
         np.testing.assert_array_equal(tensor.data, before[tensor.name].data)
+
+
+def test_tied_weights_may_be_stored_as_the_head(made, tmp_path):
+    """transformers reads such a checkpoint; llama.cpp needs the embeddings."""
+    import gguf
+
+    source = shutil.copytree(BUNDLED, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for name, where in (("plain", "bundled"), ("head", source)):
+        export(options(tmp_path, where, f"{name}.gguf", "gguf"))
+    plain, head = (
+        {t.name: t.data for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("plain", "head")
+    )
+    assert plain.keys() == head.keys() and "token_embd.weight" in head
+    for name, data in plain.items():
+        np.testing.assert_array_equal(head[name], data)
 
 
 def test_an_empty_array_is_left_out(made, tmp_path, monkeypatch):

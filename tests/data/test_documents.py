@@ -304,3 +304,18 @@ def test_a_cloned_dataset_is_its_rows(tmp_path):
     assert [d.text for d in read_documents([str(tmp_path)])] == ["about the dataset"]
     (tmp_path / "train.jsonl").write_text('{"text": "a row"}')
     assert [d.text for d in read_documents([str(tmp_path)])] == ["a row"]
+
+
+@pytest.mark.parametrize(
+    "written", [["model.sha256"], ["longrope.json"], ["history.jsonl", "state.json"]]
+)
+def test_results_in_the_data_directory_are_no_data(written, tmp_path):
+    """A run whose --out is inside --data resumes, and does not read its own report."""
+    (tmp_path / "book.txt").write_text("a book")
+    (tmp_path / "history.jsonl").write_text('{"text": "a history"}')
+    results = tmp_path / "runs" / "first"
+    results.mkdir(parents=True)
+    (results / "report.md").write_text("perplexity")
+    for name in written:
+        (results / name).write_text('{"text": "no text"}')
+    assert [d.text for d in read_documents([str(tmp_path)])] == ["a book", "a history"]

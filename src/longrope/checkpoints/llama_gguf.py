@@ -14,8 +14,9 @@ from longrope.checkpoints.gguf_io import Metadata, Tensor
 from longrope.data.encoding import check_ids
 from longrope.files.parse import content_of, read_json
 from longrope.models.gguf_file import require_gguf
-from longrope.models.weights import has_own_head, weight_files
+from longrope.models.weights import has_own_head, stored_tensors, weight_files
 
+_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _KNOWN = ("LlamaForCausalLM", "MistralForCausalLM")
 _CONVERT = (
     "convert the model with llama.cpp's convert_hf_to_gguf.py, and give that .gguf file as `model`"
@@ -81,15 +82,17 @@ def llama_tensors(directory: Path) -> list[Tensor]:
     named = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"]}
     heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]
-    tensors = []
+    tensors, stored = [], {name for name, _ in stored_tensors(directory)}
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                if name == "lm_head.weight" and tied:
+                if name == _HEAD and tied and _EMBEDDINGS in stored:
                     continue
                 if name.endswith(_FREQUENCIES):
                     continue
-                theirs = named.get_name(name, try_suffixes=(".weight", ".bias"))
+                # Of tied weights a checkpoint may store either one; llama.cpp reads embeddings.
+                meant = _EMBEDDINGS if name == _HEAD and tied else name
+                theirs = named.get_name(meant, try_suffixes=(".weight", ".bias"))
                 if theirs is None:
                     raise ValueError(
                         f"{file}: llama.cpp's llama architecture has no tensor like {name!r}; "

@@ -154,6 +154,10 @@ def _read(source: str, field: str) -> Iterable[Document]:
         yield from _read_saved_dataset(path, field)
     elif path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.is_file()]
+        ours = {file.parent for file in files if _is_result(file)} - {path}
+        if ours:
+            log.warning("skipped the results of longrope in %s", ", ".join(map(str, sorted(ours))))
+            files = [file for file in files if not ours & set(file.parents)]
         rows = any(file.suffix.lower() in _FILES_OF_ROWS for file in files)
         for file in files:
             if any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -177,6 +181,13 @@ def _read(source: str, field: str) -> Iterable[Document]:
     else:
         check_sources([source])
         yield from _read_hub_dataset(source, field)
+
+
+def _is_result(file: Path) -> bool:
+    """Return whether a file shows that longrope wrote its directory: a run, search or export."""
+    if file.name == "history.jsonl":
+        return file.with_name("state.json").exists()
+    return file.name in ("model.sha256", "longrope.json")
 
 
 def _read_file(path: Path, field: str) -> Iterable[Document]:
