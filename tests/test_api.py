@@ -104,7 +104,7 @@ def test_models_as_people_have_them(kind, model, tokenizer, texts_in_memory, tmp
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_active_adapter_belongs_to_the_model(model, tokenizer, texts_in_memory, tmp_path):
     """A search of a model under another adapter is another search."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     adapters = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = get_peft_model(model, adapters)
@@ -120,6 +120,12 @@ def test_the_active_adapter_belongs_to_the_model(model, tokenizer, texts_in_memo
             config=longrope.GradientSearchConfig(windows=1, budget=4, transfer="none"),
         )
 
+    prompts = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(BUNDLED),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    )
+    with pytest.raises(ValueError, match=r"learned prompts of PEFT \(PROMPT_TUNING\)"):
+        longrope.token_losses(prompts, torch.arange(3, 40)[None])
     first = search()
     assert search().best == first.best
     model.set_adapter("two")

@@ -266,8 +266,14 @@ def without_adapters(model: Any) -> Any:
     """Return the transformers model inside a wrapper of PEFT, adapters included.
 
     Raises:
-        ValueError: not a transformers model.
+        ValueError: not a transformers model, or PEFT's prompts, which are no part of it.
     """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        kind = getattr(model.active_peft_config.peft_type, "value", "prompts")
+        raise ValueError(
+            f"model has learned prompts of PEFT ({kind}), which stand before every text and are no "
+            "part of its weights; give model.get_base_model() to leave them out"
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
