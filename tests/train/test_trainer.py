@@ -87,6 +87,28 @@ def test_each_tensor_keeps_its_dtype(precision, checkpoints, texts, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("place", "lora"), [("model.layers.4.", None), ("model.layers.4.", 2), ("mtp.layers.0.", None)]
+)
+def test_layers_that_predict_further_tokens_are_kept(place, lora, checkpoints, texts, tmp_path):
+    """transformers does not load them, and the config still promises them."""
+    source = shutil.copytree(checkpoints("deepseek_v3"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    last = "model.layers.3."
+    further = {
+        name.replace(last, place): torch.rand_like(tensor.float())
+        for name, tensor in tensors.items()
+        if name.startswith(last)
+    }
+    save_file(tensors | further, source / "model.safetensors", metadata={"format": "pt"})
+    settings = FAST.model_copy(update={"steps": 1, "warmup": 0, "lora": lora})
+    train(source, texts, tmp_path / "out", settings)
+    found = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert further and set(found) == set(tensors) | set(further)
+    for name, tensor in further.items():
+        assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize(
     ("fail_at", "lora"),
     [
         pytest.param(0, None, marks=pytest.mark.slow),

@@ -1,6 +1,7 @@
 """The weight files of a model's directory: which they are, and what is in them."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from longrope.progress import quiet
 
 _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Multi-token prediction: parts of that name (Qwen3-Next), or layers beyond the last (DeepSeek-V3).
+_PREDICTION = re.compile(r"(?:model\.|language_model\.)*(?:mtp\w*\.|layers\.(\d+)\.)")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -103,6 +106,23 @@ def stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(
                 f"{file}: is not a whole safetensors file ({first_line(error)}); get it again"
             ) from None
+
+
+def prediction_tensors(directory: Path, layers: int) -> dict[str, torch.Tensor]:
+    """Read a checkpoint's tensors for multi-token prediction, which transformers does not load.
+
+    Args:
+        layers: the number of layers of the model itself.
+
+    Raises:
+        ValueError: no weight files, or one is not safetensors.
+    """
+    found = {}
+    for name, part in stored_tensors(directory):
+        match = _PREDICTION.match(name)
+        if match and (match[1] is None or int(match[1]) >= layers):
+            found[name] = part[:]
+    return found
 
 
 def check_weights(directory: Path, config: Any, trust_remote_code: bool) -> None:

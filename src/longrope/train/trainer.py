@@ -33,6 +33,8 @@ from longrope.files.parse import read_json
 from longrope.files.stores import append_line, read_lines
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
+from longrope.models.sources import local_copy
+from longrope.models.weights import prediction_tensors
 from longrope.progress import Advance, console, progress, quiet, seconds_left
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
@@ -195,11 +197,17 @@ def _save(
     dtypes: dict[str, torch.dtype],
     path: Path,
 ) -> None:
-    """Write the model that the Trainer trained, in its original dtypes, with its tokenizer."""
+    """Write the model that the Trainer trained, in its original dtypes, with its tokenizer.
+
+    Layers for multi-token prediction are the source's, not trained.
+    """
     state = {
         name: tensor.detach().cpu().to(dtypes[name]) if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in (state or model.state_dict()).items()
     }
+    source = local_copy(loaded.info.source)
+    if source.is_dir():  # no GGUF file
+        state = prediction_tensors(source, loaded.info.layers) | state
     before = model.config.dtype
     with atomic_directory(path) as directory, quiet():
         model.save_pretrained(directory, state_dict=state)
@@ -442,6 +450,7 @@ def _with_lora(model: Any, rank: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        # peft uses a deprecated name of transformers.
+        # PEFT uses a deprecated name of transformers, and sets ranks that it then ignores.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "The following .*_pattern keys")
         return get_peft_model(model, config)
