@@ -80,6 +80,16 @@ def test_as_exact_as_the_plain_forward(ids, family, chunk):
     assert our_error.mean() <= 2 * plain_error.mean()
 
 
+def test_a_config_that_asks_for_more_outputs_changes_nothing(ids):
+    """Routers and hidden states are recorded where the model itself is called, and only there."""
+    model = micro_model(FAMILIES["mixtral"]())
+    expected = plain_losses(model, ids)
+    model.config.output_router_logits = model.config.output_hidden_states = True
+    torch.testing.assert_close(LongForward(model, 32).losses(ids), expected, atol=1e-4, rtol=1e-4)
+    output = model(input_ids=ids, use_cache=False)
+    assert len(output.router_logits) == len(output.hidden_states) - 1 == len(model.model.layers)
+
+
 @settings(max_examples=25)
 @given(
     chunk=st.integers(1, 120),

@@ -29,7 +29,7 @@ from longrope.data.encoding import check_ids
 from longrope.distributed import SequenceParallelGroup
 from longrope.layerwise.activation_storage import allocate
 from longrope.layerwise.chunks import Chunk, Chunks
-from longrope.layerwise.decoder import find_layers
+from longrope.layerwise.decoder import find_layers, plain_outputs
 from longrope.layerwise.output_head import ContinuationScore, score_continuation, token_losses
 from longrope.layerwise.stand_ins import Injector, LayerCache, PassThrough, Recorder, Recording
 from longrope.rope.rotary import column_layout, find_rotary
@@ -294,6 +294,7 @@ class LongForward:
                     input_ids=ids_BT[:, span],
                     position_ids=_positions(ids_BT, span),
                     use_cache=False,
+                    **plain_outputs(self.model),
                     **{cache_name(self.decoder): cache},
                 )
             embedded = recording.hidden
@@ -312,7 +313,10 @@ class LongForward:
         final = Injector(hidden_BTD.to(self.device))
         with self._exchanged([final, *[PassThrough() for _ in self.layers[1:]]]):
             return self.model(
-                input_ids=ids_BT[:, span], position_ids=_positions(ids_BT, span), use_cache=False
+                input_ids=ids_BT[:, span],
+                position_ids=_positions(ids_BT, span),
+                use_cache=False,
+                **plain_outputs(self.model),
             ).logits
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
