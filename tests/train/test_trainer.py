@@ -49,6 +49,17 @@ def test_steps_are_those_of_a_plain_loop(checkpoints, trained):
     )
 
 
+def test_the_environment_does_not_change_the_precision(
+    trained, checkpoints, texts, tmp_path, monkeypatch
+):
+    """``accelerate launch`` sets the variable from its own configuration."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(checkpoints("llama"), texts, tmp_path / "out")
+    expected = weights(trained[0])
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name])
+
+
 def test_leaves_a_plain_checkpoint(trained, checkpoints):
     out, _, _ = trained
     loaded = load_model(str(out / "model"))

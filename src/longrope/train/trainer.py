@@ -253,6 +253,8 @@ def _arguments(
         data_seed=seed,
         use_cpu=device.type == "cpu",
     )
+    # Where bf16 is off, accelerate would read ACCELERATE_MIXED_PRECISION.
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
     # One device per process: the Trainer would use DataParallel over all visible ones.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
