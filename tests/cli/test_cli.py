@@ -189,12 +189,20 @@ def test_one_large_file_serves_a_search_and_a_comparison(texts, tmp_path):
 
 
 def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):
-    (tmp_path / "pi.csv").write_text(",".join(["2.0"] * 32))
+    """Also in a list, where its path may contain a comma."""
+    file = tmp_path / "s=8,b=4 (x)" / "pi.csv"
+    file.parent.mkdir()
+    file.write_text(",".join(["2.0"] * 32))
     options, perplexity = (
         ["--lengths", 512, "--data", texts, "--json"],
         ["evaluate", "perplexity", "--rescale"],
     )
-    ours = json.loads(succeeds(*perplexity, tmp_path / "pi.csv", *options))
+    ours = json.loads(succeeds(*perplexity, file, *options))
+    methods = ["--target", "2x", "--methods", f"none, {file},pi"]
+    found = json.loads(succeeds("compare", *methods, *options))["perplexity"]
+    assert {"none", str(file)} < {row["method"] for row in found}
+    (row,) = (row for row in found if row["method"] == str(file))
+    assert row["perplexity"] == ours["perplexity"][0]["perplexity"]
     theirs = json.loads(
         succeeds(*perplexity, "pi", *options, "--attention-factor", (1 + 1 / 8) ** 0.5)
     )

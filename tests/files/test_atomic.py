@@ -3,7 +3,9 @@ import itertools
 import os
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from contents import contents, fill
 from kills import killed_at
@@ -15,6 +17,7 @@ from longrope.files.atomic import (
     temporary_directory,
     write_atomically,
 )
+from longrope.files.stores import write_arrays
 
 
 def test_a_remedy_is_one_that_works(tmp_path, monkeypatch):
@@ -165,6 +168,25 @@ def test_a_file_is_replaced_through_a_link(tmp_path):
     write_atomically(tmp_path / "card.md", "new")
     assert (tmp_path / "card.md").is_symlink()
     assert contents(tmp_path / "disk") == {"real.md": "new"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_umask_alone_decides_who_may_read(umask, tmp_path):
+    """safetensors lets nobody but the owner read what it writes."""
+    fill(tmp_path, {"source": "weights"})
+    (tmp_path / "source").chmod(0o640)
+    before = os.umask(umask)
+    try:
+        write_arrays(tmp_path / "cache", {"ids": np.zeros(3)})
+        with atomic_directory(tmp_path / "out") as directory:
+            save_file({"x": np.zeros(3)}, directory / "model.safetensors")
+            fill(directory, {"parts/config.json": "{}"})
+            os.link(tmp_path / "source", directory / "linked")
+    finally:
+        os.umask(before)
+    for name in ("cache", "out/model.safetensors", "out/parts/config.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "source").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_copy_shares_nothing_with_the_file(tmp_path):

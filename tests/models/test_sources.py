@@ -1,7 +1,10 @@
 """Every place that a model comes from, and what is refused there."""
 
 import importlib.util
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -79,6 +82,22 @@ def test_a_git_lfs_pointer_is_named(checkpoints, tmp_path, name):
     source = folder / name if name.endswith("gguf") else folder
     with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         load_model(str(source))
+
+
+def test_weights_that_another_user_keeps_to_himself_are_named(checkpoints):
+    with tempfile.TemporaryDirectory() as folder:  # outside tmp_path, which is its owner's alone
+        directory = Path(shutil.copytree(checkpoints("llama"), Path(folder) / "model"))
+        for part in (Path(folder), directory):
+            part.chmod(0o755)
+        (directory / "model.safetensors").chmod(0o000)
+        user = os.geteuid()
+        if user == 0:  # root may read anything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(ValueError, match=r"model\.safetensors: you may not read it"):
+                load_model(str(directory))
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ equivalent, unless a norm between projection and rotation undoes it.
 """
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +85,6 @@ def fold_attention_factor(source: Path, config: Any, square: float) -> Callable[
         with safe_open(file, framework="pt") as weights:
             tensors = {name: scaled(name, weights.get_tensor(name)) for name in weights.keys()}  # noqa: SIM118
             save_file(tensors, target, metadata=weights.metadata())
-        shutil.copymode(file, target)
 
     return copy
 

@@ -81,7 +81,7 @@ def compare(
     from longrope.report.figures import draw_figures as write_report
     from longrope.rope.methods import METHODS
 
-    names = [name.strip() for name in methods.split(",")]
+    names = _names(methods)
     files = [Path(name) for name in names if name not in METHODS]
     directory = out or (files[0].parent if files else Path("compare"))
     require_one_process("compare")
@@ -149,3 +149,14 @@ def report(
     else:
         for path in written:
             console.print(str(path), soft_wrap=True)
+
+
+def _names(methods: str) -> list[str]:
+    """Split methods and rescale files at commas, but not within the path of a file."""
+    parts, names = methods.split(","), []
+    while parts:
+        joined = [",".join(parts[:count]).strip() for count in range(1, len(parts) + 1)]
+        name = next((path for path in reversed(joined) if Path(path).is_file()), joined[0])
+        names.append(name)
+        parts = parts[joined.index(name) + 1 :]
+    return names

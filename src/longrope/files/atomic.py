@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,8 +137,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        usual = temporary.stat().st_mode & _FOR_FILES
         for file in temporary.rglob("*"):
             if file.is_file():
+                _allow(file, usual)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         _replace(target, temporary)
@@ -148,6 +151,20 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_FOR_FILES = 0o666  # permissions that a new file has, less the umask
+
+
+def _allow(file: Path, permissions: int) -> None:
+    """Add permissions to a file just written: safetensors gives them to its owner alone.
+
+    A link shares its permissions with the file that it leads to, and is left as it is.
+    """
+    found = file.lstat()
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        with contextlib.suppress(OSError):  # some file systems have no permissions
+            file.chmod(stat.S_IMODE(found.st_mode) | permissions)
 
 
 def recover(path: Path) -> None:
@@ -267,7 +284,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         delete_leftovers(target.parent, f".{target.name}.")
+        temporary.touch()
+        usual = temporary.stat().st_mode & _FOR_FILES
         yield temporary
+        _allow(temporary, usual)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, target)

@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib.util
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,14 @@ def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
             "merge_and_unload() makes of the two, saved"
         )
     if reads_weights:
-        weight_files(path)
+        _require_readable(weight_files(path))
+
+
+def _require_readable(files: Iterable[Path]) -> None:
+    """Refuse files that this user may not read, which safetensors calls missing."""
+    for file in files:
+        if not os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise ValueError(f"{file}: you may not read it; change its permissions")
 
 
 def is_in_config_file(source: str, config: Any, key: str) -> bool:
