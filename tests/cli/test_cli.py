@@ -1,5 +1,6 @@
 """The commands as a user runs them: processes of their own, real files."""
 
+import itertools
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import longrope
 from longrope.data.windows import load_documents
@@ -207,6 +209,26 @@ def test_the_authors_csv_is_a_rescale_too(texts, tmp_path):
         succeeds(*perplexity, "pi", *options, "--attention-factor", (1 + 1 / 8) ** 0.5)
     )
     assert ours["perplexity"][0]["perplexity"] == theirs["perplexity"][0]["perplexity"]
+
+
+@pytest.mark.slow
+def test_dynamic_scaling_is_measured_as_its_refusal_says(tmp_path):
+    config = AutoConfig.from_pretrained(BUNDLED)
+    config.rope_parameters |= {"rope_type": "dynamic", "factor": 4.0}
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer("bundled")
+    tokenizer.save_pretrained(tmp_path)
+    asked = ["evaluate", "perplexity", tmp_path, *LIBRARY, "--lengths", "512,1024"]
+    asked += ["--tokens-per-document", 1024]
+    line = refused(*asked)
+    remedy = re.findall(r"(--[a-z-]+) ([a-z0-9-]+)", line)
+    found = json.loads(succeeds(*asked, *itertools.chain(*remedy), "--json"))
+    expected = longrope.perplexity(
+        model, tokenizer, LIBRARY[1], lengths=[512, 1024], tokens_per_document=1024
+    )
+    for row, other in zip(found["perplexity"], expected, strict=True):
+        assert row["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
 
 
 @pytest.mark.slow

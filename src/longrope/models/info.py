@@ -351,8 +351,8 @@ def _with_original_length(
             original, read_from = longest, f"its {kind} scaling"
         if kind == "dynamic":
             reason = reason or (
-                "its dynamic scaling changes with the length and cannot be kept; use "
-                "rope_scaling='replace'"
+                "its dynamic scaling changes with the length and cannot be kept; use rope_scaling="
+                f"'replace' (to measure it, with rescale='dynamic-ntk' target={longest})"
             )
     elif scaling and "original_max_position_embeddings" in scaling:
         original = scaling["original_max_position_embeddings"]

@@ -183,7 +183,8 @@ def local_copy(source: str) -> Path:
 
     try:
         kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-        return Path(snapshot_download(source, allow_patterns=kinds))
+        copies = ["consolidated*", "original/*"]  # of the same weights, for other programs
+        return Path(snapshot_download(source, allow_patterns=kinds, ignore_patterns=copies))
     except Exception as error:
         raise ValueError(
             f"{source}: no such directory, nor read from the hub: {first_line(error)}"
