@@ -455,6 +455,10 @@ def test_a_model_in_memory_is_exported(model, tokenizer, tmp_path):
     assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert (logits - unscaled).abs().max() > 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shared = tmp_path / "shared"
+    longrope.export(model, shared, tokenizer=tokenizer, long_factors=yarn, hard_links=True)
+    modes = {path.stat().st_mode for path in shared.iterdir()}
+    assert len(modes) == 1  # safetensors wrote the weights for their owner alone
     with pytest.raises(ValueError, match="tokenizer is missing"):
         longrope.export(model, tmp_path / "no", long_factors=yarn)
 

@@ -16,8 +16,11 @@ from gguf_model import write_gguf
 from longrope.checkpoints.export import ExportOptions, export
 from longrope.checkpoints.in_memory import saved_model
 from longrope.execution import ExecutionConfig
+from longrope.models.bundled import BUNDLED
 from longrope.models.info import inspect_model
 from longrope.models.load import load_model
+from longrope.models.sources import loaded_from
+from longrope.models.weights import stored_tensors
 from longrope.progress import quiet
 from longrope.rope.rescale import default_inv_freq
 from longrope.rope.rotary import find_rotary
@@ -84,6 +87,20 @@ def test_a_git_lfs_pointer_is_named(checkpoints, tmp_path, name):
         load_model(str(source))
 
 
+def test_the_directory_of_a_loaded_model_is_known(checkpoints, micro_models, tmp_path, monkeypatch):
+    assert loaded_from(str(checkpoints("llama"))) == checkpoints("llama")
+    assert loaded_from("bundled") == BUNDLED
+    write_gguf(micro_models("llama"), tmp_path / "model.gguf")
+    assert loaded_from(str(tmp_path / "model.gguf")) is None
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
+    shutil.copytree(checkpoints("llama"), snapshot)
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert loaded_from("a/b") == snapshot
+    assert loaded_from("a/c") is None
+
+
 def test_weights_that_another_user_keeps_to_himself_are_named(checkpoints):
     with tempfile.TemporaryDirectory() as folder:  # outside tmp_path, which is its owner's alone
         directory = Path(shutil.copytree(checkpoints("llama"), Path(folder) / "model"))
@@ -94,8 +111,9 @@ def test_weights_that_another_user_keeps_to_himself_are_named(checkpoints):
         if user == 0:  # root may read anything
             os.seteuid(65534)
         try:
-            with pytest.raises(ValueError, match=r"model\.safetensors: you may not read it"):
-                load_model(str(directory))
+            for read in (load_model, lambda source: list(stored_tensors(Path(source)))):
+                with pytest.raises(ValueError, match=r"model\.safetensors: you may not read it"):
+                    read(str(directory))
         finally:
             os.seteuid(user)
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from longrope.execution import ExecutionConfig
 from longrope.files.stores import read_lines
 from longrope.models.load import load_model
+from longrope.models.weights import stored_tensors
 from longrope.rope.apply import rescaled
 from longrope.train.dataset import LongContextDataset
 from small_training import FAST, TAUGHT, train, weights
@@ -55,9 +56,9 @@ def test_the_environment_does_not_change_the_precision(
     """``accelerate launch`` sets the variable from its own configuration."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train(checkpoints("llama"), texts, tmp_path / "out")
-    expected = weights(trained[0])
-    for name, tensor in weights(tmp_path / "out").items():
-        assert torch.equal(tensor, expected[name])
+    expected, found = weights(trained[0]), weights(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_leaves_a_plain_checkpoint(trained, checkpoints):
@@ -104,19 +105,24 @@ def test_layers_that_predict_further_tokens_are_kept(place, lora, checkpoints, t
     """transformers does not load them, and the config still promises them."""
     source = shutil.copytree(checkpoints("deepseek_v3"), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
-    last = "model.layers.3."
     further = {
-        name.replace(last, place): torch.rand_like(tensor.float())
+        name.replace("model.layers.3.", start): torch.rand_like(tensor.float())
         for name, tensor in tensors.items()
-        if name.startswith(last)
+        if name.startswith("model.layers.3.")
+        for start in (place, "model.layers.5.")
     }
     save_file(tensors | further, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
     settings = FAST.model_copy(update={"steps": 1, "warmup": 0, "lora": lora})
     train(source, texts, tmp_path / "out", settings)
-    found = load_file(tmp_path / "out" / "model" / "model.safetensors")
-    assert further and set(found) == set(tensors) | set(further)
-    for name, tensor in further.items():
-        assert torch.equal(found[name], tensor)
+    found = {name: part[:] for name, part in stored_tensors(tmp_path / "out" / "model")}
+    kept = {name for name in further if name.startswith(place)}
+    assert found.keys() == tensors.keys() | kept
+    assert kept and all(torch.equal(found[name], further[name]) for name in kept)
+    assert any(not torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    again = load_model(str(tmp_path / "out" / "model")).model.state_dict()
+    assert torch.equal(again["model.norm.weight"], found["model.norm.weight"])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from longrope.checkpoints.importer import find_pair, import_pair
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_directory import is_run, original_of
 from longrope.execution import ExecutionConfig
-from longrope.files.atomic import recover, scratch_directory, write_atomically
+from longrope.files.atomic import allow_as_usual, recover, scratch_directory, write_atomically
 from longrope.files.parse import read_json
 from longrope.labels import display_name
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
@@ -372,6 +372,7 @@ def _checkpoint(options: ExportOptions, info: ModelInfo, keep_gguf: bool) -> Ite
         with quiet():
             loaded.model.save_pretrained(directory)
             loaded.tokenizer.save_pretrained(directory)
+        allow_as_usual(directory)  # an export may link to them
         del loaded
         yield directory
 

@@ -1,5 +1,6 @@
 """The verbs ``compare`` and ``report``."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,7 +157,7 @@ def _names(methods: str) -> list[str]:
     parts, names = methods.split(","), []
     while parts:
         joined = [",".join(parts[:count]).strip() for count in range(1, len(parts) + 1)]
-        name = next((path for path in reversed(joined) if Path(path).is_file()), joined[0])
+        name = next((path for path in reversed(joined) if os.path.isfile(path)), joined[0])
         names.append(name)
         parts = parts[joined.index(name) + 1 :]
     return names

@@ -137,10 +137,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        usual = temporary.stat().st_mode & _FOR_FILES
+        allow_as_usual(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
-                _allow(file, usual)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         _replace(target, temporary)
@@ -153,14 +152,18 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-_FOR_FILES = 0o666  # permissions that a new file has, less the umask
+def allow_as_usual(directory: Path) -> None:
+    """Give the files of a new directory the permissions that the umask leaves to new files.
+
+    safetensors creates files of mode 0600, which nobody but their owner can read.
+    """
+    usual = directory.stat().st_mode & 0o666
+    for file in directory.rglob("*"):
+        _allow(file, usual)
 
 
 def _allow(file: Path, permissions: int) -> None:
-    """Add permissions to a file just written: safetensors gives them to its owner alone.
-
-    A link shares its permissions with the file that it leads to, and is left as it is.
-    """
+    """Add permissions to a file; not to a link, which shares them with another file."""
     found = file.lstat()
     if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
         with contextlib.suppress(OSError):  # some file systems have no permissions
@@ -285,7 +288,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         delete_leftovers(target.parent, f".{target.name}.")
         temporary.touch()
-        usual = temporary.stat().st_mode & _FOR_FILES
+        usual = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()  # so that a block that writes nothing fails
         yield temporary
         _allow(temporary, usual)
         with temporary.open("rb") as handle:

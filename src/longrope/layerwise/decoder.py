@@ -1,4 +1,4 @@
-"""Find a model's decoder and its list of layers, and keep its outputs plain."""
+"""Find a model's decoder and its list of layers."""
 
 from typing import Any
 
@@ -20,14 +20,3 @@ def find_layers(model: nn.Module) -> tuple[Any, str]:
             if isinstance(child, nn.ModuleList) and len(child) == expected:
                 return site.owner, name
     raise ValueError(f"{type(model).__name__} has no list of decoder layers beside a rotary module")
-
-
-def plain_outputs(model: Any) -> dict[str, bool]:
-    """Return the arguments with which a model returns no more than it must, whatever its config.
-
-    With ``output_router_logits`` it computes a load-balancing loss from all layers, and for any of
-    these transformers sets hooks on the layers that it finds at the first call.
-    """
-    config = model.config.get_text_config()
-    names = ("output_attentions", "output_hidden_states", "output_router_logits")
-    return {name: False for name in names if getattr(config, name, False)}

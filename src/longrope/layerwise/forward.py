@@ -29,7 +29,7 @@ from longrope.data.encoding import check_ids
 from longrope.distributed import SequenceParallelGroup
 from longrope.layerwise.activation_storage import allocate
 from longrope.layerwise.chunks import Chunk, Chunks
-from longrope.layerwise.decoder import find_layers, plain_outputs
+from longrope.layerwise.decoder import find_layers
 from longrope.layerwise.output_head import ContinuationScore, score_continuation, token_losses
 from longrope.layerwise.stand_ins import Injector, LayerCache, PassThrough, Recorder, Recording
 from longrope.rope.rotary import column_layout, find_rotary
@@ -294,7 +294,7 @@ class LongForward:
                     input_ids=ids_BT[:, span],
                     position_ids=_positions(ids_BT, span),
                     use_cache=False,
-                    **plain_outputs(self.model),
+                    **_nothing_recorded(self.model),
                     **{cache_name(self.decoder): cache},
                 )
             embedded = recording.hidden
@@ -316,7 +316,7 @@ class LongForward:
                 input_ids=ids_BT[:, span],
                 position_ids=_positions(ids_BT, span),
                 use_cache=False,
-                **plain_outputs(self.model),
+                **_nothing_recorded(self.model),
             ).logits
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -348,3 +348,14 @@ class LongForward:
 def _positions(ids_BT: Tensor, span: slice) -> Tensor:
     positions = torch.arange(*span.indices(ids_BT.shape[1]), device=ids_BT.device)
     return positions[None].expand(ids_BT.shape[0], -1)
+
+
+def _nothing_recorded(model: Any) -> dict[str, bool]:
+    """Return the arguments with which a model records nothing of its layers, if its config asks.
+
+    From ``output_router_logits`` it would compute a load-balancing loss of all layers, and at the
+    first call transformers sets its recording hooks on the layers that it finds.
+    """
+    config = model.config.get_text_config()
+    names = ("output_attentions", "output_hidden_states", "output_router_logits")
+    return {name: False for name in names if getattr(config, name, False)}

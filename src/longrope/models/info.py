@@ -351,8 +351,9 @@ def _with_original_length(
             original, read_from = longest, f"its {kind} scaling"
         if kind == "dynamic":
             reason = reason or (
-                "its dynamic scaling changes with the length and cannot be kept; use rope_scaling="
-                f"'replace' (to measure it, with rescale='dynamic-ntk' target={longest})"
+                "its dynamic scaling changes with the length and cannot be kept; use "
+                "rope_scaling='replace'; to measure dynamic scaling, add rescale='dynamic-ntk' "
+                f"target={longest}"
             )
     elif scaling and "original_max_position_embeddings" in scaling:
         original = scaling["original_max_position_embeddings"]

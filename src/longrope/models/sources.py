@@ -2,9 +2,7 @@
 
 import contextlib
 import importlib.util
-import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +134,7 @@ def _check_is_checkpoint(path: Path, reads_weights: bool) -> None:
             "merge_and_unload() makes of the two, saved"
         )
     if reads_weights:
-        _require_readable(weight_files(path))
-
-
-def _require_readable(files: Iterable[Path]) -> None:
-    """Refuse files that this user may not read, which safetensors calls missing."""
-    for file in files:
-        if not os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise ValueError(f"{file}: you may not read it; change its permissions")
+        weight_files(path)
 
 
 def is_in_config_file(source: str, config: Any, key: str) -> bool:
@@ -189,6 +180,20 @@ def local_copy(source: str) -> Path:
         raise ValueError(
             f"{source}: no such directory, nor read from the hub: {first_line(error)}"
         ) from error
+
+
+def loaded_from(source: str) -> Path | None:
+    """Return the directory that a loaded model came from, for the hub's that in its cache.
+
+    None for a GGUF file.
+    """
+    path = _local_path(source)
+    if not path.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(source, "config.json")
+        path = Path(found).parent if isinstance(found, str) else path
+    return path if path.is_dir() else None
 
 
 def refuse_scaled_gguf(source: str) -> None:

@@ -1,13 +1,15 @@
 """The weight files of a model's directory: which they are, and what is in them."""
 
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from longrope.errors import first_line, shortened
 from longrope.files.parse import read_json
@@ -16,8 +18,9 @@ from longrope.progress import quiet
 
 _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Multi-token prediction: parts of that name (Qwen3-Next), or layers beyond the last (DeepSeek-V3).
+# Modules named mtp… (Qwen3-Next), or layers after the last one (DeepSeek-V3).
 _PREDICTION = re.compile(r"(?:model\.|language_model\.)*(?:mtp\w*\.|layers\.(\d+)\.)")
+_FIRST, _FURTHER = "model-main.safetensors", "model-prediction.safetensors"
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -25,8 +28,16 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises:
         ValueError: there are none, or the index names a file that is missing, lies outside the
-            directory, or is no safetensors file.
+            directory, or is no safetensors file. Or the user may not read one.
     """
+    files = _named_files(directory)
+    for file in files:  # safetensors would call it missing
+        if not os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise ValueError(f"{file}: you may not read it; change its permissions")
+    return files
+
+
+def _named_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).exists():
         return [file_inside(directory, SINGLE)]
     if not (directory / INDEX).exists():
@@ -108,21 +119,38 @@ def stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
             ) from None
 
 
-def prediction_tensors(directory: Path, layers: int) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's tensors for multi-token prediction, which transformers does not load.
+def prediction_tensors(directory: Path, config: Any) -> list[str]:
+    """Name a checkpoint's tensors for multi-token prediction, which transformers does not load.
 
     Args:
-        layers: the number of layers of the model itself.
+        config: transformers' config of the text model.
 
     Raises:
         ValueError: no weight files, or one is not safetensors.
     """
-    found = {}
-    for name, part in stored_tensors(directory):
+    layers, more = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+    found = []
+    for name, _ in stored_tensors(directory):
         match = _PREDICTION.match(name)
-        if match and (match[1] is None or int(match[1]) >= layers):
-            found[name] = part[:]
+        if match and (match[1] is None or layers <= int(match[1]) < layers + more):
+            found.append(name)
     return found
+
+
+def add_tensors(source: Path, names: Collection[str], directory: Path) -> None:
+    """Copy tensors that a checkpoint lacks from another, to a further file that its index names."""
+    lacking = set(names) - {name for name, _ in stored_tensors(directory)}
+    if not lacking:
+        return
+    tensors = {name: part[:] for name, part in stored_tensors(source) if name in lacking}
+    save_file(tensors, directory / _FURTHER, metadata={"format": "pt"})
+    if (single := directory / SINGLE).exists():  # transformers would read this one alone
+        named = dict.fromkeys((name for name, _ in stored_tensors(directory)), _FIRST)
+        single.rename(directory / _FIRST)
+    else:
+        named = read_json(directory / INDEX)["weight_map"]
+    index = {"metadata": {}, "weight_map": named | dict.fromkeys(tensors, _FURTHER)}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def check_weights(directory: Path, config: Any, trust_remote_code: bool) -> None:

@@ -33,8 +33,8 @@ from longrope.files.parse import read_json
 from longrope.files.stores import append_line, read_lines
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
-from longrope.models.sources import local_copy
-from longrope.models.weights import prediction_tensors
+from longrope.models.sources import loaded_from
+from longrope.models.weights import add_tensors, prediction_tensors
 from longrope.progress import Advance, console, progress, quiet, seconds_left
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
@@ -98,6 +98,8 @@ def finetune(
     model = loaded.model
     config = copy.deepcopy(model.config)  # training changes it
     precision, dtypes = settings.precision_on(model.device.type), _dtypes(loaded)
+    source = loaded_from(loaded.info.source)
+    untrained = source and (source, prediction_tensors(source, config.get_text_config()))
     weights = torch.bfloat16 if precision == "pure-bf16" else torch.float32
     if model.dtype is not weights:  # otherwise what it keeps in float32 stays so
         model.to(weights)
@@ -127,7 +129,7 @@ def finetune(
         model, state = model.merge_and_unload(), None
     if ranks.first:
         model.config = config
-        _save(model, state, loaded, dtypes, out / "model")
+        _save(model, state, loaded, dtypes, untrained, out / "model")
         shutil.rmtree(work, ignore_errors=True)
     if callback.stops:
         raise KeyboardInterrupt
@@ -195,22 +197,23 @@ def _save(
     state: dict[str, Any] | None,
     loaded: LoadedModel,
     dtypes: dict[str, torch.dtype],
+    untrained: tuple[Path, list[str]] | None,
     path: Path,
 ) -> None:
     """Write the model that the Trainer trained, in its original dtypes, with its tokenizer.
 
-    Layers for multi-token prediction are the source's, not trained.
+    Args:
+        untrained: where the model was loaded from, and tensors to copy from there.
     """
     state = {
         name: tensor.detach().cpu().to(dtypes[name]) if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in (state or model.state_dict()).items()
     }
-    source = local_copy(loaded.info.source)
-    if source.is_dir():  # no GGUF file
-        state = prediction_tensors(source, loaded.info.layers) | state
     before = model.config.dtype
     with atomic_directory(path) as directory, quiet():
         model.save_pretrained(directory, state_dict=state)
+        if untrained is not None:
+            add_tensors(*untrained, directory)
         loaded.tokenizer.save_pretrained(directory)
         config = directory / "config.json"  # it names the dtype of the training
         content = read_json(config) | {"dtype": loaded.info.dtype}
@@ -452,7 +455,7 @@ def _with_lora(model: Any, rank: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        # PEFT uses a deprecated name of transformers, and sets ranks that it then ignores.
+        # PEFT uses a deprecated name of transformers, and sets patterns of its own in vain.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "The following .*_pattern keys")
         return get_peft_model(model, config)
