@@ -132,6 +132,13 @@ def test_the_active_adapter_belongs_to_the_model(model, tokenizer, texts_in_memo
     with pytest.raises(ValueError, match="another search"):
         search()
     model.set_adapter("default")
+    layers = [part for part in model.modules() if hasattr(part, "set_scale")]
+    for layer in layers:
+        layer.set_scale("default", 4.0)
+    with pytest.raises(ValueError, match="another search"):
+        search()
+    for layer in layers:
+        layer.set_scale("default", 1.0)
     with model.disable_adapter(), pytest.raises(ValueError, match="another search"):
         search()
 
@@ -403,7 +410,7 @@ def test_perplexity_is_that_of_the_factors_that_are_applied(model, tokenizer, te
 
 SCALINGS = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
-    "dynamic": {"factor": 4.0},
+    "dynamic": {"factor": 2.3},
     "longrope": {
         "short_factor": [1.0] * 32,
         "long_factor": np.linspace(1, 4, 32).tolist(),
@@ -420,7 +427,7 @@ def test_a_model_with_its_own_scaling_is_measured_as_transformers_computes_it(
     """Also in chunks: dynamic kinds choose their factors by the positions of a whole sequence."""
     config = AutoConfig.from_pretrained(BUNDLED)
     config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0} | SCALINGS[kind]
-    config.max_position_embeddings = 256 if kind == "dynamic" else 1024
+    config.max_position_embeddings = 257 if kind == "dynamic" else 1024
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, config=config, dtype=torch.float32).eval()
     tokens = tokenizer(texts_in_memory[0], add_special_tokens=False)["input_ids"][:1024]
     ids = torch.tensor([[tokenizer.bos_token_id, *tokens[:-1]]])

@@ -481,10 +481,8 @@ def _evaluating(model: Any) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with contextlib.ExitStack() as stack:
-            for kind in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+        kind = next(model.parameters()).device.type
+        with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
             yield
     finally:
         for module, training in modes.items():

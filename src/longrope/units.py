@@ -43,8 +43,8 @@ def check_lengths(lengths: Sequence[int], stride: int | None = None) -> None:
     longest = max(lengths)
     if min(lengths) < 2:
         raise ValueError(
-            f"lengths is {', '.join(map(str, lengths))}; one token predicts nothing: give at least "
-            "2, and write thousands without a comma"
+            f"lengths is {', '.join(map(str, lengths))}; a window needs at least 2 tokens (write "
+            "thousands without a comma)"
         )
     for length in lengths:
         if longest % length:

@@ -55,8 +55,8 @@ def test_reads_every_kind(tmp_path):
         ("x.jsonl", b'{"other": "a"}\n', r"no field 'text'.*`field` .*: other"),
         ("x.parquet", b"PAR1", "x.parquet .*Parquet"),
         ("blank.jsonl", b'{"text": " "}\n', r"data='.*blank.jsonl' .*no text"),
-        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 .*no field 'text'.*a \(a list\), b \(a int\)"),
-        ("x.json", b'{"data": [{"text": "a"}]}', r"no field 'text'.*data \(a list\)"),
+        ("x.json", b'{"a": [1],\n "b": 2}', r"row 1 .*no field 'text'.*a: list, b: int"),
+        ("x.json", b'{"data": [{"text": "a"}]}', r"no field 'text'.*data: list"),
         ("part-0", b'{"text": "a"}\n{"text": "b"}\n', r"call the file part-0\.jsonl"),
         ("x.json", b"[1,\n 2", "x.json is not valid JSON .*line 2"),
     ],
@@ -304,10 +304,20 @@ def test_a_cloned_dataset_is_its_rows(tmp_path):
     assert [d.text for d in read_documents([str(tmp_path)])] == ["about the dataset"]
     (tmp_path / "train.jsonl").write_text('{"text": "a row"}')
     assert [d.text for d in read_documents([str(tmp_path)])] == ["a row"]
+    (tmp_path / "manual").mkdir()
+    (tmp_path / "manual" / "README.md").write_text("no rows are beside this")
+    texts = [document.text for document in read_documents([str(tmp_path)])]
+    assert texts == ["no rows are beside this", "a row"]
 
 
 @pytest.mark.parametrize(
-    "written", [["model.sha256"], ["longrope.json"], ["history.jsonl", "state.json"]]
+    "written",
+    [
+        ["model.sha256"],
+        ["longrope.json"],
+        ["history.jsonl", "state.json"],
+        ["choices.json", "recipe.yaml"],
+    ],
 )
 def test_results_in_the_data_directory_are_no_data(written, tmp_path):
     """A run whose --out is inside --data resumes, and does not read its own report."""
@@ -318,4 +328,6 @@ def test_results_in_the_data_directory_are_no_data(written, tmp_path):
     (results / "report.md").write_text("perplexity")
     for name in written:
         (results / name).write_text('{"text": "no text"}')
+    (tmp_path / "long.gguf").write_bytes(b"GGUF\xff\0")
+    (tmp_path / "long.md").write_text("a card")
     assert [d.text for d in read_documents([str(tmp_path)])] == ["a book", "a history"]

@@ -79,6 +79,8 @@ def test_a_sliding_window_scores_every_token_once_with_more_context(model64, bos
     forward = LongForward(model64)
     found = score(forward, docs, 64, bos=bos, stride=16)
     assert found.tokens == 128 - max(len(bos), 1)
+    apart = score(forward, docs, 64, bos=bos, stride=64)  # no token is in two windows
+    assert apart.tokens == 128 - 2 * max(len(bos), 1)
     if bos:
         return
     # The second window's last 16 tokens, each with at least 48 before it.

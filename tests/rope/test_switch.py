@@ -37,6 +37,21 @@ def test_one_set_up_to_the_recovery_length_and_the_other_beyond(micro_models, id
     assert torch.equal(logits(model, None, ids), plain)
 
 
+def test_a_compiled_model_switches_too(micro_models, ids):
+    """At changing lengths and paddings, after it was compiled at others."""
+    model = micro_models("llama")
+    prompts = [ids[:, :length] for length in (RECOVERY - 9, RECOVERY + 20, RECOVERY - 4)]
+    padded = torch.ones_like(ids)
+    padded[0, :-5] = 0
+    calls = [{"input_ids": prompt} for prompt in prompts]
+    calls += [{"input_ids": ids, "attention_mask": mask} for mask in (padded, padded.flip(0))]
+    with torch.no_grad(), switched(model, pair(model)):
+        compiled = torch.compile(model, backend="eager")
+        for call in calls:
+            found = compiled(**call, use_cache=False).logits
+            assert torch.equal(found, model(**call, use_cache=False).logits)
+
+
 def test_a_multimodal_model(micro_models, ids):
     """Its decoder gets embeddings; rows are judged by the model's token ids and mask."""
     model, row = micro_models("gemma3_whole"), ids[:1, : RECOVERY - 5]

@@ -1,10 +1,11 @@
 """Fine-tuning by two processes: equal to one, with and without FSDP, and after a death."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from program import run, succeeds
 from small_training import FAST, TAUGHT, weights
@@ -40,6 +41,16 @@ def shards(trainer):
 module._unwrapped = shards
 """
 
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # the launcher's default
+}
+
 DYING = """
 import os, signal
 from longrope.train.dataset import LongContextDataset
@@ -66,17 +77,7 @@ def test_two_processes_train_as_one(
 ):
     one = taught if distill else trained
     changes = (TAUGHT if distill else FAST).model_dump()
-    environment = {}
-    if sharded:
-        environment = {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # the launcher's default
-        }
+    environment = FSDP if sharded else {}
     out = tmp_path / "out"
     asked = checkpoints("llama"), texts, out, json.dumps(changes)
     succeeds(*asked, code=SHARDED + PROGRAM if sharded else PROGRAM, ranks=2, env=environment)
@@ -91,6 +92,27 @@ def test_two_processes_train_as_one(
     )
     for name, weight in weights(one[0]).items():
         torch.testing.assert_close(weights(out)[name], weight, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_fsdp_trains_a_model_that_keeps_parameters_in_float32(checkpoints, texts, tmp_path):
+    """transformers has the routers of a bfloat16 DeepSeek-V3 so."""
+    model = shutil.copytree(checkpoints("deepseek_v3"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (model / "config.json").write_text(json.dumps(config))
+    tensors = load_file(model / "model.safetensors")
+    rough = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(rough, model / "model.safetensors", metadata={"format": "pt"})
+    changes = FAST.model_copy(update={"steps": 1, "warmup": 0, "precision": "pure-bf16"})
+    asked = model, texts, tmp_path / "out", json.dumps(changes.model_dump())
+    code = SHARDED + PROGRAM.replace("these)", "these, dtype='auto')")
+    environment = FSDP | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "DeepseekV3DecoderLayer"}
+    environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # accelerate shards no buffers
+    succeeds(*asked, code=code, ranks=2, env=environment)
+    found = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert found.keys() == rough.keys()
+    assert any(not torch.equal(found[name], tensor) for name, tensor in rough.items())
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow

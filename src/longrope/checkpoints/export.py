@@ -246,9 +246,11 @@ class _Factors:
                     f"{name} is {value}, and {options.model} has its own factors: leave it out, or "
                     "give long_factors too"
                 )
-        own = import_pair(options.model, trust_remote_code=options.trust_remote_code)
+        trusted = options.trust_remote_code
+        own = import_pair(options.model, trust_remote_code=trusted)
+        held = find_pair(options.model, trusted)  # in a static export, the long ones twice
         long, short = (f"the {kind} factors of {options.model}" for kind in ("long", "short"))
-        if own.short.factors == own.long.factors:
+        if held is None or held.short.factors == held.long.factors:
             return cls(long, None, {long: own.long})
         return cls(long, short, {long: own.long, short: own.short})
 

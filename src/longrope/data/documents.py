@@ -158,12 +158,15 @@ def _read(source: str, field: str) -> Iterable[Document]:
         if ours:
             log.warning("skipped the results of longrope in %s", ", ".join(map(str, sorted(ours))))
             files = [file for file in files if not ours & set(file.parents)]
-        rows = any(file.suffix.lower() in _FILES_OF_ROWS for file in files)
+        rows = [file for file in files if file.suffix.lower() in _FILES_OF_ROWS]
         for file in files:
             if any(part.startswith(".") for part in file.relative_to(path).parts):
                 continue
-            if file.stem.upper() in _ABOUT and rows:
-                log.info("skipped %s, which is about the rows beside it", file)
+            if file.stem.upper() in _ABOUT and any(file.parent in row.parents for row in rows):
+                log.warning("skipped %s, which is about the rows beside it", file)
+                continue
+            if file.suffix == ".md" and file.with_suffix(".gguf").exists():
+                log.warning("skipped %s, the card of a GGUF file", file)
                 continue
             try:
                 found = list(_read_file(file, field))
@@ -185,8 +188,9 @@ def _read(source: str, field: str) -> Iterable[Document]:
 
 def _is_result(file: Path) -> bool:
     """Return whether a file shows that longrope wrote its directory: a run, search or export."""
-    if file.name == "history.jsonl":
-        return file.with_name("state.json").exists()
+    if file.name in ("history.jsonl", "choices.json"):
+        beside = "state.json" if file.name == "history.jsonl" else "recipe.yaml"
+        return file.with_name(beside).exists()
     return file.name in ("model.sha256", "longrope.json")
 
 
@@ -385,7 +389,7 @@ def _rows(rows: Iterable[Any], where: str, field: str) -> Iterable[Document]:
             turns = next((name for name, value in row.items() if _is_chat(value)), None)
             if turns and not texts:
                 raise _chat(f"{where}: row {number}", turns)
-            others = [f"{name} (a {type(value).__name__})" for name, value in row.items()]
+            others = [f"{name}: {type(value).__name__}" for name, value in row.items()]
             raise _no_field(f"{where}: row {number}", field, texts or others)
         if _is_chat(row[field]):
             raise _chat(f"{where}: row {number}", field)

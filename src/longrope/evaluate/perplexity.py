@@ -132,10 +132,11 @@ def score(
     The active rescale applies. Every document is cut into consecutive whole windows from its start.
 
     Args:
-        bos: ids of the special tokens to put before every window. They are among its ``length``
-            tokens, so its last ones are not scored; without them, its first one.
-        lengths: other lengths to score the same tokens at: those that no window of any of them
-            leaves out. Documents are cut to a multiple of the longest.
+        bos: ids of the special tokens to put before every window. They count towards ``length``,
+            so the last ``len(bos)`` tokens of a window are not scored. Without them, its first
+            token is not.
+        lengths: other lengths to score the same tokens at. A token that a window of any length
+            leaves out is scored at none. Documents are cut to a multiple of the longest.
         stride: tokens between the starts of overlapping windows; each window scores only tokens
             that the one before did not.
         tokens_per_document: tokens scored of each document, about.
@@ -158,7 +159,7 @@ def score(
         starts = range(0, len(ids) - length + 1, stride or length)
         scores = _window_losses(forward, [ids[start : start + length] for start in starts], bos)
         if stride is not None:
-            scores[1:, : length - stride - len(bos)] = np.nan
+            scores[1:, : max(0, length - stride - len(bos))] = np.nan
         else:
             for other in lengths:
                 for place in range(other - len(bos), other) if bos else (0,):

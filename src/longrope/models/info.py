@@ -32,10 +32,7 @@ from longrope.units import LONGEST
 
 ScalingChoice = Literal["keep", "replace"]
 # Why an export with changed weights cannot be extended anew.
-FOLDED = (
-    "an attention factor is folded into its weights; give the model that it was exported from, or "
-    "use rope_scaling='keep'"
-)
+FOLDED = "an attention factor is folded into its weights; give the model that it was exported from"
 _LENGTH = "max_position_embeddings"
 
 

@@ -61,7 +61,8 @@ class LoadedModel:
         for name, module in self.model.named_modules():  # adapters of PEFT
             if hasattr(module, "merged_adapters"):
                 used = module.disable_adapters or sorted(module.active_adapters)
-                digest.update(f"{name} {used} {sorted(module.merged_adapters)}".encode())
+                scales = sorted(getattr(module, "scaling", {}).items())
+                digest.update(f"{name} {used} {sorted(module.merged_adapters)} {scales}".encode())
         return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from longrope.models.meta import build_meta_model
 from longrope.progress import quiet
 
 _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
+_HEADS = ("lm_head", "embed_out", "output")  # of other architectures too
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Modules named mtp… (Qwen3-Next), or layers after the last one (DeepSeek-V3).
 _PREDICTION = re.compile(r"(?:model\.|language_model\.)*(?:mtp\w*\.|layers\.(\d+)\.)")
@@ -33,7 +34,7 @@ def weight_files(directory: Path) -> list[Path]:
     files = _named_files(directory)
     for file in files:  # safetensors would call it missing
         if not os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise ValueError(f"{file}: you may not read it; change its permissions")
+            raise ValueError(f"{file}: permission denied; change who may read it")
     return files
 
 
@@ -198,7 +199,7 @@ def require_tensors(source: str, report: Any) -> None:
             f"{source}: its tensors are named {before}… (as those of a compiled or wrapped model); "
             f"take {before!r} off the names and save the file again"
         )
-    if len(missing) == 1 and missing[0].split(".")[-2] in ("lm_head", "embed_out", "output"):
+    if len(missing) == 1 and missing[0].removesuffix(".weight").rpartition(".")[2] in _HEADS:
         raise ValueError(
             f"{source}: it has no output head ({missing[0]}), as embedding and classification "
             "models do not; give a language model, or set tie_word_embeddings to true in its "

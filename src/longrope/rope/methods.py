@@ -59,7 +59,13 @@ def ntk(rope_theta: float, rotary_dim: int, original: int, target: int) -> Resca
 
 
 def dynamic_ntk(
-    rope_theta: float, rotary_dim: int, original: int, target: int, *, length: int | None = None
+    rope_theta: float,
+    rotary_dim: int,
+    original: int,
+    target: int,
+    *,
+    length: int | None = None,
+    factor: float | None = None,
 ) -> Rescale:
     """Dynamic NTK scaling as in transformers, at a sequence length.
 
@@ -72,8 +78,9 @@ def dynamic_ntk(
         original: original length L in tokens.
         target: target length in tokens.
         length: sequence length in tokens; default the target.
+        factor: s of a checkpoint; default the target divided by L.
     """
-    s = target / original
+    s = factor or target / original
     scale = s * max(target if length is None else length, original) / original - (s - 1)
     theta = _ntk_theta(rope_theta, rotary_dim, scale)
     rescale = base_change(rope_theta, rotary_dim, original, target, new_theta=theta)

@@ -24,7 +24,7 @@ def own_pair(site: RotarySite) -> RescalePair:
 
 
 def own_rescale(model: nn.Module, length: int) -> Rescale | None:
-    """Read the rescale that a model's own scaling is for a sequence of so many tokens.
+    """Read a model's own scaling at a sequence length, in tokens, as a rescale.
 
     transformers recomputes ``longrope`` and ``dynamic`` frequencies at each call from the
     positions in it, and a forward pass in chunks would change them from chunk to chunk. None for
@@ -39,7 +39,7 @@ def own_rescale(model: nn.Module, length: int) -> Rescale | None:
     long = pair.long
     before = long.original_max_position_embeddings
     shape = (long.rope_theta, 2 * len(long.factors), before, long.max_position_embeddings)
-    return dynamic_ntk(*shape, length=length)
+    return dynamic_ntk(*shape, length=length, factor=site.parameters["factor"])
 
 
 def _both_sets(site: RotarySite, longest: int) -> RescalePair:
@@ -68,7 +68,8 @@ def _only_set(site: RotarySite, longest: int) -> Rescale:
     original = parameters.get("original_max_position_embeddings") or before
     theta = float(parameters["rope_theta"])
     if kind == "dynamic":  # as in transformers, it starts from max_position_embeddings
-        return dynamic_ntk(theta, 2 * len(site.inv_freq), before, longest, length=longest)
+        shape = (theta, 2 * len(site.inv_freq), before, longest)
+        return dynamic_ntk(*shape, factor=parameters["factor"])
     return Rescale(
         tuple(existing_factors(site).tolist()),
         rope_theta=theta,

@@ -10,9 +10,9 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from longrope.rope.rescale import Rescale
 from longrope.rope.rotary import RotarySite, find_rotary, inside_wrappers
 from longrope.stand_in import StandIn
 
+_F = TypeVar("_F", bound=Callable)
 # Prefixes of multimodal inputs.
 _NO_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_")
 
@@ -139,6 +140,11 @@ def without_rescales(model: nn.Module) -> Iterator[Applied]:
             apply_rescale(model, applied.rescale)
 
 
+def _not_compiled(function: _F) -> _F:
+    """Leave a function out of torch.compile, which would take a :class:`_Call` for constant."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
 def _require_own_positions(
     position_ids: Tensor, tokens: Tensor, mask: Tensor | None, cached: int
 ) -> None:
@@ -183,6 +189,7 @@ class _SwitchedRotary(StandIn):
         self.short, self.long = (RescaledRotary(site, r) for r in (pair.short, pair.long))
         self.call = _Call()
 
+    @_not_compiled
     def forward(self, x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
         rows = self.call.long_rows
         if rows.all() or not rows.any():
@@ -220,6 +227,7 @@ class _Switch:
         """Whether another rescale was applied over the pair."""
         return getattr(self.site.owner, self.site.name) is not self.rotary
 
+    @_not_compiled
     def note(self, model: Any, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the switch: note a multimodal model's token ids and mask.
 
@@ -238,6 +246,7 @@ class _Switch:
                 raise ValueError(f"{name}: the short/long switch supports text only")
         self.call.model_inputs = {name: given.get(name) for name in ("input_ids", "attention_mask")}
 
+    @_not_compiled
     def before(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the switch: choose factors per row, refill the cache at a crossing.
 
@@ -290,6 +299,7 @@ class _Switch:
         self.call.long_rows, self.call.ids, self.call.new = long_rows, ids, new
         return (), given
 
+    @_not_compiled
     def after(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook of the switch: note the cache's contents, keep only new hidden states."""
         if self.covered:

@@ -34,7 +34,7 @@ from longrope.files.stores import append_line, read_lines
 from longrope.models.load import LoadedModel
 from longrope.models.parameters import is_tied, text_parameters
 from longrope.models.sources import loaded_from
-from longrope.models.weights import add_tensors, prediction_tensors
+from longrope.models.weights import add_tensors, prediction_tensors, stored_tensors
 from longrope.progress import Advance, console, progress, quiet, seconds_left
 from longrope.rope.apply import rescaled
 from longrope.rope.rescale import Rescale
@@ -97,12 +97,16 @@ def finetune(
             console.print(f"no whole checkpoint: {repeated} steps are repeated")
     model = loaded.model
     config = copy.deepcopy(model.config)  # training changes it
-    precision, dtypes = settings.precision_on(model.device.type), _dtypes(loaded)
+    precision = settings.precision_on(model.device.type)
     source = loaded_from(loaded.info.source)
+    dtypes = _dtypes(loaded, source)
     untrained = source and (source, prediction_tensors(source, config.get_text_config()))
     weights = torch.bfloat16 if precision == "pure-bf16" else torch.float32
     if model.dtype is not weights:  # otherwise what it keeps in float32 stays so
         model.to(weights)
+    if sharded():  # FSDP takes parameters of one dtype
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(weights)
     if settings.lora is not None:
         torch.manual_seed(seed)  # adapters are initialised before the Trainer seeds
         model = _with_lora(model, settings.lora)
@@ -181,15 +185,15 @@ def _unwrapped(trainer: Trainer) -> Any:
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
 
 
-def _dtypes(loaded: LoadedModel) -> dict[str, torch.dtype]:
-    """Return the dtype to save each tensor in: the checkpoint's, but float32 where it keeps that.
+def _dtypes(loaded: LoadedModel, source: Path | None) -> dict[str, torch.dtype]:
+    """Return the dtype to save each tensor in: that in which the checkpoint stores it.
 
-    Some architectures keep single tensors in float32, such as the expert biases of DeepSeek-V3.
+    Some checkpoints keep single tensors in float32, such as the expert biases of DeepSeek-V3.
     """
-    own, kept = getattr(torch, loaded.info.dtype), torch.float32
-    others = loaded.model.dtype is not kept
-    state = loaded.model.state_dict().items()
-    return {name: kept if others and t.dtype is kept else own for name, t in state}
+    own, kept = getattr(torch, loaded.info.dtype), set()
+    if source:
+        kept = {name for name, part in stored_tensors(source) if part.get_dtype() == "F32"}
+    return {name: torch.float32 if name in kept else own for name in loaded.model.state_dict()}
 
 
 def _save(
@@ -206,9 +210,10 @@ def _save(
         untrained: where the model was loaded from, and tensors to copy from there.
     """
     state = {
-        name: tensor.detach().cpu().to(dtypes[name]) if tensor.is_floating_point() else tensor.cpu()
+        name.replace("_orig_mod.", ""): tensor.detach().cpu()  # as torch.compile calls them
         for name, tensor in (state or model.state_dict()).items()
     }
+    state = {n: t.to(dtypes[n]) if t.is_floating_point() else t for n, t in state.items()}
     before = model.config.dtype
     with atomic_directory(path) as directory, quiet():
         model.save_pretrained(directory, state_dict=state)
