@@ -105,7 +105,7 @@ class Applied:
     model: nn.Module | None = None
 
     def at(self, length: int) -> Rescale | None:
-        """Return the rescale for a sequence of a length; None for scaling of a fixed kind."""
+        """Return the rescale for a sequence of a length; None if the model needs none of ours."""
         if self.rescale or self.pair:
             return self.rescale or (self.pair and self.pair.choose(length))
         return None if self.model is None else own_rescale(self.model, length)
