@@ -61,6 +61,18 @@ def test_the_environment_does_not_change_the_precision(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_written_under_its_own_names(
+    trained, checkpoints, texts, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    train(checkpoints("llama"), texts, tmp_path / "out")
+    expected, found = weights(trained[0]), weights(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+
+
 def test_leaves_a_plain_checkpoint(trained, checkpoints):
     out, _, _ = trained
     loaded = load_model(str(out / "model"))

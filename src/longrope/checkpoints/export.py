@@ -18,7 +18,7 @@ from longrope.checkpoints.importer import find_pair, import_pair
 from longrope.checkpoints.manifest import FILE, FORMATS, Format, Manifest
 from longrope.checkpoints.run_directory import is_run, original_of
 from longrope.execution import ExecutionConfig
-from longrope.files.atomic import allow_as_usual, recover, scratch_directory, write_atomically
+from longrope.files.atomic import apply_umask, recover, scratch_directory, write_atomically
 from longrope.files.parse import read_json
 from longrope.labels import display_name
 from longrope.models.info import ModelInfo, ScalingChoice, inspect_model
@@ -105,8 +105,8 @@ def export(options: ExportOptions) -> Manifest:
         )
     _require_free(options, model)
     trusted = options.trust_remote_code
-    own = not run and options.long_factors is None and find_pair(model, trusted) is not None
-    factors = _Factors.of_checkpoint(options) if own else _Factors.of(options, run)
+    held = find_pair(model, trusted) if not run and options.long_factors is None else None
+    factors = _Factors.of_checkpoint(options, held) if held else _Factors.of(options, run)
     info = _inspect(options, model, factors)
     pair = _pair(options, factors, info)
     named = str((original_of(options.model) or {}).get("source", options.model))
@@ -234,8 +234,11 @@ class _Factors:
         return cls(long, short, files)
 
     @classmethod
-    def of_checkpoint(cls, options: ExportOptions) -> "_Factors":
+    def of_checkpoint(cls, options: ExportOptions, held: RescalePair) -> "_Factors":
         """Take the factors that an extended checkpoint has.
+
+        Args:
+            held: the pair in its config or file; in a static export, the long factors twice.
 
         Raises:
             ValueError: short factors of other origin, or a target.
@@ -246,11 +249,9 @@ class _Factors:
                     f"{name} is {value}, and {options.model} has its own factors: leave it out, or "
                     "give long_factors too"
                 )
-        trusted = options.trust_remote_code
-        own = import_pair(options.model, trust_remote_code=trusted)
-        held = find_pair(options.model, trusted)  # in a static export, the long ones twice
+        own = import_pair(options.model, trust_remote_code=options.trust_remote_code)
         long, short = (f"the {kind} factors of {options.model}" for kind in ("long", "short"))
-        if held is None or held.short.factors == held.long.factors:
+        if held.short.factors == held.long.factors:
             return cls(long, None, {long: own.long})
         return cls(long, short, {long: own.long, short: own.short})
 
@@ -374,7 +375,7 @@ def _checkpoint(options: ExportOptions, info: ModelInfo, keep_gguf: bool) -> Ite
         with quiet():
             loaded.model.save_pretrained(directory)
             loaded.tokenizer.save_pretrained(directory)
-        allow_as_usual(directory)  # an export may link to them
+        apply_umask(directory)  # an export may link to them
         del loaded
         yield directory
 

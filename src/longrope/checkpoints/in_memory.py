@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from longrope.files.atomic import allow_as_usual, scratch_directory
+from longrope.files.atomic import apply_umask, scratch_directory
 from longrope.labels import display_name
 from longrope.models.info import without_adapters
 from longrope.models.load import refuse_quantised
@@ -34,5 +34,5 @@ def saved_model(model: Any, tokenizer: Any, out: Path) -> Iterator[Path]:
         base.save_pretrained(directory)
         base.config.dtype = dtype  # save_pretrained leaves a string
         tokenizer.save_pretrained(directory)
-        allow_as_usual(directory)  # an export may link to them
+        apply_umask(directory)  # an export may link to them
         yield directory

@@ -188,8 +188,8 @@ def _read(source: str, field: str) -> Iterable[Document]:
 
 def _is_result(file: Path) -> bool:
     """Return whether a file shows that longrope wrote its directory: a run, search or export."""
-    if file.name in ("history.jsonl", "choices.json"):
-        beside = "state.json" if file.name == "history.jsonl" else "recipe.yaml"
+    beside = {"history.jsonl": "state.json", "choices.json": "recipe.yaml"}.get(file.name)
+    if beside:
         return file.with_name(beside).exists()
     return file.name in ("model.sha256", "longrope.json")
 

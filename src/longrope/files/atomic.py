@@ -137,7 +137,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        allow_as_usual(temporary)
+        apply_umask(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
@@ -152,17 +152,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def allow_as_usual(directory: Path) -> None:
-    """Give the files of a new directory the permissions that the umask leaves to new files.
+def apply_umask(directory: Path) -> None:
+    """Give the files of a new directory the permissions that the umask leaves to a new file.
 
     safetensors creates files of mode 0600, which nobody but their owner can read.
     """
     usual = directory.stat().st_mode & 0o666
     for file in directory.rglob("*"):
-        _allow(file, usual)
+        _add_permissions(file, usual)
 
 
-def _allow(file: Path, permissions: int) -> None:
+def _add_permissions(file: Path, permissions: int) -> None:
     """Add permissions to a file; not to a link, which shares them with another file."""
     found = file.lstat()
     if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
@@ -291,7 +291,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         usual = stat.S_IMODE(temporary.stat().st_mode)
         temporary.unlink()  # so that a block that writes nothing fails
         yield temporary
-        _allow(temporary, usual)
+        _add_permissions(temporary, usual)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, target)

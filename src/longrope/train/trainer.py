@@ -186,7 +186,7 @@ def _unwrapped(trainer: Trainer) -> Any:
 
 
 def _dtypes(loaded: LoadedModel, source: Path | None) -> dict[str, torch.dtype]:
-    """Return the dtype to save each tensor in: that in which the checkpoint stores it.
+    """Return the dtype to save each tensor in: float32 if stored so, else the model's.
 
     Some checkpoints keep single tensors in float32, such as the expert biases of DeepSeek-V3.
     """
